@@ -1,0 +1,22 @@
+"""Sparse Training Scheme: cheaper training of multimodal LLMs, unchanged inference.
+
+    from sts import VTC, LDS, sparsify, unsparsify
+
+    scheme = sparsify(model, vtc=VTC(kind="avgpool2d", keep=0.25), total_steps=1000)
+    for step, batch in enumerate(batches):
+        scheme.begin_step(step)
+        model(**batch).loss.backward()
+
+Names load on first use, so `import sts.config` costs no torch import.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+__all__ = ["LDS", "VTC", "sparsify", "unsparsify"]
+
+
+def __getattr__(name: str):
+    if name in __all__:
+        return getattr(import_module("sts.scheme"), name)
+    raise AttributeError(f"module 'sts' has no attribute {name!r}")

@@ -1,0 +1,184 @@
+"""What ran where: hashes of code, data and configuration; commit, packages, hardware.
+
+Standard library only, so that every part of the package and of the workflow may use it. Two kinds
+of facts are kept apart: hashes are the same wherever they are taken and may enter a result file;
+`collect` gives volatile facts (host, time, commit), which belong into `provenance.json` beside it.
+"""
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CODE = Path(__file__).resolve().parent
+
+
+def fingerprint(*files: str | Path) -> str:
+    """Hash of what Python files compute: 16 hex digits, whatever the order of the files.
+
+    Comments, docstrings and formatting don't count; a changed formula, name or file does. Other
+    files (YAML tasks) count byte by byte. The text that is hashed comes from `ast.unparse`, so it
+    holds for one Python version. Raises FileNotFoundError, and SyntaxError naming the file.
+    """
+    digests = sorted(_code_digest(Path(file)) for file in files)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+
+
+def _code_digest(path: Path) -> str:
+    source = path.read_bytes()
+    if path.suffix == ".py":
+        source = ast.unparse(_bare(ast.parse(source, filename=str(path)))).encode()
+    return hashlib.sha256(source).hexdigest()
+
+
+def _bare(tree: ast.Module) -> ast.Module:
+    """The tree without strings that stand alone as a statement: docstrings do nothing."""
+    for node in ast.walk(tree):
+        for name in ("body", "orelse", "finalbody"):
+            body = getattr(node, name, None)
+            if isinstance(body, list):
+                kept = [statement for statement in body if not _is_text(statement)]
+                # a function of which nothing is left needs a body to be valid
+                needs_body = body and not isinstance(node, ast.Module)
+                setattr(node, name, kept or ([ast.Pass()] if needs_body else []))
+    return tree
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys. ValueError for NaN or infinity."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Write JSON so that the same value gives the same bytes and no reader sees half a file.
+
+    Keys are sorted. Creates the folder. Raises ValueError for NaN or infinity: not JSON.
+    """
+    path = Path(path)
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path}: not written: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the new name with no bytes
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def collect(config_hash: str | None = None, command: str | None = None) -> dict[str, Any]:
+    """Facts about this process, ready for JSON: commit, packages, hardware, host, start, command.
+
+    GPUs are named only if torch is already imported: asking must not initialise CUDA elsewhere.
+    """
+    return {
+        "config_hash": config_hash,
+        "command": command or command_line(),
+        "git": git(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": packages(),
+        "hardware": hardware(),
+        "host": socket.gethostname(),
+        "start": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def command_line() -> str:
+    """The command of this process as one would type it."""
+    program, *arguments = sys.orig_argv
+    return shlex.join([Path(program).name, *arguments])
+
+
+def git(folder: str | Path = CODE) -> dict[str, Any]:
+    """Commit of the code and whether tracked files differ from it.
+
+    `results/` doesn't count: a run changes the results that are committed for reference. Outside
+    a checkout, commit and dirty are None and `note` says why.
+    """
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        diff = _git(folder, "diff", "HEAD", "--binary", "--", ":/", ":(top,exclude)results")
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
+        return {"commit": None, "dirty": None, "diff_sha256": None, "note": reason}
+    diff_hash = hashlib.sha256(diff.encode()).hexdigest() if diff else None
+    return {"commit": commit.strip(), "dirty": bool(diff), "diff_sha256": diff_hash, "note": None}
+
+
+def _git(folder: str | Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
+    return result.stdout
+
+
+def packages() -> dict[str, str]:
+    """Installed distributions and their versions, by name."""
+    found = {}
+    for distribution in metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:  # a half-removed package leaves a nameless folder behind
+            found.setdefault(name.lower(), distribution.version)
+    return dict(sorted(found.items()))
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores this process may use, memory in GiB, GPU names if torch is imported."""
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "memory_gib": round(pages * page_bytes / 2**30, 1),
+        "gpus": _gpu_names(),
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):  # only Linux has the file
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int | None:
+    # a container or a scheduler may give fewer cores than the machine has; macOS can't tell
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()
+
+
+def _gpu_names() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,187 @@
+"""From a registered data set to Parquet files and a manifest; bad rows are counted and listed."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, List, Value
+from datasets import Image as ImageColumn
+from PIL import Image
+from tqdm import tqdm
+
+from sts.config import Config, DataConfig
+from sts.data.conversation import IMAGE_TOKEN, ROLES
+from sts.data.registry import BROKEN_IMAGE, DataError, Rows, load
+from sts.provenance import sha256_json, write_json_atomic
+
+CHUNK = 1000  # rows of a Parquet row group
+TEXT = Value("string")
+TURNS = List({"from": TEXT, "value": TEXT})
+TRAINING = Features({"id": TEXT, "image": ImageColumn(mode="RGB"), "conversations": TURNS})
+BENCHMARK = Features(
+    {"id": TEXT, "image": ImageColumn(mode="RGB"), "question": TEXT, "answer": TEXT, "form": TEXT}
+)
+
+
+class BadRow(ValueError):
+    """A row that is left out: (reason to count it under, what exactly)."""
+
+
+def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
+    """Write a data set's splits as Parquet beside `out`, its manifest, and return the manifest.
+
+    Rows that can't be used are listed in bad_rows.jsonl. All files are written aside and renamed
+    when all are whole, the manifest last. Raises DataError if the data can't be had, a split is
+    empty, or the share of bad rows is above data.max_bad_share; the list of bad rows stays.
+    """
+    out = Path(out)
+    entry, splits = load(config, name)
+    part = out.parent / ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        bad: list[dict] = []
+        described = {}
+        for split, rows in splits.items():
+            file = part / f"{split}.parquet"
+            count, sha256, rejected = _write(name, rows, file, entry.embed, config.data)
+            described[split] = {"rows": count, "sha256": sha256, "file": file.name}
+            bad += rejected
+        report = out.parent / "bad_rows.jsonl"
+        (part / report.name).write_text("".join(json.dumps(row) + "\n" for row in bad))
+        os.replace(part / report.name, report)
+        reasons = dict(Counter(row["reason"] for row in bad))
+        _check(name, entry.homepage, described, reasons, config.data.max_bad_share, report)
+        out.unlink(missing_ok=True)  # from here to the end there is no valid manifest
+        for split in described.values():
+            os.replace(part / split["file"], out.parent / split["file"])
+    finally:
+        shutil.rmtree(part)
+    manifest = {
+        "dataset": name,
+        "version": entry.version,
+        "licence": entry.licence,
+        "splits": described,
+        "bad_rows": reasons,
+    }
+    manifest["sha256"] = sha256_json(manifest)
+    write_json_atomic(out, manifest)
+    return manifest
+
+
+def _check(
+    name: str, source: str, splits: dict, reasons: dict, max_share: float, report: Path
+) -> None:
+    bad = sum(reasons.values())
+    total = bad + sum(split["rows"] for split in splits.values())
+    told = f"{bad} of {total} rows of {source} are bad ({reasons}); all are listed in {report}"
+    if total and bad / total > max_share:
+        raise DataError(
+            f"data set {name}: {told}. That is above data.max_bad_share = {max_share}: correct the "
+            "data or raise the limit"
+        )
+    empty = [split for split, described in splits.items() if not described["rows"]]
+    if empty:
+        raise DataError(f"data set {name}: no rows in {', '.join(empty)}; {told}")
+
+
+def _write(
+    name: str, rows: Rows, file: Path, embed: bool, data: DataConfig
+) -> tuple[int, str, list[dict]]:
+    """Write the good rows of a split; (how many, SHA-256 of their content, the bad rows).
+
+    The hash is of texts and decoded pixels, so it doesn't depend on how images or tables are
+    encoded.
+    """
+    split, (count, stream) = file.stem, rows
+    digest, bad = hashlib.sha256(), []
+
+    def good() -> Iterator[dict]:
+        progress = tqdm(stream, f"{name} {split}", count, unit="row", disable=None)
+        for index, row in enumerate(progress):
+            try:
+                _check_text(row, data.max_text_chars)
+                cell, pixels = _image(row["image"], embed)
+            except BadRow as error:
+                reason, detail = error.args
+                where = {"split": split, "row": index, "id": row["id"]}
+                bad.append({**where, "reason": reason, "detail": detail})
+                continue
+            texts = {key: value for key, value in row.items() if key != "image"}
+            shape = None if pixels is None else pixels.shape
+            digest.update(json.dumps([texts, shape], sort_keys=True).encode())
+            digest.update(b"" if pixels is None else pixels.tobytes())
+            yield {**texts, "image": cell}
+
+    features = BENCHMARK if split.startswith("test_") else TRAINING
+    written = _write_parquet(good(), features, file)
+    return written, digest.hexdigest(), bad
+
+
+def _write_parquet(rows: Iterable[dict], features: Features, file: Path) -> int:
+    """Write rows in chunks, so that any number fits in memory; how many there were."""
+    rows, written = iter(rows), 0
+    with pq.ParquetWriter(file, features.arrow_schema) as writer:
+        while chunk := list(islice(rows, CHUNK)):
+            writer.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
+            written += len(chunk)
+    return written
+
+
+def _check_text(row: dict, max_chars: int) -> None:
+    turns = row["conversations"] if "conversations" in row else _as_turns(row)
+    if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
+        raise BadRow("malformed", "conversations must be a list of {from, value}, both text")
+    roles = [turn["from"] for turn in turns]
+    for role in roles:
+        if role not in ROLES:
+            raise BadRow("unknown role", f"{role!r}; known: {', '.join(ROLES)}")
+    if roles != list(ROLES) * (len(turns) // 2):
+        raise BadRow("wrong turn order", f"{', '.join(roles)}; must be human, gpt, human, gpt, ...")
+    for number, turn in enumerate(turns):
+        if turn["from"] == "gpt" and not turn["value"].strip():
+            raise BadRow("empty answer", f"turn {number}")
+        if len(turn["value"]) > max_chars:
+            raise BadRow("text too long", f"turn {number}: {len(turn['value'])} > {max_chars}")
+    named = [turn["value"].count(IMAGE_TOKEN) for turn in turns]
+    wanted = [int(row["image"] is not None)] + [0] * (len(turns) - 1)
+    if named != wanted:
+        raise BadRow("wrong placeholders", f"{IMAGE_TOKEN} in turns: {named}, must be {wanted}")
+
+
+def _as_turns(row: dict) -> list[dict]:
+    question = {"from": "human", "value": f"{IMAGE_TOKEN}\n{row['question']}"}
+    return [question, {"from": "gpt", "value": row["answer"]}]
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("from", "value"))
+
+
+def _image(image: Any, embed: bool) -> tuple[dict | None, np.ndarray | None]:
+    """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]."""
+    if image is None:
+        return None, None
+    if isinstance(image, Path):
+        if not image.is_file():
+            raise BadRow("missing image", str(image))
+        try:
+            pixels = np.asarray(Image.open(image).convert("RGB"))
+        except BROKEN_IMAGE as error:
+            raise BadRow("corrupt image", f"{image}: {error}") from error
+        content = image.read_bytes() if embed else None
+        return {"bytes": content, "path": None if embed else str(image)}, pixels
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    return {"bytes": png.getvalue(), "path": None}, np.asarray(picture.convert("RGB"))

@@ -258,6 +258,14 @@ def test_without_a_mirror_the_pinned_archive_is_downloaded_once(tiny_source, ser
     assert prepare(config(), "nlvr", tmp_path / "b" / "manifest.json") == first
 
 
+def test_what_an_archive_holds_after_the_folder_is_not_fetched():
+    """NLVR's training images are 20 times as large as what is used."""
+    stream = io.BytesIO(archive({"nlvr/dev/dev.json": b"x", "nlvr/train": os.urandom(2_000_000)}))
+    members = list(registry._members(stream, "nlvr/dev"))
+    assert [str(path) for path, _ in members] == ["dev.json"]
+    assert stream.tell() < 100_000
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -275,7 +283,7 @@ def test_a_bad_download_leaves_nothing_behind(tiny_source, serve, tmp_path, cont
 
 
 def test_an_archive_member_can_not_leave_the_folder(tiny_source, serve, tmp_path):
-    evil = archive({"nlvr/dev/../../../evil": b"x", "nlvr/dev/dev.json": NLVR_PUBLIC["dev.json"]})
+    evil = archive({"nlvr/dev/../../evil": b"x", "nlvr/dev/dev.json": NLVR_PUBLIC["dev.json"]})
     tiny_source("nlvr", NLVR_PUBLIC, archive=serve(evil))
     with pytest.raises(DataError):
         prepare(config(), "nlvr", tmp_path / "manifest.json")
@@ -488,7 +496,9 @@ def test_the_content_hash_follows_pixels_and_text_not_the_encoding(own, tmp_path
     assert file.read_bytes() != encoded and content_hash() == before
     image.putpixel((3, 3), (0, 0, 0))
     image.save(file, "PNG")
-    assert content_hash() != before
+    other_pixels = content_hash()
+    data = own([{**GOOD[0], "conversations": turns("<image>\nwhat?", "a cat")}])
+    assert len({before, other_pixels, content_hash()}) == 3
 
 
 # --- samples and batches ---
@@ -543,13 +553,14 @@ def test_a_llava_model_takes_a_mixed_batch(own, processor, tmp_path):
 
 def test_long_samples_are_cut_and_dropped_if_no_answer_is_left(own, processor, tmp_path, caplog):
     rows = [
-        {"id": 0, "image": "a.png", "conversations": turns("<image>\nis", "yes " * 50)},
-        {"id": 1, "image": "a.png", "conversations": turns("<image>\n" + "is " * 50, "yes")},
+        {"id": 0, "image": "sub/b.jpg", "conversations": turns("<image>\n" + "is " * 50, "yes")},
+        {"id": 1, "image": "a.png", "conversations": turns("<image>\nis", "yes " * 50)},
     ]
     prepare(own(rows), "own", tmp_path / "manifest.json")
     files = split_files([tmp_path / "manifest.json"], "instruct")
     data = Conversations(files, processor, max_length=40)
     assert data.lengths == [40] and len(data[0]["input_ids"]) == 40
+    assert data[0]["image"].getpixel((0, 0)) == (1, 10, 20)  # that of the row that is left
     assert "1 of 2 rows dropped: no answer within max_length 40" in caplog.text
     with pytest.raises(ValueError, match="max_length 2 doesn't hold the 16 tokens"):
         Conversations(files, processor, max_length=2)

@@ -86,10 +86,10 @@ def tokenise(
     ):
         ids = np.array(ids, np.int32)
         begin, end = np.array(offsets).reshape(-1, 2).T
-        # a token belongs to an answer if they share a character; <s> has none
+        # a token belongs to an answer if they share a character
         answered = np.zeros(len(ids), bool)
         for first, last in spans:
-            answered |= (begin < last) & (end > first) & (end > begin)
+            answered |= (begin < last) & (end > first)
         samples.append((ids, np.where(answered, ids, IGNORED).astype(np.int32)))
     return samples
 

@@ -206,6 +206,8 @@ class Scheme:
         self.original = model.forward
         self.influence = [math.inf] * self.num_layers  # infinite = not measured yet
         self.step: int | None = None
+        self.keep, self.skipped = 1.0, frozenset()
+        self._count_from_zero()
         self._measured = torch.zeros(2, self.num_layers)  # sum and count since begin_step
         self._warned = False
         if COMPRESSORS[vtc.kind].needs_scores:
@@ -238,7 +240,11 @@ class Scheme:
             stats=self.influence,
             explore=lds.explore,
         )
-        self.step, self._micro, self._samples, self._positions = step, 0, 0, 0
+        self.step = step
+        self._count_from_zero()
+
+    def _count_from_zero(self) -> None:
+        self._micro = self._samples = self._positions = 0
         self._visual_before = self._visual_after = self._answers = 0
 
     def metrics(self) -> dict[str, object]:

@@ -1,0 +1,230 @@
+"""Costs from shapes against what torch counts on the real model."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from sts import LDS, VTC, sparsify
+from sts.cost import flop_parts, parameters, peak_memory, shape_of, step_flops
+
+SHAPES = {
+    "wide": {
+        "width": 96,
+        "mlp": 256,
+        "heads": 4,
+        "kv_heads": 2,
+        "layers": 6,
+        "side": 6,
+        "vocab": 512,
+    },
+    "long": {
+        "width": 48,
+        "mlp": 96,
+        "heads": 3,
+        "kv_heads": 3,
+        "layers": 4,
+        "side": 12,
+        "vocab": 100,
+    },
+}
+BATCH, TEXT, ANSWERS = 3, 10, 4
+LAST_HALF = LDS(policy="uniform", rate=0.5)
+SETTINGS = {
+    "dense": {},
+    "vtc": {"vtc": VTC(kind="avgpool2d", keep=0.25)},
+    "lds": {"lds": LAST_HALF},
+}
+
+
+def build(name, attention="sdpa", stage="instruct"):
+    shape = SHAPES[name]
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            image_size=8 * shape["side"],
+            patch_size=8,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=shape["width"],
+            intermediate_size=shape["mlp"],
+            num_hidden_layers=shape["layers"],
+            num_attention_heads=shape["heads"],
+            num_key_value_heads=shape["kv_heads"],
+            vocab_size=shape["vocab"],
+        ),
+        image_token_id=99,
+        image_seq_length=shape["side"] ** 2,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.set_attn_implementation(attention)
+    model.requires_grad_(stage == "instruct").model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model.train()
+
+
+def batch_for(model):
+    side, patches = model.config.vision_config.image_size, model.config.image_seq_length
+    ids = torch.randint(1, 90, (BATCH, patches + TEXT))
+    ids[:, :patches] = 99
+    labels = torch.full_like(ids, -100)
+    labels[:, -ANSWERS:] = ids[:, -ANSWERS:]
+    pixels = torch.randn(BATCH, 3, side, side)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "pixel_values": pixels,
+    }
+
+
+def sparse(model, setting):
+    scheme = sparsify(model, **SETTINGS[setting])
+    scheme.begin_step(0)
+    return scheme
+
+
+def settings_of(metrics, stage):
+    return {
+        "batch": BATCH,
+        "visual_tokens": metrics["visual_tokens"],
+        "text_tokens": metrics["tokens"] - metrics["visual_tokens"],
+        "answer_tokens": metrics["answer_tokens"],
+        "layers_run": metrics["layers_run"],
+        "stage": stage,
+    }
+
+
+# On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
+FUSED_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
+    ),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("setting", sorted(SETTINGS))
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_flops_agree_with_torch_within_one_percent(name, stage, setting, attention, checkpointing):
+    model = build(name, attention, stage)
+    if checkpointing:
+        model.model.language_model.activation_checkpointing_enable()
+    scheme = sparse(model, setting)
+    counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
+    with counter:
+        model(**batch_for(model)).loss.backward()
+    expected = step_flops(
+        shape_of(model.config),
+        **settings_of(scheme.metrics(), stage),
+        checkpointing=checkpointing,
+        fused_attention=attention == "sdpa",
+    )
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_vtc_and_lds_save_what_they_leave_out():
+    shape = shape_of(build("wide").config)
+    dense = {
+        "batch": 2,
+        "visual_tokens": 36,
+        "text_tokens": 12,
+        "answer_tokens": 2,
+        "layers_run": 6,
+        "stage": "instruct",
+    }
+    parts, half = flop_parts(shape, **dense), flop_parts(shape, **dense | {"layers_run": 3})
+    assert half["decoder"] == parts["decoder"] / 2
+    assert {k: half[k] for k in ("vision", "projector", "head")} == {
+        k: parts[k] for k in ("vision", "projector", "head")
+    }
+    assert flop_parts(shape, **dense | {"visual_tokens": 9})["decoder"] < parts["decoder"] / 2
+    text = flop_parts(shape, **dense | {"visual_tokens": 0})
+    assert text["vision"] == text["projector"] == 0
+    assert flop_parts(shape, **dense | {"images": 1})["vision"] == parts["vision"] / 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_parameters_are_those_of_the_model(name, tied):
+    config = build(name).config
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    model = LlavaForConditionalGeneration(config)
+
+    def size(module):
+        return sum(p.numel() for p in module.parameters())
+
+    language = model.model.language_model
+    head = size(language.embed_tokens) + size(language.norm) + (0 if tied else size(model.lm_head))
+    assert parameters(shape_of(config)) == {
+        "vision": size(model.model.vision_tower),
+        "projector": size(model.model.multi_modal_projector),
+        "layer": size(language.layers[0]),
+        "head": head,
+    }
+
+
+@pytest.mark.parametrize("setting", sorted(SETTINGS))
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_activation_estimate_is_near_what_autograd_stores(name, stage, setting):
+    model = build(name, stage=stage)
+    scheme = sparse(model, setting)
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    stored = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in storages:
+            stored[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept: addresses stay unique
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch_for(model))
+    memory = peak_memory(shape_of(model.config), **settings_of(scheme.metrics(), stage))
+    total = sum(size for size, _ in stored.values())
+    assert 0.7 < memory["activations"] / total < 1.3
+
+
+def test_checkpointing_and_freezing_need_less_memory():
+    shape = shape_of(build("wide").config)
+    settings = settings_of(
+        {"visual_tokens": 36, "tokens": 46, "answer_tokens": 4, "layers_run": 6}, "instruct"
+    )
+    full = peak_memory(shape, **settings)
+    assert peak_memory(shape, **settings, checkpointing=True)["activations"] < full["activations"]
+    align = peak_memory(shape, **settings | {"stage": "align"})
+    assert align["activations"] < full["activations"]
+    assert align["optimizer"] == 12 * parameters(shape)["projector"]
+    assert align["weights"] == full["weights"]
+
+
+def test_unknown_stage_is_an_error():
+    settings = settings_of(
+        {"visual_tokens": 1, "tokens": 2, "answer_tokens": 1, "layers_run": 1}, "tune"
+    )
+    for function in (step_flops, peak_memory):
+        with pytest.raises(ValueError, match=r"stage='tune'.*align, instruct"):
+            function(shape_of(build("long").config), **settings)
+
+
+def test_needs_no_torch():
+    code = "import sys, sts.cost; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

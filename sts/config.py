@@ -1,0 +1,495 @@
+"""Typed configuration: what a scale and an ablation may say, and what every value means.
+
+A *scale* file (`workflow/config/*.yaml`) gives the values that differ from the mini scale, whose
+file is complete. An entry of `workflow/ablations.yaml` is a named delta of a scale. Everything is
+checked before anything runs; a `ConfigError` names the file, the key, the value and what is
+accepted. Only pydantic and yaml are needed, so that the workflow can read it in any environment.
+"""
+
+import ast
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from sts.provenance import sha256_json
+
+CODE = Path(__file__).resolve().parent
+MINI = CODE.parent / "workflow" / "config" / "mini.yaml"
+GROUPS = Literal["main", "components", "compressor", "skipper", "real"]
+STAGES = ("align", "instruct")
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class ConfigError(ValueError):
+    """A value that is not accepted: which file, key and value, and what would be accepted."""
+
+    def __init__(self, file: str | Path, key: str, value: Any, accepted: str):
+        super().__init__(f"{file}: {key}: {value!r} is not accepted. Accepted: {accepted}")
+        self.file, self.key, self.value, self.accepted = str(file), key, value, accepted
+
+
+def _scientific(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 (no dot) as text; take it for the number that was meant."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def registered(file: str, table: str) -> tuple[str, ...]:
+    """Keys of the dict literal `table` in a source file of the package, read without importing it.
+
+    So a new compressor, policy or data set is accepted as soon as its registry names it, and the
+    workflow needs neither torch nor datasets to know that.
+    """
+    for node in ast.parse((CODE / file).read_text(encoding="utf-8")).body:
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        if table in names and isinstance(node.value, ast.Dict):
+            return tuple(ast.literal_eval(key) for key in node.value.keys)
+    raise LookupError(f"{CODE / file} has no dict literal {table}")
+
+
+def _one_of(file: str, table: str) -> AfterValidator:
+    def check(value: str) -> str:
+        names = registered(file, table)
+        if value not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return value
+
+    return AfterValidator(check)
+
+
+Number = Annotated[float, BeforeValidator(_scientific)]
+Share = Annotated[Number, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+Index = Annotated[int, Ge(0)]
+Schedule = Literal["constant", "linear", "cosine", "staged"]
+
+
+class Block(BaseModel):
+    """A mapping with known keys and strict types."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+
+BlockT = TypeVar("BlockT", bound=Block)
+
+
+class ScenesConfig(Block):
+    """Size of the generated data set."""
+
+    seed: Index = 0
+    """Seed of the scenes; every split draws from its own part of the seed space."""
+    align: Count = 8000
+    """Images of the align split."""
+    instruct: Count = 8000
+    """Images of the instruct split."""
+    test: Count = 200
+    """Questions of each benchmark."""
+
+
+class CustomConfig(Block):
+    """A user's own data: a LLaVA-style JSON file and the folder its image paths start from."""
+
+    json_file: str = Field(alias="json")
+    """JSON list of {id, image, conversations}."""
+    images: str
+    """Folder that the image paths are relative to."""
+    split: Literal["align", "instruct"] = "instruct"
+    """Stage that trains on it."""
+
+
+class DataConfig(Block):
+    """Where data come from and when preparation gives up."""
+
+    mirror: str | None = None
+    """Folder with copies of the source files; the variable STS_DATA_MIRROR wins over it."""
+    max_bad_share: Share = 0.01
+    """Share of rejected rows above which preparation stops."""
+    max_text_chars: Count = 4000
+    """Characters of one turn above which a row is rejected."""
+    scenes: ScenesConfig = ScenesConfig()
+    """The embedded data set."""
+    custom: dict[str, CustomConfig] = {}
+    """Name -> the user's own data."""
+
+
+class ModelConfig(Block):
+    """The vision tower and the language model that are joined."""
+
+    backbone: Literal["shipped", "rebuild", "pretrained"] = "shipped"
+    """Files of this repository, the same trained anew, or a hub id or folder for each part."""
+    vision: str | None = None
+    """Vision tower of `pretrained`."""
+    language: str | None = None
+    """Language model of `pretrained`."""
+    vision_feature_layer: int = -2
+    """Layer of the vision tower whose features are projected."""
+    layers: Count = 8
+    """Decoder layers of the language model; what skip rates are checked against."""
+
+
+class VTCConfig(Block):
+    """Visual token compression of one stage."""
+
+    kind: Annotated[str, _one_of("compressor.py", "COMPRESSORS")] = "none"
+    """How tokens are merged or chosen."""
+    keep: Annotated[Number, Gt(0), Le(1)] = 1.0
+    """Share of the visual tokens that reaches the language model."""
+    schedule: Schedule = "constant"
+    """How the kept share moves from 1 to `keep` over the stage."""
+    anneal: Share = 0.0
+    """Last share of the stage, trained on all tokens."""
+    positions: Literal["keep", "mean"] = "keep"
+    """Position ids of what is kept: the original ones, or the mean of those merged."""
+
+
+class LDSConfig(Block):
+    """Layer skipping of one stage."""
+
+    policy: Annotated[str, _one_of("skipper.py", "POLICIES")] = "none"
+    """How the layers to skip are drawn."""
+    rate: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    """Mean share of the layers between the protected ones that a step skips."""
+    schedule: Schedule = "constant"
+    """How the rate moves from 0 to `rate` over the stage."""
+    anneal: Share = 0.0
+    """Last share of the stage, trained with all layers."""
+    protect_first: Index = 1
+    """First layers that always run."""
+    protect_last: Index = 1
+    """Last layers that always run."""
+    exact: bool = True
+    """Skip the same number of layers every step, not only on average."""
+    explore: Share = 0.1
+    """Share of the probability that the policy `need` spreads over all layers."""
+    ema: Annotated[Number, Ge(0), Lt(1)] = 0.9
+    """Weight of the past in the moving average of a layer's influence."""
+
+
+class StageConfig(Block):
+    """One training stage."""
+
+    data: Annotated[list[str], Field(min_length=1)] = ["scenes"]
+    """Names of the data sets, mixed."""
+    steps: Count = 200
+    """Optimizer steps."""
+    batch_size: Count = 32
+    """Samples of one forward pass on one process."""
+    accumulation: Count = 1
+    """Forward passes of one optimizer step."""
+    processes: Count = 1
+    """Data-parallel processes (GPUs) of one training."""
+    lr: Annotated[Number, Gt(0)] = 1.0e-3
+    """Peak learning rate; cosine schedule."""
+    warmup: Annotated[Number, Ge(0), Lt(1)] = 0.03
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: Annotated[Number, Ge(0)] = 0.0
+    """Weight decay of AdamW."""
+    clip: Annotated[Number, Gt(0)] = 1.0
+    """Norm that gradients are clipped to."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the forward pass; bf16 by autocast."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    group_by_length: bool = True
+    """Batches of samples of similar length and the same modality."""
+    max_length: Count = 2048
+    """Tokens of a sample; longer ones are cut."""
+    checkpoint_every: Count = 100
+    """Steps between checkpoints; the trained weights don't depend on it."""
+    threads: Count = 1
+    """CPU threads of one training; fixed, so that weights don't depend on the number of cores."""
+    vtc: VTCConfig = VTCConfig()
+    """Visual token compression."""
+    lds: LDSConfig = LDSConfig()
+    """Layer skipping."""
+
+    def identity(self) -> dict[str, Any]:
+        """The values that the trained weights depend on."""
+        return self.model_dump(exclude={"checkpoint_every"})
+
+    def sources(self) -> list[Path]:
+        """The source files whose formulas a training with these values uses."""
+        files = ["train.py", "scheme.py", "architectures.py", "backbone.py"]
+        files += ["data/collator.py", "data/conversation.py"]
+        vtc, lds = self.vtc.kind != "none", self.lds.policy != "none"
+        files += ["compressor.py"] * vtc + ["skipper.py"] * lds + ["schedule.py"] * (vtc or lds)
+        return [CODE / file for file in files]
+
+
+class EvaluateConfig(Block):
+    """How every finished run is measured."""
+
+    benchmarks: Annotated[list[str], Field(min_length=1)] = [
+        "existence", "colour", "shape", "counting", "relation", "text", "chart", "composition",
+    ]  # fmt: skip
+    """Names of the benchmarks."""
+    batch_size: Count = 64
+    """Fixed: scores move with it."""
+    blind: bool = True
+    """Also answer every question with a grey image."""
+    max_new_tokens: Count = 4
+    """Longest answer."""
+
+
+class BenchConfig(Block):
+    """How the time of a training is measured."""
+
+    points: Count = 8
+    """Places in each stage where a step is timed."""
+    warmup: Index = 1
+    """Steps before each that don't count."""
+
+
+class Config(Block):
+    """All settings of one run."""
+
+    scale: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] = "mini"
+    """Names the folders results/<scale> and data/<scale>."""
+    seeds: Annotated[list[Index], Field(min_length=1)] = [0, 1, 2]
+    """One run for each."""
+    data: DataConfig = DataConfig()
+    """Sources and preparation."""
+    model: ModelConfig = ModelConfig()
+    """Vision tower and language model."""
+    align: StageConfig = StageConfig()
+    """First stage: projector only, captions."""
+    instruct: StageConfig = StageConfig()
+    """Second stage: projector and language model, questions and answers."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Benchmarks."""
+    bench: BenchConfig = BenchConfig()
+    """Timing."""
+
+    def stage(self, name: str) -> StageConfig:
+        """The block of the stage `align` or `instruct`."""
+        return {"align": self.align, "instruct": self.instruct}[name]
+
+    def evaluation_data(self) -> list[str]:
+        """Names of the data sets that hold the benchmarks, each once."""
+        return list(dict.fromkeys(dataset_of(name) for name in self.evaluate.benchmarks))
+
+
+class _Entry(Block):
+    groups: list[GROUPS] = []
+    """Tables that show the ablation."""
+    label: str
+    """Name in tables and figures."""
+    seeds: Annotated[list[Index], Field(min_length=1)] | None = None
+    """Instead of the scale's."""
+    overrides: dict[Literal["align", "instruct", "evaluate"], dict[str, Any]] = {}
+    """The values that differ from the scale's."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A named delta of a scale, and the file that says so."""
+
+    id: str
+    file: str
+    groups: list[str]
+    label: str
+    seeds: list[int] | None
+    overrides: dict[str, dict[str, Any]]
+
+
+def dataset_of(benchmark: str) -> str:
+    """Name of the data set that holds a benchmark: its own if there is one, else `scenes`."""
+    return benchmark if benchmark in registered("data/registry.py", "REGISTRY") else "scenes"
+
+
+def benchmarks() -> tuple[str, ...]:
+    """Names of the benchmarks: every task file of the package that does not begin with _."""
+    return tuple(sorted(f.stem for f in (CODE / "tasks").glob("*.yaml") if f.stem[0] != "_"))
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping. ConfigError if a key stands twice, or if it is no YAML mapping."""
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except _DuplicateKey as error:
+        raise ConfigError(path, *error.args, "every key once") from None
+    except yaml.YAMLError as error:
+        line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1
+        problem = getattr(error, "problem", str(error))
+        raise ConfigError(path, f"line {line}", problem, "valid YAML") from None
+    if not isinstance(content, dict):
+        raise ConfigError(path, "the file", content, "a mapping of keys to values")
+    return content
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML takes the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if key in lines:
+                raise _DuplicateKey(key, f"given twice, in lines {lines[key]} and {line}")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def load_scale(path: str | Path) -> Config:
+    """Read and check a scale file, or a resolved configuration. Raises ConfigError.
+
+    What the file doesn't say comes from the mini scale, as with `snakemake --configfile`.
+    """
+    return validate(deep_merge(load_yaml(MINI), load_yaml(path)), path)
+
+
+def load_ablations(path: str | Path) -> dict[str, Ablation]:
+    """Read the ablation table, by id; the first entry is the complete baseline.
+
+    Raises ConfigError for what can be seen without a scale; `resolve` checks the overrides.
+    """
+    ablations = {}
+    for id, entry in load_yaml(path).items():
+        if not NAME.fullmatch(str(id)):
+            raise ConfigError(path, "id", id, "lower case letters, digits and _, a letter first")
+        checked = _parse(_Entry, entry, path, prefix=id)
+        ablations[id] = Ablation(id=id, file=str(path), **dict(checked))
+    baseline = next(iter(ablations.values()))
+    if baseline.overrides:
+        raise ConfigError(
+            path, f"{baseline.id}.overrides", baseline.overrides, "{}: the first is the baseline"
+        )
+    return ablations
+
+
+def resolve(config: Config, ablation: Ablation) -> Config:
+    """The scale's configuration with the ablation's values in place. Raises ConfigError."""
+    delta = dict(ablation.overrides)
+    if ablation.seeds:
+        delta["seeds"] = ablation.seeds
+    merged = deep_merge(config.model_dump(by_alias=True), delta)
+    return validate(merged, ablation.file, prefix=ablation.id)
+
+
+def deep_merge(base: Mapping, delta: Mapping) -> dict:
+    """`base` with the values of `delta`: mappings merge key by key, all else is replaced."""
+    merged = dict(base)
+    for key, value in delta.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = deep_merge(old, value) if both else value
+    return merged
+
+
+def validate(content: Mapping, file: str | Path, prefix: str = "") -> Config:
+    """A checked configuration; `file` and `prefix` (the ablation) are what an error names."""
+    config = _parse(Config, content, file, prefix)
+    for key, value, accepted in _contradictions(config):
+        raise ConfigError(file, ".".join(filter(None, (prefix, key))), value, accepted)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML that `load_scale` reads."""
+    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
+
+
+def config_hash(*parts: BaseModel | Mapping | list | str) -> str:
+    """16 hex digits of the given parts of a configuration."""
+    plain = [part.model_dump() if isinstance(part, BaseModel) else part for part in parts]
+    return sha256_json(plain)[:16]
+
+
+def _contradictions(config: Config) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, accepted) of values that are fine alone but not together."""
+    sets = (*registered("data/registry.py", "REGISTRY"), *config.data.custom)
+    for stage in STAGES:
+        block = config.stage(stage)
+        for name in block.data:
+            if name not in sets:
+                yield f"{stage}.data", name, f"one of {', '.join(sets)}"
+            custom = config.data.custom.get(name)
+            if custom and custom.split != stage:
+                yield f"data.custom.{name}.split", custom.split, f"{stage}: {stage}.data names it"
+        if block.vtc.kind == "none" and block.vtc.keep < 1:
+            yield f"{stage}.vtc.keep", block.vtc.keep, "1.0 where vtc.kind is none"
+        yield from _skip_contradictions(stage, block.lds, config.model.layers)
+    for name in config.evaluate.benchmarks:
+        if name not in benchmarks():
+            yield "evaluate.benchmarks", name, f"one of {', '.join(benchmarks())}"
+    if config.model.backbone == "pretrained":
+        for key in ("vision", "language"):
+            if getattr(config.model, key) is None:
+                yield f"model.{key}", None, "a hub id or folder where model.backbone is pretrained"
+
+
+def _skip_contradictions(stage: str, lds: LDSConfig, layers: int) -> Iterator[tuple[str, Any, str]]:
+    if lds.policy == "none":
+        if lds.rate > 0:
+            yield f"{stage}.lds.rate", lds.rate, "0.0 where lds.policy is none"
+        return
+    skippable = layers - lds.protect_first - lds.protect_last
+    if skippable < 1:
+        yield (
+            f"{stage}.lds.protect_first", lds.protect_first,
+            f"with protect_last less than the model's {layers} layers, or nothing can be skipped",
+        )  # fmt: skip
+    if math.ceil(lds.rate * skippable) >= layers:
+        yield (
+            f"{stage}.lds.rate", lds.rate,
+            f"at most {(layers - 1) / skippable:.3g}: one of {layers} layers must run",
+        )  # fmt: skip
+
+
+def _parse(model: type[BlockT], content: Any, file: str | Path, prefix: str) -> BlockT:
+    """Pydantic's check, with the first problem as a ConfigError."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    key = ".".join(str(part) for part in (prefix, *problem["loc"]) if part not in ("", "[key]"))
+    raise ConfigError(file, key, problem["input"], _accepted(model, problem))
+
+
+def _accepted(model: type[Block], problem: Mapping) -> str:
+    """What a field takes, in words."""
+    *parents, last = problem["loc"] or ("",)
+    owner, field = model, None
+    for part in (*parents, last):
+        fields = {f.alias or name: f for name, f in getattr(owner, "model_fields", {}).items()}
+        if problem["type"] == "extra_forbidden" and part == last:
+            return f"the keys {', '.join(fields)}"
+        field = fields.get(part, field)
+        owner = field.annotation if field else owner
+    if problem["type"] == "missing":
+        return f"a value: {field.description}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    if problem["type"] in _SHAPES:
+        return f"{_SHAPES[problem['type']]} ({field.description})" if field else problem["msg"]
+    if problem["type"] == "literal_error":
+        return f"one of {problem['ctx']['expected']}"
+    bounds = [_bound(item) for item in field.metadata] if field else []
+    kind = _KINDS.get(owner if isinstance(owner, type) else None)
+    text = " ".join([kind, " and ".join(filter(None, bounds))]).strip() if kind else problem["msg"]
+    return f"{text} ({field.description})" if field and field.description else text
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_SHAPES = {"list_type": "a list", "model_type": "a mapping", "dict_type": "a mapping"}
+
+
+def _bound(item: Any) -> str:
+    words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+    found = (f"{word} {getattr(item, op)}" for op, word in words.items() if hasattr(item, op))
+    return next(found, "")

@@ -1,16 +1,16 @@
 """`scenes`: the embedded data set. Seeded 64x64 pictures with captions, questions and ground truth.
 
-Everything is integer numpy on a counter-based generator (Philox) keyed by (seed, split, index), so the
-same arguments give the same pixels and words on every machine, and any row can be made on its own.
+Everything is integer numpy on a counter-based generator (Philox) keyed by (seed, split, index), so
+the same arguments give the same pixels and words on every machine, and any row can be made alone.
 
 Three kinds of picture, each on a tinted, shaded, noisy background:
 objects   1-5 shapes of 6 kinds, 8 colours, 2 sizes
 text      a three-letter word in a 5x7 bitmap font, scaled by two
 chart     four coloured bars of height 1-5 over an axis
 
-Seven skills ask about them (`SKILLS`), plus `composition`: the same questions about shape-colour pairs
-that no training row shows or names (`HELD_OUT`). Answers are balanced within each question form, so a
-guess from the question alone is near chance.
+Seven skills ask about them (`SKILLS`), plus `composition`: the same questions about shape-colour
+pairs that no training row shows or names (`HELD_OUT`). Answers are balanced within each question
+form, so a guess from the question alone is near chance.
 """
 
 import hashlib
@@ -41,9 +41,10 @@ SIZES = ["small", "large"]
 NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 ORDINALS = ["first", "second", "third"]
 RELATIONS = ["left", "right", "above", "below"]
-WORDS = (
-    "cat dog sun map key box jam fox pen hat ice bug cup van zip owl wig rye gym sky nut log bed fin"
-).split()
+WORDS = [
+    "cat", "dog", "sun", "map", "key", "box", "jam", "fox", "pen", "hat", "ice", "bug",
+    "cup", "van", "zip", "owl", "wig", "rye", "gym", "sky", "nut", "log", "bed", "fin",
+]  # fmt: skip
 HELD_OUT = {
     ("circle", "cyan"),
     ("square", "purple"),
@@ -69,7 +70,7 @@ FONT = {
 }  # fmt: skip
 LETTERS = list(FONT)
 
-# Ground truth of a patch: one integer an attribute, 0 = not applicable (see `Truth` in `_truth`).
+# Ground truth of a patch: one integer an attribute, 0 = not applicable (see `_truth`).
 KINDS = [*SHAPES, "letter", "bar"]
 ATTRIBUTES = {
     "kind": KINDS,
@@ -95,7 +96,7 @@ def _pick(rng: np.random.Generator, items: list) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
-# --- pictures ---------------------------------------------------------------------------------------
+# --- pictures ---
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -231,8 +232,8 @@ def _draw_chart(rng: np.random.Generator) -> Scene:
 def _truth(scene: Scene) -> np.ndarray:
     """[64, 7] uint8, a row a patch in reading order, a column an entry of `ATTRIBUTES`.
 
-    A patch belongs to the thing that covers most of it (at least 1/8), or whose centre it holds; value v
-    of attribute a means ATTRIBUTES[a][v - 1], 0 means none.
+    A patch belongs to the thing that covers most of it (at least 1/8), or whose centre it holds;
+    value v of attribute a means ATTRIBUTES[a][v - 1], 0 means none.
     """
     blocks = (
         scene["owner"].reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID**2, -1)
@@ -267,7 +268,7 @@ def written(truth: np.ndarray) -> list[list[str]]:
     return slots
 
 
-# --- words ------------------------------------------------------------------------------------------
+# --- words ---
 
 
 def _caption(scene: Scene) -> str:
@@ -276,7 +277,8 @@ def _caption(scene: Scene) -> str:
 
     things = scene["objects"]
     if scene["kind"] == "text":
-        return f"the {things[0]['colour']} word {' '.join(scene['word'])} {place(things[0])} is {scene['word']}."
+        letters, word = " ".join(scene["word"]), scene["word"]
+        return f"the {things[0]['colour']} word {letters} {place(things[0])} is {word}."
     if scene["kind"] == "chart":
         return "a chart with " + ", ".join(f"{o['colour']} {o['height']}" for o in things) + "."
     ordered = sorted(things, key=lambda o: (o["cy"] // PATCH, o["cx"] // PATCH))
@@ -421,9 +423,9 @@ def _pixels(scene: Scene) -> np.ndarray:
 def rows(split: str, count: int, seed: int, turns: int = 6) -> Iterator[dict]:
     """Training rows.
 
-    Yields `count` of {"id", "image": uint8 [64, 64, 3], "caption": str, "qa": [{"question", "answer",
-    "skill", "form"}], "truth": uint8 [64, 7] (see `_truth`)}; about 2/3 objects, 1/6 text, 1/6 charts,
-    with at most `turns` different questions each.
+    Yields `count` of {"id", "image": uint8 [64, 64, 3], "caption": str, "qa": [{"question",
+    "answer", "skill", "form"}], "truth": uint8 [64, 7] (see `_truth`)}; about 2/3 objects, 1/6
+    text, 1/6 charts, with at most `turns` different questions each.
     """
     for index in range(count):
         rng = generator(VERSION, seed, split, index)
@@ -452,8 +454,8 @@ def rows(split: str, count: int, seed: int, turns: int = 6) -> Iterator[dict]:
 def benchmark(skill: str, count: int, seed: int) -> list[dict]:
     """Test rows of one skill: {"id", "image": uint8 [64, 64, 3], "question", "answer", "form"}.
 
-    One question a scene; forms take turns and, within a form, each answer comes equally often (up to
-    rounding). Raises ValueError for an unknown skill.
+    One question a scene; forms take turns and, within a form, each answer comes equally often (up
+    to rounding). Raises ValueError for an unknown skill.
     """
     if skill not in _ASK:
         raise ValueError(f"scenes has no benchmark {skill!r}; it has: {', '.join(SKILLS)}")

@@ -88,9 +88,10 @@ def flop_parts(
     Per sample: visual_tokens that reach the decoder, text_tokens (padding included), answer_tokens
     whose logits are computed. layers_run: decoder layers that run (mean). images: in the batch
     (default: one per sample where there are visual tokens). checkpointing: decoder layers are
-    computed once more (non-reentrant, the default of transformers). fused_attention: its backward recomputes the scores (SDPA and flash: 2.5
-    times the forward; eager: 2). The vision tower is frozen; in `align` the decoder passes
-    gradients on but has none for its weights. Raises ValueError for an unknown stage.
+    computed once more (non-reentrant, the default of transformers). fused_attention: its backward
+    recomputes the scores (SDPA and flash: 2.5 times the forward; eager: 2). The vision tower is
+    frozen; in `align` the decoder passes gradients on but has none for its weights. Raises
+    ValueError for an unknown stage.
     """
     if stage not in STAGES:
         raise ValueError(f"stage={stage!r}: expected one of {', '.join(STAGES)}")

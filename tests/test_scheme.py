@@ -229,6 +229,14 @@ def test_the_language_model_gets_a_shorter_sequence(kind):
     assert metrics["answer_tokens"] == 2
 
 
+def test_what_is_dropped_is_never_a_target():
+    model, batch = build(), batch_of(MIXED)
+    batch["labels"] = batch["input_ids"].clone()  # careless: placeholders and padding are targets
+    scheme = begun(model, VTC(kind="avgpool2d", keep=0.25))
+    model(**batch)
+    assert scheme.metrics()["answer_tokens"] == ((13 - 1) + (4 - 1) + (7 - 1)) / 3
+
+
 def test_random_differs_by_step_and_micro_batch_and_repeats():
     def losses(seed):
         model = build()
@@ -325,7 +333,7 @@ def test_lds_equals_a_model_without_those_layers(checkpointing, vtc, frozen):
         # On a submodule: hooks on the layer itself stay outside of HF's checkpointed region.
         layer.mlp.register_forward_pre_hook(lambda m, a, i=i: calls.append(i))
     if checkpointing:
-        model.gradient_checkpointing_enable(checkpointing)
+        model.activation_checkpointing_enable(checkpointing)
     found = backward(model, batch)
     assert_same(found, (expected, rename(expected_grads, scheme.skipped)), rtol=1e-9, atol=1e-12)
     runs = 2 if checkpointing else 1
@@ -419,13 +427,14 @@ def test_need_learns_which_layers_do_nothing_and_resumes():
     counts = [sum(layer in s for s in skipped) for layer in range(LAYERS)]
     assert counts[0] == counts[5] == 0 and min(counts[2:4]) > max(counts[1], counts[4]) > 0
 
-    scheme = sparsify(model := idle_model(), lds=lds)
-    scheme.load_state_dict(state)
+    resumed = sparsify(model := idle_model(), lds=lds)
+    resumed.load_state_dict(state)
     for step in range(20, 60):
-        scheme.begin_step(step)
-        assert scheme.skipped == skipped[step]
+        resumed.begin_step(step)
+        assert resumed.skipped == skipped[step]
         with torch.no_grad():
             model(**batch)
+    assert resumed.influence == scheme.influence
 
 
 def test_schedules_follow_the_stage_and_end_dense():
@@ -445,6 +454,47 @@ def test_schedules_follow_the_stage_and_end_dense():
     )
     with pytest.raises(ValueError, match=r"step=100.*0\.\.99"):
         scheme.begin_step(100)
+
+
+def train_rank(rank, store, results):
+    """Three steps of one of two processes; saves what both must agree on."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    model = build()
+    scheme = sparsify(model, VTC(kind="avgpool2d", keep=0.25), LDS(policy="need", rate=0.5))
+    parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    skipped = []
+    for step in range(4):
+        scheme.begin_step(step)
+        skipped.append(scheme.skipped)
+        loss, grads = backward(parallel, batch_of([ONE_IMAGE[rank]], seed=rank))
+    found = {"skipped": skipped, "influence": scheme.influence, "grads": grads, "loss": loss}
+    torch.save(found, f"{results}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_decide_alike_and_train_as_one(tmp_path):
+    torch.multiprocessing.spawn(train_rank, (tmp_path / "store", tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
+    assert first["skipped"] == second["skipped"]
+    assert first["influence"] == second["influence"]
+
+    batches = [batch_of([row], seed=i) for i, row in enumerate(ONE_IMAGE)]
+    model = build()
+    scheme = sparsify(model, VTC(kind="avgpool2d", keep=0.25), LDS(policy="need", rate=0.5))
+    for step in range(4):
+        scheme.begin_step(step)
+        assert scheme.skipped == first["skipped"][step]
+        model.zero_grad()
+        for batch in batches:
+            (model(**batch).loss / 2).backward()
+    assert scheme.influence == pytest.approx(first["influence"], rel=1e-5)
+    expected = {f"module.{name}": grad for name, grad in gradients(model).items()}
+    for found in (first, second):
+        assert_same((found["loss"], found["grads"]), (found["loss"], expected), **TOLERANCE)
 
 
 # --- off means off ---------------------------------------------------------------------------

@@ -1,0 +1,364 @@
+"""MLflow: one run per job, under one parent run per call of the pipeline.
+
+    with tracking.run("train sts seed 0", params=config, tags={"stage": "align"}, directory=d) as r:
+        r.log({"loss": 1.2}, step=10)
+        r.artifact("loss.png")
+
+Nothing here is needed for a result: whatever fails in MLflow gives one warning and the job goes
+on. What the environment says:
+
+    MLFLOW_TRACKING_URI     the store; default sqlite, `results/mlflow.db` in the working directory
+    MLFLOW_EXPERIMENT_NAME  the experiment; default `sts`
+    STS_INVOCATION          name of this call of the pipeline; jobs that share it share a parent run
+    STS_TRACKING=off        no tracking at all
+
+MLflow takes seconds to import, so functions import it when they need it: a job with tracking
+switched off, or the command line's help, should not wait.
+"""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from sts import provenance
+
+FLUSH_SECONDS = 10.0
+COST = 0.01  # share of a job's time that writing metrics may take
+RUN_ID_FILE = "mlflow_run_id"
+INVOCATION_TAG = "sts.invocation"
+TERMINATED = 128 + signal.SIGTERM  # exit status of a process that SIGTERM ended, as shells give it
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def run(
+    name: str,
+    *,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    directory: str | Path,
+) -> Iterator["Run"]:
+    """Track the body of a `with` as one MLflow run.
+
+    The run's id is kept in `directory`; an interrupted run found there is opened again, with the
+    params it began with. Nested params become dotted names. It ends as FINISHED, as KILLED on
+    SIGTERM or Ctrl-C, else as FAILED. SIGTERM raises SystemExit(143) in the body, so that `finally`
+    blocks run. Only rank 0 of a distributed job tracks. Lease the GPU first: naming it starts CUDA.
+    """
+    with _terminable():
+        tracked = Run()
+        status = "FAILED"
+        try:
+            if _wanted():
+                tracked._failed = not _attempt(
+                    lambda: tracked._open(name, params or {}, tags or {}, Path(directory))
+                )
+            yield tracked
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        except SystemExit as exit:
+            status = {TERMINATED: "KILLED", None: "FINISHED", 0: "FINISHED"}.get(exit.code, status)
+            raise
+        finally:
+            if tracked.id is not None:
+                _attempt(lambda: tracked._close(status), quiet=tracked._failed)
+
+
+class Run:
+    """One tracked job. Get it from `run`; its methods never raise because of MLflow."""
+
+    def __init__(self) -> None:
+        self.id: str | None = None
+        self._client: Any = None
+        self._monitor: Any = None
+        self._metrics: list[tuple[str, float, int, int]] = []
+        self._failed = False
+        self._next_flush = time.monotonic() + FLUSH_SECONDS
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Note metrics of an optimizer step; what is not a number is left out.
+
+        They are written in batches, so that tracking takes about 1 % of a job at most. After a
+        failure they wait in memory for the end of the job: a dead server costs no more time.
+        """
+        if self.id is None:
+            return
+        now = int(time.time() * 1000)
+        for key, value in metrics.items():
+            if isinstance(value, Real):
+                self._metrics.append((key, float(value), now, step))
+        if time.monotonic() > self._next_flush and not self._failed:
+            started = time.monotonic()
+            self._failed = not _attempt(self._flush)
+            ended = time.monotonic()
+            self._next_flush = ended + max(FLUSH_SECONDS, (ended - started) / COST)
+
+    def artifact(self, path: str | Path) -> None:
+        """Copy a file to the run's artifacts."""
+        if self.id is not None:
+            _attempt(lambda: self._client.log_artifact(self.id, str(path)))
+
+    def _open(self, name: str, params: Mapping, tags: Mapping, directory: Path) -> None:
+        invocation = os.environ.get("STS_INVOCATION")
+        client, experiment, parent = _store(invocation)
+        known = _interrupted(client, directory)
+        self.id = known or client.create_run(experiment, run_name=name).info.run_id
+        self._client = client
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RUN_ID_FILE).write_text(self.id + "\n", encoding="utf-8")
+        if parent:
+            tags = {**tags, "mlflow.parentRunId": parent, INVOCATION_TAG: invocation}
+        _write(client, self.id, {**_process_tags(), **tags}, {} if known else _flat(params))
+        client.update_run(self.id, status="RUNNING")
+        self._monitor = _gpu_monitor(self.id)
+
+    def _flush(self) -> None:
+        from mlflow.entities import Metric
+
+        while self._metrics:
+            batch = self._metrics[:1000]  # MLflow's limit for one call
+            self._client.log_batch(self.id, metrics=[Metric(*metric) for metric in batch])
+            del self._metrics[: len(batch)]
+
+    def _close(self, status: str) -> None:
+        if self._monitor is not None:
+            self._monitor.finish()
+        try:
+            self._flush()
+        finally:
+            self._client.set_terminated(self.id, status)
+
+
+def _attempt(action: Callable[[], Any], quiet: bool = False) -> bool:
+    """Whether `action` went through; whatever a store or a server does, the job goes on."""
+    try:
+        action()
+    except Exception as error:
+        if not quiet:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            store = _uri().rpartition("@")[2]  # without a password
+            log.warning("MLflow at %s failed, the job goes on without it: %s", store, reason)
+        return False
+    return True
+
+
+def reap() -> list[str]:
+    """Set runs that say RUNNING though their process died to KILLED; return their names.
+
+    Looks at processes of this host only. A parent is closed once none of its jobs runs; the next
+    job of the same call, if there is one, opens it again.
+    """
+    if not _wanted() or not _exists():
+        return []
+    client, experiment, _ = _store()
+    running = _search(client, experiment, "attributes.status = 'RUNNING'")
+    jobs = [r for r in running if "host" in r.data.tags]
+    dead = [r for r in jobs if _is_dead(r.data.tags)]
+    alive = {r.data.tags.get("mlflow.parentRunId") for r in jobs if r not in dead}
+    parents = [r for r in running if "host" not in r.data.tags and r.info.run_id not in alive]
+    for gone in dead + parents:
+        client.set_terminated(gone.info.run_id, "KILLED")
+    return [gone.info.run_name for gone in dead + parents]
+
+
+def close_invocation(status: str) -> None:
+    """End this call's parent run: FINISHED, FAILED or KILLED. Does nothing if no job opened it."""
+    invocation = os.environ.get("STS_INVOCATION")
+    if not invocation or not _wanted() or not _exists():
+        return
+
+    def close() -> None:
+        client, experiment, _ = _store()
+        for parent in _parents(client, experiment, invocation):
+            client.set_terminated(parent.info.run_id, status)
+
+    _attempt(close)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143) in the main thread, once; the old handler comes back after."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python gives signals to the main thread only
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing short
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _wanted() -> bool:
+    return os.environ.get("STS_TRACKING") != "off" and os.environ.get("RANK", "0") == "0"
+
+
+def _uri() -> str:
+    default = f"sqlite:///{Path.cwd() / 'results' / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def _database() -> Path | None:
+    """The file of an sqlite store, None for any other store."""
+    kind, _, path = _uri().partition(":///")
+    return Path(path).absolute() if kind == "sqlite" else None
+
+
+def _exists() -> bool:
+    database = _database()
+    return database is None or database.exists()
+
+
+def _store(parent: str | None = None) -> tuple[Any, str, str | None]:
+    """Client, experiment id and the id of the parent run of the invocation `parent`.
+
+    One process at a time: MLflow corrupts an sqlite store that two processes create together. The
+    database is made under another name, so that it is either whole or not there.
+    """
+    from filelock import FileLock
+
+    mlflow = _mlflow()
+    database = _database()
+    folder = database.parent if database else Path.cwd() / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "mlflow.lock", timeout=120):
+        if database and not database.exists():
+            part = database.with_name(f"{database.name}.part")
+            part.unlink(missing_ok=True)
+            mlflow.MlflowClient(f"sqlite:///{part}").search_experiments()
+            part.rename(database)
+        client = mlflow.MlflowClient(_uri())
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "sts")
+        known = client.get_experiment_by_name(name)
+        artifacts = str(folder / "mlflow-artifacts") if database else None
+        experiment = known.experiment_id if known else client.create_experiment(name, artifacts)
+        return client, experiment, _parent(client, experiment, parent) if parent else None
+
+
+def _parent(client: Any, experiment: str, invocation: str) -> str:
+    for found in _parents(client, experiment, invocation):
+        if found.info.status != "RUNNING":
+            client.update_run(found.info.run_id, status="RUNNING")
+        return found.info.run_id
+    tags = {INVOCATION_TAG: invocation, "sts.parent": "true", **_git_tags()}
+    return client.create_run(experiment, run_name=invocation, tags=tags).info.run_id
+
+
+def _parents(client: Any, experiment: str, invocation: str) -> list[Any]:
+    tags = f"tags.`{INVOCATION_TAG}` = '{invocation}' and tags.`sts.parent` = 'true'"
+    return _search(client, experiment, tags)
+
+
+def _search(client: Any, experiment: str, query: str) -> list[Any]:
+    page = client.search_runs([experiment], query)
+    found = list(page)
+    while page.token:
+        page = client.search_runs([experiment], query, page_token=page.token)
+        found += page
+    return found
+
+
+def _mlflow() -> Any:
+    """Import MLflow with its log noise, usage reports and long retries off."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow
+
+
+def _interrupted(client: Any, directory: Path) -> str | None:
+    """The run that `directory` remembers, if the store knows it and it did not finish."""
+    from mlflow.exceptions import MlflowException
+
+    file = directory / RUN_ID_FILE
+    if not file.exists():
+        return None
+    run_id = file.read_text(encoding="utf-8").strip()
+    try:
+        known = client.get_run(run_id)
+    except MlflowException:  # another store than last time
+        return None
+    return None if known.info.status == "FINISHED" else run_id
+
+
+def _write(client: Any, run_id: str, tags: Mapping, params: Mapping) -> None:
+    from mlflow.entities import Param, RunTag
+
+    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+    every = [Param(key, str(value)) for key, value in params.items()]
+    for start in range(0, len(every), 100):  # MLflow's limit for one call
+        client.log_batch(run_id, params=every[start : start + 100])
+
+
+def _flat(params: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level: {"vtc": {"keep": 0.5}} gives {"vtc.keep": 0.5}."""
+    flat = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _git_tags() -> dict[str, Any]:
+    git = provenance.git()
+    commit = git["commit"] or "unknown"
+    return {"mlflow.source.git.commit": commit, "git.commit": commit, "git.dirty": git["dirty"]}
+
+
+def _process_tags() -> dict[str, Any]:
+    import psutil
+
+    hardware = provenance.hardware()
+    return {
+        **_git_tags(),
+        "hardware": ", ".join(hardware["gpus"] or [f"{hardware['cores']} x {hardware['cpu']}"]),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process.start": psutil.Process().create_time(),
+    }
+
+
+def _is_dead(tags: Mapping[str, str]) -> bool:
+    import psutil
+
+    if tags["host"] != socket.gethostname():
+        return False
+    try:
+        started = psutil.Process(int(tags["pid"])).create_time()
+    except psutil.NoSuchProcess:
+        return True
+    return abs(started - float(tags["process.start"])) > 2  # another process has the number now
+
+
+def _gpu_monitor(run_id: str) -> Any:
+    """MLflow's sampler of GPU use and memory, None where torch has no GPU or NVML is missing."""
+    from importlib.util import find_spec
+
+    if not provenance.hardware()["gpus"] or find_spec("pynvml") is None:
+        return None
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=_uri())
+    monitor.start()
+    return monitor

@@ -1,0 +1,125 @@
+"""Tiny shared material: a LLaVA in two parts, its processor, prepared data and a resolved config.
+
+Everything is real (Hugging Face classes, Parquet files, manifests of the pipeline's own shape) and
+small enough that a whole training stage takes seconds on one core.
+"""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+
+import pytest
+
+IMAGE, PATCH = 64, 16  # pixels; 16 patch tokens an image
+
+
+def tiny_processor():
+    """LlavaProcessor with a word-level tokenizer over the words of `scenes`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from sts.data import scenes
+    from sts.data.conversation import CHAT_TEMPLATE
+
+    special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+    words = [*special, *sorted({"user", "assistant", ":", "\n", *scenes.vocabulary()})]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+        padding_side="right",
+    )
+    side = {"height": IMAGE, "width": IMAGE}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size=side),
+        tokenizer=fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> Path:
+    """Manifest of untrained tiny backbones: vision width 32, Llama width 32 with 6 layers."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("backbone")
+    processor = tiny_processor()
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=IMAGE, patch_size=PATCH,
+    )  # fmt: skip
+    language = LlamaConfig(
+        vocab_size=len(processor.tokenizer), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=6, num_attention_heads=2, max_position_embeddings=256,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, tie_word_embeddings=False,
+    )  # fmt: skip
+    CLIPVisionModel(vision).save_pretrained(folder / "vision")
+    LlamaForCausalLM(language).save_pretrained(folder / "language")
+    processor.save_pretrained(folder / "processor")
+    parts = {part: str(folder / part) for part in ("vision", "language", "processor")}
+    (folder / "manifest.json").write_text(json.dumps({**parts, "sha256": "tiny"}))
+    return folder / "manifest.json"
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """Manifest of a prepared data set: 24 rows in `align` and in `instruct`, from `scenes`."""
+    import datasets
+    from PIL import Image
+
+    from sts.data import scenes
+
+    folder = tmp_path_factory.mktemp("data")
+    columns = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "image": datasets.Image(),
+            "conversations": datasets.List(
+                {"from": datasets.Value("string"), "value": datasets.Value("string")}
+            ),
+        }
+    )
+    splits = {}
+    for split in ("align", "instruct"):
+        rows = [
+            {
+                "id": row["id"],
+                "image": Image.fromarray(row["image"]),
+                "conversations": _conversation(row, split),
+            }
+            for row in scenes.rows(split, 24, seed=0)
+        ]
+        datasets.Dataset.from_list(rows, features=columns).to_parquet(folder / f"{split}.parquet")
+        splits[split] = {"rows": 24, "sha256": split, "file": f"{split}.parquet"}
+    manifest = {"dataset": "scenes", "version": scenes.VERSION, "licence": "CC0-1.0",
+                "splits": splits, "bad_rows": {}, "sha256": "tiny"}  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder / "manifest.json"
+
+
+def _conversation(row: dict, split: str) -> list[dict]:
+    if split == "align":
+        pairs = [("describe the image.", row["caption"])]
+    else:
+        pairs = [(qa["question"], qa["answer"]) for qa in row["qa"]]
+    turns = [
+        turn
+        for question, answer in pairs
+        for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
+    ]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return turns

@@ -1,0 +1,84 @@
+# From data to tables: `snakemake --cores all` (docs/workflow.md says what else it can do).
+# The rules are in workflow/rules, a scale in workflow/config, the runs in workflow/ablations.yaml.
+from snakemake.utils import min_version
+
+min_version("9.17")
+
+
+configfile: "workflow/config/mini.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+if workflow.is_main_process and not workflow.output_settings.dryrun:
+    recover_from_kill()
+
+
+onstart:
+    write_configs()
+
+
+onsuccess:
+    close_tracking("FINISHED")
+    print(f"Results: {RESULTS}/tables/main.md, {RESULTS}/figures; report: `make report`")
+
+
+onerror:
+    show_failed_logs(log)
+    close_tracking("FAILED")
+
+
+rule all:
+    default_target: True
+    input:
+        tables(["main", "components"]),
+        figures(FIGURES),
+
+
+# Named targets: `snakemake --cores all NAME`.
+for name in TABLES:
+
+    rule:
+        name:
+            f"table_{name}"
+        input:
+            tables([name]),
+
+
+for name in FIGURES:
+
+    rule:
+        name:
+            f"fig_{name}"
+        input:
+            figures([name]),
+
+
+rule ablations:
+    input:
+        tables(TABLES),
+
+
+rule real:
+    input:
+        tables(["real"]),
+
+
+rule bench:
+    input:
+        f"{RESULTS}/bench/main.json",
+
+
+rule data:
+    input:
+        prepared(BASE.align.data + BASE.instruct.data + BASE.evaluation_data()),
+
+
+rule backbones:
+    input:
+        f"{RESULTS}/backbone_rebuilt/manifest.json",

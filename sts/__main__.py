@@ -1,0 +1,203 @@
+"""The pipeline's steps, one verb each: `python -m sts VERB --help`.
+
+The workflow calls these verbs and nothing else; each can be called by hand in the same way. What a
+verb needs is imported when it runs, so that the help is there at once.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sts import config as settings
+
+MINI = Path("workflow/config/mini.yaml")
+ABLATIONS = Path("workflow/ablations.yaml")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make a data set ready: rows as Parquet, a manifest, a report of rejected rows."""
+    from sts.data import prepare
+
+    prepare.prepare(config=settings.load_scale(args.config), name=args.dataset, out=args.out)
+
+
+def backbone(args: argparse.Namespace) -> None:
+    """Write the manifest of the vision tower and the language model that every run starts from."""
+    from sts import backbone
+
+    config = settings.load_scale(args.config)
+    if args.rebuild:
+        model = config.model.model_copy(update={"backbone": "rebuild"})
+        config = config.model_copy(update={"model": model})
+    backbone.main(config, args.out)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train one stage of one run, or go on with it where it was interrupted."""
+    from sts import train
+
+    config = settings.load_scale(args.config)
+    run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
+    train.train(config, **run, data=args.data, init=args.init, out=args.out)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measure a trained run on every benchmark, with and without the image."""
+    from sts import evaluate
+
+    config = settings.load_scale(args.config)
+    run = {"ablation": args.ablation, "seed": args.seed, "run": args.run}
+    evaluate.evaluate(config, **run, data=args.data, out=args.out)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Time the trainings of several configurations, interleaved, with the machine to themselves."""
+    from sts import bench
+
+    configs = {file.stem: settings.load_scale(file) for file in args.configs}
+    bench.bench(configs, data=args.data, init=args.init, out=args.out)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Write a table as CSV, Markdown and LaTeX from result files."""
+    from sts import tables
+
+    tables.table(args.name, args.results, args.ablations, args.out_stem)
+
+
+def figure(args: argparse.Namespace) -> None:
+    """Write a figure as SVG and PNG from result files."""
+    from sts import figures
+
+    figures.figure(args.name, args.results, args.ablations, args.out_stem)
+
+
+def summary(args: argparse.Namespace) -> None:
+    """Say in a few lines what was found and where to look."""
+    from sts import tables
+
+    tables.summary(args.results)
+
+
+def estimate(args: argparse.Namespace) -> None:
+    """Say what a run will cost before anything is trained: jobs, FLOPs, time, disk, memory."""
+    from sts import estimate
+
+    estimate.estimate(args.configfile, args.ablations)
+
+
+def reap(args: argparse.Namespace) -> None:
+    """Close MLflow runs whose process has died."""
+    from sts import tracking
+
+    for name in tracking.reap():
+        print(name)
+
+
+def close(args: argparse.Namespace) -> None:
+    """End the MLflow run of this call of the pipeline (STS_INVOCATION)."""
+    from sts import tracking
+
+    tracking.close_invocation(args.status)
+
+
+def config(args: argparse.Namespace) -> None:
+    """Check a scale and every ablation on it; print one of them, resolved."""
+    scale = settings.load_scale(args.configfile)
+    ablations = settings.load_ablations(args.ablations)
+    resolved = {id: settings.resolve(scale, entry) for id, entry in ablations.items()}
+    if args.ablation not in (None, *resolved):
+        raise settings.ConfigError(
+            args.ablations, "--ablation", args.ablation, f"one of {', '.join(resolved)}"
+        )
+    print(settings.dump(resolved[args.ablation] if args.ablation else scale), end="")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m sts", description=__doc__)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(function: Callable[[argparse.Namespace], None]) -> Callable:
+        text = function.__doc__
+        added = verbs.add_parser(function.__name__, help=text, description=text)
+        added.set_defaults(function=function)
+        return added.add_argument
+
+    def paths(add: Callable, **helps: str) -> None:
+        for name, text in helps.items():
+            add(f"--{name.replace('_', '-')}", type=Path, required=True, metavar="FILE", help=text)
+
+    def run(add: Callable) -> None:
+        paths(add, config="resolved configuration (results/<scale>/configs/<ablation>.yaml)")
+        add("--ablation", required=True, metavar="ID", help="name of the run")
+        add("--seed", required=True, type=int)
+
+    def data(add: Callable) -> None:
+        text = "manifests of prepared data sets"
+        add("--data", type=Path, nargs="+", required=True, metavar="FILE", help=text)
+
+    def shown(add: Callable) -> None:
+        add("--name", required=True)
+        results(add)
+        add("--ablations", nargs="+", required=True, metavar="ID", help="in this order")
+        paths(add, out_stem="output path without its ending")
+
+    def results(add: Callable) -> None:
+        text = "folder of a scale's results (default: %(default)s)"
+        add("--results", type=Path, default=Path("results/mini"), metavar="FOLDER", help=text)
+
+    def scale(add: Callable) -> None:
+        add("--configfile", type=Path, default=MINI, metavar="FILE", help="scale (default: mini)")
+        text = "table of ablations (default: %(default)s)"
+        add("--ablations", type=Path, default=ABLATIONS, metavar="FILE", help=text)
+
+    out = "result to write (JSON)"
+    add = verb(prepare)
+    paths(add, config="resolved configuration or scale file", out=out)
+    add("--dataset", required=True, metavar="NAME")
+    add = verb(backbone)
+    paths(add, config="resolved configuration or scale file", out=out)
+    add("--rebuild", action="store_true", help="train them anew, beside OUT")
+    add = verb(train)
+    run(add)
+    add("--stage", required=True, choices=settings.STAGES)
+    data(add)
+    paths(add, init="backbone manifest for align, align.json for instruct", out=out)
+    add = verb(evaluate)
+    run(add)
+    data(add)
+    paths(add, run="manifest of the trained run (instruct.json)", out=out)
+    add = verb(bench)
+    text = "resolved configurations, named by ablation; the first is the baseline"
+    add("--configs", type=Path, nargs="+", required=True, metavar="FILE", help=text)
+    data(add)
+    paths(add, init="backbone manifest", out=out)
+    shown(verb(table))
+    shown(verb(figure))
+    results(verb(summary))
+    scale(verb(estimate))
+    verb(reap)
+    verb(close)("--status", required=True, choices=("FINISHED", "FAILED", "KILLED"))
+    add = verb(config)
+    scale(add)
+    add("--ablation", metavar="ID", help="print this one with its values in place")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. A value that is not accepted ends it with one line and status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    args = parser().parse_args(argv)
+    try:
+        args.function(args)
+    except settings.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+# What the rules share: the checked configuration, which run is whose, what a job follows, and what
+# makes the bare command safe. Only snakemake and what it depends on may be imported here: with
+# --use-conda the jobs have another environment.
+import fcntl
+import os
+import re
+import shutil
+import sys
+import time
+from base64 import urlsafe_b64decode
+from functools import cache
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from sts import config as settings
+from sts.device import visible_gpus
+from sts.provenance import fingerprint
+
+
+def checked():
+    """(scale, resolved configuration of each ablation, ablations): all checked before any job."""
+    try:
+        for file in workflow.configfiles:
+            settings.load_yaml(file)  # Snakemake's own reader lets a doubled key pass
+        scale = settings.validate(config, workflow.configfiles[0])
+        ablations = settings.load_ablations("workflow/ablations.yaml")
+        resolved = {id: settings.resolve(scale, entry) for id, entry in ablations.items()}
+        return scale, resolved, ablations
+    except settings.ConfigError as error:
+        raise WorkflowError(str(error)) from None
+
+
+BASE, CONFIGS, ABLATIONS = checked()
+BASELINE = next(iter(CONFIGS))
+RESULTS = f"results/{BASE.scale}"
+TABLES = ["main", "components", "compressor", "skipper"]
+FIGURES = ["pareto", "loss", "layers", "tokens"]
+GPUS = len(visible_gpus())
+CODE = Path("sts")
+
+# A job takes as many GPUs as it has processes, where there are any: --cores alone doesn't limit
+# GPUs. `setdefault` leaves --resources gpu=N the last word.
+workflow.global_resources.setdefault("gpu", GPUS)
+
+# Jobs share these: the environment of this interpreter (also when it was not activated), and one
+# name for this call, under which MLflow gathers them.
+path = [str(Path(sys.executable).parent), *os.get_exec_path()]
+os.environ.update(PATH=os.pathsep.join(path))
+os.environ.setdefault("STS_INVOCATION", f"{BASE.scale} {time.strftime('%Y-%m-%d %H:%M:%S')}")
+
+
+pathvars:
+    results=RESULTS,
+    data=f"data/{BASE.scale}",
+
+
+wildcard_constraints:
+    ablation="|".join(CONFIGS),
+    seed=r"\d+",
+    dataset=r"[a-z][a-z0-9_]*",
+    group="|".join([*TABLES, "real"]),
+    figure="|".join(FIGURES),
+
+
+def config_file(ablation):
+    return f"{RESULTS}/configs/{ablation}.yaml"
+
+
+def members(group):
+    """Ids of the ablations that a table shows."""
+    return [id for id, entry in ABLATIONS.items() if group in entry.groups]
+
+
+@cache
+def owner(ablation, stage):
+    """The first ablation that trains this stage, and all before it, in the same way: one training
+    serves them all."""
+
+    def training(id):
+        stages = settings.STAGES[: settings.STAGES.index(stage) + 1]
+        return [CONFIGS[id].stage(name).identity() for name in stages]
+
+    return next(id for id in CONFIGS if training(id) == training(ablation))
+
+
+def trained(ablation, seed, stage):
+    return f"{RESULTS}/runs/{owner(ablation, stage)}/seed{seed}/{stage}.json"
+
+
+def prepared(datasets):
+    return [f"data/{BASE.scale}/{name}/manifest.json" for name in dict.fromkeys(datasets)]
+
+
+def evaluations(group):
+    return [
+        f"{RESULTS}/runs/{id}/seed{seed}/eval.json"
+        for id in members(group)
+        for seed in CONFIGS[id].seeds
+    ]
+
+
+def trainings(group):
+    return [
+        trained(id, seed, stage)
+        for id in members(group)
+        for seed in CONFIGS[id].seeds
+        for stage in settings.STAGES
+    ]
+
+
+def tables(names):
+    return [f"{RESULTS}/tables/{name}.md" for name in names]
+
+
+def figures(names):
+    return [f"{RESULTS}/figures/{name}.svg" for name in names]
+
+
+@cache
+def code(*files):
+    """What these source files compute: a job that has it as a param follows formulas, not comments."""
+    return fingerprint(*files)
+
+
+def training_code(*stages):
+    """Code of a training with these settings, and of the FLOPs in its manifest."""
+    files = {file for stage in stages for file in stage.sources()}
+    return code(CODE / "cost.py", *sorted(files))
+
+
+def preparation(dataset):
+    """The settings that the prepared rows of a data set depend on."""
+    own = BASE.data.custom.get(dataset) or (BASE.data.scenes if dataset == "scenes" else "")
+    return settings.config_hash(own, {"max_text_chars": BASE.data.max_text_chars})
+
+
+def preparation_code(dataset):
+    files = ["prepare.py", "registry.py", "conversation.py"] + ["scenes.py"] * (dataset == "scenes")
+    return code(*(CODE / "data" / file for file in files))
+
+
+def stages(group):
+    """The stages of the members of a group."""
+    return [CONFIGS[id].stage(name) for id in members(group) for name in settings.STAGES]
+
+
+def launch(stage):
+    """How a verb is started for a stage: one process, or one for each GPU."""
+    if stage.processes == 1:
+        return "python -m sts"
+    return f"accelerate launch --num_processes {stage.processes} -m sts"
+
+
+def write_configs():
+    """One resolved configuration for each ablation, which the jobs read; before the first job and
+    not while reading the Snakefile, so that a dry run beside a running one changes nothing."""
+    for id, resolved in CONFIGS.items():
+        file, text = Path(config_file(id)), settings.dump(resolved)
+        if not file.exists() or file.read_text() != text:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            part.write_text(text)
+            part.replace(file)
+
+
+def recover_from_kill():
+    """After `kill -9` or a power cut, clear what would stop the next call: Snakemake's lock, and
+    outputs that were not finished (small files: the trainings themselves go on where they were).
+
+    The kernel frees our own lock with the process that held it: whoever gets it is alone.
+    """
+    global ALIVE  # open, and so locked, as long as this process lives
+    Path(".snakemake").mkdir(exist_ok=True)
+    ALIVE = open(".snakemake/alive", "w")
+    try:
+        fcntl.flock(ALIVE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another call is at work, or no locks here: left to Snakemake
+        return
+    shutil.rmtree(".snakemake/locks", ignore_errors=True)
+    for marker in [path for path in Path(".snakemake/incomplete").glob("*") if path.is_file()]:
+        Path(urlsafe_b64decode(marker.name).decode()).unlink(missing_ok=True)
+        marker.unlink()
+
+
+def show_failed_logs(log, lines=30):
+    """The end of the log file of each job that failed."""
+    for name in dict.fromkeys(re.findall(r"log: (\S+) \(check log", Path(log).read_text())):
+        if Path(name).exists():
+            text = [line.rsplit("\r", 1)[-1] for line in Path(name).read_text().split("\n")]
+            print(f"\n--- {name}", *text[-lines:], "---", sep="\n", file=sys.stderr)
+
+
+def close_tracking(status):
+    """End this call's MLflow run, with the interpreter of the jobs."""
+    used = workflow.dag.conda_envs.values()
+    deployed = "conda" in map(str, workflow.deployment_settings.deployment_method)
+    python = f"{next(iter(used)).address}/bin/python" if deployed and used else "python"
+    shell("{python} -m sts close --status {status} || true")

@@ -1,0 +1,56 @@
+# Prepared data and the backbones that every run starts from.
+
+
+rule prepare:
+    output:
+        "<data>/{dataset}/manifest.json",
+    log:
+        "<results>/logs/data/{dataset}.log",
+    conda:
+        "../../envs/sts.yaml"
+    params:
+        config=config_file(BASELINE),
+        settings=lambda wildcards: preparation(wildcards.dataset),
+        code=lambda wildcards: preparation_code(wildcards.dataset),
+    message:
+        "data set {wildcards.dataset}"
+    shell:
+        "python -m sts prepare --config {params.config} --dataset {wildcards.dataset}"
+        " --out {output} > {log} 2>&1"
+
+
+rule backbone:
+    output:
+        "<results>/backbone/manifest.json",
+    log:
+        "<results>/logs/backbone.log",
+    conda:
+        "../../envs/sts.yaml"
+    params:
+        config=config_file(BASELINE),
+        settings=settings.config_hash(BASE.model),
+        code=code(CODE / "backbone.py", *sorted(Path("data/backbones").rglob("*.*"))),
+    message:
+        f"backbones: {BASE.model.backbone}"
+    shell:
+        "python -m sts backbone --config {params.config} --out {output} > {log} 2>&1"
+
+
+rule rebuild:
+    output:
+        "<results>/backbone_rebuilt/manifest.json",
+    log:
+        "<results>/logs/backbone_rebuilt.log",
+    conda:
+        "../../envs/sts.yaml"
+    threads: BASE.model.threads
+    resources:
+        gpu=GPUS and 1,
+    params:
+        config=config_file(BASELINE),
+        settings=settings.config_hash(BASE.model),
+        code=code(CODE / "backbone.py", CODE / "data" / "scenes.py"),
+    message:
+        "backbones from scratch"
+    shell:
+        "python -m sts backbone --rebuild --config {params.config} --out {output} > {log} 2>&1"

@@ -1,0 +1,58 @@
+# What a run is worth, and what it cost. The benchmark of training time has the machine to itself.
+
+
+rule evaluate:
+    input:
+        run=lambda wildcards: trained(wildcards.ablation, wildcards.seed, "instruct"),
+        data=lambda wildcards: prepared(CONFIGS[wildcards.ablation].evaluation_data()),
+    output:
+        "<results>/runs/{ablation}/seed{seed}/eval.json",
+    log:
+        "<results>/logs/runs/{ablation}/seed{seed}/eval.log",
+    conda:
+        "../../envs/sts.yaml"
+    threads: 1
+    resources:
+        gpu=GPUS and 1,
+    params:
+        config=lambda wildcards: config_file(wildcards.ablation),
+        settings=lambda wildcards: settings.config_hash(CONFIGS[wildcards.ablation].evaluate),
+        code=code(CODE / "evaluate.py", *sorted((CODE / "tasks").glob("*.*"))),
+    message:
+        "evaluate {wildcards.ablation}, seed {wildcards.seed}"
+    shell:
+        "python -m sts evaluate --config {params.config} --ablation {wildcards.ablation}"
+        " --seed {wildcards.seed} --run {input.run} --data {input.data}"
+        " --out {output} > {log} 2>&1"
+
+
+rule timing:
+    input:
+        init="<results>/backbone/manifest.json",
+        data=lambda wildcards: prepared(
+            name for stage in stages(wildcards.group) for name in stage.data
+        ),
+    output:
+        "<results>/bench/{group}.json",
+    log:
+        "<results>/logs/bench/{group}.log",
+    conda:
+        "../../envs/sts.yaml"
+    threads: lambda wildcards: workflow.cores
+    resources:
+        gpu=GPUS,
+    params:
+        configs=lambda wildcards: [config_file(id) for id in members(wildcards.group)],
+        settings=lambda wildcards: settings.config_hash(
+            BASE.bench, *(stage.identity() for stage in stages(wildcards.group))
+        ),
+        code=lambda wildcards: code(
+            CODE / "bench.py",
+            CODE / "cost.py",
+            *sorted({file for stage in stages(wildcards.group) for file in stage.sources()}),
+        ),
+    message:
+        "training time of the group {wildcards.group}"
+    shell:
+        "python -m sts bench --configs {params.configs} --init {input.init} --data {input.data}"
+        " --out {output} > {log} 2>&1"

@@ -1,0 +1,72 @@
+# `make reproduce` makes every number of the README; `make test` checks the code. Both make .venv.
+PYTHON ?= python3
+SCALE ?= mini
+BIN := .venv/bin
+RESULTS := results/$(SCALE)
+SNAKEMAKE := $(BIN)/snakemake $(if $(filter mini,$(SCALE)),,--configfile workflow/config/$(SCALE).yaml)
+
+.PHONY: help reproduce data report test test-all lint lock reference clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make reproduce   data, training, evaluation, tables, figures, report (SCALE=mini, smoke)"
+	@echo "make data        only the prepared data"
+	@echo "make report      the HTML report of the results that are there"
+	@echo "make test        the everyday tests; make test-all: the slow ones too"
+	@echo "make lint        style of Python and Snakemake files"
+	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
+	@echo "make reference   the results as reference results, small files only"
+	@echo "make clean       forget results and prepared data of the scale"
+
+reproduce: .venv/made-from-lock
+	$(SNAKEMAKE) --cores all
+	@$(MAKE) --no-print-directory report
+	@$(BIN)/python -m sts summary --results $(RESULTS)
+
+data: .venv/made-from-lock
+	$(SNAKEMAKE) --cores all data
+
+report: .venv/made-from-lock
+	$(SNAKEMAKE) --report $(RESULTS)/report.html
+
+test: .venv/made-from-lock
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: .venv/made-from-lock
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/made-from-lock
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
+	$(BIN)/snakemake --lint
+
+.venv/made-from-lock: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) has no venv or pip: install them (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+lock:
+	@sed -n '/^#/p' requirements.lock > requirements.part
+	$(BIN)/python -m pip freeze --all | sed 's/+cpu$$//' | grep -vE '^(pip|wheel)==' | LC_ALL=C sort -f >> requirements.part
+	@mv requirements.part requirements.lock
+	@touch .venv/made-from-lock
+	@$(MAKE) --no-print-directory envs/sts.yaml
+
+envs/sts.yaml: requirements.lock
+	@{ sed '/pip:$$/q' $@; sed -n 's/^[^#]/      - &/p' requirements.lock; } > $@.part
+	@mv $@.part $@
+
+reference:
+	rm -rf results/reference/$(SCALE)
+	mkdir -p results/reference/$(SCALE)
+	cd $(RESULTS) && find tables figures bench runs -type f \
+	  \( -not -path 'runs/*' -o -name eval.json -o -name align.json -o -name instruct.json \) \
+	  -exec cp --parents -t ../reference/$(SCALE) {} +
+
+clean:
+	rm -rf $(RESULTS) data/$(SCALE)

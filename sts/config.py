@@ -136,6 +136,12 @@ class ModelConfig(Block):
     """Layer of the vision tower whose features are projected."""
     layers: Count = 8
     """Decoder layers of the language model; what skip rates are checked against."""
+    vision_steps: Count = 2400
+    """Training steps of the vision tower of `rebuild`."""
+    language_steps: Count = 2400
+    """Training steps of the language model of `rebuild`."""
+    threads: Count = 2
+    """CPU threads of a rebuild."""
     vision_steps: Count = 600
     """Steps of `rebuild` for the vision tower."""
     language_steps: Count = 3000

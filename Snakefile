@@ -36,7 +36,7 @@ onerror:
 rule all:
     default_target: True
     input:
-        tables(["main", "components"]),
+        tables(["main"]),
         figures(FIGURES),
 
 

@@ -1,0 +1,101 @@
+"""The generator: same bytes everywhere, disjoint splits, balanced answers, held-out pairs held out."""
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from sts.data import scenes
+
+
+def digest(rows: list[dict]) -> str:
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(row["image"].tobytes())
+        sha.update(repr((row["id"], row["caption"], row["qa"], row["truth"].tolist())).encode())
+    return sha.hexdigest()
+
+
+def test_same_bytes_on_every_machine():
+    """A change of this hash is a new data set: raise scenes.VERSION with it."""
+    assert digest(list(scenes.rows("align", 40, 0)))[:16] == "45dcba850015540a"
+
+
+def test_a_row_depends_on_seed_split_and_index_only():
+    assert digest(list(scenes.rows("align", 3, 0))) == digest(list(scenes.rows("align", 9, 0))[:3])
+    assert digest(list(scenes.rows("align", 3, 0))) != digest(list(scenes.rows("align", 3, 1)))
+
+
+def test_training_splits_share_no_image_with_each_other_or_a_benchmark():
+    seen: set[bytes] = set()
+    for split in ("align", "instruct"):
+        pixels = {row["image"].tobytes() for row in scenes.rows(split, 150, 0)}
+        assert not seen & pixels
+        seen |= pixels
+    for skill in scenes.SKILLS:
+        assert not seen & {row["image"].tobytes() for row in scenes.benchmark(skill, 40, 0)}
+
+
+@pytest.mark.parametrize("skill", scenes.SKILLS)
+def test_within_a_form_every_answer_comes_equally_often(skill):
+    rows = scenes.benchmark(skill, 120, 0)
+    assert len(rows) == 120 and len({row["id"] for row in rows}) == 120
+    forms = Counter(row["form"] for row in rows)
+    assert max(forms.values()) - min(forms.values()) <= 1
+    for form in forms:
+        answers = Counter(row["answer"] for row in rows if row["form"] == form)
+        assert max(answers.values()) - min(answers.values()) <= 1
+
+
+def test_no_training_row_shows_or_names_a_held_out_pair():
+    shown = {
+        (scenes.SHAPES[kind - 1], scenes.COLOUR_NAMES[colour - 1])
+        for row in scenes.rows("instruct", 400, 0)
+        for kind, colour in row["truth"][:, :2]
+        if 0 < kind <= len(scenes.SHAPES)
+    }
+    assert len(shown) == 48 - len(scenes.HELD_OUT) and not shown & scenes.HELD_OUT
+    text = " ".join(
+        row["caption"] + " ".join(qa["question"] for qa in row["qa"])
+        for row in scenes.rows("instruct", 400, 0)
+    )
+    assert not [pair for pair in scenes.HELD_OUT if f"{pair[1]} {pair[0]}" in text]
+
+
+def test_composition_asks_about_held_out_pairs_only():
+    pairs = [f"{colour} {shape}" for shape, colour in scenes.HELD_OUT]
+    asked = [r["question"] for r in scenes.benchmark("composition", 60, 0) if r["form"] == "pair"]
+    assert asked and all(any(pair in question for pair in pairs) for question in asked)
+
+
+def test_truth_describes_the_pixels():
+    """Where a patch is said to show a red thing, red is the strongest channel of its reddest pixel."""
+    red = 1 + scenes.COLOUR_NAMES.index("red")
+    for row in scenes.rows("align", 60, 3):
+        patches = row["image"].reshape(8, 8, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(64, 64, 3)
+        for patch in np.flatnonzero((row["truth"][:, 1] == red) & (row["truth"][:, 3] == 0)):
+            pixel = patches[patch].astype(int)
+            assert (pixel[:, 0] - pixel[:, 1:].max(1)).max() > 100
+
+
+def test_counts_agree_with_the_truth():
+    """The number of centre patches is the number of objects that the question counts."""
+    for row in scenes.rows("instruct", 200, 5):
+        for qa in row["qa"]:
+            if qa["question"] == "how many objects are there?":
+                assert row["truth"][:, -1].sum() <= scenes.NUMBERS.index(qa["answer"])
+                assert row["truth"][:, -1].sum() >= scenes.NUMBERS.index(qa["answer"]) - 1
+
+
+def test_unknown_skill_names_the_known():
+    with pytest.raises(ValueError, match="existence, colour"):
+        scenes.benchmark("smell", 1, 0)
+
+
+def test_written_pictures_say_kind_and_place():
+    row = next(row for row in scenes.rows("align", 50, 0) if "circle" in row["caption"])
+    slots = scenes.written(row["truth"])
+    assert len(slots) == 64 and all(slot[-2:] == [f"r{i // 8 + 1}", f"c{i % 8 + 1}"]
+                                    for i, slot in enumerate(slots))  # fmt: skip
+    assert any("circle" in slot and "center" in slot for slot in slots)

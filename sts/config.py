@@ -142,12 +142,6 @@ class ModelConfig(Block):
     """Training steps of the language model of `rebuild`."""
     threads: Count = 2
     """CPU threads of a rebuild."""
-    vision_steps: Count = 600
-    """Steps of `rebuild` for the vision tower."""
-    language_steps: Count = 3000
-    """Steps of `rebuild` for the language model."""
-    threads: Count = 1
-    """CPU threads of `rebuild`."""
 
 
 class VTCConfig(Block):

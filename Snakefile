@@ -67,18 +67,3 @@ rule ablations:
 rule real:
     input:
         tables(["real"]),
-
-
-rule bench:
-    input:
-        f"{RESULTS}/bench/main.json",
-
-
-rule data:
-    input:
-        prepared(BASE.align.data + BASE.instruct.data + BASE.evaluation_data()),
-
-
-rule backbones:
-    input:
-        f"{RESULTS}/backbone_rebuilt/manifest.json",

@@ -1,59 +1,117 @@
-"""Which GPU a job may use: a lease on one visible device, held by a file lock.
+"""One GPU per job, however many jobs a machine runs side by side.
 
-Snakemake counts GPUs but does not name them, so parallel jobs would all land on the first. The
-kernel frees a lock with the process that held it, also after `kill -9`. Standard library only.
+Snakemake counts GPUs but doesn't say which one a job gets, so all would take the first. A job that
+trains or evaluates takes a lease: a lock on one GPU's file, which the kernel gives back even when
+the process is killed. Standard library only: the Snakefile asks `gpu_count` in a bare environment.
 """
 
 import fcntl
+import logging
 import os
+import re
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+    """Ids of the GPUs this process may use: CUDA_VISIBLE_DEVICES if set, else all there are."""
+POLL_SECONDS = 0.5
+HELD = "STS_GPU_LEASE"  # tells a child process that its parent holds the lease for it
 
-LOCKS = Path(".snakemake/gpus")
+log = logging.getLogger(__name__)
 
 
-def visible_gpus() -> list[str]:
-    """Ids of the GPUs that this process may use: CUDA_VISIBLE_DEVICES if set, else all there are."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+def gpu_count(listing: str | None = None) -> int:
+    """Number of GPUs that this process may use; 0 without NVIDIA's driver."""
+    return len(visible_gpus(listing))
+
+
+def visible_gpus(listing: str | None = None) -> list[str]:
+    """Identities (`GPU-...`) of the GPUs that CUDA_VISIBLE_DEVICES leaves this process, in order.
+
+    `listing` is the text of `nvidia-smi -L`, by default asked for. Identities, because the number
+    0 means different GPUs to two jobs that a scheduler has confined to one each.
+    """
+    installed = re.findall(r"^GPU \d+: .*\(UUID: (.+)\)", _listing(listing), flags=re.MULTILINE)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not installed:
+        return installed
+    gpus = []
+    for token in chosen.split(","):
+        token = token.strip()
+        if token.isdigit() and int(token) < len(installed):
+            gpus.append(installed[int(token)])
+        elif token.startswith(("GPU-", "MIG-")):  # may be abbreviated
+            gpus.append(next((gpu for gpu in installed if gpu.startswith(token)), token))
+        else:
+            break  # as CUDA does: what follows an invalid entry is not visible
+    return gpus
+
+
+def _listing(listing: str | None) -> str:
+    if listing is not None:
+        return listing
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return []
-    return [str(i) for i, _ in enumerate(listed.stdout.splitlines())]
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout if answer.returncode == 0 else ""
 
 
 @contextmanager
-def lease(gpus: list[str] | None = None, folder: Path = LOCKS) -> Iterator[str | None]:
-    """Hold one of `gpus` (default: the visible ones) and make it the only visible one.
+def lease(listing: str | None = None, folder: str | Path | None = None) -> Iterator[str | None]:
+    """Hold one GPU for the body of a `with`; gives its identity, None where there is no GPU.
 
-    Yields its id, or None where there is no GPU, or where a launcher has given this process its own
-    (LOCAL_RANK). Waits while all are taken. Call before torch starts CUDA.
+    Waits until one is free, then makes it the only one that CUDA shows to this process. Does
+    nothing inside another lease and in a job of several processes, whose launcher deals out GPUs.
+    `folder` holds the locks, by default one per user in the host's temporary folder. Raises
+    RuntimeError if torch has started CUDA already: then it is too late to choose.
     """
-    gpus = visible_gpus() if gpus is None else gpus
-    if not gpus or "LOCAL_RANK" in os.environ:
-        yield None
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    gpus = [] if distributed or HELD in os.environ else visible_gpus(listing)
+    if not gpus:
+        yield os.environ.get(HELD)
         return
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise RuntimeError("CUDA runs already: enter sts.device.lease() before torch uses a GPU")
+    folder = Path(folder or Path(tempfile.gettempdir()) / f"sts-gpu-{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with ExitStack() as held, _environment() as environment:
+        gpu = _lock_one(gpus, folder, held)
+        environment |= {"CUDA_VISIBLE_DEVICES": gpu, HELD: gpu}
+        yield gpu
+
+
+def _lock_one(gpus: list[str], folder: Path, held: ExitStack) -> str:
+    """Lock the first free GPU's file and leave it open in `held`."""
+    waiting = False
     while True:
         for gpu in gpus:
-            with (folder / f"{gpu}.lock").open("w") as lock:
+            with ExitStack() as attempt:
+                file = attempt.enter_context(open(folder / f"{gpu}.lock", "a"))
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     continue
-                os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-                try:
-                    yield gpu
-                finally:
-                    if before is None:
-                        del os.environ["CUDA_VISIBLE_DEVICES"]
-                    else:
-                        os.environ["CUDA_VISIBLE_DEVICES"] = before
-                return
-        time.sleep(1.0)
+                held.enter_context(attempt.pop_all())
+                return gpu
+        if not waiting:
+            log.warning("All %d GPUs are in use by other jobs; waiting for one.", len(gpus))
+            waiting = True
+        time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def _environment() -> Iterator[dict[str, str]]:
+    """os.environ, put back afterwards as it was for the names that a lease sets."""
+    names = ("CUDA_VISIBLE_DEVICES", HELD)
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield os.environ
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)

@@ -11,10 +11,10 @@ majority  the most frequent answer of each question form: no question-only guess
 chance    a uniform guess among the answers of each form
 """
 
+import gc
 import json
 import logging
 import os
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import lm_eval.api.task
+import lm_eval.evaluator
 import torch
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
@@ -99,8 +101,8 @@ def load_tasks(settings: EvaluateConfig, data: Sequence[str | Path]) -> dict[str
 
     Raises FileNotFoundError if the data of a benchmark are missing.
     """
-    # one line for each task, about an option that is set below
-    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
+    # it warns of defaults of its own choice, once for each task
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = {}
     for ending, blind in {"": False, BLIND: True}.items() if settings.blind else [("", False)]:
         metadata = {"data": [str(manifest) for manifest in data], "blind": blind}
@@ -135,15 +137,20 @@ def answer(lm: LM, tasks: Mapping[str, Task]) -> tuple[dict[str, dict], dict[str
     correct}]}).
     """
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
-    found = lm_eval.evaluate(
-        lm=lm,
-        task_dict={"tasks": dict(tasks)},
-        apply_chat_template=True,
-        bootstrap_iters=1,  # the error of a mean has a formula; 0 would leave it out
-    )
+    lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
+    gc.freeze()  # `hf-multimodal` collects garbage after every batch: half of the time otherwise
+    try:
+        found = lm_eval.evaluate(
+            lm=lm,
+            task_dict={"tasks": dict(tasks)},
+            apply_chat_template=True,
+            bootstrap_iters=1,  # the error of a mean has a formula; 0 would leave it out
+        )
+    finally:
+        gc.unfreeze()
     scores = {
         name: {
-            "score": found["results"][name][SCORE],
+            "score": float(found["results"][name][SCORE]),
             "stderr": found["results"][name][STDERR],
             "version": found["versions"][name],
         }

@@ -165,6 +165,7 @@ def stage_key(
     """16 hex digits of all that the weights of a stage depend on: settings, code, seed, bytes of
     the data and of the weights it starts from. The name of the ablation is not among them."""
     start = read_json(init)
+    parts = [start.get("sha256"), start.get("vision_feature_layer")]  # of a backbone manifest
     return provenance.sha256_json(
         {
             "stage": stage,
@@ -172,7 +173,7 @@ def stage_key(
             "code": provenance.fingerprint(*block.sources()),
             "seed": seed,
             "data": [read_json(manifest)["sha256"] for manifest in data],
-            "init": start.get("weights_sha256") or start["sha256"],
+            "init": start.get("weights_sha256") or parts,
         }
     )[:16]
 

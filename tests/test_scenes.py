@@ -1,4 +1,4 @@
-"""The generator: same bytes everywhere, disjoint splits, balanced answers, held-out pairs held out."""
+"""The generator: same bytes everywhere, disjoint splits, balanced answers, nothing leaks."""
 
 import hashlib
 from collections import Counter
@@ -70,7 +70,7 @@ def test_composition_asks_about_held_out_pairs_only():
 
 
 def test_truth_describes_the_pixels():
-    """Where a patch is said to show a red thing, red is the strongest channel of its reddest pixel."""
+    """Where a patch is said to be red, red is the strongest channel of its reddest pixel."""
     red = 1 + scenes.COLOUR_NAMES.index("red")
     for row in scenes.rows("align", 60, 3):
         patches = row["image"].reshape(8, 8, 8, 8, 3).transpose(0, 2, 1, 3, 4).reshape(64, 64, 3)

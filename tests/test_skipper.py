@@ -99,6 +99,11 @@ def test_need_skips_least_influence_most_and_explores(exact):
     assert shares("need", exact=exact, explore=0.25) == pytest.approx(expected, abs=0.02)
 
 
+def test_need_gives_ties_their_mean_rank():
+    found = POLICIES["need"]([0, 1, 2], 0.5, [0.1, 0.1, 0.5], explore=0)
+    assert found == pytest.approx([1.5 * rank / 6 for rank in (2.5, 2.5, 1)])
+
+
 def test_need_is_uniform_before_any_measurement():
     assert shares("need", stats=None) == pytest.approx([0, *[0.4] * 6, 0], abs=0.02)
     assert draws("need", 50, stats=None) == draws("uniform", 50, stats=None)

@@ -49,5 +49,13 @@ def load(
     return {"test": rows.with_transform(_grey) if blind else rows}
 
 
+def prompt(row: dict) -> str:
+    """The user's turn: the image first, as in LLaVA's conversations.
+
+    A function because lm-eval compiles a template anew for every question.
+    """
+    return f"<image>\n{row['question']}"
+
+
 def _grey(batch: dict) -> dict:
     return batch | {"image": [Image.new("RGB", image.size, GREY) for image in batch["image"]]}

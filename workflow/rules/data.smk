@@ -1,6 +1,16 @@
 # Prepared data and the backbones that every run starts from.
 
 
+rule data:
+    input:
+        prepared(BASE.align.data + BASE.instruct.data + BASE.evaluation_data()),
+
+
+rule backbones:
+    input:
+        f"{RESULTS}/backbone_rebuilt/manifest.json",
+
+
 rule prepare:
     output:
         "<data>/{dataset}/manifest.json",

@@ -1,6 +1,11 @@
 # What a run is worth, and what it cost. The benchmark of training time has the machine to itself.
 
 
+rule bench:
+    input:
+        f"{RESULTS}/bench/main.json",
+
+
 rule evaluate:
     input:
         run=lambda wildcards: trained(wildcards.ablation, wildcards.seed, "instruct"),

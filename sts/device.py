@@ -14,9 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-    """Ids of the GPUs this process may use: CUDA_VISIBLE_DEVICES if set, else all there are."""
+
 POLL_SECONDS = 0.5
 HELD = "STS_GPU_LEASE"  # tells a child process that its parent holds the lease for it
 
@@ -79,39 +79,31 @@ def lease(listing: str | None = None, folder: str | Path | None = None) -> Itera
         raise RuntimeError("CUDA runs already: enter sts.device.lease() before torch uses a GPU")
     folder = Path(folder or Path(tempfile.gettempdir()) / f"sts-gpu-{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as held, _environment() as environment:
-        gpu = _lock_one(gpus, folder, held)
-        environment |= {"CUDA_VISIBLE_DEVICES": gpu, HELD: gpu}
+    gpu, lock = _lock_one(gpus, folder)
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": gpu, HELD: gpu}
+    try:
         yield gpu
+    finally:
+        del os.environ[HELD], os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        os.close(lock)
 
 
-def _lock_one(gpus: list[str], folder: Path, held: ExitStack) -> str:
-    """Lock the first free GPU's file and leave it open in `held`."""
+def _lock_one(gpus: list[str], folder: Path) -> tuple[str, int]:
+    """The first free GPU and the open file whose lock holds it; waits while all are taken."""
     waiting = False
     while True:
         for gpu in gpus:
-            with ExitStack() as attempt:
-                file = attempt.enter_context(open(folder / f"{gpu}.lock", "a"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                held.enter_context(attempt.pop_all())
-                return gpu
+            lock = os.open(folder / f"{gpu}.lock", os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+            else:
+                return gpu, lock
         if not waiting:
             log.warning("All %d GPUs are in use by other jobs; waiting for one.", len(gpus))
             waiting = True
         time.sleep(POLL_SECONDS)
-
-
-@contextmanager
-def _environment() -> Iterator[dict[str, str]]:
-    """os.environ, put back afterwards as it was for the names that a lease sets."""
-    names = ("CUDA_VISIBLE_DEVICES", HELD)
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    try:
-        yield os.environ
-    finally:
-        for name in names:
-            os.environ.pop(name, None)
-        os.environ.update(before)

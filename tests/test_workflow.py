@@ -1,0 +1,406 @@
+"""The workflow as a user runs it: real Snakemake on a copy of the project.
+
+In the copy the long work is cut short: `train`, `evaluate` and the others write small results of
+the same shape at once. What is tested is what is run, when, and what a user is told.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = "workflow/config/smoke.yaml"
+BOTH = ("all", "table_components")
+BIN = Path(sys.executable).parent
+STANDINS = {
+    "data/prepare.py": "def prepare(config, name, out): write(out, {'dataset': name})",
+    "backbone.py": "def main(config, out): write(out, {'vision': config.model.backbone})",
+    "train.py": """
+def train(config, ablation, seed, stage, data, init, out):
+    print("training", ablation)
+    for _ in range(600 * Path("slow").exists()): time.sleep(0.1)
+    if Path("broken").exists(): raise SystemExit(f"{ablation}: out of memory")
+    write(out, {"stage": config.stage(stage).identity(), "seed": seed, "init": hashed(init)})""",
+    "evaluate.py": """
+def evaluate(config, ablation, seed, run, data, out): write(out, {"run": hashed(run)})""",
+    "bench.py": """
+def bench(configs, data, init, out):
+    write(out, {"threads": os.environ["OMP_NUM_THREADS"], "configs": list(configs)})""",
+    "tables.py": """
+def table(name, results, ablations, out_stem):
+    for ending in ("md", "csv", "tex"): write(f"{out_stem}.{ending}", ablations)""",
+    "figures.py": """
+def figure(name, results, ablations, out_stem):
+    for ending in ("svg", "png"): write(f"{out_stem}.{ending}", ablations)""",
+}
+HEAD = """
+import hashlib, json, os, time
+from pathlib import Path
+def hashed(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def write(path, value):
+    part = Path(f"{path}.part"); part.write_text(json.dumps(value)); part.replace(path)
+    with open("done.txt", "a") as file: file.write(f"{path}\\n")
+"""
+
+
+def make_project(folder: Path) -> Path:
+    """A copy of what the workflow consists of, with stand-ins for the long work."""
+    for name in ("sts", "workflow", "envs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", folder)
+    for name, text in STANDINS.items():
+        (folder / "sts" / name).write_text(HEAD + text + "\n")
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    return make_project(tmp_path / "project")
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory) -> Path:
+    folder = make_project(tmp_path_factory.mktemp("finished") / "project")
+    run(folder, SMOKE, "all", "table_components")
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path) -> Path:
+    """A copy of the project in which the main job and `table_components` have been made."""
+    return shutil.copytree(finished_once, tmp_path / "project", symlinks=True)
+
+
+def call(*arguments: str) -> list[str]:
+    return [str(BIN / "snakemake"), "--cores", "2", "--nocolor", *arguments]
+
+
+def environment(**more: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("STS_", "SNAKEMAKE"))}
+    return {**clean, "CUDA_VISIBLE_DEVICES": "", "STS_TRACKING": "off", **more}
+
+
+def run(folder: Path, scale: str | None, *arguments: str, ok: bool = True, **env: str) -> str:
+    """What Snakemake says; the test fails if it doesn't end as expected."""
+    flags = ["--configfile", scale] if scale else []
+    done = subprocess.run(
+        call(*arguments, *flags), cwd=folder, env=environment(**env),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert (done.returncode == 0) is ok, said
+    return said
+
+
+def planned(folder: Path, *arguments: str, scale: str = SMOKE, **env: str) -> dict[str, int]:
+    """Jobs by rule that a call would run."""
+    said = run(folder, scale, "-n", *(arguments or BOTH), **env)
+    if "Nothing to be done" in said:
+        return {}
+    rows = re.findall(r"^(\w+) +(\d+)$", said.partition("Job stats:")[2], re.MULTILINE)
+    return {rule: int(count) for rule, count in rows if rule != "total"}
+
+
+def edit(file: Path, before: str, after: str) -> None:
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+# ---- what runs --------------------------------------------------------------------------------
+
+
+def test_the_default_makes_the_tables_and_figures_of_the_main_job(finished):
+    made = {str(p.relative_to(finished / "results/smoke")) for p in finished.rglob("results/**/*")}
+    assert {"tables/main.md", "tables/main.csv", "tables/main.tex"} <= made
+    assert {"tables/components.md", "figures/pareto.svg", "figures/loss.png"} <= made
+    shown = json.loads((finished / "results/smoke/tables/main.md").read_text())
+    assert shown == ["dense", "vtc", "lds", "sts"]
+
+
+def test_a_stage_that_two_ablations_share_is_trained_once(finished):
+    made = (finished / "done.txt").read_text().split()
+    aligned = {line for line in made if line.endswith("align.json")}
+    assert aligned == {f"results/smoke/runs/{id}/seed0/align.json" for id in ("dense", "vtc", "v1")}
+    assert len(made) == len(set(made)), "something was made twice"
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("table_main", {"table": 1, "evaluate": 4, "timing": 1, "align": 2, "instruct": 4}),
+        ("table_components", {"table": 1, "evaluate": 6}),
+        ("table_compressor", {"table": 1, "evaluate": 6}),
+        ("table_skipper", {"table": 1, "align": 1}),
+        ("fig_pareto", {"figure": 1, "evaluate": 4}),
+        ("fig_loss", {"figure": 1}),
+        ("fig_layers", {"figure": 1}),
+        ("fig_tokens", {"figure": 1}),
+        ("ablations", {"table": 4, "timing": 4}),
+        ("real", {"prepare": 3, "evaluate": 2, "instruct": 2}),
+        ("bench", {"timing": 1}),
+        ("data", {"prepare": 1}),
+        ("backbones", {"rebuild": 1}),
+    ],
+)
+def test_every_named_target_plans_its_jobs(project, target, expected):
+    jobs = planned(project, target)
+    assert expected.items() <= jobs.items(), jobs
+
+
+def test_the_paper_scale_is_planned_with_its_processes_and_its_own_data(project):
+    said = run(project, "workflow/config/paper.yaml", "-n", "-p", "table_main")
+    assert "accelerate launch --num_processes 8 -m sts train" in said
+    assert "data/paper/llava_pretrain/manifest.json" in said
+    assert "scenes" not in said.partition("rule ")[0]
+
+
+def test_the_default_scale_is_mini_with_three_seeds(project):
+    jobs = planned(project, "all", scale=None)
+    assert (jobs["align"], jobs["instruct"], jobs["evaluate"]) == (6, 12, 12)
+    assert (jobs["table"], jobs["figure"]) == (1, 4)
+
+
+def test_the_benchmark_of_time_has_all_cores(finished):
+    timed = json.loads((finished / "results/smoke/bench/main.json").read_text())
+    assert timed["threads"] == "2"
+    assert timed["configs"] == ["dense", "vtc", "lds", "sts"]
+
+
+# ---- what runs again, and what doesn't -----------------------------------------------------------
+
+
+def test_the_second_time_there_is_nothing_to_be_done_in_under_ten_seconds(finished):
+    began = time.monotonic()
+    assert "Nothing to be done" in run(finished, SMOKE, *BOTH)
+    assert time.monotonic() - began < 10
+
+
+NO_OPS = {
+    "touched sources and results": lambda p: [
+        os.utime(f) for f in [*p.rglob("*.py"), *p.rglob("results/**/*.json")]
+    ],
+    "a comment and a docstring": lambda p: edit(
+        p / "sts/train.py", "def train(", "# a remark\n'''More words.'''\ndef train("
+    ),
+    "a blank line in the Snakefile": lambda p: edit(
+        p / "workflow/rules/train.smk", "rule align:", "\n# a remark\n\nrule align:"
+    ),
+    "a comment in the scale": lambda p: edit(p / SMOKE, "scale: smoke", "scale: smoke  # small"),
+    "a key that weights don't depend on": lambda p: edit(
+        p / SMOKE, "checkpoint_every: 2", "checkpoint_every: 3"
+    ),
+    "a key of the sources": lambda p: edit(p / SMOKE, "data:", "data:\n  max_bad_share: 0.5"),
+    "a compressor that no run of the scale uses": lambda p: (
+        p / "workflow/ablations.yaml"
+    ).write_text(
+        (p / "workflow/ablations.yaml").read_text()
+        + "\nextra:\n  label: Extra\n  groups: [skipper]\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_OPS)
+def test_nothing_is_done_after(finished, name):
+    NO_OPS[name](finished)
+    assert planned(finished) == {}
+
+
+def test_a_changed_formula_retrains_only_the_runs_that_used_it(finished):
+    with (finished / "sts/compressor.py").open("a") as file:
+        file.write("\nFACTOR = 2\n")
+    jobs = planned(finished)
+    assert (jobs["align"], jobs["instruct"]) == (2, 3)  # vtc and v1; instruct of vtc, sts and v1
+    reasons = run(finished, SMOKE, "-n", *BOTH)
+    assert "Job" in reasons and "align dense" not in reasons
+
+
+def test_a_changed_formula_in_the_skipper_leaves_runs_without_lds(finished):
+    with (finished / "sts/skipper.py").open("a") as file:
+        file.write("\nFACTOR = 2\n")
+    said = run(finished, SMOKE, "-n", *BOTH)
+    planned_jobs = re.findall(r"(align|instruct) (\w+), seed 0", said)
+    assert set(planned_jobs) >= {("instruct", "lds"), ("instruct", "sts"), ("align", "v1")}
+    assert not {("instruct", "dense"), ("instruct", "vtc"), ("align", "dense")} & set(planned_jobs)
+
+
+def test_a_changed_setting_reruns_what_follows_it(finished):
+    edit(finished / SMOKE, "instruct: {steps: 6", "instruct: {steps: 7")
+    jobs = planned(finished)
+    assert jobs["instruct"] == 5, "dense_short has its own number of steps"
+    assert "align" not in jobs
+
+
+def test_a_changed_table_formula_makes_tables_only(finished):
+    with (finished / "sts/tables.py").open("a") as file:
+        file.write("\nDIGITS = 2\n")
+    assert planned(finished) == {"table": 2, "table_components": 1, "all": 1}
+
+
+def test_one_more_seed_trains_only_that_seed(finished):
+    edit(finished / SMOKE, "seeds: [0]", "seeds: [0, 1]")
+    jobs = planned(finished)
+    assert (jobs["align"], jobs["instruct"], jobs["evaluate"]) == (3, 6, 6)
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["with its jobs", "snakemake alone"])
+def test_after_kill_9_the_bare_command_goes_on(project, whole_group):
+    (project / "slow").touch()
+    began = subprocess.Popen(
+        call("--configfile", SMOKE), cwd=project, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    logs = project / "results/smoke/logs/runs"
+    wait_for(lambda: any(log.stat().st_size for log in logs.rglob("align.log")))
+    if whole_group:
+        os.killpg(began.pid, signal.SIGKILL)
+    else:
+        began.kill()
+        (project / "slow").unlink()  # the jobs live on, and finish outputs that are marked as begun
+    began.wait()
+    assert list((project / ".snakemake/locks").iterdir()), "nothing to recover from"
+    time.sleep(1)
+    (project / "slow").unlink(missing_ok=True)
+
+    run(project, SMOKE)
+    assert (project / "results/smoke/tables/main.md").exists()
+    assert "Nothing to be done" in run(project, SMOKE)
+    os.killpg(began.pid, signal.SIGKILL) if _alive(began.pid) else None
+
+
+def _alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_second_call_beside_a_running_one_is_refused(project):
+    (project / "slow").touch()
+    first = subprocess.Popen(
+        call("--configfile", SMOKE), cwd=project, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        logs = project / "results/smoke/logs/runs"
+        wait_for(lambda: any(log.stat().st_size for log in logs.rglob("align.log")))
+        assert "cannot be locked" in run(project, SMOKE, ok=False)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+
+
+def test_the_log_of_a_failed_job_is_shown(project):
+    (project / "broken").touch()
+    said = run(project, SMOKE, ok=False)
+    assert "dense: out of memory" in said
+    (project / "broken").unlink()
+    run(project, SMOKE)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("keep: 0.5}", "keep: 1.5}", ["pool_50.align.vtc.keep", "1.5", "at most 1"]),
+        ("keep: 0.5}", "kept: 0.5}", ["pool_50.align.vtc.kept", "kind, keep"]),
+        ("\npool_25:", "\npool_50:", ["pool_50", "twice"]),
+    ],
+)
+def test_a_wrong_entry_stops_everything_with_one_clear_error(project, before, after, told):
+    edit(project / "workflow/ablations.yaml", before, after)
+    said = run(project, SMOKE, ok=False)
+    assert "Traceback" not in said
+    for words in ("workflow/ablations.yaml", *told):
+        assert words in said
+    assert not (project / "results").exists()
+
+
+# ---- GPUs, conda, style -------------------------------------------------------------------------
+
+
+def test_the_bare_command_gives_each_gpu_one_job(project):
+    (project / "slow").touch()
+    started = subprocess.Popen(
+        call("--configfile", SMOKE), cwd=project, start_new_session=True,
+        env=environment(CUDA_VISIBLE_DEVICES="0"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    logs = project / "results/smoke/logs/runs"
+    try:
+        wait_for(lambda: any(log.stat().st_size for log in logs.rglob("align.log")))
+        time.sleep(2)
+        assert len(list(logs.rglob("align.log"))) == 1
+    finally:
+        os.killpg(started.pid, signal.SIGKILL)
+    assert "gpu=1" in started.communicate()[0]
+
+
+def test_resources_on_the_command_line_win_over_the_number_of_gpus(project):
+    said = run(project, SMOKE, "data", "--resources", "gpu=3", CUDA_VISIBLE_DEVICES="0")
+    assert "gpu=3" in said
+
+
+CONDA = """#!/bin/sh
+case "$1" in
+  info) echo '{"conda_prefix": "/stub", "root_prefix": "/stub", "platform": "linux-64"}';;
+  --version) echo "conda 26.7.0";;
+  config) echo '--set channel_priority "strict"';;
+esac
+"""
+
+
+def test_use_conda_plans_one_environment(project, tmp_path):
+    conda = tmp_path / "bin/conda"
+    conda.parent.mkdir()
+    conda.write_text(CONDA)
+    conda.chmod(0o755)
+    path = f"{conda.parent}{os.pathsep}{os.environ['PATH']}"
+    said = run(project, SMOKE, "-n", "--use-conda", PATH=path)
+    created = re.findall(r"Conda environment .*envs/sts.yaml will be created", said)
+    assert len(created) == 1, said
+
+
+def test_snakefiles_pass_lint_and_format():
+    files = [ROOT / "Snakefile", *sorted((ROOT / "workflow/rules").glob("*.smk"))]
+    formatted = subprocess.run(
+        [BIN / "snakefmt", "--check", *files], cwd=ROOT, capture_output=True, text=True
+    )
+    assert formatted.returncode == 0, formatted.stderr
+    lint = subprocess.run(
+        [BIN / "snakemake", "--lint"], cwd=ROOT, capture_output=True, text=True,
+        env=environment(),
+    )  # fmt: skip
+    assert lint.returncode == 0, lint.stderr
+    assert len((ROOT / "Snakefile").read_text().splitlines()) < 80
+
+
+def test_the_workflow_needs_only_what_snakemake_depends_on(project):
+    code = "import sts.config, sts.device, sts.provenance, sys; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "numpy", "datasets", "mlflow", "transformers"} & set(loaded)
+
+
+def test_the_report_is_one_file_made_offline(finished):
+    run(finished, SMOKE, "--report", "report.html")
+    assert (finished / "report.html").stat().st_size > 100_000

@@ -32,16 +32,18 @@ def visible_gpus(listing: str | None = None) -> list[str]:
     """Identities (`GPU-...`) of the GPUs that CUDA_VISIBLE_DEVICES leaves this process, in order.
 
     `listing` is the text of `nvidia-smi -L`, by default asked for. Identities, because the number
-    0 means different GPUs to two jobs that a scheduler has confined to one each.
+    0 means different GPUs to two jobs that a scheduler has confined to one each. Without
+    nvidia-smi, as in some containers, CUDA_VISIBLE_DEVICES is taken by its word.
     """
     installed = re.findall(r"^GPU \d+: .*\(UUID: (.+)\)", _listing(listing), flags=re.MULTILINE)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not installed:
+    if chosen is None:
         return installed
     gpus = []
-    for token in chosen.split(","):
-        token = token.strip()
-        if token.isdigit() and int(token) < len(installed):
+    for token in map(str.strip, chosen.split(",")):
+        if token.isdigit() and not installed:
+            gpus.append(token)
+        elif token.isdigit() and int(token) < len(installed):
             gpus.append(installed[int(token)])
         elif token.startswith(("GPU-", "MIG-")):  # may be abbreviated
             gpus.append(next((gpu for gpu in installed if gpu.startswith(token)), token))

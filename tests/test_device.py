@@ -50,6 +50,13 @@ def test_visible_gpus_follow_cuda_visible_devices(chosen, expected, monkeypatch)
     assert device.gpu_count(TWO) == len(expected)
 
 
+def test_without_nvidia_smi_cuda_visible_devices_is_believed(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert device.visible_gpus(listing="") == ["4", "6"]
+    with device.lease("", tmp_path) as gpu:
+        assert gpu == os.environ["CUDA_VISIBLE_DEVICES"] == "4"
+
+
 def test_no_driver_means_no_gpu_and_an_empty_lease(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert device.gpu_count() == 0

@@ -1,0 +1,157 @@
+"""Hashes follow what counts and nothing else; facts are collected in and outside a checkout."""
+
+import json
+import math
+import subprocess
+
+import pytest
+
+from sts import provenance
+
+CODE = """
+def area(radius):
+    return 3.14 * radius**2  # of a circle
+"""
+SAME = '''"""A module."""
+# a comment
+
+
+def area(
+    radius,
+):
+    """Area of a circle."""
+    "another string that does nothing"
+    return (3.140 *
+            radius ** 2)
+'''
+
+
+def print_of(tmp_path, code: str) -> str:
+    file = tmp_path / "code.py"
+    file.write_text(code)
+    return provenance.fingerprint(file)
+
+
+def test_fingerprint_ignores_comments_docstrings_and_formatting(tmp_path):
+    assert print_of(tmp_path, CODE) == print_of(tmp_path, SAME)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("3.14", "3.1415"),
+        ("radius**2", "radius**3"),
+        ("def area", "def surface"),
+        ("return ", "return -"),
+        ("(radius)", "(radius=1)"),
+    ],
+)
+def test_fingerprint_follows_formulas_and_names(tmp_path, edit):
+    changed = CODE.replace(*edit)
+    assert changed != CODE
+    assert print_of(tmp_path, CODE) != print_of(tmp_path, changed)
+
+
+def test_fingerprint_keeps_strings_that_are_used(tmp_path):
+    assert print_of(tmp_path, 'kind = "a"\n') != print_of(tmp_path, 'kind = "b"\n')
+
+
+def test_a_body_of_only_a_docstring_equals_pass(tmp_path):
+    assert print_of(tmp_path, 'class A(Exception):\n    "doc"\n') == print_of(
+        tmp_path, "class A(Exception):\n    pass\n"
+    )
+
+
+def test_fingerprint_of_several_files_ignores_their_order(tmp_path):
+    first, second = tmp_path / "a.py", tmp_path / "b.yaml"
+    first.write_text(CODE)
+    second.write_text("task: x  # version 1\n")
+    both = provenance.fingerprint(first, second)
+    assert both == provenance.fingerprint(second, first)
+    second.write_text("task: x  # version 2\n")  # no Python: every byte counts
+    assert both != provenance.fingerprint(first, second)
+
+
+def test_fingerprint_names_the_file_that_is_not_python(tmp_path):
+    with pytest.raises(SyntaxError) as caught:
+        print_of(tmp_path, "def (")
+    assert caught.value.filename.endswith("code.py")
+
+
+def test_json_is_written_the_same_and_whole(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    provenance.write_json_atomic(path, {"b": 1, "a": [1.5, None]})
+    first = path.read_bytes()
+    provenance.write_json_atomic(path, {"a": [1.5, None], "b": 1})
+    assert path.read_bytes() == first
+    assert first.endswith(b"}\n")
+    assert json.loads(first) == {"a": [1.5, None], "b": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, object()])
+def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path, value):
+    path = tmp_path / "x.json"
+    provenance.write_json_atomic(path, 1)
+    with pytest.raises((ValueError, TypeError)):
+        provenance.write_json_atomic(path, value)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+    assert path.read_text() == "1\n"
+
+
+def test_hashes_are_sha256(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(b"abc")
+    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert provenance.sha256_file(file) == known
+    assert provenance.sha256_json({"a": 1, "b": 2}) == provenance.sha256_json({"b": 2, "a": 1})
+    assert provenance.sha256_json([1, 2]) != provenance.sha256_json([2, 1])
+
+
+def test_collect_is_json_and_says_what_ran():
+    facts = provenance.collect(config_hash="abc", command="python -m sts train")
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["config_hash"] == "abc"
+    assert facts["command"] == "python -m sts train"
+    assert "pytest" in facts["packages"]
+    assert facts["hardware"]["cores"] >= 1
+    assert facts["hardware"]["memory_gib"] > 0
+    assert "pytest" in provenance.collect()["command"]  # by default the process's own
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "code.py").write_text("x = 1\n")
+    (tmp_path / "results" / "table.csv").write_text("1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    return tmp_path
+
+
+def test_git_knows_commit_and_edits(checkout):
+    clean = provenance.git(checkout)
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
+    (checkout / "results" / "table.csv").write_text("2\n")
+    assert provenance.git(checkout) == clean  # results are what a run makes
+    (checkout / "code.py").write_text("x = 2\n")
+    edited = provenance.git(checkout)
+    assert edited["dirty"] is True
+    assert edited["commit"] == clean["commit"]
+    (checkout / "code.py").write_text("x = 3\n")
+    assert provenance.git(checkout)["diff_sha256"] != edited["diff_sha256"]
+
+
+def test_outside_a_checkout_and_without_git_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    outside = provenance.git(tmp_path)
+    assert (outside["commit"], outside["dirty"]) == (None, None)
+    assert "not a git repository" in outside["note"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "git" in provenance.git(tmp_path)["note"]

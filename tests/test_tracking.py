@@ -1,0 +1,248 @@
+"""Tracking with a real sqlite MLflow store: statuses, resume, parallel first use, failures."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sts import tracking
+
+ROOT = Path(__file__).parents[1]
+JOB = """
+import sys, time
+from pathlib import Path
+from sts import tracking
+name = sys.argv[1]
+with tracking.run(name, params={"lr": 0.1}, tags={"stage": "align"}, directory=name) as run:
+    run.log({"loss": 0.5}, step=1)
+    Path(sys.argv[1], "ready").touch()
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """One working directory, and so one store, for all tests: creating a store takes a second."""
+    return tmp_path_factory.mktemp("tracking")
+
+
+@pytest.fixture(autouse=True)
+def environment(place, monkeypatch):
+    monkeypatch.chdir(place)
+    ours = ("STS_TRACKING", "STS_INVOCATION", "RANK")
+    for name in (*ours, "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def start(name: str, seconds: float = 0.0, **environment: str) -> subprocess.Popen:
+    Path(name).mkdir()
+    command = [sys.executable, "-c", JOB, name, str(seconds)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} never appeared"
+        time.sleep(0.05)
+
+
+def fetch(name: str):
+    """The MLflow run of the job that worked in folder `name`."""
+    client, _, _ = tracking._store()
+    return client.get_run(Path(name, tracking.RUN_ID_FILE).read_text().strip())
+
+
+def test_parallel_first_use_makes_one_whole_store_and_one_parent():
+    jobs = [start(f"first{i}", STS_INVOCATION="call-1") for i in range(6)]
+    errors = [job.communicate(timeout=120)[1] for job in jobs]
+    assert errors == [""] * 6  # no traceback, no warning, no alembic noise
+    runs = [fetch(f"first{i}") for i in range(6)]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {run.data.metrics["loss"] for run in runs} == {0.5}
+    parents = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert len(parents) == 1
+    assert fetch("first0").info.artifact_uri.startswith(
+        str(Path("results/mlflow-artifacts").absolute())
+    )
+
+
+def test_tags_say_what_ran_where():
+    with tracking.run("tags", params={"a": {"b": 1}}, tags={"seed": 3}, directory="tags"):
+        pass
+    data = fetch("tags").data
+    assert data.params == {"a.b": "1"}
+    assert data.tags["seed"] == "3"
+    assert data.tags["pid"] == str(os.getpid())
+    assert {"git.commit", "git.dirty", "host", "hardware", "process.start"} <= set(data.tags)
+    assert "mlflow.parentRunId" not in data.tags  # STS_INVOCATION is not set
+
+
+def test_killed_process_is_reaped_and_a_living_one_is_not():
+    dead, living = start("dead", 60, STS_INVOCATION="call-2"), start("living", 60)
+    wait_for(Path("dead/ready"))
+    wait_for(Path("living/ready"))
+    try:
+        dead.kill()
+        dead.communicate()
+        assert fetch("dead").info.status == "RUNNING"
+        assert sorted(tracking.reap()) == [
+            "call-1",
+            "call-2",
+            "dead",
+        ]  # parents without jobs go too
+        assert fetch("dead").info.status == "KILLED"
+        assert fetch("living").info.status == "RUNNING"
+        assert tracking.reap() == []
+    finally:
+        living.send_signal(signal.SIGTERM)
+        living.communicate()
+
+
+def test_a_reused_process_number_counts_as_dead():
+    with tracking.run("reused", directory="reused") as run:
+        client, _, _ = tracking._store()
+        client.set_tag(run.id, "process.start", time.time() - 1e6)
+        assert tracking.reap() == ["reused"]
+
+
+def test_sigterm_ends_as_killed_with_status_143():
+    job = start("terminated", 60)
+    wait_for(Path("terminated/ready"))
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=30)
+    assert job.returncode == 143
+    run = fetch("terminated")
+    assert run.info.status == "KILLED"
+    assert run.data.metrics["loss"] == 0.5  # what waited in memory was written
+
+
+def test_the_old_sigterm_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with tracking.run("handler", directory="handler"):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_exception_ends_as_failed_and_passes_through():
+    with pytest.raises(ZeroDivisionError), tracking.run("failed", directory="failed"):
+        raise ZeroDivisionError
+    assert fetch("failed").info.status == "FAILED"
+
+
+def test_an_interrupted_run_is_opened_again_with_its_first_params():
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracking.run("again", params={"lr": 1}, directory="again") as first,
+    ):
+        first.log({"loss": 2.0}, step=1)
+        raise KeyboardInterrupt
+    assert fetch("again").info.status == "KILLED"
+    with tracking.run("again", params={"lr": 2}, directory="again") as second:
+        assert fetch("again").info.status == "RUNNING"
+        second.log({"loss": 1.0}, step=2)
+    run = fetch("again")
+    assert second.id == first.id
+    assert (run.info.status, run.data.params, run.data.metrics["loss"]) == (
+        "FINISHED",
+        {"lr": "1"},
+        1.0,
+    )
+
+
+def test_a_finished_run_is_left_alone():
+    with tracking.run("twice", directory="twice") as first:
+        pass
+    with tracking.run("twice", directory="twice") as second:
+        pass
+    assert second.id != first.id
+
+
+def test_metrics_are_written_in_batches_before_the_end(monkeypatch):
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
+    with tracking.run("batches", directory="batches") as run:
+        run.log({"loss": 1.0, "skipped": [1, 2]}, step=1)  # a list is not a metric
+        assert fetch("batches").data.metrics == {"loss": 1.0}
+        run.log({"loss": 0.5}, step=2)  # too soon after a write: it waits
+        assert fetch("batches").data.metrics == {"loss": 1.0}
+    assert fetch("batches").data.metrics == {"loss": 0.5}
+
+
+def test_more_metrics_than_one_call_takes():
+    with tracking.run("many", directory="many") as run:
+        for step in range(1100):
+            run.log({"loss": float(step)}, step=step)
+    client, _, _ = tracking._store()
+    assert len(client.get_metric_history(run.id, "loss")) == 1100
+
+
+def test_artifacts_are_copied_and_a_missing_one_is_a_warning(caplog):
+    Path("plot.svg").write_text("<svg/>")
+    with tracking.run("artifact", directory="artifact") as run:
+        run.artifact("plot.svg")
+        run.artifact("nothing.svg")
+    client, _, _ = tracking._store()
+    assert [file.path for file in client.list_artifacts(run.id)] == ["plot.svg"]
+    assert len(caplog.records) == 1
+    assert fetch("artifact").info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "file:mlruns", "sqlite:////proc/no/such.db"])
+def test_a_broken_store_gives_one_warning_and_the_job_goes_on(uri, monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with tracking.run("broken", directory="broken") as run:
+        run.log({"loss": 1.0}, step=1)
+        run.artifact("plot.svg")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the job goes on" in caplog.text
+
+
+def test_a_store_that_breaks_midway_costs_one_warning_and_no_metric(monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
+    with tracking.run("midway", directory="midway") as run:
+        real = run._client
+        run._client = None  # every call fails
+        run.log({"loss": 1.0}, step=1)
+        run.log({"loss": 0.5}, step=2)
+        run._client = real
+    assert len(caplog.records) == 1
+    assert fetch("midway").data.metrics["loss"] == 0.5
+
+
+def test_parent_is_closed_by_name_and_reopened_by_the_next_job(monkeypatch):
+    monkeypatch.setenv("STS_INVOCATION", "call-3")
+    with tracking.run("child1", directory="child1"):
+        pass
+    client, _, _ = tracking._store()
+    parent = fetch("child1").data.tags["mlflow.parentRunId"]
+    tracking.close_invocation("FINISHED")
+    assert client.get_run(parent).info.status == "FINISHED"
+    with tracking.run("child2", directory="child2"):
+        assert client.get_run(parent).info.status == "RUNNING"
+    tracking.close_invocation("FAILED")
+    assert client.get_run(parent).info.status == "FAILED"
+
+
+def test_off_and_other_ranks_leave_no_trace(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("STS_TRACKING", "off"), ("RANK", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with tracking.run("off", directory="off") as run:
+                run.log({"loss": 1.0}, step=1)
+                run.artifact("missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reap_and_close_create_no_store(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STS_INVOCATION", "call-4")
+    assert tracking.reap() == []
+    tracking.close_invocation("FINISHED")
+    assert list(tmp_path.iterdir()) == []

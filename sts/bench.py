@@ -1,0 +1,161 @@
+"""How long the variants of a training take, measured side by side on a machine of their own.
+
+    python -m sts bench --configs results/mini/configs/{dense,vtc,lds,sts}.yaml \
+        --init results/mini/backbone/manifest.json --data data/mini/scenes/manifest.json \
+        --out results/mini/bench/main.json
+
+Trainings that ran next to each other say little about time. Here one process with all cores takes
+single steps of every variant in turn (A B C D, B C D A, ...), on the same batch, at the same points
+of the stage, so that whatever else the machine does falls on all alike. What counts is the ratio.
+"""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from sts import cost, provenance
+from sts.backbone import build_llava
+from sts.config import STAGES, BenchConfig, Config, StageConfig
+from sts.data.collator import collate
+from sts.device import lease
+from sts.scheme import unsparsify
+from sts.train import (
+    freeze,
+    load_data,
+    make_optimizer,
+    measure,
+    my_pieces,
+    optimizer_step,
+    prepare_process,
+    progress,
+    put_scheme,
+)
+
+REPEATS = 3  # timed steps of a variant at a point; their median counts
+SEED = 0  # of data order, projector and layer draws
+
+
+def bench(
+    configs: Mapping[str, Config], data: Sequence[str | Path], init: str | Path, out: str | Path
+) -> dict[str, Any]:
+    """Time optimizer steps of every variant (id -> configuration) at points of both stages; write
+    and return the result.
+
+    A stage's time is its number of steps times the mean over the points of a step's median seconds;
+    its FLOPs come from the very steps that were timed. data: manifests of prepared data sets; init:
+    the backbone manifest. Policy `need` has measured nothing yet and so draws uniformly at its
+    rate. Raises ValueError if the variants don't agree on `bench`.
+    """
+    first, *others = configs.values()
+    if any(other.bench != first.bench for other in others):
+        raise ValueError(f"bench: points and warmup must be the same in {', '.join(configs)}")
+    variants: dict[str, dict[str, Any]] = {id: {} for id in configs}
+    with lease():
+        for stage in STAGES:
+            blocks = {id: config.stage(stage) for id, config in configs.items()}
+            for id, found in time_stage(blocks, stage, data, init, first.bench).items():
+                variants[id][stage] = found
+        facts = provenance.hardware()
+    for found in variants.values():
+        found["time_s"] = sum(found[stage]["stage_s"] for stage in STAGES)
+        found["flops"] = {stage: found[stage].pop("flops") for stage in STAGES}
+    result = {
+        "threads": torch.get_num_threads(),
+        "device": ", ".join(facts["gpus"]) or f"{facts['cores']} x {facts['cpu']}",
+        "points": fractions(first.bench.points),
+        "warmup": first.bench.warmup,
+        "repeats": REPEATS,
+        "variants": variants,
+        "command": provenance.command_line(),
+        "commit": provenance.git()["commit"],
+    }
+    provenance.write_json_atomic(out, result)
+    return result
+
+
+def fractions(points: int) -> list[float]:
+    """Where in a stage steps are timed: the middles of `points` equal parts."""
+    return [(i + 0.5) / points for i in range(points)]
+
+
+def time_stage(
+    blocks: Mapping[str, StageConfig],
+    stage: str,
+    data: Sequence[str | Path],
+    init: str | Path,
+    plan: BenchConfig,
+) -> dict[str, dict[str, Any]]:
+    """id -> {steps, stage_s, flops (of the stage), and at each point step_s (median seconds),
+    layers_run, visual_tokens, order (places of its timed steps among all)}."""
+    first = next(iter(blocks.values()))
+    accelerator = prepare_process(first.model_copy(update={"processes": 1}))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
+    model, processor = build_llava(init, SEED)
+    freeze(model, stage)
+    shape = cost.shape_of(model.config)
+    # one model and one optimizer for all, at learning rate 0: every step starts from equal weights
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, first))
+    feeds = {id: load_data(data, stage, block, processor, SEED) for id, block in blocks.items()}
+    on_gpu = accelerator.device.type == "cuda"
+
+    def step(id: str, point: int, fraction: float) -> tuple[float, dict[str, Any]]:
+        """(seconds, what it did) of one step of a variant on batch number `point`."""
+        block, (samples, order) = blocks[id], feeds[id]
+        scheme = put_scheme(model, block, SEED, stage)
+        scheme.begin_step(int(fraction * block.steps))
+        indices = order(point)[: block.batch_size * block.accumulation]  # of one process
+        pieces = my_pieces(indices, block.accumulation, accelerator)
+        began = time.perf_counter()
+        batches = [collate(processor, [samples[i] for i in piece]) for piece in pieces]
+        batches = [batch.to(accelerator.device) for batch in batches]
+        if on_gpu:  # there other processes load while the GPU works, so loading takes no time
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+        optimizer_step(accelerator, wrapped, optimizer, batches, block, lr=0.0)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        row = measure(scheme, shape, stage, block, [samples.has_image[i] for i in indices])
+        unsparsify(model)
+        return seconds, row
+
+    place = count()
+    names = ("step_s", "flops", "layers_run", "visual_tokens", "order")
+    found: dict[str, dict[str, list]] = {id: {name: [] for name in names} for id in blocks}
+    bar = progress(f"bench {stage}", 0, plan.points * (plan.warmup + REPEATS) * len(blocks))
+    for point, fraction in enumerate(fractions(plan.points)):
+        timed: dict[str, list] = {id: [] for id in blocks}
+        for repeat in range(-plan.warmup, REPEATS):
+            for id in rotated(list(blocks), point + repeat):
+                seconds, row = step(id, point, fraction)
+                if repeat >= 0:
+                    timed[id].append((seconds, next(place)))
+                if repeat == 0:  # the other repeats do the same
+                    for name in ("flops", "layers_run", "visual_tokens"):
+                        found[id][name].append(row[name])
+                bar.update()
+        for id, pairs in timed.items():
+            found[id]["step_s"].append(median(seconds for seconds, _ in pairs))
+            found[id]["order"].append([turn for _, turn in pairs])
+    bar.close()
+    return {
+        id: {
+            **lists,
+            "steps": blocks[id].steps,
+            "stage_s": blocks[id].steps * fmean(lists["step_s"]),
+            "flops": blocks[id].steps * fmean(lists["flops"]),
+        }
+        for id, lists in found.items()
+    }
+
+
+def rotated(items: list, by: int) -> list:
+    """The items from position `by` on, then those before it: [A, B, C] by 1 is [B, C, A]."""
+    by %= len(items)
+    return items[by:] + items[:by]

@@ -1,0 +1,202 @@
+"""Tables from small result files whose numbers can be checked by hand."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from sts import tables
+
+SCORES = {  # id -> seed -> (colour, text)
+    "dense": {0: (0.8, 0.5), 1: (1.0, 0.4)},
+    "sts": {0: (0.8, 0.4), 1: (0.9, 0.4)},
+}
+BENCH = {  # id -> (seconds, FLOPs of align, of instruct)
+    "dense": (100.0, 4e9, 6e9),
+    "sts": (80.0, 1e9, 5e9),
+}
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(value) if path.suffix == ".yaml" else json.dumps(value))
+
+
+@pytest.fixture
+def results(tmp_path):
+    folder = tmp_path / "results" / "mini"
+    for id, seeds in SCORES.items():
+        config = {"seeds": [0, 1], "evaluate": {"benchmarks": ["colour", "text"]}}
+        write(folder / "configs" / f"{id}.yaml", config)
+        for seed, values in seeds.items():
+            write(
+                folder / "runs" / id / f"seed{seed}" / "eval.json",
+                {
+                    "benchmarks": {
+                        name: {"score": score, "blind": 0.2, "majority": 0.3, "chance": 0.25}
+                        for name, score in zip(("colour", "text"), values, strict=True)
+                    }
+                },
+            )
+    variants = {
+        id: {"time_s": time, "flops": {"align": align, "instruct": instruct}}
+        for id, (time, align, instruct) in BENCH.items()
+    }
+    write(folder / "bench" / "main.json", {"variants": variants})
+    return folder
+
+
+def make(results, *ids, labels=None):
+    """(csv rows by id, Markdown, LaTeX, metrics) of the main table."""
+    stem = results / "tables" / "main"
+    tables.table("main", results, list(ids), stem, labels)
+    with open(stem.with_suffix(".csv")) as file:
+        rows = {row["ablation"]: row for row in csv.DictReader(file)}
+    texts = (stem.with_suffix(suffix).read_text() for suffix in (".md", ".tex", ".json"))
+    markdown, latex, metrics = texts
+    return rows, markdown, latex, json.loads(metrics)
+
+
+def numbers(row, *keys):
+    return [float(row[key]) for key in keys]
+
+
+def test_mean_sd_average_and_controls(results):
+    row = make(results, "dense", "sts")[0]["dense"]
+    assert numbers(row, "colour", "text", "average") == pytest.approx([0.9, 0.45, 0.675])
+    assert numbers(row, "colour_sd", "text_sd") == pytest.approx([0.2 / 2**0.5, 0.1 / 2**0.5])
+    assert numbers(row, "colour_seeds", "blind") == pytest.approx([2, 0.2])
+
+
+def test_retention_is_paired_by_seed_with_a_t_interval(results):
+    row = make(results, "dense", "sts")[0]["sts"]
+    # seed 0: (1 + 0.8) / 2 = 0.9; seed 1: (0.9 + 1) / 2 = 0.95; t(0.975, 1) = 12.7062
+    half = 12.7062 * (0.05 / 2**0.5) / 2**0.5
+    expected = [0.925, 0.925 - half, 0.925 + half]
+    assert numbers(row, "retention", "retention_low", "retention_high") == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_cost_ratios_and_realisation(results):
+    rows = make(results, "dense", "sts")[0]
+    assert numbers(rows["sts"], "time_ratio", "flops_ratio", "realisation") == pytest.approx(
+        [0.8, 0.6, 0.5]
+    )
+    assert numbers(rows["dense"], "time_ratio", "flops_ratio") == [1, 1]
+    assert rows["dense"]["realisation"] == "n/a"  # nothing was saved
+
+
+def test_interval_of_three_values_by_hand():
+    low, high = tables.interval([1.0, 2.0, 3.0])  # t(0.975, 2) = 4.302653
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert tables.interval([1.0]) == ("n/a", "n/a")
+
+
+def test_markdown_is_rounded_and_says_where_it_comes_from(results):
+    markdown = make(results, "dense", "sts", labels={"sts": "STS | ours"})[1]
+    assert r"| STS \| ours | 85.0 ± 7.1 | 40.0 ± 0.0 | 62.5 ± 3.5 |" in markdown
+    assert "| Majority answer | 30.0 | 30.0 | 30.0 |" in markdown
+    assert "| Chance | 25.0 | 25.0 | 25.0 |" in markdown
+    for fact in ("Command: `", "Commit: ", "{dense,sts}.yaml, SHA-256 ", "Seeds: 0, 1"):
+        assert fact in markdown
+    assert "Missing" not in markdown
+    widths = {line.replace(r"\|", "").count("|") for line in markdown.splitlines() if "|" in line}
+    assert len(widths) == 1  # a line of another length breaks the table
+
+
+def test_latex_is_escaped_booktabs(results):
+    latex = make(results, "dense", "sts", labels={"sts": "50% & a_b"})[2]
+    assert r"50\% \& a\_b & 85.0 $\pm$ 7.1 &" in latex
+    rules = [latex.index(rf"\{rule}") for rule in ("toprule", "midrule", "bottomrule")]
+    assert rules == sorted(rules)
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
+
+
+def test_metrics_are_numbers_by_method(results):
+    metrics = make(results, "dense", "sts")[3]
+    assert metrics["sts"]["retention"] == pytest.approx(0.925)
+    assert all(isinstance(v, int | float) for row in metrics.values() for v in row.values())
+
+
+def test_a_method_without_results_is_shown_as_missing(results):
+    rows, markdown, latex, metrics = make(results, "dense", "sts", "lds")
+    cells = [rows["lds"][key] for key in ("colour", "text", "average", "retention", "time_ratio")]
+    assert cells == ["missing"] * 5
+    assert "| lds | missing | missing | missing |" in markdown
+    assert "lds & missing &" in latex
+    assert "Missing: lds (all)" in markdown
+    assert metrics["lds"] == {}
+
+
+def test_a_missing_seed_is_named_and_its_mean_says_so(results):
+    (results / "runs" / "sts" / "seed1" / "eval.json").unlink()
+    rows, markdown, *_ = make(results, "dense", "sts")
+    assert rows["sts"]["colour"] == "0.8"
+    assert (rows["sts"]["colour_sd"], rows["sts"]["colour_seeds"]) == ("n/a", "1")
+    assert (rows["sts"]["retention"], rows["sts"]["retention_low"]) == ("0.9", "n/a")
+    assert "80.0 ± n/a" in markdown
+    assert "90.0 (n/a)" in markdown
+    assert "Missing: sts seed 1 (colour, text)" in markdown
+
+
+def test_a_missing_benchmark_leaves_no_average(results):
+    for seed in (0, 1):
+        file = results / "runs" / "sts" / f"seed{seed}" / "eval.json"
+        found = json.loads(file.read_text())
+        del found["benchmarks"]["text"]
+        file.write_text(json.dumps(found))
+    row = make(results, "dense", "sts")[0]["sts"]
+    assert float(row["colour"]) == pytest.approx(0.85)
+    assert [row["text"], row["average"], row["retention"]] == ["missing"] * 3
+
+
+def test_a_baseline_at_zero_has_no_retention(results):
+    file = results / "runs" / "dense" / "seed0" / "eval.json"
+    found = json.loads(file.read_text())
+    found["benchmarks"]["text"]["score"] = 0.0
+    file.write_text(json.dumps(found))
+    rows = make(results, "dense", "sts")[0]
+    assert rows["sts"]["retention"] == "n/a"
+    assert float(rows["dense"]["text"]) == pytest.approx(0.2)  # 0 is a score, not a gap
+
+
+def test_without_a_benchmark_job_costs_are_missing(results):
+    (results / "bench" / "main.json").unlink()
+    rows = make(results, "dense", "sts")[0]
+    assert {rows[id]["time_ratio"] for id in rows} == {"missing"}
+    assert float(rows["sts"]["retention"]) == pytest.approx(0.925)
+
+
+def test_results_written_without_configurations_still_make_a_table(results):
+    for file in (results / "configs").iterdir():
+        file.unlink()
+    assert float(make(results, "dense", "sts")[0]["sts"]["average"]) == pytest.approx(0.625)
+
+
+def test_no_result_at_all_is_an_error_that_names_the_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"runs/\{dense,sts\}/seed\*/eval\.json"):
+        tables.table("main", tmp_path, ["dense", "sts"], tmp_path / "main")
+
+
+def test_a_broken_result_is_an_error_that_names_the_file(results):
+    (results / "runs" / "sts" / "seed0" / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sts/seed0/eval\.json: not JSON"):
+        make(results, "dense", "sts")
+
+
+def test_summary_says_what_was_found_and_where(results, capsys):
+    make(results, "dense", "sts", "lds", labels={"sts": "STS"})
+    tables.summary(results)
+    said = capsys.readouterr().out
+    assert "STS: average 62.5 %, retention 92.5 %" in said
+    assert "time x 0.80, FLOPs x 0.60" in said
+    assert "lds: average missing" in said
+    assert f"{results}/tables: main.md" in said
+
+
+def test_summary_before_any_table_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="table_main"):
+        tables.summary(tmp_path)

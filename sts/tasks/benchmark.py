@@ -30,9 +30,10 @@ def find(benchmark: str, manifests: list[str]) -> Path:
                 f"{parquet}: missing although {manifest} lists it; prepare the data set again"
             )
         return parquet
+    searched = ", ".join(map(str, manifests)) or "no data manifest at all"
     raise FileNotFoundError(
-        f"no split '{split}' in {', '.join(map(str, manifests)) or 'no data manifest at all'}; pass the "
-        f"manifest of the data set that has it, or take '{benchmark}' out of evaluate.benchmarks"
+        f"no split '{split}' in {searched}; pass the manifest of the data set that has it, or take "
+        f"'{benchmark}' out of evaluate.benchmarks"
     )
 
 

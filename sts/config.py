@@ -482,7 +482,7 @@ def _accepted(model: type[Block], problem: Mapping) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     if problem["type"] in _SHAPES:
-        return f"{_SHAPES[problem['type']]} ({field.description})" if field else problem["msg"]
+        return _SHAPES[problem["type"]] + (f" ({field.description})" if field else "")
     if problem["type"] == "literal_error":
         return f"one of {problem['ctx']['expected']}"
     bounds = [_bound(item) for item in field.metadata] if field else []

@@ -1,0 +1,75 @@
+"""The command line: every verb, its help, and how it passes on what it was given."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sts.__main__ import main, parser
+
+ROOT = Path(__file__).resolve().parents[1]
+VERBS = (
+    "prepare", "backbone", "train", "evaluate", "bench", "table", "figure", "summary", "estimate",
+    "reap", "close", "config",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert f"usage: python -m sts {verb}" in said
+    assert said.strip().count("\n") > 2
+
+
+def test_there_are_no_other_verbs():
+    choices = next(a.choices for a in parser()._actions if a.dest == "verb")
+    assert set(choices) == set(VERBS)
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys, sts.__main__ as m; m.parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "mlflow", "datasets", "matplotlib"} & set(done.stdout.split())
+
+
+def test_config_prints_an_ablation_with_its_values_in_place(capsys):
+    assert main(["config", "--ablation", "vtc"]) == 0
+    assert "kind: avgpool2d" in capsys.readouterr().out
+
+
+def test_a_wrong_value_ends_a_verb_with_one_line(tmp_path, capsys):
+    (tmp_path / "scale.yaml").write_text("align: {steps: -1}\n")
+    assert main(["config", "--configfile", str(tmp_path / "scale.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "align.steps" in said
+
+
+def test_an_unknown_ablation_is_refused(capsys):
+    assert main(["config", "--ablation", "nope"]) == 2
+    assert "one of dense, vtc" in capsys.readouterr().err
+
+
+def test_prepare_writes_a_manifest(tmp_path):
+    config = tmp_path / "tiny.yaml"
+    config.write_text("data: {scenes: {align: 4, instruct: 4, test: 2}}\n")
+    out = tmp_path / "scenes/manifest.json"
+    assert main(["prepare", "--config", str(config), "--dataset", "scenes", "--out", str(out)]) == 0
+    assert out.exists()
+
+
+def test_close_without_a_store_does_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STS_INVOCATION", "test")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert main(["close", "--status", "FINISHED"]) == 0
+    assert not list(tmp_path.iterdir())

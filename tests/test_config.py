@@ -1,0 +1,258 @@
+"""What a scale file and an ablation may say, and what one is told who says something else."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from sts import config as settings
+from sts.config import ConfigError, load_ablations, load_scale, load_yaml, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
+ABLATIONS = ROOT / "workflow/ablations.yaml"
+PAGE = ROOT / "docs/ablations.md"
+
+
+@pytest.fixture(scope="module")
+def mini() -> settings.Config:
+    return load_scale(ROOT / "workflow/config/mini.yaml")
+
+
+def entry(tmp_path: Path, overrides: str, label: str = "label: Mine") -> Path:
+    """An ablation table with the baseline and one entry `mine`."""
+    file = tmp_path / "ablations.yaml"
+    file.write_text(f"dense: {{label: Dense}}\nmine:\n  {label}\n  overrides: {overrides}\n")
+    return file
+
+
+def resolved(tmp_path: Path, scale: settings.Config, overrides: str) -> settings.Config:
+    return resolve(scale, load_ablations(entry(tmp_path, overrides))["mine"])
+
+
+# ---- what is accepted ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda path: path.stem)
+def test_every_ablation_is_valid_on_every_scale(scale):
+    config = load_scale(scale)
+    for ablation in load_ablations(ABLATIONS).values():
+        assert resolve(config, ablation).scale == scale.stem
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda path: path.stem)
+def test_a_resolved_configuration_reads_back_as_it_was_written(scale, tmp_path):
+    config = load_scale(scale)
+    (tmp_path / "resolved.yaml").write_text(settings.dump(config))
+    assert load_scale(tmp_path / "resolved.yaml") == config
+
+
+def test_the_default_scale_is_complete(mini):
+    assert load_yaml(ROOT / "workflow/config/mini.yaml") == mini.model_dump(by_alias=True)
+
+
+def test_the_paper_scale_is_the_recipe_of_llava(mini):
+    paper = load_scale(ROOT / "workflow/config/paper.yaml")
+    align, instruct = paper.align, paper.instruct
+    assert align.batch_size * align.accumulation * align.processes == 256
+    assert instruct.batch_size * instruct.accumulation * instruct.processes == 128
+    assert (align.lr, instruct.lr) == (1e-3, 2e-5)
+    assert paper.data.custom["llava_mix665k"].split == "instruct"
+
+
+def test_an_override_changes_its_leaf_only(tmp_path, mini):
+    config = resolved(tmp_path, mini, "{align: {vtc: {kind: avgpool2d, keep: 0.25}}}")
+    assert (config.align.vtc.kind, config.align.vtc.keep) == ("avgpool2d", 0.25)
+    assert config.align.vtc.schedule == mini.align.vtc.schedule
+    assert (config.instruct, config.data) == (mini.instruct, mini.data)
+
+
+def test_an_ablation_may_have_its_own_seeds(tmp_path, mini):
+    file = entry(tmp_path, "{}", label="label: Mine\n  seeds: [7]")
+    assert resolve(mini, load_ablations(file)["mine"]).seeds == [7]
+
+
+def test_scientific_notation_without_a_dot_is_a_number(tmp_path, mini):
+    assert resolved(tmp_path, mini, "{align: {lr: 5e-4}}").align.lr == 5e-4
+
+
+def test_a_real_data_set_is_evaluated_on_its_own_test_split(tmp_path, mini):
+    config = resolved(tmp_path, mini, "{evaluate: {benchmarks: [nlvr, colour, text]}}")
+    assert config.evaluation_data() == ["nlvr", "scenes"]
+
+
+# ---- what is not --------------------------------------------------------------------------------
+
+WRONG = {
+    "unknown key": ("{align: {stpes: 3}}", "align.stpes", "data, steps"),
+    "unknown key, deep": ("{align: {vtc: {kep: 0.5}}}", "align.vtc.kep", "kind, keep"),
+    "text for a number": ("{align: {steps: many}}", "align.steps", "a whole number at least 1"),
+    "fraction for a whole number": ("{align: {steps: 1.5}}", "align.steps", "a whole number"),
+    "number for yes or no": ("{align: {group_by_length: 1}}", "group_by_length", "true or false"),
+    "true for a number": ("{align: {steps: true}}", "align.steps", "a whole number"),
+    "text for a list": ("{align: {data: scenes}}", "align.data", "a list"),
+    "text for a mapping": ("{align: {vtc: avgpool2d}}", "align.vtc", "a mapping"),
+    "keep of 0": ("{align: {vtc: {kind: random, keep: 0}}}", "align.vtc.keep", "greater than 0"),
+    "keep above 1": ("{align: {vtc: {kind: random, keep: 1.5}}}", "align.vtc.keep", "at most 1"),
+    "keep without a kind": ("{align: {vtc: {keep: 0.5}}}", "align.vtc.keep", "kind is none"),
+    "rate of 1": ("{align: {lds: {policy: need, rate: 1}}}", "align.lds.rate", "less than 1"),
+    "rate that leaves no layer": (
+        "{align: {lds: {policy: uniform, rate: 0.95, protect_first: 0, protect_last: 0}}}",
+        "align.lds.rate", "at most 0.875: one of 8 layers must run",
+    ),
+    "all layers protected": (
+        "{instruct: {lds: {policy: uniform, rate: 0.5, protect_first: 8}}}",
+        "instruct.lds.protect_first", "8 layers",
+    ),
+    "rate without a policy": ("{align: {lds: {rate: 0.5}}}", "align.lds.rate", "policy is none"),
+    "unknown compressor": ("{align: {vtc: {kind: jpeg}}}", "align.vtc.kind", "avgpool2d, random"),
+    "unknown policy": ("{align: {lds: {policy: luck}}}", "align.lds.policy", "uniform, linear"),
+    "unknown data set": ("{align: {data: [coco]}}", "align.data", "scenes, easy_vqa, nlvr"),
+    "unknown benchmark": ("{evaluate: {benchmarks: [mme]}}", "evaluate.benchmarks", "chart"),
+    "unknown precision": ("{align: {precision: fp8}}", "align.precision", "'fp32' or 'bf16'"),
+    "what an ablation can't change": ("{model: {layers: 4}}", "overrides.model", "'align'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_error_names_file_entry_key_value_and_what_is_accepted(tmp_path, mini, case):
+    overrides, key, accepted = WRONG[case]
+    with pytest.raises(ConfigError) as error:
+        resolved(tmp_path, mini, overrides)
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path / 'ablations.yaml'}: mine.")
+    assert key in said
+    assert accepted in said.partition("Accepted: ")[2]
+
+
+def test_the_wrong_value_is_shown(tmp_path, mini):
+    with pytest.raises(ConfigError, match=r"1\.5 is not accepted"):
+        resolved(tmp_path, mini, "{align: {vtc: {kind: random, keep: 1.5}}}")
+
+
+def test_two_ablations_with_one_id(tmp_path):
+    file = tmp_path / "ablations.yaml"
+    file.write_text("dense: {label: Dense}\nmine: {label: A}\n\nmine: {label: B}\n")
+    with pytest.raises(ConfigError, match="mine: 'given twice, in lines 2 and 4'"):
+        load_ablations(file)
+
+
+def test_a_doubled_key_in_a_scale(tmp_path):
+    file = tmp_path / "scale.yaml"
+    file.write_text("align:\n  steps: 1\n  steps: 2\n")
+    with pytest.raises(ConfigError, match="steps: 'given twice, in lines 2 and 3'"):
+        load_scale(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Mine-1: {label: x}", "lower case"),
+        ("mine: {}", "label"),
+        ("mine: {label: x, groups: [best]}", "'main'"),
+        ("mine: {label: x, group: [main]}", "groups, label"),
+        ("mine: 3", "mapping"),
+    ],
+)
+def test_a_malformed_entry(tmp_path, text, told):
+    file = tmp_path / "ablations.yaml"
+    file.write_text(f"dense: {{label: Dense}}\n{text}\n")
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_ablations(file)
+
+
+def test_the_first_entry_is_the_baseline_without_overrides(tmp_path):
+    file = tmp_path / "ablations.yaml"
+    file.write_text("mine:\n  label: x\n  overrides: {align: {steps: 3}}\n")
+    with pytest.raises(ConfigError, match="the first is the baseline"):
+        load_ablations(file)
+
+
+def test_a_file_that_is_not_yaml_names_the_line(tmp_path):
+    file = tmp_path / "scale.yaml"
+    file.write_text("align:\n  steps: [1\ninstruct: 2\n")
+    with pytest.raises(ConfigError, match=r"scale\.yaml: line \d"):
+        load_scale(file)
+
+
+def test_a_pretrained_model_needs_both_parts(tmp_path):
+    file = tmp_path / "scale.yaml"
+    file.write_text("model: {backbone: pretrained, vision: openai/clip}\n")
+    with pytest.raises(ConfigError, match=r"model\.language: None"):
+        load_scale(file)
+
+
+def test_a_custom_data_set_trains_the_stage_that_it_is_for(tmp_path):
+    file = tmp_path / "scale.yaml"
+    file.write_text(
+        "data: {custom: {own: {json: a.json, images: i, split: align}}}\ninstruct: {data: [own]}\n"
+    )
+    with pytest.raises(ConfigError, match=r"data\.custom\.own\.split"):
+        load_scale(file)
+
+
+# ---- what else must hold ------------------------------------------------------------------------
+
+
+def blocks(model: type[BaseModel] = settings.Config):
+    yield model
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from blocks(field.annotation)
+
+
+def test_every_field_is_described():
+    for block in (*blocks(), settings.CustomConfig):
+        for name, field in block.model_fields.items():
+            assert field.description, f"{block.__name__}.{name}"
+
+
+def test_weights_depend_on_all_of_a_stage_but_how_often_it_is_saved(mini):
+    stage = mini.align
+    saved = stage.model_copy(update={"checkpoint_every": 7})
+    assert saved.identity() == stage.identity()
+    assert stage.model_copy(update={"lr": 0.5}).identity() != stage.identity()
+
+
+def test_a_training_follows_the_code_that_it_uses(tmp_path, mini):
+    def files(config: settings.StageConfig) -> set[str]:
+        assert all(file.exists() for file in config.sources())
+        return {file.name for file in config.sources()}
+
+    both = {"compressor.py", "skipper.py"}
+    dense = files(mini.align)
+    vtc = files(resolved(tmp_path, mini, "{align: {vtc: {kind: random, keep: 0.5}}}").align)
+    lds = files(resolved(tmp_path, mini, "{align: {lds: {policy: need, rate: 0.5}}}").align)
+    assert (dense & both, vtc & both, lds & both) == (set(), {"compressor.py"}, {"skipper.py"})
+    assert "train.py" in dense
+
+
+def test_configuration_and_library_have_the_same_fields():
+    from sts import LDS, VTC
+
+    assert set(settings.VTCConfig.model_fields) == set(VTC.__dataclass_fields__)
+    assert set(settings.LDSConfig.model_fields) == set(LDS.__dataclass_fields__)
+
+
+def test_the_registries_are_read_as_they_are():
+    from sts.compressor import COMPRESSORS
+    from sts.data.registry import REGISTRY
+    from sts.skipper import POLICIES
+
+    assert settings.registered("compressor.py", "COMPRESSORS") == tuple(COMPRESSORS)
+    assert settings.registered("skipper.py", "POLICIES") == tuple(POLICIES)
+    assert settings.registered("data/registry.py", "REGISTRY") == tuple(REGISTRY)
+
+
+def test_the_page_on_ablations_does_what_it_says(tmp_path, mini):
+    """The entry that the page shows is added to the table as the page says, and is a valid run."""
+    example = re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
+    (id,) = yaml.safe_load(example)
+    file = tmp_path / "ablations.yaml"
+    file.write_text(ABLATIONS.read_text() + "\n" + example)
+    config = resolve(mini, load_ablations(file)[id])
+    assert config != mini
+    for words in re.findall(r"`(\w+)`", PAGE.read_text().partition("## Accepted values")[2]):
+        assert words in (ROOT / "sts/config.py").read_text() + ABLATIONS.read_text(), words

@@ -14,6 +14,7 @@ language   a Llama decoder that never sees a pixel: it answers questions about, 
 import json
 import math
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +115,10 @@ def pixels(images: np.ndarray) -> Tensor:
     return (scaled - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
-def batches(split: str, batch: int, seed: int, turns: int = 1) -> Iterator[list[dict]]:
-    """Endless fresh batches of `scenes` rows."""
-    rows = scenes.rows(split, 10**9, seed, turns)
-    while True:
-        yield [next(rows) for _ in range(batch)]
+def batched(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
+    """Lists of `size` rows."""
+    while batch := list(islice(rows, size)):
+        yield batch
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -138,9 +138,9 @@ def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3)
     parameters = [*model.parameters(), *patch_head.parameters(), *scene_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, 50))
-    data = zip(range(steps), batches("vision", batch, seed), strict=False)
-    bar = tqdm(data, "vision", total=steps, mininterval=10)
-    for _, rows in bar:
+    rows_of = batched(scenes.rows("vision", steps * batch, seed, turns=1), batch)
+    bar = tqdm(rows_of, "vision", total=steps, mininterval=10)
+    for rows in bar:
         truth = torch.from_numpy(np.stack([row["truth"] for row in rows])).long()
         with torch.autocast("cpu", torch.bfloat16):
             out = model(pixels(np.stack([row["image"] for row in rows])), output_hidden_states=True)
@@ -276,8 +276,10 @@ def train_language(
 ) -> LlamaForCausalLM:
     """A decoder that answers about, and captions, written pictures.
 
-    Curriculum: one slot a thing, then all slots of things, then whole pictures. Muon on the
-    matrices (it needed far fewer steps than AdamW here), AdamW on embeddings and norms.
+    Two steps of three are a drill in finding and comparing places (`scenes.drill`), first on short
+    pictures (a slot a thing, then all slots of things), without which relations stay at chance;
+    the last part of the training has one drill in three. Muon on the matrices (it needed far fewer
+    steps than AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
@@ -294,16 +296,21 @@ def train_language(
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, 50))
         for optimizer in optimizers
     ]
-    table, captions = slot_ids(tokenizer), batch // 8
+    table = slot_ids(tokenizer)
     forgetful = torch.Generator().manual_seed(seed)
-    data = zip(range(steps), batches("language", batch, seed, turns=6), strict=False)
-    bar = tqdm(data, "language", total=steps, mininterval=10)
-    for step, rows in bar:
-        inputs = written_batch(tokenizer, rows, captions)
+    mixed = batched(scenes.rows("language", 10**9, seed), batch)
+    drills = batched(scenes.drill("drill", 10**9, seed), batch)
+    bar = tqdm(range(steps), "language", mininterval=10)
+    for step in bar:
+        drilling = step % 3 != 2 if step < steps * 2 // 3 else step % 3 == 1
+        captions = 0 if drilling else batch // 8
+        inputs = written_batch(tokenizer, next(drills if drilling else mixed), captions)
         truth = inputs["truth"]
-        only = None if step >= steps // 6 else truth[..., 0] > 0
-        if step < steps // 16:
+        only = None
+        if step < steps // 3 and (drilling or step < steps // 6):
             only = truth[..., -1] > 0
+        elif step < steps // 2 and drilling:
+            only = truth[..., 0] > 0
         inputs["truth"] = smudge(truth, forgetful)
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels = ask(model, tokenizer, table, inputs, only)

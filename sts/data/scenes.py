@@ -451,6 +451,33 @@ def rows(split: str, count: int, seed: int, turns: int = 6) -> Iterator[dict]:
         }
 
 
+def drill(split: str, count: int, seed: int, turns: int = 9) -> Iterator[dict]:
+    """Rows for a language model that learns to find things and to compare places.
+
+    As `rows`, but objects only and mostly relations and places ("where is the red ring?", answered
+    as captions say it). No other split asks for a place in this way.
+    """
+    for index in range(count):
+        rng = generator(VERSION, seed, split, index)
+        scene = _draw("objects", rng)
+        qa: dict[str, tuple[str, str]] = {}
+        for maker in [_relation] * 10 + [_counting] * 2 + [_existence]:
+            asked = maker(scene, rng, _seen)
+            if asked:
+                qa[asked[0]] = asked[:2]
+        names = [f"{o['colour']} {o['shape']}" for o in scene["objects"]]
+        for name, o in zip(names, scene["objects"], strict=True):
+            if names.count(name) == 1:
+                place = f"r{o['cy'] // PATCH + 1} c{o['cx'] // PATCH + 1}"
+                qa[f"where is the {name}?"] = (f"where is the {name}?", place)
+        asked = [list(qa.values())[i] for i in rng.permutation(len(qa))[:turns]]
+        yield {
+            "caption": _caption(scene),
+            "qa": [{"question": question, "answer": answer} for question, answer in asked],
+            "truth": _truth(scene),
+        }
+
+
 def benchmark(skill: str, count: int, seed: int) -> list[dict]:
     """Test rows of one skill: {"id", "image": uint8 [64, 64, 3], "question", "answer", "form"}.
 

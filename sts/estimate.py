@@ -46,7 +46,7 @@ from sts.config import (
 from sts.skipper import rate_at
 from sts.train import freeze, make_optimizer, optimizer_step, prepare_process, put_scheme
 
-GROUPS = ("main", "components")  # tables of the bare command
+GROUPS = ("main",)  # tables of the bare command
 FIGURES = 4
 
 # (text, answer) tokens of a sample. `scenes`: measured with the mini scale's tokenizer. All other

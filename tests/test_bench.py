@@ -1,0 +1,195 @@
+"""The timing of variants, and the estimate before anything is trained."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sts import estimate
+from sts.bench import REPEATS, bench, rotated
+from sts.config import BenchConfig, Config, StageConfig, load_ablations
+
+ROOT = Path(__file__).parents[1]
+POINTS = 2
+
+
+def config(align: dict | None = None, instruct: dict | None = None, points: int = POINTS) -> Config:
+    few = {"steps": 10, "batch_size": 8, "max_length": 256}
+    return Config(
+        scale="tiny",
+        align=StageConfig(**{**few, **(align or {})}),
+        instruct=StageConfig(**{**few, **(instruct or {})}),
+        bench=BenchConfig(points=points, warmup=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def one_core():
+    """Timing takes all cores it may use, and threads that wait for a busy one take minutes."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, backbone, prepared, one_core) -> dict:
+    variants = {
+        "dense": config(),
+        "vtc": config(align={"vtc": {"kind": "avgpool2d", "keep": 0.25}}),
+        "lds": config(instruct={"lds": {"policy": "uniform", "rate": 0.75, "anneal": 0.5}}),
+        "short": config(instruct={"steps": 5}),
+    }
+    out = tmp_path_factory.mktemp("bench") / "main.json"
+    found = bench(variants, [prepared], backbone, out)
+    assert json.loads(out.read_text()) == found
+    return found
+
+
+def test_every_variant_takes_its_turn_at_every_place(result):
+    variants = result["variants"].values()
+    for stage in ("align", "instruct"):
+        orders = [variant[stage]["order"] for variant in variants]
+        turns = sorted(turn for order in orders for point in order for turn in point)
+        assert turns == list(range(len(variants) * POINTS * REPEATS))
+        for point in range(POINTS):
+            firsts = [min(order[point][r] for order in orders) for r in range(REPEATS)]
+            leaders = {
+                id
+                for id, order in enumerate(orders)
+                for r in range(REPEATS)
+                if order[point][r] == firsts[r]
+            }
+            assert len(leaders) == REPEATS
+
+
+def test_the_time_of_a_stage_is_its_steps_times_the_mean_step(result):
+    for variant in result["variants"].values():
+        for stage in ("align", "instruct"):
+            found = variant[stage]
+            assert len(found["step_s"]) == POINTS
+            assert all(seconds > 0 for seconds in found["step_s"])
+            mean = sum(found["step_s"]) / POINTS
+            assert found["stage_s"] == pytest.approx(found["steps"] * mean)
+        total = variant["align"]["stage_s"] + variant["instruct"]["stage_s"]
+        assert variant["time_s"] == pytest.approx(total)
+
+
+def test_flops_are_those_of_the_steps_that_were_timed(result):
+    dense, vtc, lds, short = (result["variants"][id] for id in ("dense", "vtc", "lds", "short"))
+    assert vtc["flops"]["align"] < 0.8 * dense["flops"]["align"]
+    assert vtc["flops"]["instruct"] == dense["flops"]["instruct"]
+    assert lds["instruct"]["layers_run"] == [3, 6]  # skips 3 of 4, then anneals
+    assert lds["flops"]["align"] == dense["flops"]["align"]
+    assert dense["flops"]["instruct"] * 0.5 < lds["flops"]["instruct"] < dense["flops"]["instruct"]
+    assert short["flops"]["instruct"] == pytest.approx(dense["flops"]["instruct"] / 2)
+
+
+def test_the_result_says_what_it_was_measured_on(result):
+    assert result["threads"] == 1  # of the one core that the test may use
+    assert result["device"]
+    assert result["points"] == [0.25, 0.75]
+    assert {"command", "commit", "warmup", "repeats"} <= set(result)
+
+
+def test_variants_must_agree_on_the_points(tmp_path, backbone, prepared):
+    variants = {"a": config(), "b": config(points=3)}
+    with pytest.raises(ValueError, match="must be the same in a, b"):
+        bench(variants, [prepared], backbone, tmp_path / "out.json")
+
+
+def test_rotation():
+    assert rotated(["a", "b", "c"], 1) == ["b", "c", "a"]
+    assert rotated(["a", "b", "c"], -1) == ["c", "a", "b"]
+
+
+# ---- the estimate -----------------------------------------------------------------------------
+
+SMOKE, PAPER, ABLATIONS = (
+    ROOT / "workflow" / name
+    for name in ("config/smoke.yaml", "config/paper.yaml", "ablations.yaml")
+)
+
+
+@pytest.fixture(scope="module")
+def smoke() -> dict:
+    return estimate.estimate(SMOKE, ABLATIONS)
+
+
+def test_the_estimate_is_whole_and_positive(smoke, capsys):
+    runs, flops = smoke["flops"]["runs"], smoke["flops"]["total"]
+    assert set(runs) == set(estimate.shown(load_ablations(ABLATIONS)))
+    assert 0 < flops <= sum(sum(stages.values()) for stages in runs.values())
+    assert smoke["seconds"]["total"] == pytest.approx(
+        sum(value for name, value in smoke["seconds"].items() if name != "total")
+    )
+    assert all(value > 0 for value in smoke["disk_bytes"].values())
+    estimate.show(smoke, estimate.Console(width=100))
+    printed = capsys.readouterr().out
+    assert "Estimates." in printed
+    assert f"{sum(smoke['jobs'].values())}: " in printed
+
+
+def test_flops_follow_what_a_run_leaves_out(smoke):
+    runs = smoke["flops"]["runs"]
+    assert runs["vtc"]["align"] < runs["dense"]["align"]
+    assert runs["lds"]["instruct"] < runs["dense"]["instruct"]
+    assert runs["sts"] == {"align": runs["vtc"]["align"], "instruct": runs["lds"]["instruct"]}
+
+
+def test_json_is_what_is_returned(capsys, monkeypatch):
+    monkeypatch.setattr(
+        estimate, "calibrate", lambda *_: ({"align": 1e9, "instruct": 1e9}, "a test")
+    )
+    found = estimate.estimate(SMOKE, ABLATIONS, as_json=True)
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_a_large_pretrained_model_is_estimated_without_a_download(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = estimate.estimate(PAPER, ABLATIONS)
+    assert "matrix product" in found["speed"]["source"]
+    dense = found["flops"]["runs"]["dense"]
+    # 6 FLOPs a weight and token: 6.7e9 weights, 128 samples of 576 + 250 tokens, 5198 steps; one
+    # more forward pass for recomputation makes 8
+    assert dense["instruct"] == pytest.approx(8 * 6.7e9 * 128 * 826 * 5198, rel=0.15)
+
+
+def test_a_model_of_unknown_size_is_named():
+    unknown = {"backbone": "pretrained", "vision": "no/such-vision", "language": "no/such-language"}
+    with pytest.raises(ValueError, match="no/such-vision: its sizes are not known here"):
+        estimate.model_config(Config(model=unknown))
+
+
+def test_runs_that_share_a_stage_train_it_once():
+    sparse = config(instruct={"lds": {"policy": "uniform", "rate": 0.5}})
+    stages = [stage for stage, _ in estimate.unique_trainings({"dense": config(), "lds": sparse})]
+    assert stages.count("align") == 3  # seeds
+    assert stages.count("instruct") == 6
+
+
+@pytest.mark.slow
+def test_jobs_are_those_that_the_workflow_would_run(tmp_path, smoke):
+    """In a copy without results, so that nothing counts as done."""
+    for name in ("sts", "workflow", "envs", "data/backbones"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    command = [sys.executable, "-m", "snakemake", "-n", "--configfile", str(SMOKE)]
+    dry = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stdout + dry.stderr
+    counted = dict(re.findall(r"^(\w+) +(\d+)$", dry.stdout, flags=re.MULTILINE))
+    counted.pop("total"), counted.pop("all")
+    assert {name: int(n) for name, n in counted.items()} == smoke["jobs"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(45, "45 s"), (720, "12 min"), (12600, "3.5 h"), (1814400, "21 days")]
+)
+def test_durations_are_said_in_fitting_units(seconds, said):
+    assert estimate.duration(seconds) == said

@@ -46,7 +46,7 @@ def start(name: str, seconds: float = 0.0, **environment: str) -> subprocess.Pop
 
 
 def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not file.exists():
         assert time.monotonic() < deadline, f"{file} never appeared"
         time.sleep(0.05)
@@ -58,18 +58,18 @@ def fetch(name: str):
     return client.get_run(Path(name, tracking.RUN_ID_FILE).read_text().strip())
 
 
-def test_parallel_first_use_makes_one_whole_store_and_one_parent():
+@pytest.mark.slow
+def test_parallel_first_use_makes_one_whole_store_and_one_parent(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     jobs = [start(f"first{i}", STS_INVOCATION="call-1") for i in range(6)]
-    errors = [job.communicate(timeout=120)[1] for job in jobs]
+    errors = [job.communicate(timeout=300)[1] for job in jobs]
     assert errors == [""] * 6  # no traceback, no warning, no alembic noise
     runs = [fetch(f"first{i}") for i in range(6)]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.metrics["loss"] for run in runs} == {0.5}
-    parents = {run.data.tags["mlflow.parentRunId"] for run in runs}
-    assert len(parents) == 1
-    assert fetch("first0").info.artifact_uri.startswith(
-        str(Path("results/mlflow-artifacts").absolute())
-    )
+    assert len({run.data.tags["mlflow.parentRunId"] for run in runs}) == 1
+    artifacts = str(tmp_path / "results" / "mlflow-artifacts")
+    assert all(run.info.artifact_uri.startswith(artifacts) for run in runs)
 
 
 def test_tags_say_what_ran_where():
@@ -84,18 +84,15 @@ def test_tags_say_what_ran_where():
 
 
 def test_killed_process_is_reaped_and_a_living_one_is_not():
-    dead, living = start("dead", 60, STS_INVOCATION="call-2"), start("living", 60)
+    dead, living = start("dead", 300, STS_INVOCATION="call-2"), start("living", 300)
     wait_for(Path("dead/ready"))
     wait_for(Path("living/ready"))
     try:
         dead.kill()
         dead.communicate()
         assert fetch("dead").info.status == "RUNNING"
-        assert sorted(tracking.reap()) == [
-            "call-1",
-            "call-2",
-            "dead",
-        ]  # parents without jobs go too
+        # the parent goes too: none of its jobs runs
+        assert sorted(tracking.reap()) == ["call-2", "dead"]
         assert fetch("dead").info.status == "KILLED"
         assert fetch("living").info.status == "RUNNING"
         assert tracking.reap() == []
@@ -112,10 +109,10 @@ def test_a_reused_process_number_counts_as_dead():
 
 
 def test_sigterm_ends_as_killed_with_status_143():
-    job = start("terminated", 60)
+    job = start("terminated", 300)
     wait_for(Path("terminated/ready"))
     job.send_signal(signal.SIGTERM)
-    job.communicate(timeout=30)
+    job.communicate(timeout=120)
     assert job.returncode == 143
     run = fetch("terminated")
     assert run.info.status == "KILLED"

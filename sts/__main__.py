@@ -64,14 +64,18 @@ def table(args: argparse.Namespace) -> None:
     """Write a table as CSV, Markdown and LaTeX from result files."""
     from sts import tables
 
-    tables.table(args.name, args.results, args.ablations, args.out_stem)
+    tables.table(args.name, args.results, args.ablations, args.out_stem, _labels(args))
 
 
 def figure(args: argparse.Namespace) -> None:
     """Write a figure as SVG and PNG from result files."""
     from sts import figures
 
-    figures.figure(args.name, args.results, args.ablations, args.out_stem)
+    figures.figure(args.name, args.results, args.ablations, args.out_stem, _labels(args))
+
+
+def _labels(args: argparse.Namespace) -> dict[str, str]:
+    return dict(zip(args.ablations, args.labels or args.ablations, strict=True))
 
 
 def summary(args: argparse.Namespace) -> None:
@@ -85,7 +89,7 @@ def estimate(args: argparse.Namespace) -> None:
     """Say what a run will cost before anything is trained: jobs, FLOPs, time, disk, memory."""
     from sts import estimate
 
-    estimate.estimate(args.configfile, args.ablations)
+    estimate.estimate(args.configfile, args.ablations, args.json)
 
 
 def reap(args: argparse.Namespace) -> None:
@@ -143,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
         add("--name", required=True)
         results(add)
         add("--ablations", nargs="+", required=True, metavar="ID", help="in this order")
+        add("--labels", nargs="+", metavar="TEXT", help="their names, in the same order")
         paths(add, out_stem="output path without its ending")
 
     def results(add: Callable) -> None:
@@ -178,7 +183,9 @@ def parser() -> argparse.ArgumentParser:
     shown(verb(table))
     shown(verb(figure))
     results(verb(summary))
-    scale(verb(estimate))
+    add = verb(estimate)
+    scale(add)
+    add("--json", action="store_true", help="as JSON")
     verb(reap)
     verb(close)("--status", required=True, choices=("FINISHED", "FAILED", "KILLED"))
     add = verb(config)

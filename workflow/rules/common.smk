@@ -14,7 +14,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from sts import config as settings
-from sts.device import visible_gpus
+from sts.device import gpu_count
 from sts.provenance import fingerprint
 
 
@@ -35,8 +35,8 @@ BASE, CONFIGS, ABLATIONS = checked()
 BASELINE = next(iter(CONFIGS))
 RESULTS = f"results/{BASE.scale}"
 TABLES = ["main", "components", "compressor", "skipper"]
-FIGURES = ["pareto", "loss", "layers", "tokens"]
-GPUS = len(visible_gpus())
+FIGURES = {"pareto": ["tables.py"], "loss": [], "layers": [], "tokens": ["compressor.py"]}
+GPUS = gpu_count()
 CODE = Path("sts")
 
 # A job takes as many GPUs as it has processes, where there are any: --cores alone doesn't limit
@@ -58,6 +58,7 @@ pathvars:
 wildcard_constraints:
     ablation="|".join(CONFIGS),
     seed=r"\d+",
+    stage="|".join(settings.STAGES),
     dataset=r"[a-z][a-z0-9_]*",
     group="|".join([*TABLES, "real"]),
     figure="|".join(FIGURES),
@@ -84,29 +85,27 @@ def owner(ablation, stage):
     return next(id for id in CONFIGS if training(id) == training(ablation))
 
 
-def trained(ablation, seed, stage):
-    return f"{RESULTS}/runs/{owner(ablation, stage)}/seed{seed}/{stage}.json"
+def owned(wildcards):
+    """The manifest of the training that a stage of an ablation shares."""
+    id = owner(wildcards.ablation, wildcards.stage)
+    return f"{RESULTS}/runs/{id}/seed{wildcards.seed}/{wildcards.stage}.json"
+
+
+def owners(stage):
+    return [id for id in CONFIGS if owner(id, stage) == id]
+
+
+def run_files(group, name):
+    """A result file of every run that a table shows."""
+    return [
+        f"{RESULTS}/runs/{id}/seed{seed}/{name}.json"
+        for id in members(group)
+        for seed in CONFIGS[id].seeds
+    ]
 
 
 def prepared(datasets):
     return [f"data/{BASE.scale}/{name}/manifest.json" for name in dict.fromkeys(datasets)]
-
-
-def evaluations(group):
-    return [
-        f"{RESULTS}/runs/{id}/seed{seed}/eval.json"
-        for id in members(group)
-        for seed in CONFIGS[id].seeds
-    ]
-
-
-def trainings(group):
-    return [
-        trained(id, seed, stage)
-        for id in members(group)
-        for seed in CONFIGS[id].seeds
-        for stage in settings.STAGES
-    ]
 
 
 def tables(names):
@@ -183,9 +182,10 @@ def recover_from_kill():
         marker.unlink()
 
 
-def show_failed_logs(log, lines=30):
-    """The end of the log file of each job that failed."""
-    for name in dict.fromkeys(re.findall(r"log: (\S+) \(check log", Path(log).read_text())):
+def show_failed_logs(records, lines=30):
+    """The end of the log file of each job that failed, by what Snakemake's own log says of them."""
+    said = "".join(Path(record).read_text() for record in records)
+    for name in dict.fromkeys(re.findall(r"log: (\S+) \(check log", said)):
         if Path(name).exists():
             text = [line.rsplit("\r", 1)[-1] for line in Path(name).read_text().split("\n")]
             print(f"\n--- {name}", *text[-lines:], "---", sep="\n", file=sys.stderr)

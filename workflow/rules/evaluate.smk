@@ -8,7 +8,7 @@ rule bench:
 
 rule evaluate:
     input:
-        run=lambda wildcards: trained(wildcards.ablation, wildcards.seed, "instruct"),
+        run="<results>/runs/{ablation}/seed{seed}/instruct.json",
         data=lambda wildcards: prepared(CONFIGS[wildcards.ablation].evaluation_data()),
     output:
         "<results>/runs/{ablation}/seed{seed}/eval.json",

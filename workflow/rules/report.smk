@@ -3,8 +3,8 @@
 
 rule table:
     input:
-        lambda wildcards: evaluations(wildcards.group),
-        lambda wildcards: trainings(wildcards.group),
+        lambda wildcards: run_files(wildcards.group, "eval"),
+        lambda wildcards: run_files(wildcards.group, "instruct"),
         "<results>/bench/{group}.json",
     output:
         report(
@@ -15,6 +15,7 @@ rule table:
         ),
         "<results>/tables/{group}.csv",
         "<results>/tables/{group}.tex",
+        "<results>/tables/{group}.json",
     log:
         "<results>/logs/tables/{group}.log",
     conda:
@@ -29,13 +30,17 @@ rule table:
         "table {wildcards.group}"
     shell:
         "python -m sts table --name {wildcards.group} --results {params.results}"
-        " --ablations {params.ablations} --out-stem {params.stem} > {log} 2>&1"
+        " --ablations {params.ablations} --labels {params.labels:q}"
+        " --out-stem {params.stem} > {log} 2>&1"
 
 
 rule figure:
     input:
-        evaluations("main"),
-        trainings("main"),
+        run_files("main", "eval"),
+        run_files("main", "instruct"),
+        run_files("main", "align"),
+        prepared(["scenes"]),
+        "<results>/backbone/manifest.json",
         "<results>/bench/main.json",
     output:
         report(
@@ -54,9 +59,12 @@ rule figure:
         stem=subpath(output[0], strip_suffix=".svg"),
         ablations=members("main"),
         labels=[ABLATIONS[id].label for id in members("main")],
-        code=code(CODE / "figures.py"),
+        code=lambda wildcards: code(
+            CODE / "figures.py", *(CODE / file for file in FIGURES[wildcards.figure])
+        ),
     message:
         "figure {wildcards.figure}"
     shell:
         "python -m sts figure --name {wildcards.figure} --results {params.results}"
-        " --ablations {params.ablations} --out-stem {params.stem} > {log} 2>&1"
+        " --ablations {params.ablations} --labels {params.labels:q}"
+        " --out-stem {params.stem} > {log} 2>&1"

@@ -10,6 +10,8 @@ rule align:
         "<results>/runs/{ablation}/seed{seed}/align.json",
     log:
         "<results>/logs/runs/{ablation}/seed{seed}/align.log",
+    wildcard_constraints:
+        ablation="|".join(owners("align")),
     conda:
         "../../envs/sts.yaml"
     threads: lambda wildcards: CONFIGS[wildcards.ablation].align.threads
@@ -32,12 +34,14 @@ rule align:
 
 rule instruct:
     input:
-        init=lambda wildcards: trained(wildcards.ablation, wildcards.seed, "align"),
+        init="<results>/runs/{ablation}/seed{seed}/align.json",
         data=lambda wildcards: prepared(CONFIGS[wildcards.ablation].instruct.data),
     output:
         "<results>/runs/{ablation}/seed{seed}/instruct.json",
     log:
         "<results>/logs/runs/{ablation}/seed{seed}/instruct.log",
+    wildcard_constraints:
+        ablation="|".join(owners("instruct")),
     conda:
         "../../envs/sts.yaml"
     threads: lambda wildcards: CONFIGS[wildcards.ablation].instruct.threads
@@ -56,3 +60,22 @@ rule instruct:
         "{params.launch} train --config {params.config} --ablation {wildcards.ablation}"
         " --seed {wildcards.seed} --stage instruct --data {input.data} --init {input.init}"
         " --out {output} > {log} 2>&1"
+
+
+rule share:
+    input:
+        owned,
+    output:
+        "<results>/runs/{ablation}/seed{seed}/{stage}.json",
+    log:
+        "<results>/logs/runs/{ablation}/seed{seed}/{stage}.log",
+    conda:
+        "../../envs/sts.yaml"
+    message:
+        "{wildcards.stage} {wildcards.ablation}, seed {wildcards.seed}: as {input}"
+    shell:
+        "cp {input} {output} > {log} 2>&1"
+
+
+# Where another ablation trains a stage in the same way, its manifest is taken.
+ruleorder: align > instruct > share

@@ -96,6 +96,11 @@ def test_ratio_one_returns_the_input_itself(kind):
     assert positions.tolist() == [list(range(15))] * 2
 
 
+def test_of_two_tokens_nearest_a_centre_the_first_counts():
+    _, positions = compress("avgpool2d", tokens_of((4, 4)), 0.25, (4, 4))
+    assert positions.tolist() == [[0, 2, 8, 10]] * 2
+
+
 @pytest.mark.parametrize("kind", ["random", "cls_topk"])
 def test_selected_tokens_are_the_ones_at_their_positions(kind):
     tokens = tokens_of((5, 7))

@@ -31,7 +31,7 @@ from typing import Any
 from sts import provenance
 
 FLUSH_SECONDS = 10.0
-COST = 0.01  # share of a job's time that writing metrics may take
+COST = 0.01  # a write that took t seconds is followed by t / COST seconds without one
 RUN_ID_FILE = "mlflow_run_id"
 INVOCATION_TAG = "sts.invocation"
 TERMINATED = 128 + signal.SIGTERM  # exit status of a process that SIGTERM ended, as shells give it
@@ -89,7 +89,7 @@ class Run:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Note metrics of an optimizer step; what is not a number is left out.
 
-        They are written in batches, so that tracking takes about 1 % of a job at most. After a
+        They are written in batches, about 0.1 ms a metric, rarer where writing is slow. After a
         failure they wait in memory for the end of the job: a dead server costs no more time.
         """
         if self.id is None:

@@ -44,7 +44,14 @@ from sts.config import (
     resolve,
 )
 from sts.skipper import rate_at
-from sts.train import freeze, make_optimizer, optimizer_step, prepare_process, put_scheme
+from sts.train import (
+    freeze,
+    fused_attention,
+    make_optimizer,
+    optimizer_step,
+    prepare_process,
+    put_scheme,
+)
 
 GROUPS = ("main",)  # tables of the bare command
 FIGURES = 4
@@ -261,6 +268,7 @@ def step_flops(shape: cost.Shape, stage: str, block: StageConfig, fraction: floa
         layers_run=shape.layers - rate * (shape.layers - lds.protect_first - lds.protect_last),
         stage=stage,
         checkpointing=block.gradient_checkpointing,
+        fused_attention=fused_attention(block),
     )
 
 

@@ -228,7 +228,8 @@ def freeze(model: PreTrainedModel, stage: str) -> None:
 
 def put_scheme(model: PreTrainedModel, block: StageConfig, seed: int, stage: str) -> Scheme:
     """VTC and LDS of the stage on the model. Also where both are off: the dense run then computes
-    its loss in the same way."""
+    its loss in the same way. Attention and recomputation are set as the stage wants them."""
+    model.set_attn_implementation("sdpa" if fused_attention(block) else "eager")
     if block.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
@@ -240,6 +241,12 @@ def put_scheme(model: PreTrainedModel, block: StageConfig, seed: int, stage: str
         total_steps=block.steps,
         seed=derived_seed(seed, f"{stage}/scheme"),
     )
+
+
+def fused_attention(block: StageConfig) -> bool:
+    """Whether attention is torch's fused one. In bf16 on a CPU it is not: the fused backward there
+    (torch 2.13, 32 channels a head) takes longer than all the rest of the step."""
+    return torch.cuda.is_available() or block.precision == "fp32"
 
 
 def load_data(
@@ -388,6 +395,7 @@ def measure(
     row = {
         "samples": samples,
         "images": sum(has_image),
+        "fused_attention": fused_attention(block),
         "tokens": round(seen["tokens"] * samples),
         "answer_tokens": round(seen["answer_tokens"] * samples),
         **{name: seen[name] for name in ("visual_tokens", "layers_run", "skipped", "keep_ratio")},
@@ -407,6 +415,7 @@ def row_flops(shape: cost.Shape, stage: str, block: StageConfig, row: dict[str, 
         layers_run=row["layers_run"],
         stage=stage,
         checkpointing=block.gradient_checkpointing,
+        fused_attention=row["fused_attention"],
     )
 
 

@@ -169,7 +169,7 @@ def test_keep_rises_from_keep_to_one(fraction, keep, schedule, anneal, later):
     value = keep_at(fraction, keep, schedule, anneal)
     assert keep <= value <= 1
     assert keep_at(max(fraction, later), keep, schedule, anneal) >= value
-    if anneal and fraction > 1 - anneal:
+    if anneal and fraction >= 1 - anneal:
         assert value == 1
 
 

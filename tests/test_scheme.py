@@ -583,6 +583,7 @@ def test_accelerate_autocast_on_top():
     dtypes = []
     model.lm_head.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
     begun(model, VTC(kind="avgpool2d", keep=0.25))
+    accelerate.state.AcceleratorState._reset_state(True)  # other tests leave theirs behind
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare(model)
     loss = prepared(**batch).loss
@@ -592,6 +593,7 @@ def test_accelerate_autocast_on_top():
         sparsify(model)
     unsparsify(accelerator.unwrap_model(prepared))
     assert prepared(**batch).logits.shape == (2, 20, 64)
+    accelerate.state.AcceleratorState._reset_state(True)
 
 
 # --- bad input -------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_bad_input_names_argument_value_and_what_is_accepted(arguments, named):
 def test_rate_rises_to_rate_then_anneals(fraction, rate, schedule, anneal, earlier):
     value = rate_at(fraction, rate, schedule, anneal)
     assert 0 <= value <= rate
-    if anneal and fraction > 1 - anneal:
+    if anneal and fraction >= 1 - anneal:
         assert value == 0
     else:
         assert rate_at(min(fraction, earlier), rate, schedule, anneal) <= value

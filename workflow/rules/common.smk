@@ -41,7 +41,8 @@ CODE = Path("sts")
 
 # A job takes as many GPUs as it has processes, where there are any: --cores alone doesn't limit
 # GPUs. `setdefault` leaves --resources gpu=N the last word.
-workflow.global_resources.setdefault("gpu", GPUS)
+if GPUS:
+    workflow.global_resources.setdefault("gpu", GPUS)
 
 # Jobs share these: the environment of this interpreter (also when it was not activated), and one
 # name for this call, under which MLflow gathers them.

@@ -45,7 +45,7 @@ rule figure:
     output:
         report(
             "<results>/figures/{figure}.svg",
-            caption="../report/{figure}.rst",
+            caption="../report/figure.rst",
             category="Figures",
             labels={"figure": "{figure}"},
         ),

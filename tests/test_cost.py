@@ -25,7 +25,7 @@ SHAPES = {
         "kv_heads": 2,
         "layers": 6,
         "side": 6,
-        "vocab": 512,
+        "vocab": 4096,
     },
     "long": {
         "width": 48,

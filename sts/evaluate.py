@@ -69,9 +69,9 @@ def evaluate(
         ) as tracked,
     ):  # fmt: skip
         lm = load_model(trained["weights"], settings.batch_size, config.instruct.threads)
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         scores, samples = answer(lm, tasks)
-        seconds = time.monotonic() - began
+        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         for name, rows in samples.items():
             write_jsonl(out.parent / "samples" / f"{name}.jsonl", rows)
         result = {
@@ -87,7 +87,7 @@ def evaluate(
         provenance.write_json_atomic(
             out.with_suffix("") / "provenance.json",
             provenance.collect(config_hash(config))
-            | {"seconds": seconds, "samples": count, "samples_per_s": count / seconds},
+            | {"seconds": seconds, "cpu_seconds": cpu_seconds, "samples": count},
         )
         provenance.write_json_atomic(out, result)
         for name, row in result["benchmarks"].items():
@@ -104,8 +104,8 @@ def load_tasks(settings: EvaluateConfig, data: Sequence[str | Path]) -> dict[str
     # it warns of defaults of its own choice, once for each task
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = {}
-    for ending, blind in {"": False, BLIND: True}.items() if settings.blind else [("", False)]:
-        metadata = {"data": [str(manifest) for manifest in data], "blind": blind}
+    for ending in ["", BLIND] if settings.blind else [""]:
+        metadata = {"data": [str(manifest) for manifest in data], "blind": ending == BLIND}
         # without lm-eval's own ten thousand tasks: to index them takes longer than the evaluation
         manager = TaskManager(include_defaults=False, metadata=metadata)
         for name in settings.benchmarks:

@@ -170,10 +170,12 @@ def jobs(
 ) -> dict[str, int]:
     """Jobs of the bare command from an empty folder, by the name of their rule."""
     stages = Counter(stage for stage, _ in unique_trainings(configs))
+    wanted = sum(len(config.seeds) * len(STAGES) for config in configs.values())
     return {
         "prepare": len(data_names(configs.values())),
         "backbone": 1,
         **{stage: stages[stage] for stage in STAGES},
+        **({"share": shared} if (shared := wanted - stages.total()) else {}),
         "evaluate": sum(len(config.seeds) for config in configs.values()),
         "timing": len(groups),
         "table": len(groups),

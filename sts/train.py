@@ -89,9 +89,9 @@ def train(
             ) as tracked,
         ):
             if finished:
-                print(f"{stage}: {folder} is finished: reused", file=sys.stderr)
+                log.info("%s: %s is finished: reused", stage, folder)
                 for row in read_history(folder):
-                    tracked.log(row, row["step"])
+                    tracked.log(_with_speed(row), row["step"])
             else:
                 fit(config, ablation, seed, stage, data, init, folder, tracked.log)
     manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
@@ -144,7 +144,7 @@ def fit(
             row |= measure(scheme, shape, stage, block, [samples.has_image[i] for i in order(step)])
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             history.write(json.dumps(row) + "\n")
-            report({**row, "tokens_per_s": row["tokens"] / row["seconds"]}, step)
+            report(_with_speed(row), step)
         began = time.monotonic()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
@@ -419,6 +419,10 @@ def row_flops(shape: cost.Shape, stage: str, block: StageConfig, row: dict[str, 
     )
 
 
+def _with_speed(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"tokens_per_s": row["tokens"] / row["seconds"]}
+
+
 def peak_memory_mb() -> float:
     """Most memory so far in MB (10^6 bytes): of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
@@ -445,7 +449,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another training makes {folder}: waiting for it", file=sys.stderr)
+            log.info("another training makes %s: waiting for it", folder)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -504,7 +508,7 @@ def load_state(
     optimizer.load_state_dict(state["optimizer"])
     scheme.load_state_dict(state["scheme"])
     torch.set_rng_state(state["rng"])
-    print(f"going on from step {state['step']}: {file}", file=sys.stderr)
+    log.info("going on from step %d: %s", state["step"], file)
     return state["step"]
 
 

@@ -294,6 +294,24 @@ def test_another_number_of_processes_than_configured_is_refused(run):
 
 
 @pytest.mark.slow
+def test_every_step_reaches_mlflow_also_of_reused_weights(tmp_path, run, monkeypatch):
+    import mlflow
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("STS_TRACKING", "on")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    run(config(), ablation="dense"), run(config(), ablation="lds")
+    client = mlflow.MlflowClient(store)
+    found = client.search_runs([client.get_experiment_by_name("sts").experiment_id])
+    tags = {(r.data.tags["ablation"], r.data.tags["reused"], r.info.status) for r in found}
+    assert tags == {("dense", "False", "FINISHED"), ("lds", "True", "FINISHED")}
+    for tracked in found:
+        for metric in ("loss", "lr", "flops", "visual_tokens", "layers_run", "tokens_per_s"):
+            steps = [m.step for m in client.get_metric_history(tracked.info.run_id, metric)]
+            assert steps == list(range(STEPS)), metric
+
+
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path, backbone, prepared, run, aligned):
     """Also with skipped layers, whose gradients no process sends."""
     lds = {"policy": "uniform", "rate": 0.5}

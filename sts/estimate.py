@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -346,8 +346,8 @@ def training_rate(model: LlavaConfig, stage: str, block: StageConfig, budget: fl
         start = time.perf_counter()
         optimizer_step(accelerator, wrapped, optimizer, batches, block, lr=0.0)
         seconds.append(time.perf_counter() - start)
-    # what of the first step is warming up, the others show
-    return step_flops(cost.shape_of(model), stage, block, 0.0) / min(seconds)
+    # the median: neither the first step, which warms up, nor the luckiest
+    return step_flops(cost.shape_of(model), stage, block, 0.0) / median(seconds)
 
 
 def synthetic_batch(model: LlavaConfig, stage: str, block: StageConfig) -> dict[str, torch.Tensor]:

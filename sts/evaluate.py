@@ -106,7 +106,7 @@ def load_tasks(settings: EvaluateConfig, data: Sequence[str | Path]) -> dict[str
     tasks = {}
     for ending in ["", BLIND] if settings.blind else [""]:
         metadata = {"data": [str(manifest) for manifest in data], "blind": ending == BLIND}
-        # without lm-eval's own ten thousand tasks: to index them takes longer than the evaluation
+        # without lm-eval's own tasks: indexing them takes long
         manager = TaskManager(include_defaults=False, metadata=metadata)
         for name in settings.benchmarks:
             [task] = manager.load(str(TASKS / f"{name}.yaml"))["tasks"].values()

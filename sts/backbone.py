@@ -128,14 +128,24 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def patch_places() -> Tensor:
+    """[64, 2]: row and column of every patch, from 0."""
+    patch = torch.arange(scenes.GRID**2)
+    return torch.stack([patch // scenes.GRID, patch % scenes.GRID], -1)
+
+
 def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3) -> CLIPVisionModel:
-    """Dense supervision: from a patch's feature, each attribute of the thing that it shows."""
+    """Dense supervision: from a patch's feature, each attribute of the thing that it shows, and
+    its row and column (the decoder reads places from the features, not from their order)."""
     torch.manual_seed(seed)
     model = CLIPVisionModel(vision_config()).train()
+    model.set_attn_implementation("eager")  # the backward of the fused kernel is slow on a CPU
     sizes = [len(values) + 1 for values in scenes.ATTRIBUTES.values()]
     patch_head = nn.Linear(WIDTH, sum(sizes))
+    place_head = nn.Linear(WIDTH, 2 * scenes.GRID)
     scene_head = nn.Linear(WIDTH, sum(sizes))
-    parameters = [*model.parameters(), *patch_head.parameters(), *scene_head.parameters()]
+    heads = nn.ModuleList([patch_head, place_head, scene_head])
+    parameters = [*model.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, 50))
     rows_of = batched(scenes.rows("vision", steps * batch, seed, turns=1), batch)
@@ -144,9 +154,9 @@ def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3)
         truth = torch.from_numpy(np.stack([row["truth"] for row in rows])).long()
         with torch.autocast("cpu", torch.bfloat16):
             out = model(pixels(np.stack([row["image"] for row in rows])), output_hidden_states=True)
-        logits = patch_head(F.layer_norm(out.hidden_states[-2][:, 1:].float(), (WIDTH,))).split(
-            sizes, -1
-        )
+        features = F.layer_norm(out.hidden_states[-2][:, 1:].float(), (WIDTH,))
+        logits = patch_head(features).split(sizes, -1)
+        where = place_head(features).unflatten(-1, (2, scenes.GRID))
         # nine patches of ten show background: they weigh a tenth, or the things are learnt late;
         # an attribute is asked for only where it applies
         things = truth[..., 0] > 0
@@ -159,6 +169,8 @@ def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3)
             / weights[i].sum().clamp(min=1)
             for i, part in enumerate(logits)
         )
+        place = patch_places().expand(len(rows), -1, -1)
+        loss = loss + F.cross_entropy(where.movedim(-1, 1), place)
         present = torch.cat(
             [F.one_hot(truth[..., i], n).amax(1) for i, n in enumerate(sizes)], -1
         ).float()
@@ -186,15 +198,13 @@ def slot_ids(tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 def written_slots(embed: nn.Embedding, table: Tensor, truth: Tensor) -> Tensor:
     """Truth [batch, 64, attributes] -> slots [batch, 64, dim], each a sum of word embeddings."""
-    patch = torch.arange(scenes.GRID**2)
-    place = torch.stack([patch // scenes.GRID, patch % scenes.GRID], -1) + 1
-    values = torch.cat([truth, place.expand(len(truth), -1, -1)], -1)
+    values = torch.cat([truth, patch_places().expand(len(truth), -1, -1) + 1], -1)
     ids = table[torch.arange(len(table)), values]  # [batch, 64, attributes + 2]
     return (embed(ids) * (values > 0)[..., None]).sum(2)
 
 
 def smudge(truth: Tensor, generator: torch.Generator, share: float = 0.02) -> Tensor:
-    """Forget a few attributes at random: a vision tower is not always right either."""
+    """Forget a few attributes at random: a vision tower is not always right."""
     keep = torch.rand(truth.shape, generator=generator) >= share
     return truth * keep
 
@@ -243,15 +253,25 @@ def written_batch(
     return batch
 
 
-def ask(model: LlamaForCausalLM, tokenizer, table: Tensor, batch: dict, only: Tensor | None = None):
+def ask(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    table: Tensor,
+    batch: dict,
+    only: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Answer logits [answer tokens, vocabulary] and their labels.
 
     Every turn sees the written picture and itself, not the other turns: they would otherwise be the
     nearest place to look up a word, and the picture is not learnt to be read. `only` [batch, 64]
-    leaves out the slots where it is false (the curriculum's short pictures).
+    leaves out the slots where it is false (the curriculum's short pictures); `noise` [batch, 64,
+    dim], in standard deviations of the slots, is added to them.
     """
     embed = model.get_input_embeddings()
     slots = written_slots(embed, table, batch["truth"])
+    if noise is not None:
+        slots = slots + noise * slots.detach().std()
     if only is not None:
         longest = int(only.sum(1).max())
         first = torch.sort((~only).int(), dim=1, stable=True).indices[:, :longest]
@@ -262,10 +282,11 @@ def ask(model: LlamaForCausalLM, tokenizer, table: Tensor, batch: dict, only: Te
     turn = torch.cat([torch.zeros(size, shown, dtype=torch.long), batch["turn"]], 1)
     seen = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
     seen &= torch.ones(seen.shape[-1], seen.shape[-1], dtype=torch.bool).tril()
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
     start = len(prefix) + scenes.GRID**2
     places = torch.cat([torch.arange(shown).expand(size, -1), start + batch["place"]], 1)
     hidden = model.model(
-        inputs_embeds=inputs, attention_mask=seen[:, None], position_ids=places, use_cache=False
+        inputs_embeds=inputs, attention_mask=mask[:, None], position_ids=places, use_cache=False
     ).last_hidden_state[:, shown - 1 : -1]
     answers = batch["labels"] != -100
     return model.lm_head(hidden[answers]).float(), batch["labels"][answers]
@@ -283,6 +304,7 @@ def train_language(
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
+    model.set_attn_implementation("eager")
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # a sum of 2 x layers terms
             parameter.data /= math.sqrt(2 * layers)
@@ -297,7 +319,7 @@ def train_language(
         for optimizer in optimizers
     ]
     table = slot_ids(tokenizer)
-    forgetful = torch.Generator().manual_seed(seed)
+    errors = torch.Generator().manual_seed(seed)
     mixed = batched(scenes.rows("language", 10**9, seed), batch)
     drills = batched(scenes.drill("drill", 10**9, seed), batch)
     bar = tqdm(range(steps), "language", mininterval=10)
@@ -311,9 +333,10 @@ def train_language(
             only = truth[..., -1] > 0
         elif step < steps // 2 and drilling:
             only = truth[..., 0] > 0
-        inputs["truth"] = smudge(truth, forgetful)
+        inputs["truth"] = smudge(truth, errors)
+        noise = 0.3 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels = ask(model, tokenizer, table, inputs, only)
+            logits, labels = ask(model, tokenizer, table, inputs, only, noise)
         # the end token and the words of a caption are easy and many
         row = (inputs["labels"] != -100).nonzero()[:, 0]
         weight = torch.where(labels == tokenizer.eos_token_id, 0.2, 1.0)

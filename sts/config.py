@@ -293,6 +293,8 @@ class _Entry(Block):
     """Name in tables and figures."""
     seeds: Annotated[list[Index], Field(min_length=1)] | None = None
     """Instead of the scale's."""
+    steps_share: Annotated[Number, Gt(0), Le(1)] = 1.0
+    """Share of the scale's steps that each stage trains: a control with less training."""
     overrides: dict[Literal["align", "instruct", "evaluate"], dict[str, Any]] = {}
     """The values that differ from the scale's."""
 
@@ -306,6 +308,7 @@ class Ablation:
     groups: list[str]
     label: str
     seeds: list[int] | None
+    steps_share: float
     overrides: dict[str, dict[str, Any]]
 
 
@@ -371,6 +374,10 @@ def load_ablations(path: str | Path) -> dict[str, Ablation]:
         checked = _parse(_Entry, entry, path, prefix=id)
         ablations[id] = Ablation(id=id, file=str(path), **dict(checked))
     baseline = next(iter(ablations.values()))
+    if baseline.steps_share < 1:
+        raise ConfigError(
+            path, f"{baseline.id}.steps_share", baseline.steps_share, "1.0: this is the baseline"
+        )
     if baseline.overrides:
         raise ConfigError(
             path, f"{baseline.id}.overrides", baseline.overrides, "{}: the first is the baseline"
@@ -380,10 +387,13 @@ def load_ablations(path: str | Path) -> dict[str, Ablation]:
 
 def resolve(config: Config, ablation: Ablation) -> Config:
     """The scale's configuration with the ablation's values in place. Raises ConfigError."""
+    base = config.model_dump(by_alias=True)
+    for stage in STAGES:
+        base[stage]["steps"] = max(1, round(base[stage]["steps"] * ablation.steps_share))
     delta = dict(ablation.overrides)
     if ablation.seeds:
         delta["seeds"] = ablation.seeds
-    merged = deep_merge(config.model_dump(by_alias=True), delta)
+    merged = deep_merge(base, delta)
     return validate(merged, ablation.file, prefix=ablation.id)
 
 
@@ -487,11 +497,13 @@ def _accepted(model: type[Block], problem: Mapping) -> str:
         return f"one of {problem['ctx']['expected']}"
     bounds = [_bound(item) for item in field.metadata] if field else []
     kind = _KINDS.get(owner if isinstance(owner, type) else None)
+    kind = kind or _PARSED.get(problem["type"])
     text = " ".join([kind, " and ".join(filter(None, bounds))]).strip() if kind else problem["msg"]
     return f"{text} ({field.description})" if field and field.description else text
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_PARSED = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
 _SHAPES = {"list_type": "a list", "model_type": "a mapping", "dict_type": "a mapping"}
 
 

@@ -139,6 +139,13 @@ def test_two_ablations_with_one_id(tmp_path):
         load_ablations(file)
 
 
+def test_a_seed_that_is_no_number(tmp_path):
+    file = tmp_path / "scale.yaml"
+    file.write_text("seeds: [x]\n")
+    with pytest.raises(ConfigError, match=r"seeds\.0: 'x' is not accepted. Accepted: a whole"):
+        load_scale(file)
+
+
 def test_a_doubled_key_in_a_scale(tmp_path):
     file = tmp_path / "scale.yaml"
     file.write_text("align:\n  steps: 1\n  steps: 2\n")
@@ -167,6 +174,20 @@ def test_the_first_entry_is_the_baseline_without_overrides(tmp_path):
     file = tmp_path / "ablations.yaml"
     file.write_text("mine:\n  label: x\n  overrides: {align: {steps: 3}}\n")
     with pytest.raises(ConfigError, match="the first is the baseline"):
+        load_ablations(file)
+
+
+def test_a_share_of_the_steps_scales_both_stages_but_never_the_baseline(tmp_path, mini):
+    file = tmp_path / "ablations.yaml"
+    file.write_text("dense: {label: Dense}\nhalf: {label: x, steps_share: 0.5}\n")
+    half = resolve(mini, load_ablations(file)["half"])
+    assert half.align.steps == mini.align.steps // 2
+    assert half.instruct.steps == mini.instruct.steps // 2
+    file.write_text("dense: {label: Dense, steps_share: 0.5}\n")
+    with pytest.raises(ConfigError, match=r"dense\.steps_share"):
+        load_ablations(file)
+    file.write_text("dense: {label: Dense}\nnone: {label: x, steps_share: 0}\n")
+    with pytest.raises(ConfigError, match=r"none\.steps_share: 0 .* greater than 0"):
         load_ablations(file)
 
 

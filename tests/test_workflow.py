@@ -130,7 +130,8 @@ def test_the_default_makes_the_tables_and_figures_of_the_main_job(finished):
 def test_a_stage_that_two_ablations_share_is_trained_once(finished):
     made = (finished / "done.txt").read_text().split()
     aligned = {line for line in made if line.endswith("align.json")}
-    assert aligned == {f"results/smoke/runs/{id}/seed0/align.json" for id in ("dense", "vtc", "v1")}
+    ids = ("dense", "vtc", "v1", "dense_short")
+    assert aligned == {f"results/smoke/runs/{id}/seed0/align.json" for id in ids}
     assert len(made) == len(set(made)), "something was made twice"
 
 
@@ -168,6 +169,14 @@ def test_the_default_scale_is_mini_with_three_seeds(project):
     jobs = planned(project, "all", scale=None)
     assert (jobs["align"], jobs["instruct"], jobs["evaluate"]) == (6, 12, 12)
     assert (jobs["table"], jobs["figure"]) == (1, 4)
+
+
+def test_values_on_the_command_line_have_their_types(project):
+    given = ("--config", "seeds=[0, 7]", "align={steps: 9, vtc: {kind: random, keep: 0.5}}")
+    jobs = planned(project, "all", *given)
+    assert jobs["evaluate"] == 8
+    wrong = run(project, SMOKE, "-n", "--config", "seeds=[x]", ok=False)
+    assert "seeds.0: 'x' is not accepted" in wrong
 
 
 def test_the_benchmark_of_time_has_all_cores(finished):
@@ -238,7 +247,7 @@ def test_a_changed_formula_in_the_skipper_leaves_runs_without_lds(finished):
 def test_a_changed_setting_reruns_what_follows_it(finished):
     edit(finished / SMOKE, "instruct: {steps: 6", "instruct: {steps: 7")
     jobs = planned(finished)
-    assert jobs["instruct"] == 5, "dense_short has its own number of steps"
+    assert jobs["instruct"] == 6
     assert "align" not in jobs
 
 
@@ -407,3 +416,34 @@ def test_the_workflow_needs_only_what_snakemake_depends_on(project):
 def test_the_report_is_one_file_made_offline(finished):
     run(finished, SMOKE, "--report", "report.html")
     assert (finished / "report.html").stat().st_size > 100_000
+
+
+# ---- the real thing -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_real_training_killed_halfway_ends_with_the_same_weights(tmp_path):
+    """Nothing is cut short here: one run of `sts`, once in one go, once through `kill -9`."""
+    target = "results/smoke/runs/sts/seed0/instruct.json"
+    copies = [tmp_path / "whole", tmp_path / "killed"]
+    for copy in copies:
+        for name in ("sts", "workflow", "envs", "data/backbones"):
+            shutil.copytree(ROOT / name, copy / name)
+        shutil.copy(ROOT / "Snakefile", copy)
+        scale = "instruct: {steps: 40, batch_size: 8, checkpoint_every: 5}"
+        edit(copy / SMOKE, "instruct: {steps: 6, batch_size: 8, checkpoint_every: 2}", scale)
+    whole, killed = copies
+    run(whole, SMOKE, target)
+
+    begun = subprocess.Popen(
+        call("--configfile", SMOKE, target), cwd=killed, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: list(killed.rglob("state/checkpoint.pt")), seconds=200)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+    run(killed, SMOKE, target)
+
+    log = (killed / "results/smoke/logs/runs/sts/seed0/instruct.log").read_text()
+    assert "going on from step" in log
+    assert (killed / target).read_text() == (whole / target).read_text()

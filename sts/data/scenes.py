@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-VERSION = "1"
+VERSION = "2"
 SIZE, PATCH = 64, 8
 GRID = SIZE // PATCH
 
@@ -45,14 +45,12 @@ WORDS = [
     "cat", "dog", "sun", "map", "key", "box", "jam", "fox", "pen", "hat", "ice", "bug",
     "cup", "van", "zip", "owl", "wig", "rye", "gym", "sky", "nut", "log", "bed", "fin",
 ]  # fmt: skip
+# two colours a shape, two shapes a colour: the one never tells the other
 HELD_OUT = {
-    ("circle", "cyan"),
-    ("square", "purple"),
-    ("triangle", "orange"),
-    ("cross", "white"),
-    ("diamond", "red"),
-    ("ring", "green"),
-}
+    ("circle", "cyan"), ("circle", "orange"), ("square", "purple"), ("square", "white"),
+    ("triangle", "orange"), ("triangle", "red"), ("cross", "white"), ("cross", "green"),
+    ("diamond", "red"), ("diamond", "cyan"), ("ring", "green"), ("ring", "purple"),
+}  # fmt: skip
 CAPTION_REQUEST = "describe the image."
 
 # Columns of the standard 5x7 font, least significant bit on top.
@@ -157,8 +155,10 @@ def _objects(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -> l
                 break
         size = int(rng.integers(2))
         r = int(rng.integers(7, 9)) if size else int(rng.integers(4, 6))
+        # well inside a patch: which patch holds the centre is no matter of one pixel
+        centres = [v for v in range(r + 1, SIZE - r - 1) if 2 <= v % PATCH < PATCH - 2]
         for _ in range(40):
-            cx, cy = (int(v) for v in rng.integers(r + 1, SIZE - r - 1, size=2))
+            cx, cy = _pick(rng, centres), _pick(rng, centres)
             if all(max(abs(cx - o["cx"]), abs(cy - o["cy"])) > r + o["r"] + 1 for o in placed):
                 placed.append(
                     {
@@ -461,7 +461,7 @@ def drill(split: str, count: int, seed: int, turns: int = 9) -> Iterator[dict]:
         rng = generator(VERSION, seed, split, index)
         scene = _draw("objects", rng)
         qa: dict[str, tuple[str, str]] = {}
-        for maker in [_relation] * 10 + [_counting] * 2 + [_existence]:
+        for maker in [_relation] * 8 + [_counting] * 6 + [_existence]:
             asked = maker(scene, rng, _seen)
             if asked:
                 qa[asked[0]] = asked[:2]

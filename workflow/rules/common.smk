@@ -8,9 +8,11 @@ import shutil
 import sys
 import time
 from base64 import urlsafe_b64decode
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import yaml
 from snakemake.exceptions import WorkflowError
 
 from sts import config as settings
@@ -18,12 +20,22 @@ from sts.device import gpu_count
 from sts.provenance import fingerprint
 
 
+def typed(value):
+    """The value of `--config key=value`, in whose lists and mappings Snakemake leaves text."""
+    if isinstance(value, Mapping):
+        return {key: typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [typed(inner) for inner in value]
+    return yaml.safe_load(value) if isinstance(value, str) else value
+
+
 def checked():
     """(scale, resolved configuration of each ablation, ablations): all checked before any job."""
     try:
         for file in workflow.configfiles:
             settings.load_yaml(file)  # Snakemake's own reader lets a doubled key pass
-        scale = settings.validate(config, workflow.configfiles[0])
+        given = typed(workflow.config_settings.config)
+        scale = settings.validate(settings.deep_merge(config, given), workflow.configfiles[0])
         ablations = settings.load_ablations("workflow/ablations.yaml")
         resolved = {id: settings.resolve(scale, entry) for id, entry in ablations.items()}
         return scale, resolved, ablations

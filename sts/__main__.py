@@ -104,7 +104,7 @@ def close(args: argparse.Namespace) -> None:
     """End the MLflow run of this call of the pipeline (STS_INVOCATION)."""
     from sts import tracking
 
-    tracking.close_invocation(args.status)
+    tracking.close_invocation(args.status, args.artifacts)
 
 
 def config(args: argparse.Namespace) -> None:
@@ -187,7 +187,9 @@ def parser() -> argparse.ArgumentParser:
     scale(add)
     add("--json", action="store_true", help="as JSON")
     verb(reap)
-    verb(close)("--status", required=True, choices=("FINISHED", "FAILED", "KILLED"))
+    add = verb(close)
+    add("--status", required=True, choices=("FINISHED", "FAILED", "KILLED"))
+    add("--artifacts", nargs="*", default=[], help="folders that the parent run keeps a copy of")
     add = verb(config)
     scale(add)
     add("--ablation", metavar="ID", help="print this one with its values in place")

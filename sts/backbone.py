@@ -353,6 +353,53 @@ def train_language(
     return model.eval()
 
 
+@torch.no_grad()
+def reading(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 256
+) -> dict[str, float]:
+    """Share of right answers, by skill, to questions about written pictures not trained on."""
+    table = slot_ids(tokenizer)
+    right: dict[str, list[bool]] = {}
+    for part in batched(scenes.rows("reading", rows, 0), 64):
+        batch = written_batch(tokenizer, part, captions=0)
+        logits, labels = ask(model.eval(), tokenizer, table, batch)
+        row, token = (batch["labels"] != -100).nonzero(as_tuple=True)
+        question = 100 * row + batch["turn"][row, token]
+        correct = torch.ones(100 * len(part), dtype=torch.long)
+        correct.scatter_reduce_(0, question, (logits.argmax(-1) == labels).long(), "amin")
+        for index in question.unique().tolist():
+            skill = part[index // 100]["qa"][index % 100 - 1]["skill"]
+            right.setdefault(skill, []).append(bool(correct[index]))
+    return {skill: round(float(np.mean(found)), 3) for skill, found in sorted(right.items())}
+
+
+@torch.no_grad()
+def seeing(model: CLIPVisionModel, rows: int = 768) -> dict[str, float]:
+    """Share of patches that show a thing of which a linear probe (discriminant analysis, fitted on
+    three quarters of the pictures) names an attribute rightly; of those only that have it."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # only a rebuild needs it
+
+    pictures = list(scenes.rows("seeing", rows, 0, turns=1))
+    features = [
+        model(pixels(np.stack([row["image"] for row in part])), output_hidden_states=True)
+        .hidden_states[-2][:, 1:]
+        .float()
+        for part in batched(iter(pictures), 64)
+    ]
+    seen = F.layer_norm(torch.cat(features), (WIDTH,)).numpy()
+    truth = np.stack([row["truth"] for row in pictures])
+    fitted = 3 * rows // 4
+    shares = {}
+    for index, name in enumerate(scenes.ATTRIBUTES):
+        asked = truth[..., 0 if name == "centre" else index] > 0
+        known, judged = asked[:fitted], asked[fitted:]
+        probe = LinearDiscriminantAnalysis()
+        probe.fit(seen[:fitted][known], truth[:fitted, :, index][known])
+        right = probe.score(seen[fitted:][judged], truth[fitted:, :, index][judged])
+        shares[name] = round(float(right), 3)
+    return shares
+
+
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Images squashed to 64x64, 64 placeholders an image, our chat template."""
     side = {"height": scenes.SIZE, "width": scenes.SIZE}
@@ -371,12 +418,16 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 def rebuild(
     folder: Path, layers: int, vision_steps: int, language_steps: int, threads: int
 ) -> None:
-    """Train both backbones and save them, in half precision as CLIP and Vicuna are shipped."""
+    """Train both backbones and save them, in half precision as CLIP and Vicuna are shipped, with
+    what they can do in `quality.json`."""
     torch.set_num_threads(threads)
     tokenizer = make_tokenizer()
     make_processor(tokenizer).save_pretrained(folder / "processor")
-    train_vision(vision_steps).half().save_pretrained(folder / "vision")
+    vision = train_vision(vision_steps)
     language = train_language(tokenizer, language_steps, layers)
+    quality = {"seeing": seeing(vision), "reading": reading(language, tokenizer)}
+    write_json_atomic(folder / "quality.json", quality)
+    vision.half().save_pretrained(folder / "vision")
     language.half().save_pretrained(folder / "language")
 
 

@@ -22,7 +22,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -172,8 +172,9 @@ def reap() -> list[str]:
     return [gone.info.run_name for gone in dead + parents]
 
 
-def close_invocation(status: str) -> None:
-    """End this call's parent run: FINISHED, FAILED or KILLED. Does nothing if no job opened it."""
+def close_invocation(status: str, artifacts: Sequence[str | Path] = ()) -> None:
+    """End this call's parent run: FINISHED, FAILED or KILLED, with copies of the folders
+    `artifacts` that exist. Does nothing if no job opened it."""
     invocation = os.environ.get("STS_INVOCATION")
     if not invocation or not _wanted() or not _exists():
         return
@@ -181,6 +182,8 @@ def close_invocation(status: str) -> None:
     def close() -> None:
         client, experiment, _ = _store()
         for parent in _parents(client, experiment, invocation):
+            for folder in filter(Path.is_dir, map(Path, artifacts)):
+                client.log_artifacts(parent.info.run_id, str(folder), folder.name)
             client.set_terminated(parent.info.run_id, status)
 
     _attempt(close)

@@ -51,6 +51,14 @@ def published(tmp_path_factory) -> Path:
             "\ndef evaluate(config, ablation, seed, run, data, out):\n"
             "    write(out, {'benchmarks': {'colour': {'score': 0.9}}})\n"
         )
+    with (folder / "sts/tables.py").open("a") as file:  # a table that can be plotted
+        file.write(
+            "\nwrite_one = write\n"
+            "def write(path, value):\n"
+            "    write_one(path, value)\n"
+            "    if path.endswith('csv'):\n"
+            "        Path(path).write_text('average,time_ratio\\n0.8,1.0\\n0.7,0.625\\n')\n"
+        )
     fake_environment(folder)
     shell(folder, "git init -q && git add . && git commit -qm start")
     shell(folder, "dvc repro && git add dvc.lock && git commit -qm results && dvc push")
@@ -101,3 +109,9 @@ def test_metrics_and_their_difference(published):
         file.write_text(before)
     change = difference["results/mini/runs/sts/seed0/eval.json"]["benchmarks.colour.score"]
     assert (change["old"], change["new"]) == (0.9, 0.8)
+
+
+def test_plots_hold_the_table_and_the_figures(published):
+    shell(published, "dvc plots show")
+    page = (published / "dvc_plots/index.html").read_text()
+    assert "0.625" in page and "figures_pareto.svg" in page

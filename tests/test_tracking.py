@@ -237,6 +237,21 @@ def test_off_and_other_ranks_leave_no_trace(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_parent_keeps_tables_and_figures(monkeypatch, tmp_path):
+    monkeypatch.setenv("STS_INVOCATION", "call 1")
+    with tracking.run("job", directory=tmp_path / "job"):
+        pass
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    (figures / "loss.png").write_bytes(b"a plot")
+    tracking.close_invocation("FINISHED", [figures, tmp_path / "never made"])
+    client, experiment, _ = tracking._store()
+    (parent,) = tracking._parents(client, experiment, "call 1")
+    assert parent.info.status == "FINISHED"
+    kept = client.download_artifacts(parent.info.run_id, "figures/loss.png")
+    assert Path(kept).read_bytes() == b"a plot"
+
+
 def test_reap_and_close_create_no_store(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STS_INVOCATION", "call-4")

@@ -205,8 +205,11 @@ def show_failed_logs(records, lines=30):
 
 
 def close_tracking(status):
-    """End this call's MLflow run, with the interpreter of the jobs."""
+    """End this call's MLflow run, its tables and figures with it, by the jobs' interpreter."""
     used = workflow.dag.conda_envs.values()
     deployed = "conda" in map(str, workflow.deployment_settings.deployment_method)
     python = f"{next(iter(used)).address}/bin/python" if deployed and used else "python"
-    shell("{python} -m sts close --status {status} || true")
+    shell(
+        "{python} -m sts close --status {status} --artifacts {RESULTS}/tables {RESULTS}/figures"
+        " || true"
+    )

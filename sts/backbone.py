@@ -297,10 +297,11 @@ def train_language(
 ) -> LlamaForCausalLM:
     """A decoder that answers about, and captions, written pictures.
 
-    Two steps of three are a drill in finding and comparing places (`scenes.drill`), first on short
-    pictures (a slot a thing, then all slots of things), without which relations stay at chance;
-    the last part of the training has one drill in three. Muon on the matrices (it needed far fewer
-    steps than AdamW here), AdamW on embeddings and norms.
+    Until 3/8 of the steps all questions, on pictures that grow from a slot a thing to all slots of
+    things to all slots. Then two steps of three (from 0.7 on: one) are a drill in finding, counting
+    and comparing places (`scenes.drill`), again from short pictures to whole ones: without them
+    relations stay at chance, and with nothing else before them colours do. Muon on the matrices (it
+    needed far fewer steps than AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
@@ -324,17 +325,18 @@ def train_language(
     drills = batched(scenes.drill("drill", 10**9, seed), batch)
     bar = tqdm(range(steps), "language", mininterval=10)
     for step in bar:
-        drilling = step % 3 != 2 if step < steps * 2 // 3 else step % 3 == 1
+        done = step / steps
+        drilling = done >= 3 / 8 and (step % 3 == 0 or (step % 3 == 1 and done < 0.7))
         captions = 0 if drilling else batch // 8
         inputs = written_batch(tokenizer, next(drills if drilling else mixed), captions)
         truth = inputs["truth"]
         only = None
-        if step < steps // 3 and (drilling or step < steps // 6):
+        if done < (5 / 8 if drilling else 1 / 16):
             only = truth[..., -1] > 0
-        elif step < steps // 2 and drilling:
+        elif done < (0.7 if drilling else 1 / 6):
             only = truth[..., 0] > 0
         inputs["truth"] = smudge(truth, errors)
-        noise = 0.3 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
+        noise = 0.1 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels = ask(model, tokenizer, table, inputs, only, noise)
         # the end token and the words of a caption are easy and many

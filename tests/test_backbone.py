@@ -1,5 +1,10 @@
-"""The stand-ins for CLIP and Vicuna: what is shipped, how they are joined, and that they train."""
+"""The stand-ins for CLIP and Vicuna: what is shipped, how they are joined, and that they train.
 
+    STS_REBUILD=1 make test-all ARGS="-k rebuilt -n0"    # trains them anew and compares
+"""
+
+import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +90,45 @@ def test_a_few_steps_of_both_trainings(capsys):
     assert not backbone.train_vision(2, batch=4).training
     model = backbone.train_language(backbone.make_tokenizer(), steps=6, layers=2, batch=4)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def quality_of(folder: Path) -> dict[str, float]:
+    """All shares of right answers of the two backbones in a folder, measured anew."""
+    vision = backbone.CLIPVisionModel.from_pretrained(folder / "vision", dtype=torch.float32)
+    language = backbone.LlamaForCausalLM.from_pretrained(folder / "language", dtype=torch.float32)
+    tokenizer = backbone.AutoTokenizer.from_pretrained(folder / "processor")
+    return {**backbone.seeing(vision), **backbone.reading(language, tokenizer)}
+
+
+@pytest.mark.slow
+def test_shipped_backbones_are_as_good_as_is_said():
+    """`quality.json` was written when they were trained, before they were rounded to fp16."""
+    said = json.loads((backbone.SHIPPED / "quality.json").read_text())
+    measured = quality_of(backbone.SHIPPED)
+    assert measured == pytest.approx({**said["seeing"], **said["reading"]}, abs=0.03)
+    assert min(said["seeing"].values()) > 0.9
+    assert min(said["reading"].values()) > 0.7
+
+
+@pytest.mark.slow
+def test_a_rebuild_cut_short_learns_to_see_and_to_read(tmp_path):
+    """Far above chance (a kind: 1 in 8, existence: 1 in 2, colour: 1 in 8) after 2-3 minutes."""
+    backbone.rebuild(tmp_path, layers=2, vision_steps=200, language_steps=200, threads=2)
+    quality = quality_of(tmp_path)
+    print(quality)
+    assert quality["kind"] > 0.5 and quality["colour"] > 0.5
+
+
+@pytest.mark.skipif("STS_REBUILD" not in os.environ, reason="over an hour; see the module")
+def test_rebuilt_backbones_are_as_good_as_the_shipped(tmp_path):
+    model = load_scale(MINI).model
+    backbone.rebuild(
+        tmp_path, model.layers, model.vision_steps, model.language_steps, model.threads
+    )
+    shipped, rebuilt = quality_of(backbone.SHIPPED), quality_of(tmp_path)
+    worse = {name: (rebuilt[name], shipped[name]) for name in shipped
+             if rebuilt[name] < shipped[name] - 0.05}  # fmt: skip
+    assert not worse
 
 
 def test_missing_files_say_what_to_do(tmp_path, monkeypatch):

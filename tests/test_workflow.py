@@ -436,14 +436,14 @@ def test_a_real_training_killed_halfway_ends_with_the_same_weights(tmp_path):
     run(whole, SMOKE, target)
 
     begun = subprocess.Popen(
-        call("--configfile", SMOKE, target), cwd=killed, env=environment(), start_new_session=True,
+        call(target, "--configfile", SMOKE), cwd=killed, env=environment(), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wait_for(lambda: list(killed.rglob("state/checkpoint.pt")), seconds=200)
+    file = killed / "results/smoke/logs/runs/sts/seed0/instruct.log"
+    wait_for(lambda: file.exists() and list(killed.rglob("state/checkpoint.pt")), seconds=200)
     os.killpg(begun.pid, signal.SIGKILL)
     begun.wait()
     run(killed, SMOKE, target)
 
-    log = (killed / "results/smoke/logs/runs/sts/seed0/instruct.log").read_text()
-    assert "going on from step" in log
+    assert "going on from step" in file.read_text()
     assert (killed / target).read_text() == (whole / target).read_text()

@@ -25,7 +25,8 @@ onstart:
 
 onsuccess:
     close_tracking("FINISHED")
-    print(f"Results: {RESULTS}/tables/main.md, {RESULTS}/figures; report: `make report`")
+    if Path(f"{RESULTS}/tables/main.md").exists():
+        print(f"Results: {RESULTS}/tables/main.md, {RESULTS}/figures; report: `make report`")
 
 
 onerror:

@@ -1,6 +1,6 @@
 """The stand-ins for CLIP and Vicuna: what is shipped, how they are joined, and that they train.
 
-    STS_REBUILD=1 make test-all ARGS="-k rebuilt -n0"    # trains them anew and compares
+STS_REBUILD=1 make test-all ARGS="-k rebuilt -n0"    # trains them anew and compares
 """
 
 import json

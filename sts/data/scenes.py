@@ -144,7 +144,7 @@ def _objects(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -> l
             if rng.integers(2)
             else {"colour": _pick(rng, COLOUR_NAMES)}
         )
-    themed = int(rng.integers(1, total + 1)) if theme else 0
+    themed = int(rng.integers(2, total + 1)) if theme else 0
     placed: list[dict] = []
     for index in range(total):
         fixed = theme if index < themed else {}
@@ -334,13 +334,12 @@ def _counting(scene: Scene, rng: np.random.Generator, named: Callable) -> Questi
     if form == "all":
         return "how many objects are there?", NUMBERS[len(things)], form
     values = [o[form] for o in things]
-    by_count: dict[int, list[str]] = {}
-    for value in sorted(set(values)):
-        by_count.setdefault(values.count(value), []).append(value)
-    number = _pick(rng, sorted(n for n in by_count if n <= 4) or [0])
-    if not number:
+    # most things come once: "one" would be the answer to most questions
+    pool = [v for v in sorted(set(values)) for _ in range(values.count(v) ** 2)]
+    value = _pick(rng, pool)
+    number = values.count(value)
+    if number > 4 or (number == 1 and rng.integers(3)):
         return None
-    value = _pick(rng, by_count[number])
     name = PLURALS[SHAPES.index(value)] if form == "shape" else f"{value} objects"
     return f"how many {name} are there?", NUMBERS[number], form
 

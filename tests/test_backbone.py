@@ -92,12 +92,12 @@ def test_a_few_steps_of_both_trainings(capsys):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def quality_of(folder: Path) -> dict[str, float]:
-    """All shares of right answers of the two backbones in a folder, measured anew."""
+def quality_of(folder: Path) -> dict[str, dict[str, float]]:
+    """What `quality.json` holds, measured anew on the saved backbones."""
     vision = backbone.CLIPVisionModel.from_pretrained(folder / "vision", dtype=torch.float32)
     language = backbone.LlamaForCausalLM.from_pretrained(folder / "language", dtype=torch.float32)
     tokenizer = backbone.AutoTokenizer.from_pretrained(folder / "processor")
-    return {**backbone.seeing(vision), **backbone.reading(language, tokenizer)}
+    return {"seeing": backbone.seeing(vision), "reading": backbone.reading(language, tokenizer)}
 
 
 @pytest.mark.slow
@@ -105,18 +105,20 @@ def test_shipped_backbones_are_as_good_as_is_said():
     """`quality.json` was written when they were trained, before they were rounded to fp16."""
     said = json.loads((backbone.SHIPPED / "quality.json").read_text())
     measured = quality_of(backbone.SHIPPED)
-    assert measured == pytest.approx({**said["seeing"], **said["reading"]}, abs=0.03)
-    assert min(said["seeing"].values()) > 0.9
-    assert min(said["reading"].values()) > 0.7
+    for part in ("seeing", "reading"):
+        assert measured[part] == pytest.approx(said[part], abs=0.03)
+        assert min(said[part].values()) > 0.85
 
 
 @pytest.mark.slow
 def test_a_rebuild_cut_short_learns_to_see_and_to_read(tmp_path):
-    """Far above chance (a kind: 1 in 8, existence: 1 in 2, colour: 1 in 8) after 2-3 minutes."""
-    backbone.rebuild(tmp_path, layers=2, vision_steps=200, language_steps=200, threads=2)
+    """A kind is 1 in 8, an untrained decoder answers nothing rightly."""
+    backbone.rebuild(tmp_path, layers=2, vision_steps=200, language_steps=60, threads=2)
     quality = quality_of(tmp_path)
-    print(quality)
-    assert quality["kind"] > 0.5 and quality["colour"] > 0.5
+    said = json.loads((tmp_path / "quality.json").read_text())
+    assert quality["seeing"] == pytest.approx(said["seeing"], abs=0.03)
+    assert quality["seeing"]["kind"] > 0.5
+    assert sum(quality["reading"].values()) / 7 > 0.1
 
 
 @pytest.mark.skipif("STS_REBUILD" not in os.environ, reason="over an hour; see the module")
@@ -126,8 +128,8 @@ def test_rebuilt_backbones_are_as_good_as_the_shipped(tmp_path):
         tmp_path, model.layers, model.vision_steps, model.language_steps, model.threads
     )
     shipped, rebuilt = quality_of(backbone.SHIPPED), quality_of(tmp_path)
-    worse = {name: (rebuilt[name], shipped[name]) for name in shipped
-             if rebuilt[name] < shipped[name] - 0.05}  # fmt: skip
+    worse = {(part, name): (rebuilt[part][name], good) for part in shipped
+             for name, good in shipped[part].items() if rebuilt[part][name] < good - 0.1}  # fmt: skip
     assert not worse
 
 

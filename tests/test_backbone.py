@@ -128,8 +128,12 @@ def test_rebuilt_backbones_are_as_good_as_the_shipped(tmp_path):
         tmp_path, model.layers, model.vision_steps, model.language_steps, model.threads
     )
     shipped, rebuilt = quality_of(backbone.SHIPPED), quality_of(tmp_path)
-    worse = {(part, name): (rebuilt[part][name], good) for part in shipped
-             for name, good in shipped[part].items() if rebuilt[part][name] < good - 0.1}  # fmt: skip
+    worse = {
+        (part, name): (rebuilt[part][name], good)
+        for part in shipped
+        for name, good in shipped[part].items()
+        if rebuilt[part][name] < good - 0.1
+    }
     assert not worse
 
 

@@ -64,7 +64,7 @@ envs/sts.yaml: requirements.lock
 reference:
 	rm -rf results/reference/$(SCALE)
 	mkdir -p results/reference/$(SCALE)
-	cd $(RESULTS) && find tables figures bench runs -type f \
+	cd $(RESULTS) && find tables figures bench runs configs -type f \
 	  \( -not -path 'runs/*' -o -name eval.json -o -name align.json -o -name instruct.json \) \
 	  -exec cp --parents -t ../reference/$(SCALE) {} +
 

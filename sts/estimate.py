@@ -56,9 +56,9 @@ from sts.train import (
 GROUPS = ("main",)  # tables of the bare command
 FIGURES = 4
 
-# (text, answer) tokens of a sample. `scenes`: measured with the mini scale's tokenizer. All other
-# data: a guess at what LLaVA's two data sets hold.
-TOKENS = {"scenes": {"align": (33, 24), "instruct": (56, 9)}}
+# (text, answer) tokens of a sample, text with the padding of its batch. `scenes`: measured in the
+# mini scale's batches of 32. All other data: a guess at what LLaVA's two data sets hold.
+TOKENS = {"scenes": {"align": (50, 24), "instruct": (78, 8)}}
 OTHER_TOKENS = {"align": (40, 25), "instruct": (250, 130)}
 IMAGE_BYTES = {"scenes": 7_700}  # of a PNG; a user's own data hold paths of images only
 START_SECONDS = 10  # imports and loading, each job

@@ -503,7 +503,7 @@ def _accepted(model: type[Block], problem: Mapping) -> str:
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_PARSED = {"int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
+_PARSED = {"int_type": _KINDS[int], "float_type": _KINDS[float], "bool_type": _KINDS[bool]}
 _SHAPES = {"list_type": "a list", "model_type": "a mapping", "dict_type": "a mapping"}
 
 

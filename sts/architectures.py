@@ -1,78 +1,253 @@
 """Where each Hugging Face architecture keeps what the scheme touches: one short entry each.
 
 Keys are `model.config.model_type` of the image-text-to-text class (the one with the head). A new
-architecture is one entry; tests/test_scheme.py runs over all of them.
+architecture is one entry; tests/test_architectures.py runs over all of them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
+from typing import Any, NamedTuple, get_args
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+# --- the grid of each image ----------------------------------------------------------------------
 
 
-def _one_grid_per_image(config: PreTrainedConfig, inputs: dict, tokens: int) -> list:
-    """Every image is the square grid of patches of the vision tower, as in LLaVA-1.5."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return [(side, side)] * (tokens // (side * side))
+class Grid(NamedTuple):
+    """A rectangle of visual tokens, row by row. newline: every row ends in one more token, which
+    is no patch (width 0: nothing but such tokens)."""
+
+    height: int
+    width: int
+    newline: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.height * (self.width + self.newline)
 
 
-def _clip_attention(model: PreTrainedModel) -> nn.Module:
-    """The CLIP attention (q_proj, k_proj, head_dim, scale) whose layer feeds the projector.
+Inputs = dict[str, Any]  # of the outer forward
+Grids = Callable[[PreTrainedModel, Inputs, int], list[Grid]]
+
+
+def _square_tiles(side_of: Callable[[Any], int]) -> Grids:
+    """As many tiles of side x side tokens as there are placeholders for; `side_of` the config."""
+
+    def grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+        side = side_of(model.config)
+        return [Grid(side, side)] * (count // (side * side))
+
+    return grids
+
+
+def _vit_side(config: Any) -> int:
+    return _first(config.vision_config.image_size) // _first(config.vision_config.patch_size)
+
+
+def _first(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else size[0]
+
+
+def _sized_grids(config_merge: Callable[[Any], int]) -> Grids:
+    """By `image_sizes` (pixels) of towers that take any size (Pixtral); `config_merge`: patches
+    merged along each side."""
+
+    def grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+        side = model.config.vision_config.patch_size * config_merge(model.config)
+        sizes = torch.as_tensor(inputs["image_sizes"]) // side
+        return [Grid(height, width) for height, width in sizes.tolist()]
+
+    return grids
+
+
+def _llava_grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+    sized = model.config.vision_config.model_type == "pixtral"  # Pixtral 12B is a LLaVA
+    grids = _sized_grids(lambda config: 1) if sized else _square_tiles(_vit_side)
+    return grids(model, inputs, count)
+
+
+def _qwen_grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+    merge = model.config.vision_config.spatial_merge_size
+    return [
+        Grid(height // merge, width // merge)
+        for frames, height, width in inputs["image_grid_thw"].tolist()
+        for _ in range(frames)
+    ]
+
+
+def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float) -> list[Tensor]:
+    """What the model itself makes of tile features [tiles, tokens, 1] with padding cut away and
+    `newline` after each row: [tokens of the image, 1] of each image."""
+    config, sizes = model.config, inputs["image_sizes"]
+    module = import_module(type(model).__module__)
+    alone = inputs.get("batch_num_images")
+    whole = [True] * len(sizes) if alone is None else [n == 1 for n in alone for _ in range(n)]
+    counts = [
+        module.image_size_to_num_patches(
+            image_size=size,
+            grid_pinpoints=config.image_grid_pinpoints,
+            patch_size=config.vision_config.image_size,
+        )
+        if cut
+        else 1
+        for size, cut in zip(sizes, whole, strict=True)
+    ]
+    extra = {}
+    if hasattr(config, "vision_aspect_ratio"):
+        extra["vision_aspect_ratio"] = inputs.get("vision_aspect_ratio", config.vision_aspect_ratio)
+    else:
+        extra["vision_feature_select_strategy"] = "full"  # only for a warning
+    if len(tiles) != sum(counts):  # features that don't vary: the grid is all that is asked for
+        tiles = tiles[:1].expand(sum(counts), -1, -1)
+    packed, _ = model.model.pack_image_features(
+        list(tiles.split(counts)), sizes, image_newline=tiles.new_full((1,), newline), **extra
+    )
+    return packed
+
+
+def _anyres_grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+    """A tile that shows the whole image, then the rows of the image in full resolution, each ended
+    by a newline; a single tile is followed by one newline."""
+    side = _vit_side(model.config)
+    grids = []
+    for tokens in _pack(model, inputs, torch.zeros(1, side * side, 1), newline=1.0):
+        grids.append(Grid(side, side))
+        newlines = tokens[side * side :, 0].nonzero()[:, 0].tolist()
+        if newlines:  # an image of a multi-image sample has none
+            grids.append(Grid(len(newlines), newlines[0], newline=True))
+    return grids
+
+
+# --- attention of a class token ------------------------------------------------------------------
+
+
+class ClassAttention(NamedTuple):
+    """The vision attention whose class token (the first) rates the patches.
+
+    queries, keys: names of its modules that give them, [tiles, 1 + patches, width].
+    """
+
+    module: nn.Module  # has head_dim and scale
+    queries: str = "q_proj"
+    keys: str = "k_proj"
+
+
+def _clip_attention(model: PreTrainedModel) -> ClassAttention:
+    """Of the CLIP layer that feeds the projector.
 
     hidden_states[i] is the output of layer i - 1; of several feature layers the deepest counts.
     """
     tower = model.get_submodule("model.vision_tower")
     if not hasattr(getattr(tower, "embeddings", None), "class_embedding"):
-        raise ValueError(
-            f"kind='cls_topk' needs a vision tower with a class token, and "
-            f"{type(tower).__name__} has none: use another VTC kind"
-        )
+        raise ValueError(_no_class_token(tower))
     layers = tower.encoder.layers
     features = model.config.vision_feature_layer
     features = [features] if isinstance(features, int) else features
     deepest = max(index % (len(layers) + 1) for index in features)
-    return layers[max(deepest - 1, 0)].self_attn
+    return ClassAttention(layers[max(deepest - 1, 0)].self_attn)
+
+
+def _internvl_attention(model: PreTrainedModel) -> ClassAttention:
+    layers = model.get_submodule("model.vision_tower").encoder.layer
+    deepest = model.config.vision_feature_layer % (len(layers) + 1)
+    return ClassAttention(layers[max(deepest - 1, 0)].attention, "q_norm", "k_norm")
+
+
+def _no_class_token(tower: nn.Module) -> str:
+    return (
+        "VTC kinds cls_topk and cls_merge need a vision tower with a class token, and "
+        f"{type(tower).__name__} has none: use another VTC kind"
+    )
+
+
+def _without_class_token(model: PreTrainedModel) -> ClassAttention:
+    base = model.get_submodule("model")
+    raise ValueError(_no_class_token(getattr(base, "vision_tower", base)))
+
+
+def _a_patch_a_token(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Tensor:
+    return scores.flatten()
+
+
+def _anyres_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Tensor:
+    return torch.cat(_pack(model, inputs, scores[..., None], newline=0.0)).flatten()
+
+
+def _shuffled_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Tensor:
+    """The mean over the patches that InternVL's pixel shuffle makes one token of."""
+    merged = round(1 / model.config.downsample_ratio)
+    side = round(scores.shape[1] ** 0.5)
+    return F.avg_pool2d(scores.unflatten(1, (1, side, side)), merged).flatten()
+
+
+# --- the entries ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One entry. The paths are relative to the outer model.
+    """One entry. Paths are relative to the outer model.
 
-    output: "module:class" of what the outer forward returns.
-    grids: (config, forward inputs, number of visual tokens in the batch) -> [(height, width)] of
-        each image, in the order in which its tokens stand in the batch, row by row.
-    cls_attention: outer model -> the vision attention whose class token rates the patches.
+    grids: (outer model, outer inputs, number of image placeholders) -> the grids of the images, in
+        the order in which their tokens stand in the batch.
+    class_attention: outer model -> the attention that rates patches; raises ValueError without one.
+    token_scores: (outer model, outer inputs, scores [tiles, patches]) -> one per visual token, [V].
     base: the model without head; its first output is the last hidden state [batch, tokens, dim].
     language_model: takes inputs_embeds, attention_mask and position_ids by keyword.
     layers: attribute of the language model with its decoder layers, each called with the hidden
         state [batch, tokens, dim] first and returning the next one.
+    visual_mask, visual_features: further keywords of the language model: where the visual tokens
+        are, [batch, tokens]; lists of features [V, dim] that layers add to them (deepstack).
     """
 
-    output: str
-    grids: Callable[[PreTrainedConfig, dict, int], list]
-    cls_attention: Callable[[PreTrainedModel], nn.Module]
+    grids: Grids
+    class_attention: Callable[[PreTrainedModel], ClassAttention] = _without_class_token
+    token_scores: Callable[[PreTrainedModel, Inputs, Tensor], Tensor] = _a_patch_a_token
     base: str = "model"
     language_model: str = "model.language_model"
     layers: str = "layers"
+    visual_mask: str | None = None
+    visual_features: str | None = None
 
-    def output_class(self) -> type:
-        module, name = self.output.split(":")
-        return getattr(import_module(module), name)
 
+_LLAVA = Architecture(grids=_llava_grids, class_attention=_clip_attention)
+_QWEN = Architecture(grids=_qwen_grids)
+_IDEFICS = Architecture(
+    grids=_square_tiles(lambda config: _vit_side(config) // config.scale_factor),
+    language_model="model.text_model",
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llava": Architecture(
-        output="transformers.models.llava.modeling_llava:LlavaCausalLMOutputWithPast",
-        grids=_one_grid_per_image,
-        cls_attention=_clip_attention,
+    "llava": _LLAVA,
+    "vipllava": _LLAVA,
+    "llava_next": Architecture(
+        grids=_anyres_grids, class_attention=_clip_attention, token_scores=_anyres_scores
     ),
-    "vipllava": Architecture(
-        output="transformers.models.vipllava.modeling_vipllava:VipLlavaCausalLMOutputWithPast",
-        grids=_one_grid_per_image,
-        cls_attention=_clip_attention,
+    "llava_onevision": Architecture(grids=_anyres_grids),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": Architecture(
+        grids=_qwen_grids,
+        visual_mask="visual_pos_masks",
+        visual_features="deepstack_visual_embeds",
     ),
+    "internvl": Architecture(
+        grids=_square_tiles(lambda config: round(_vit_side(config) * config.downsample_ratio)),
+        class_attention=_internvl_attention,
+        token_scores=_shuffled_scores,
+    ),
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
+    "paligemma": Architecture(grids=_square_tiles(_vit_side)),
+    "gemma3": Architecture(
+        grids=_square_tiles(lambda config: round(config.mm_tokens_per_image**0.5))
+    ),
+    "mistral3": Architecture(grids=_sized_grids(lambda config: config.spatial_merge_size)),
 }
 
 
@@ -84,9 +259,16 @@ def architecture_of(model: nn.Module) -> Architecture:
         raise ValueError(
             f"{type(model).__name__} (model_type={name!r}) is not a known image-text-to-text model "
             f"with a language head; known: {', '.join(ARCHITECTURES)}. Pass the model itself, "
-            "not a wrapper around it (DDP, FSDP, PEFT), or add an entry to "
-            "sts.architectures.ARCHITECTURES: output class, the grid of each image, the vision "
-            "attention with the class token, and the paths of base model, language model and "
-            "decoder layers"
+            "not a wrapper around it (DDP, FSDP, PEFT), or add an entry: "
+            f"sts.architectures.ARCHITECTURES[{name!r}] = Architecture(grids=...), where `grids` "
+            "says how the visual tokens of a batch lie, and the other fields say where base model, "
+            "language model and decoder layers are if not at model, model.language_model, layers"
         )
     return ARCHITECTURES[name]
+
+
+def output_class(model: PreTrainedModel) -> type[ModelOutput]:
+    """What the outer forward says that it returns."""
+    annotation = signature(type(model).forward).return_annotation
+    (found,) = [a for a in get_args(annotation) or [annotation] if a is not tuple]
+    return found

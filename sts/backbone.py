@@ -134,6 +134,12 @@ def patch_places() -> Tensor:
     return torch.stack([patch // scenes.GRID, patch % scenes.GRID], -1)
 
 
+def projected(hidden_states: tuple[Tensor, ...]) -> Tensor:
+    """What the projector will be given: the patches [batch, 64, dim] of the layer before the last,
+    here as unit-variance features."""
+    return F.layer_norm(hidden_states[-2][:, 1:].float(), (WIDTH,))
+
+
 def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3) -> CLIPVisionModel:
     """Dense supervision: from a patch's feature, each attribute of the thing that it shows, and
     its row and column (the decoder reads places from the features, not from their order)."""
@@ -154,18 +160,20 @@ def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3)
         truth = torch.from_numpy(np.stack([row["truth"] for row in rows])).long()
         with torch.autocast("cpu", torch.bfloat16):
             out = model(pixels(np.stack([row["image"] for row in rows])), output_hidden_states=True)
-        features = F.layer_norm(out.hidden_states[-2][:, 1:].float(), (WIDTH,))
+        features = projected(out.hidden_states)
         logits = patch_head(features).split(sizes, -1)
         where = place_head(features).unflatten(-1, (2, scenes.GRID))
         # nine patches of ten show background: they weigh a tenth, or the things are learnt late;
-        # an attribute is asked for only where it applies
+        # an attribute is asked for only where it applies; centres, which counting hangs on, triply
         things = truth[..., 0] > 0
         weight = torch.where(things, 1.0, 0.1)
         weights = [weight, *((truth[..., i] > 0).float() for i in range(1, len(sizes) - 1)), things]
+        factors = [1.0] * (len(sizes) - 1) + [3.0]
         loss = sum(
             (
                 F.cross_entropy(part.movedim(-1, 1), truth[..., i], reduction="none") * weights[i]
             ).sum()
+            * factors[i]
             / weights[i].sum().clamp(min=1)
             for i, part in enumerate(logits)
         )
@@ -203,7 +211,7 @@ def written_slots(embed: nn.Embedding, table: Tensor, truth: Tensor) -> Tensor:
     return (embed(ids) * (values > 0)[..., None]).sum(2)
 
 
-def smudge(truth: Tensor, generator: torch.Generator, share: float = 0.02) -> Tensor:
+def smudge(truth: Tensor, generator: torch.Generator, share: float = 0.01) -> Tensor:
     """Forget a few attributes at random: a vision tower is not always right."""
     keep = torch.rand(truth.shape, generator=generator) >= share
     return truth * keep
@@ -260,18 +268,21 @@ def ask(
     batch: dict,
     only: Tensor | None = None,
     noise: Tensor | None = None,
+    length: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Answer logits [answer tokens, vocabulary] and their labels.
 
     Every turn sees the written picture and itself, not the other turns: they would otherwise be the
     nearest place to look up a word, and the picture is not learnt to be read. `only` [batch, 64]
     leaves out the slots where it is false (the curriculum's short pictures); `noise` [batch, 64,
-    dim], in standard deviations of the slots, is added to them.
+    dim], in standard deviations of the slots, is added to them; then they are made `length` [batch,
+    1, 1] times as long.
     """
     embed = model.get_input_embeddings()
     slots = written_slots(embed, table, batch["truth"])
     if noise is not None:
         slots = slots + noise * slots.detach().std()
+    slots = slots * length
     if only is not None:
         longest = int(only.sum(1).max())
         first = torch.sort((~only).int(), dim=1, stable=True).indices[:, :longest]
@@ -300,8 +311,10 @@ def train_language(
     Until 3/8 of the steps all questions, on pictures that grow from a slot a thing to all slots of
     things to all slots. Then two steps of three (from 0.7 on: one) are a drill in finding, counting
     and comparing places (`scenes.drill`), again from short pictures to whole ones: without them
-    relations stay at chance, and with nothing else before them colours do. Muon on the matrices (it
-    needed far fewer steps than AdamW here), AdamW on embeddings and norms.
+    relations stay at chance, and with nothing else before them colours do. Slots are of any length,
+    as a projector's outputs are some ten times as long as embeddings: a decoder that is used to one
+    length can't count what it is then shown. Muon on the matrices (it needed far fewer steps than
+    AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
@@ -320,6 +333,9 @@ def train_language(
         for optimizer in optimizers
     ]
     table = slot_ids(tokenizer)
+    numbers = torch.tensor(
+        [tokenizer.encode(f" {n}", add_special_tokens=False)[0] for n in scenes.NUMBERS]
+    )
     errors = torch.Generator().manual_seed(seed)
     mixed = batched(scenes.rows("language", 10**9, seed), batch)
     drills = batched(scenes.drill("drill", 10**9, seed), batch)
@@ -337,11 +353,14 @@ def train_language(
             only = truth[..., 0] > 0
         inputs["truth"] = smudge(truth, errors)
         noise = 0.1 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
+        stretch = torch.rand(batch, 1, 1, generator=errors) * 5 - 1  # 1/2 to 16, at the middle on
+        length = torch.exp2(stretch * min(1.0, 2 * done))
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels = ask(model, tokenizer, table, inputs, only, noise)
-        # the end token and the words of a caption are easy and many
+            logits, labels = ask(model, tokenizer, table, inputs, only, noise, length)
+        # the end token and the words of a caption are easy and many, numbers are learnt last
         row = (inputs["labels"] != -100).nonzero()[:, 0]
         weight = torch.where(labels == tokenizer.eos_token_id, 0.2, 1.0)
+        weight = torch.where(torch.isin(labels, numbers), 3.0, weight)
         weight = torch.where(row < captions, 0.3, weight)
         losses = F.cross_entropy(logits, labels, reduction="none") * weight
         loss = losses.sum() / weight.sum()
@@ -382,13 +401,11 @@ def seeing(model: CLIPVisionModel, rows: int = 768) -> dict[str, float]:
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # only a rebuild needs it
 
     pictures = list(scenes.rows("seeing", rows, 0, turns=1))
-    features = [
+    outputs = (
         model(pixels(np.stack([row["image"] for row in part])), output_hidden_states=True)
-        .hidden_states[-2][:, 1:]
-        .float()
         for part in batched(iter(pictures), 64)
-    ]
-    seen = F.layer_norm(torch.cat(features), (WIDTH,)).numpy()
+    )
+    seen = torch.cat([projected(out.hidden_states) for out in outputs]).numpy()
     truth = np.stack([row["truth"] for row in pictures])
     fitted = 3 * rows // 4
     shares = {}

@@ -155,23 +155,27 @@ def layers(results: Path, names: Labels, data: Path) -> Figure:
 def tokens(results: Path, names: Labels, data: Path) -> Figure:
     """Each compressor's tokens over the first picture of `data`, at a quarter of the tokens.
 
-    Averaging kinds show the area of each output, selecting kinds the patches that are left. The
-    scores are the attention of the class token in the frozen vision tower.
+    Averaging kinds show the area of each output, selecting kinds the patches that are left. Scores
+    and similarities are those of the frozen vision tower's class token and features.
     """
     import torch  # the other figures do without
 
     from sts.compressor import COMPRESSORS, compress
 
     picture = _picture(data)
-    seen, grid, scores = _look(results, picture)
+    seen, grid, features, scores = _look(results, picture)
     kinds = [kind for kind in COMPRESSORS if kind != "none"]
     drawn, every = plt.subplots(1, 1 + len(kinds), figsize=(1.8 * (1 + len(kinds)), 2.2))
-    onehot = torch.eye(grid[0] * grid[1])[None]  # shows which tokens an output is made of
     for axes, kind in zip(every, ["none", *kinds], strict=True):
         generator = torch.Generator().manual_seed(0)
-        out, _ = compress(kind, onehot, KEEP, grid, scores=scores, generator=generator)
-        _draw_tokens(axes, seen, out[0].numpy().reshape(-1, *grid))
-        axes.set_title(f"{kind}: {len(out[0])} tokens")
+        keep = 1.0 if kind == "none" else KEEP
+        _, _, apply = compress(kind, features, keep, grid, scores=scores, generator=generator)
+        # [1, outputs, tokens, 1, channels]: of which tokens an output is made
+        whole = lambda x, apply=apply: apply(x).sum(2)  # noqa: E731
+        holds = torch.autograd.functional.jacobian(whole, features[..., :8])
+        holds = holds[0, :, 0].abs().sum(-1)
+        _draw_tokens(axes, seen, holds.numpy().reshape(-1, *grid))
+        axes.set_title(f"{kind}: {len(holds)} tokens")
         axes.set_axis_off()
     return drawn
 
@@ -246,9 +250,10 @@ def _picture(data: Path) -> Image.Image:
     return next(row["image"] for row in rows if row["image"] is not None)
 
 
-def _look(results: Path, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int], Any]:
+def _look(results: Path, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int], Any, Any]:
     """What the vision tower makes of a picture: (what it sees [height, width, 3] in 0..1, its grid
-    of patches, attention that its class token pays each patch [1, patches])."""
+    of patches, their features [1, patches, dim], attention that its class token pays each patch [1,
+    patches])."""
     import torch
     from transformers import CLIPVisionModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -261,12 +266,13 @@ def _look(results: Path, picture: Image.Image) -> tuple[np.ndarray, tuple[int, i
     tower = CLIPVisionModel.from_pretrained(parts["vision"], attn_implementation="eager").eval()
     pixels = prepare(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        attentions = tower(pixels, output_attentions=True).attentions
+        out = tower(pixels, output_attentions=True, output_hidden_states=True)
+    attentions = out.attentions
     feature = parts.get("vision_feature_layer", -2) % (len(attentions) + 1)
     scores = attentions[max(feature - 1, 0)].mean(1)[:, 0, 1:]  # hidden state i is of layer i - 1
     side = tower.config.image_size // tower.config.patch_size
     seen = pixels[0].permute(1, 2, 0).numpy() * prepare.image_std + prepare.image_mean
-    return seen.clip(0, 1), (side, side), scores
+    return seen.clip(0, 1), (side, side), out.hidden_states[feature][:, 1:], scores
 
 
 def _draw_tokens(axes: Axes, seen: np.ndarray, weights: np.ndarray) -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-SCHEDULES = ("constant", "linear", "cosine", "staged")
+SCHEDULES = ("constant", "linear", "cosine", "staged", "exponential")
 
 
 def expect(ok: bool, name: str, value: object, accepted: str) -> None:
@@ -15,7 +15,9 @@ def ramp(fraction: float, schedule: str, constant: float) -> float:
     """Strength in [0, 1] at a fraction of the stage: rises from 0 at the start to 1 at the end.
 
     `staged` takes four equal steps (0, 1/3, 2/3, 1), as LLaVolta's four stages (arXiv 2406.20092),
-    in fractions of the stage and not in step numbers. A `constant` schedule is at `constant`.
+    in fractions of the stage and not in step numbers. `exponential` is 1 - e^(-5 fraction), the
+    rise of PLD (arXiv 2010.13369: 1 - e^(-0.001 step)) for a stage of 5,000 steps. A `constant`
+    schedule is at `constant`.
     """
     expect(0 <= fraction <= 1, "fraction", fraction, "a number in [0, 1]")
     expect(schedule in SCHEDULES, "schedule", schedule, f"one of {', '.join(SCHEDULES)}")
@@ -24,6 +26,7 @@ def ramp(fraction: float, schedule: str, constant: float) -> float:
         "linear": fraction,
         "cosine": (1 - math.cos(math.pi * fraction)) / 2,
         "staged": min(math.floor(4 * fraction), 3) / 3,
+        "exponential": -math.expm1(-5 * fraction),
     }[schedule]
 
 

@@ -11,7 +11,7 @@ Tensor shapes: B batch, T tokens of a row, V visual tokens in the batch, D model
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, update_wrapper
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
-from sts.architectures import architecture_of
-from sts.compressor import COMPRESSORS, compress, keep_at
+from sts.architectures import ClassAttention, Grid, architecture_of, output_class
+from sts.compressor import COMPRESSORS, compress, keep_at, kept_rows
 from sts.schedule import SCHEDULES, expect
 from sts.skipper import POLICIES, check_rate, keyed_generator, rate_at, skipped_layers
 
@@ -92,28 +93,82 @@ class LDS:
         expect(0 <= self.ema < 1, "LDS.ema", self.ema, "a number in [0, 1)")
 
 
-class _PassThrough:
-    """Stands in for a skipped decoder layer: the hidden state goes through, the rest is its."""
+class _Instead:
+    """Stands in for a decoder layer; what it doesn't define is the layer's own."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-
-    def __call__(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-        return hidden
 
     def __getattr__(self, name: str):
         return getattr(self._layer, name)
 
 
-class _Thinned(nn.ModuleList):
-    """Decoder layers of which some pass through when iterated or indexed.
+class _PassThrough(_Instead):
+    """The layer does not run: the hidden state [B, T, D] goes through."""
+
+    def __call__(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        return hidden
+
+
+class _ForwardOnly(_Instead):
+    """The layer runs, but what it adds is a constant to the backward pass."""
+
+    def __call__(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        with torch.no_grad():
+            added = self._layer(hidden, *args, **kwargs) - hidden
+        return hidden + added
+
+
+class _SomeTokens(_Instead):
+    """The layer sees the tokens [B, k] that `draw(hidden)` names; the others go through."""
+
+    def __init__(self, layer: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(layer)
+        self._draw = draw
+
+    def __call__(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+        index = self._draw(hidden)
+        kwargs = {name: _of_tokens(name, value, index) for name, value in kwargs.items()}
+        some = self._layer(hidden.take_along_dim(index[..., None], 1), *args, **kwargs)
+        return hidden.scatter(1, index[..., None].expand_as(some), some)
+
+
+def _of_tokens(name: str, value: object, index: Tensor) -> object:
+    """A decoder layer's keyword argument for the tokens `index` [B, k] of each row."""
+    if name == "position_embeddings":  # tensors [..., B or 1, T, head_dim]
+        return tuple(x.take_along_dim(index[..., None], -2) for x in value)
+    if name == "position_ids" and value is not None:  # [B or 1, T]
+        return value.take_along_dim(index, -1)
+    if name == "attention_mask" and value is not None:
+        if not isinstance(value, Tensor):
+            raise ValueError(_WRONG_ATTENTION.format("random_ltd", type(value).__name__))
+        if value.ndim == 2:
+            return value.take_along_dim(index, 1)
+        return _of_queries_and_keys(value, index)
+    return value
+
+
+def _of_queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
+    """mask [B or 1, 1, T, T] -> [B, 1, k, k], the rows and columns `index` [B, k]."""
+    mask = mask.take_along_dim(index[:, None, :, None], 2)
+    return mask.take_along_dim(index[:, None, None, :], 3)
+
+
+_WRONG_ATTENTION = (
+    "{} can't handle an attention mask of type {}: load the model with attn_implementation='sdpa' "
+    "or 'eager'"
+)
+
+
+class _Altered(nn.ModuleList):
+    """Decoder layers some of which others stand in for when iterated or indexed.
 
     All real layers stay registered, so parameters(), hooks and state_dict() miss none.
     """
 
-    def __init__(self, layers: nn.ModuleList, skipped: frozenset[int]) -> None:
+    def __init__(self, layers: nn.ModuleList, instead: dict[int, _Instead]) -> None:
         super().__init__(layers)
-        self._view = [_PassThrough(x) if i in skipped else x for i, x in enumerate(layers)]
+        self._view = [instead.get(i, layer) for i, layer in enumerate(layers)]
 
     def __iter__(self) -> Iterator:
         return iter(self._view)
@@ -123,10 +178,12 @@ class _Thinned(nn.ModuleList):
 
 
 @contextmanager
-def _thinned(language_model: nn.Module, attribute: str, skipped: frozenset[int]) -> Iterator[None]:
-    """The language model without its `skipped` layers."""
+def _altered(
+    language_model: nn.Module, attribute: str, instead: dict[int, _Instead]
+) -> Iterator[None]:
+    """The language model with some of its layers stood in for."""
     layers = getattr(language_model, attribute)
-    language_model._modules[attribute] = _Thinned(layers, skipped)
+    language_model._modules[attribute] = _Altered(layers, instead)
     try:
         yield
     finally:
@@ -134,18 +191,17 @@ def _thinned(language_model: nn.Module, attribute: str, skipped: frozenset[int])
 
 
 @contextmanager
-def _class_scores(attention: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collects the queries and keys [images, 1 + N, width] that `attention` computes anyway."""
+def _class_scores(attention: ClassAttention) -> Iterator[dict[str, Tensor]]:
+    """Collects the queries and keys [tiles, 1 + N, width] that the attention computes anyway."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         seen[name] = output.detach()
 
-    names = ("q_proj", "k_proj")
     with ExitStack() as stack:
-        for name in names:
-            hook = getattr(attention, name).register_forward_hook(partial(record, name))
-            stack.enter_context(hook)
+        for name in ("queries", "keys"):
+            module = attention.module.get_submodule(getattr(attention, name))
+            stack.enter_context(module.register_forward_hook(partial(record, name)))
         yield seen
 
 
@@ -206,12 +262,12 @@ class Scheme:
         self.original = model.forward
         self.influence = [math.inf] * self.num_layers  # infinite = not measured yet
         self.step: int | None = None
-        self.keep, self.skipped = 1.0, frozenset()
+        self.keep, self.rate, self.skipped = 1.0, 0.0, frozenset()
         self._count_from_zero()
         self._measured = torch.zeros(2, self.num_layers)  # sum and count since begin_step
         self._warned = False
         if COMPRESSORS[vtc.kind].needs_scores:
-            self.architecture.cls_attention(model)  # fails now rather than in the first step
+            self.architecture.class_attention(model)  # fails now rather than in the first step
 
     def begin_step(self, step: int) -> None:
         """Fix what optimizer step `step` (0 = first) keeps and skips.
@@ -228,10 +284,11 @@ class Scheme:
         self.keep = 1.0
         if vtc.kind != "none":
             self.keep = keep_at(fraction, vtc.keep, vtc.schedule, vtc.anneal)
+        self.rate = rate_at(fraction, lds.rate, lds.schedule, lds.anneal)
         self.skipped = skipped_layers(
             lds.policy,
             num_layers=self.num_layers,
-            rate=rate_at(fraction, lds.rate, lds.schedule, lds.anneal),
+            rate=self.rate,
             seed=self.seed,
             step=step,
             protect_first=lds.protect_first,
@@ -312,26 +369,23 @@ class Scheme:
                 self.language_model.register_forward_pre_hook(hook, with_kwargs=True)
             )
             if self.keep < 1 and COMPRESSORS[self.vtc.kind].needs_scores:
-                batch["attention"] = self.architecture.cls_attention(self.model)
+                batch["attention"] = self.architecture.class_attention(self.model)
                 batch["seen"] = stack.enter_context(_class_scores(batch["attention"]))
             if self.lds.policy == "need":
                 for hook in self._influence_hooks(batch):
                     stack.enter_context(hook)
             if self.skipped:
                 attribute = self.architecture.layers
-                stack.enter_context(_thinned(self.language_model, attribute, self.skipped))
+                instead = {i: self._instead(i) for i in self.skipped}
+                stack.enter_context(_altered(self.language_model, attribute, instead))
             base = self.model.get_submodule(self.architecture.base)
             outputs = base(**inputs | {"use_cache": False, "return_dict": True})
         loss = answer_loss(self.model, outputs[0], batch["labels"], num_items)
         self._micro += 1
         self._samples += len(labels)
         self._answers += (batch["labels"][:, 1:] != NO_LABEL).sum().detach()
-        output = self.architecture.output_class()(
-            loss=loss,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        kind = output_class(self.model)
+        output = kind(loss=loss, **{k: v for k, v in outputs.items() if k in _PASSED_ON})
         return output if return_dict else output.to_tuple()
 
     def _visual_mask(self, inputs: dict) -> Tensor:
@@ -353,81 +407,166 @@ class Scheme:
         for index, layer in enumerate(getattr(self.language_model, self.architecture.layers)):
             yield layer.register_forward_hook(partial(measure, index))
 
+    def _instead(self, layer: int) -> _Instead:
+        """What stands in for a layer that the policy chose for this step."""
+        real = getattr(self.language_model, self.architecture.layers)[layer]
+        acts = POLICIES[self.lds.policy].acts_on
+        if acts == "backward":
+            return _ForwardOnly(real)
+        if acts == "tokens":
+            return _SomeTokens(real, partial(self._some_tokens, layer, self._micro))
+        return _PassThrough(real)
+
+    def _some_tokens(self, layer: int, micro: int, hidden: Tensor) -> Tensor:
+        """Tokens [B, k] of each row of `hidden` [B, T, D] that the layer sees, ascending."""
+        rows, length = hidden.shape[:2]
+        count = max(1, length - round(self.rate * length))
+        draws = torch.rand(rows, length, generator=self._generator(micro, "ltd", layer))
+        return draws.topk(count, dim=1).indices.sort(dim=1).values.to(hidden.device)
+
+    def _generator(self, *purpose: object) -> torch.Generator:
+        """Keyed by seed, step and purpose; on the CPU: the same draw on every device."""
+        generator = torch.Generator()
+        key = keyed_generator(self.seed, self.step, *purpose)
+        return generator.manual_seed(int(key.random() * 2**53))
+
     def _enter_language_model(
         self, batch: dict, module: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
         """Pre-hook of the language model: here the embeddings hold the visual tokens."""
         before = batch["visual"].sum()
+        batch["mask"] = _attended(batch)
         if self.keep < 1 and (count := int(before)):
             kwargs, after = self._compress(batch, kwargs, count)
         else:
             after = before
-        batch["mask"] = kwargs.get("attention_mask")
         self._positions += kwargs["inputs_embeds"].shape[:2].numel()
         self._visual_before += before
         self._visual_after += after
         return args, kwargs
 
-    def _compress(self, batch: dict, kwargs: dict, count: int) -> tuple[dict, int]:
+    def _compress(self, batch: dict, kwargs: dict, count: int) -> tuple[dict, Tensor]:
         """Shorten the inputs of the language model and batch["labels"]; the visual tokens left."""
-        if all(batch["inputs"].get(key) is None for key in ("pixel_values", "mm_encoder_outputs")):
+        self._check_images(batch["inputs"], count)
+        full = self._carry(batch, kwargs, count)
+        order, real = _pack(full["keep"])
+        batch["mask"] = real
+        batch["labels"] = batch["labels"].gather(1, order).masked_fill(~real, NO_LABEL)
+        embeddings = full["embeddings"].take_along_dim(order[..., None], dim=1)
+        shortened = {
+            "inputs_embeds": embeddings,
+            "attention_mask": self._shorter_mask(batch, kwargs, embeddings, order, real),
+            "position_ids": full["positions"].take_along_dim(order, dim=-1),
+        }
+        left = full["keep"] & batch["visual"]
+        names = self.architecture
+        if names.visual_mask and kwargs.get(names.visual_mask) is not None:
+            shortened[names.visual_mask] = left.gather(1, order) & real
+            of_visual = left[batch["visual"]]
+            shortened[names.visual_features] = [x[of_visual] for x in full["features"]]
+        return kwargs | shortened, left.sum()
+
+    def _check_images(self, inputs: dict, count: int) -> None:
+        """Raises ValueError for what VTC can't take."""
+        if all(inputs.get(key) is None for key in ("pixel_values", "mm_encoder_outputs")):
             raise ValueError(
                 f"input_ids hold {count} image placeholders, but there are no images: pass "
                 "pixel_values (or mm_encoder_outputs)"
             )
-        embeddings, positions, keep = self._carry(batch, kwargs, count)
-        order, real = _pack(keep)
-        batch["labels"] = batch["labels"].gather(1, order).masked_fill(~real, NO_LABEL)
-        shortened = {
-            "inputs_embeds": embeddings.take_along_dim(order[..., None], dim=1),
-            # Explicit even if all true: without a mask, gaps in the positions read as packing.
-            "attention_mask": real.long(),
-            "position_ids": positions.gather(1, order),
-        }
-        return kwargs | shortened, (keep & batch["visual"]).sum()
+        if inputs.get("pixel_values_videos") is not None:
+            raise ValueError("pixel_values_videos: VTC compresses images only; leave videos out")
+        if inputs.get("past_key_values") is not None:
+            raise ValueError(
+                "past_key_values: VTC trains on whole sequences, so leave the cache out"
+            )
 
-    def _carry(self, batch: dict, kwargs: dict, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _carry(self, batch: dict, kwargs: dict, count: int) -> dict:
         """Write the compressed tokens to the places of the tokens they stand at.
 
-        Returns embeddings [B, T, D], position ids [B, T] and keep [B, T]: true there and at text.
+        Returns embeddings [B, T, D], positions [B, T] or [axes, B, T], features (each [V, D]), and
+        keep [B, T]: true at those places and at text.
         """
-        embeddings, visual = kwargs["inputs_embeds"], batch["visual"]
-        attended, positions = _mask_and_positions(kwargs)
+        visual, embeddings = batch["visual"], kwargs["inputs_embeds"]
+        names = self.architecture
+        features = list((names.visual_features and kwargs.get(names.visual_features)) or ())
+        positions = _positions(kwargs)
         average = self.vtc.positions == "mean" and COMPRESSORS[self.vtc.kind].averages
         positions = positions.float() if average else positions
+        axes = positions.shape[:-2]
+        by_place = positions.reshape(-1, visual.numel()).T  # [B * T, axes]
+        vectors, keep = embeddings.flatten(0, 1), (_attended(batch) & ~visual).flatten()
         scores = self._scores(batch, count)
-        generator = torch.Generator()  # on the CPU: the same draw on every device
-        key = keyed_generator(self.seed, self.step, self._micro, "tokens")
-        generator.manual_seed(int(key.random() * 2**53))
-        keep = attended & ~visual
+        generator = self._generator(self._micro, "tokens")
+        places = visual.flatten().nonzero()[:, 0]
         for grid, index in self._images(batch, count).items():
-            index = index.to(visual.device)
-            where = visual.flatten().nonzero()[:, 0][index]  # [images, N] in the flattened batch
-            run = partial(
-                compress,
+            index, ends = _without_newlines(grid, index.to(visual.device), self.keep)
+            keep = keep.index_fill(0, places[ends.flatten()], True)
+            if not grid.width:
+                continue
+            where = places[index]  # [images, N] in the flattened batch
+            out, chosen, apply = compress(
                 self.vtc.kind,
-                keep=self.keep,
-                grid=grid,
+                vectors[where],
+                self.keep,
+                (grid.height, grid.width),
                 scores=None if scores is None else scores[index],
                 generator=generator,
             )
-            out, chosen = run(embeddings.flatten(0, 1)[where])
             carriers = where.gather(1, chosen)
-            embeddings = _put(embeddings, carriers, out)
+            vectors = _put(vectors, carriers, out)
+            keep = keep.index_fill(0, carriers.flatten(), True)
             if average:
-                means, _ = run(positions.flatten()[where][..., None])
-                positions = _put(positions, carriers, means)
-            keep = _put(keep, carriers, torch.ones_like(carriers))
-        return embeddings, positions, keep
+                by_place = _put(by_place, carriers, apply(by_place[where]))
+            features = [_put(x, index.gather(1, chosen), apply(x[index])) for x in features]
+        return {
+            "embeddings": vectors.view_as(embeddings),
+            "positions": by_place.T.reshape(*axes, *visual.shape),
+            "features": features,
+            "keep": keep.view_as(visual),
+        }
 
-    def _images(self, batch: dict, count: int) -> dict[tuple[int, int], Tensor]:
-        """Grid -> which of the `count` visual tokens are its images', [images, h * w]."""
-        grids = self.architecture.grids(self.model.config, batch["inputs"], count)
-        sizes = [height * width for height, width in grids]
-        if sum(sizes) != count:
+    def _shorter_mask(
+        self, batch: dict, kwargs: dict, embeddings: Tensor, order: Tensor, real: Tensor
+    ) -> object:
+        """The language model's attention mask for the places `order` [B, T'], which are `real`."""
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if isinstance(mask, dict):  # made already, one for each kind of layer
+            return {
+                kind: None if one is None else _shorter(one, order, real)
+                for kind, one in mask.items()
+            }
+        if mask is not None:
+            return _shorter(mask, order, real)
+        segments = None if positions is None else _segments(positions)
+        if segments is None:
+            # Explicit even if all true: without a mask, gaps in the positions read as packing.
+            return real.long()
+        config = self.language_model.config
+        if config._attn_implementation not in ("sdpa", "eager"):
+            name = f"{config._attn_implementation} attention"
+            raise ValueError(_WRONG_ATTENTION.format("VTC on packed sequences", name))
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise ValueError(
-                f"input_ids hold {count} image placeholders, but the images have "
-                f"{sum(sizes)} tokens by their grids {grids}: VTC needs exactly the patches"
+                "position_ids of packed sequences: VTC can't shorten them for a language model "
+                "with sliding-window layers; pass attention_mask [batch, tokens], one sample a row"
+            )
+        segments = segments.gather(1, order).masked_fill(~real, -1)
+        starts = segments.diff(dim=1, prepend=segments[:, :1] - 1) != 0
+        counted = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        counted = counted - counted.where(starts, 0).cummax(1).values
+        return create_causal_mask(  # which takes a restart for the next sequence
+            config, embeddings, None, None, counted, allow_is_causal_skip=False
+        )
+
+    def _images(self, batch: dict, count: int) -> dict[Grid, Tensor]:
+        """Grid -> which of the `count` visual tokens are its images', [images, tokens]."""
+        grids = self.architecture.grids(self.model, batch["inputs"], count)
+        sizes = [grid.tokens for grid in grids]
+        if sum(sizes) != count:
+            shown = [tuple(grid) for grid in grids]
+            raise ValueError(
+                f"input_ids hold {count} image placeholders, but the images have {sum(sizes)} "
+                f"tokens by their grids (height, width, newline) {shown}: they must be as many"
             )
         ranges = torch.arange(count).split(sizes)
         return {
@@ -439,24 +578,37 @@ class Scheme:
         """A score for each of the `count` visual tokens, where the kind needs one."""
         if not COMPRESSORS[self.vtc.kind].needs_scores:
             return None
-        attention, seen = batch["attention"], batch["seen"]
+        seen, module = batch["seen"], batch["attention"].module
         if not seen:
             raise ValueError(
                 f"VTC.kind={self.vtc.kind!r} needs the vision tower to run in this forward: "
                 "pass pixel_values rather than precomputed features"
             )
-        scores = class_attention(
-            seen["q_proj"], seen["k_proj"], attention.head_dim, attention.scale
-        ).flatten()
+        scores = class_attention(seen["queries"], seen["keys"], module.head_dim, module.scale)
+        scores = self.architecture.token_scores(self.model, batch["inputs"], scores)
         expect(len(scores) == count, "image placeholders", count, f"one of {len(scores)} patches")
         return scores
 
 
+_PASSED_ON = ("hidden_states", "attentions", "image_hidden_states")
+
+
+def _without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    """Patches [images, N] and row ends to keep [images, n] of the tokens of a grid.
+
+    A newline remains for every row that pooling would leave, at the middle one of its rows.
+    """
+    if not grid.newline:
+        return index, index[:, :0]
+    rows = index.unflatten(1, (grid.height, grid.width + 1))
+    left = kept_rows(grid.height, grid.width, keep) if grid.width else range(grid.height)
+    return rows[..., :-1].flatten(1), rows[:, list(left), -1]
+
+
 def _put(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`target` [B, T, ...] with `values` at `places` of its flattened first two dimensions."""
-    flat = target.flatten(0, 1)
-    values = values.reshape(-1, *flat.shape[1:]).to(target.dtype)
-    return flat.index_put((places.flatten(),), values).view_as(target)
+    """`target` [M, C] with `values` [..., C] at `places` [...]."""
+    values = values.reshape(-1, target.shape[1]).to(target.dtype)
+    return target.index_put((places.flatten(),), values)
 
 
 def _pack(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -468,24 +620,50 @@ def _pack(keep: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.arange(longest, device=keep.device) < counts[:, None]
 
 
-def _mask_and_positions(kwargs: dict) -> tuple[Tensor, Tensor]:
-    """Attention mask (bool) and position ids [B, T] of the full sequence, or their defaults."""
-    embeddings = kwargs["inputs_embeds"]
-    shape, device = embeddings.shape[:2], embeddings.device
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if kwargs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: VTC trains on whole sequences, so leave the cache out")
-    if mask is None and positions is not None:
-        raise ValueError(
-            "position_ids without attention_mask may mean packed sequences, which VTC can't "
-            "shorten yet: pass attention_mask [batch, tokens] too"
-        )
-    for name, value in (("attention_mask", mask), ("position_ids", positions)):
-        given = None if value is None else list(value.shape)
-        expect(value is None or value.ndim == 2, f"{name}.shape", given, "[batch, tokens]")
-    mask = torch.ones(shape, device=device) if mask is None else mask
-    positions = torch.arange(shape[1], device=device) if positions is None else positions
-    return mask.bool(), positions.expand(shape)
+def _shorter(mask: object, order: Tensor, real: Tensor) -> Tensor:
+    """A mask [B, T] or [B, 1, T, T] for the places `order` [B, T'], of which some are not real."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(_WRONG_ATTENTION.format("VTC", type(mask).__name__))
+    if mask.ndim == 2:
+        return real.to(mask.dtype)
+    expect(mask.ndim == 4, "attention_mask.shape", list(mask.shape), "[batch, tokens], or 4-D")
+    mask = _of_queries_and_keys(mask.expand(len(order), -1, -1, -1), order)
+    nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~real[:, None, None, :], nothing)
+
+
+def _attended(batch: dict) -> Tensor:
+    """Which places [B, T] hold no padding, by the outer attention mask."""
+    mask = batch["inputs"].get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        expected = list(batch["visual"].shape)
+        expect(list(mask.shape) == expected, "attention_mask.shape", list(mask.shape), expected)
+        return mask.bool()
+    return torch.ones_like(batch["visual"])
+
+
+def _positions(kwargs: dict) -> Tensor:
+    """Position ids of the full sequence, or their default: [B, T], or [axes, B, T] of M-RoPE."""
+    shape, positions = kwargs["inputs_embeds"].shape[:2], kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(shape[1], device=kwargs["inputs_embeds"].device)[None]
+    fits = positions.ndim in (2, 3) and positions.shape[-1] == shape[1]
+    expect(fits, "position_ids.shape", list(positions.shape), f"{list(shape)}, or 3-D for M-RoPE")
+    return positions.expand(*positions.shape[:-2], *shape)
+
+
+def _segments(positions: Tensor) -> Tensor | None:
+    """The number [B, T] of the packed sample that each token belongs to, or None: not packed.
+
+    As transformers reads it: positions [B, T], or the text row of [4, B, T], that don't go up by
+    one begin another sample.
+    """
+    if positions.ndim == 3:
+        if len(positions) != 4:
+            return None
+        positions = positions[0]
+    starts = positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
+    return starts.cumsum(-1) if starts.any() else None
 
 
 def _forward(scheme: Scheme, /, *args, **kwargs) -> object:

@@ -8,6 +8,7 @@ other random stream moves. A new policy is one function and one entry in POLICIE
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from sts.schedule import annealing, expect, ramp
 
@@ -21,19 +22,35 @@ def keyed_generator(*key: object) -> random.Random:
 
 
 def _with_mean(weights: Sequence[float], mean: float) -> list[float]:
-    """Probabilities proportional to positive `weights` with the given mean.
+    """Probabilities proportional to `weights` with the given mean.
 
-    What would exceed 1 is held at 1 and the excess goes to the others in proportion.
+    What would exceed 1 is held at 1 and the excess goes to the others in proportion; a weight of 0
+    stays at 0 unless all others are at 1.
     """
     wanted = mean * len(weights)
     capped: set[int] = set()
     while True:
         free = sum(w for i, w in enumerate(weights) if i not in capped)
+        if not free and wanted > len(capped) + 1e-9:
+            left = (wanted - len(capped)) / (len(weights) - len(capped))
+            return [1.0 if i in capped else left for i in range(len(weights))]
         scale = (wanted - len(capped)) / free if free else 0.0
         over = {i for i, w in enumerate(weights) if i not in capped and w * scale > 1}
         if not over:
             return [1.0 if i in capped else w * scale for i, w in enumerate(weights)]
         capped |= over
+
+
+class Policy(NamedTuple):
+    """Which layers a step alters, and what happens to them.
+
+    probabilities: (layers, rate, stats, explore) -> each layer's chance to be chosen, mean `rate`.
+    acts_on: `layer`, a chosen layer does not run; `backward`, it runs but no gradient flows through
+    it or to it; `tokens`, every unprotected layer runs on a random 1 - rate of the tokens.
+    """
+
+    probabilities: Callable[..., list[float]]
+    acts_on: str = "layer"
 
 
 def none(layers: Sequence[int], rate: float, stats: Sequence[float], explore: float) -> list[float]:
@@ -53,9 +70,22 @@ def linear(
 ) -> list[float]:
     """In proportion to depth: p_l ~ l / L, stochastic depth (arXiv 1603.09382), PLD (2010.13369).
 
-    There the deepest layer's probability is given; here the mean over the layers is.
+    There the deepest layer's probability is given; here the mean over the layers is. PLD's rise
+    over time is the schedule `exponential`.
     """
     return _with_mean([layer + 1 for layer in layers], rate)
+
+
+def exponential(
+    layers: Sequence[int], rate: float, stats: Sequence[float], explore: float
+) -> list[float]:
+    """Growing with depth as 2^(l / (L - 1)) - 1, l = 0 .. L - 1: LayerSkip (arXiv 2404.16710).
+
+    There the deepest layer's probability is given; here the mean over the layers (those that are
+    not protected, L of them) is. The first of them is never skipped.
+    """
+    depth = max(1, len(layers) - 1)
+    return _with_mean([2 ** (i / depth) - 1 for i in range(len(layers))], rate)
 
 
 def need(layers: Sequence[int], rate: float, stats: Sequence[float], explore: float) -> list[float]:
@@ -71,11 +101,16 @@ def need(layers: Sequence[int], rate: float, stats: Sequence[float], explore: fl
     return [explore * rate + (1 - explore) * p for p in _with_mean(ranks, rate)]
 
 
-POLICIES: dict[str, Callable[..., list[float]]] = {
-    "none": none,
-    "uniform": uniform,
-    "linear": linear,
-    "need": need,
+POLICIES: dict[str, Policy] = {
+    "none": Policy(none),
+    "uniform": Policy(uniform),
+    "linear": Policy(linear),
+    "exponential": Policy(exponential),
+    "need": Policy(need),
+    # DropBP (arXiv 2402.17812), of whole layers: there attention and MLP are drawn apart
+    "dropbp": Policy(uniform, acts_on="backward"),
+    # random-LTD (arXiv 2211.11586): another random set of tokens in each layer, in their order
+    "random_ltd": Policy(uniform, acts_on="tokens"),
 }
 
 
@@ -126,11 +161,12 @@ def skipped_layers(
     stats: Sequence[float] | None = None,
     explore: float = 0.1,
 ) -> frozenset[int]:
-    """The layers (0 = first) left out at `step`.
+    """The layers (0 = first) left out at `step`, or otherwise altered (`Policy.acts_on`).
 
     `rate` is the mean share of the layers between the first `protect_first` and the last
     `protect_last` that is left out. `exact`: every step leaves out the same number, or the two
-    nearest whole numbers in turn so that the mean holds; else each layer is drawn on its own.
+    nearest whole numbers in turn so that the mean holds; else each layer is drawn on its own. A
+    policy that acts on tokens alters every layer that is not protected while the rate is above 0.
     `stats`: block influence per layer, [num_layers], for policy `need`. At least one layer always
     runs. Raises ValueError for an unknown policy, or a rate that leaves no layer.
     """
@@ -140,7 +176,9 @@ def skipped_layers(
     stats = [math.inf] * num_layers if stats is None else stats
     expect(len(stats) == num_layers, "len(stats)", len(stats), f"num_layers = {num_layers}")
     layers = range(protect_first, num_layers - protect_last)
-    probabilities = POLICIES[policy](layers, rate, stats, explore)
+    if POLICIES[policy].acts_on == "tokens":
+        return frozenset(layers if rate else ())
+    probabilities = POLICIES[policy].probabilities(layers, rate, stats, explore)
     generator = keyed_generator(seed, step, "layers")
     if exact:
         chosen = _systematic_sample(probabilities, generator)

@@ -82,6 +82,9 @@ def flop_parts(
     images: float | None = None,
     checkpointing: bool = False,
     fused_attention: bool = True,
+    forward_only: float = 0,
+    thinned_layers: float = 0,
+    thinned_tokens: float = 0,
 ) -> dict[str, float]:
     """FLOPs of forward and backward of `batch` samples: vision, projector, decoder, head.
 
@@ -89,9 +92,10 @@ def flop_parts(
     whose logits are computed. layers_run: decoder layers that run (mean). images: in the batch
     (default: one per sample where there are visual tokens). checkpointing: decoder layers are
     computed once more (non-reentrant, the default of transformers). fused_attention: its backward
-    recomputes the scores (SDPA and flash: 2.5 times the forward; eager: 2). The vision tower is
-    frozen; in `align` the decoder passes gradients on but has none for its weights. Raises
-    ValueError for an unknown stage.
+    recomputes the scores (SDPA and flash: 2.5 times the forward; eager: 2). forward_only: layers
+    besides those that have no backward; thinned_layers: layers besides those that see but
+    thinned_tokens of each sample. The vision tower is frozen; in `align` the decoder passes
+    gradients on but has none for its weights. Raises ValueError for an unknown stage.
     """
     if stage not in STAGES:
         raise ValueError(f"stage={stage!r}: expected one of {', '.join(STAGES)}")
@@ -110,20 +114,28 @@ def flop_parts(
     first, second = 2 * patches * s.projector_in * s.width, 2 * patches * s.width**2
     projector = 2 * first + 3 * second  # the first layer's input needs no gradient
 
-    tokens = visual_tokens + text_tokens
     attention_width = s.heads * s.head_dim
     weights = 2 * s.width * (attention_width + s.kv_heads * s.head_dim) + 3 * s.width * s.mlp
-    linear, attention = 2 * tokens * weights, 4 * tokens**2 * attention_width
-    forward = linear + attention
-    backward = linear * (2 if trained else 1) + attention * (2.5 if fused_attention else 2)
-    recomputed = forward - 2 * tokens * s.mlp * s.width  # torch stops before the last product
-    layer = forward + backward + (recomputed if checkpointing else 0)
+
+    def forward(tokens: float) -> float:
+        return 2 * tokens * weights + 4 * tokens**2 * attention_width
+
+    def layer(tokens: float) -> float:
+        linear, attention = 2 * tokens * weights, 4 * tokens**2 * attention_width
+        backward = linear * (2 if trained else 1) + attention * (2.5 if fused_attention else 2)
+        # torch stops before the last product
+        recomputed = forward(tokens) - 2 * tokens * s.mlp * s.width if checkpointing else 0
+        return forward(tokens) + backward + recomputed
+
+    tokens = visual_tokens + text_tokens
+    decoder = layers_run * layer(tokens) + forward_only * forward(tokens)
+    decoder += thinned_layers * layer(thinned_tokens)
 
     logits = 2 * answer_tokens * s.width * s.vocab
     return {
         "vision": images * vision,
         "projector": images * projector,
-        "decoder": batch * layers_run * layer,
+        "decoder": batch * decoder,
         "head": batch * logits * (3 if trained else 2),
     }
 

@@ -43,7 +43,7 @@ from sts.config import (
     load_scale,
     resolve,
 )
-from sts.skipper import rate_at
+from sts.skipper import POLICIES, rate_at
 from sts.train import (
     freeze,
     fused_attention,
@@ -261,16 +261,25 @@ def step_flops(shape: cost.Shape, stage: str, block: StageConfig, fraction: floa
     keep = keep_at(fraction, vtc.keep, vtc.schedule, vtc.anneal) if vtc.kind != "none" else 1.0
     rate = rate_at(fraction, lds.rate, lds.schedule, lds.anneal)
     text, answer = tokens(stage, block)
+    skippable = shape.layers - lds.protect_first - lds.protect_last
+    altered, work = rate * skippable, {}
+    if POLICIES[lds.policy].acts_on == "backward":
+        work = {"forward_only": altered}
+    elif POLICIES[lds.policy].acts_on == "tokens" and rate:
+        altered = skippable
+        seen = (1 - rate) * (keep * shape.visual_tokens + text)
+        work = {"thinned_layers": altered, "thinned_tokens": seen}
     return cost.step_flops(
         shape,
         batch=block.batch_size * block.accumulation * block.processes,
         visual_tokens=keep * shape.visual_tokens,
         text_tokens=text,
         answer_tokens=answer,
-        layers_run=shape.layers - rate * (shape.layers - lds.protect_first - lds.protect_last),
+        layers_run=shape.layers - altered,
         stage=stage,
         checkpointing=block.gradient_checkpointing,
         fused_attention=fused_attention(block),
+        **work,
     )
 
 

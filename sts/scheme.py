@@ -301,7 +301,7 @@ class Scheme:
         self._count_from_zero()
 
     def _count_from_zero(self) -> None:
-        self._micro = self._samples = self._positions = 0
+        self._micro = self._samples = self._positions = self._thinned = 0
         self._visual_before = self._visual_after = self._answers = 0
 
     def metrics(self) -> dict[str, object]:
@@ -309,10 +309,12 @@ class Scheme:
 
         keep_ratio: visual tokens that reached the language model / those there were. Means per
         sample: visual_tokens (reached), tokens (reached, padding and visual included),
-        answer_tokens (logits computed). layers_run; skipped: sorted layer ids.
+        answer_tokens (logits computed). layers_run: wholly; skipped: sorted ids of the others, of
+        which forward_only run without a backward and thinned_layers on thinned_tokens of a sample.
         """
         before, after = int(self._visual_before), int(self._visual_after)
         samples = max(self._samples, 1)
+        acts = POLICIES[self.lds.policy].acts_on
         return {
             "keep_ratio": after / before if before else 1.0,
             "visual_tokens": after / samples,
@@ -320,6 +322,9 @@ class Scheme:
             "answer_tokens": int(self._answers) / samples,
             "layers_run": self.num_layers - len(self.skipped),
             "skipped": sorted(self.skipped),
+            "forward_only": len(self.skipped) if acts == "backward" else 0,
+            "thinned_layers": len(self.skipped) if acts == "tokens" else 0,
+            "thinned_tokens": self._thinned / samples / max(1, len(self.skipped)),
         }
 
     def state_dict(self) -> dict[str, object]:
@@ -421,6 +426,7 @@ class Scheme:
         """Tokens [B, k] of each row of `hidden` [B, T, D] that the layer sees, ascending."""
         rows, length = hidden.shape[:2]
         count = max(1, length - round(self.rate * length))
+        self._thinned += rows * count
         draws = torch.rand(rows, length, generator=self._generator(micro, "ltd", layer))
         return draws.topk(count, dim=1).indices.sort(dim=1).values.to(hidden.device)
 

@@ -382,13 +382,16 @@ def check_finite(
     )
 
 
+LAYER_WORK = ("layers_run", "forward_only", "thinned_layers", "thinned_tokens")  # see `cost`
+
+
 def measure(
     scheme: Scheme, shape: cost.Shape, stage: str, block: StageConfig, has_image: Sequence[bool]
 ) -> dict[str, Any]:
     """What a step really did, for its row of the history. `has_image`: of its global batch.
 
     tokens (reached the language model, padding included) and answer_tokens of the global batch;
-    visual_tokens, mean of a sample; layers_run and skipped; FLOPs. Of several processes the first
+    visual_tokens, mean of a sample; skipped and LAYER_WORK; FLOPs. Of several processes the first
     counts for all.
     """
     seen, samples = scheme.metrics(), len(has_image)
@@ -398,7 +401,7 @@ def measure(
         "fused_attention": fused_attention(block),
         "tokens": round(seen["tokens"] * samples),
         "answer_tokens": round(seen["answer_tokens"] * samples),
-        **{name: seen[name] for name in ("visual_tokens", "layers_run", "skipped", "keep_ratio")},
+        **{name: seen[name] for name in ("visual_tokens", "keep_ratio", "skipped", *LAYER_WORK)},
     }
     return row | {"flops": row_flops(shape, stage, block, row)}
 
@@ -412,10 +415,10 @@ def row_flops(shape: cost.Shape, stage: str, block: StageConfig, row: dict[str, 
         visual_tokens=row["visual_tokens"],
         text_tokens=row["tokens"] / row["samples"] - row["visual_tokens"],
         answer_tokens=row["answer_tokens"] / row["samples"],
-        layers_run=row["layers_run"],
         stage=stage,
         checkpointing=block.gradient_checkpointing,
         fused_attention=row["fused_attention"],
+        **{name: row[name] for name in LAYER_WORK},
     )
 
 
@@ -555,7 +558,8 @@ def _dense(row: dict[str, Any], layers: int) -> dict[str, Any]:
     """The row of the same step without VTC and LDS."""
     whole = row["visual_tokens"] / row["keep_ratio"]
     added = (whole - row["visual_tokens"]) * row["samples"]
-    return row | {"visual_tokens": whole, "tokens": row["tokens"] + added, "layers_run": layers}
+    work = dict.fromkeys(LAYER_WORK, 0) | {"layers_run": layers}
+    return row | {"visual_tokens": whole, "tokens": row["tokens"] + added} | work
 
 
 def finish(folder: Path, model: PreTrainedModel, processor: Any, config: Config) -> None:

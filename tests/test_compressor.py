@@ -291,6 +291,6 @@ def test_bipartite_merging_joins_the_most_similar_pairs_first(grid, keep):
 @pytest.mark.parametrize("kind", sorted(COMPRESSORS))
 def test_apply_does_the_same_to_other_features(kind):
     tokens = tokens_of((5, 7), dim=6)
-    out, positions, apply = run(kind, tokens, 0.3, (5, 7))
+    out, _, apply = run(kind, tokens, 0.3, (5, 7))
     assert torch.equal(apply(tokens), out)
     torch.testing.assert_close(apply(2 * tokens + 1), 2 * out + 1)

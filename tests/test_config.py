@@ -107,7 +107,7 @@ WRONG = {
         "instruct.lds.protect_first", "8 layers",
     ),
     "rate without a policy": ("{align: {lds: {rate: 0.5}}}", "align.lds.rate", "policy is none"),
-    "unknown compressor": ("{align: {vtc: {kind: jpeg}}}", "align.vtc.kind", "avgpool2d, random"),
+    "unknown compressor": ("{align: {vtc: {kind: jpeg}}}", "align.vtc.kind", "avgpool2d, av"),
     "unknown policy": ("{align: {lds: {policy: luck}}}", "align.lds.policy", "uniform, linear"),
     "unknown data set": ("{align: {data: [coco]}}", "align.data", "scenes, easy_vqa, nlvr"),
     "unknown benchmark": ("{evaluate: {benchmarks: [mme]}}", "evaluate.benchmarks", "chart"),

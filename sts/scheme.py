@@ -135,17 +135,21 @@ class _SomeTokens(_Instead):
 
 def _of_tokens(name: str, value: object, index: Tensor) -> object:
     """A decoder layer's keyword argument for the tokens `index` [B, k] of each row."""
-    if name == "position_embeddings":  # tensors [..., B or 1, T, head_dim]
-        return tuple(x.take_along_dim(index[..., None], -2) for x in value)
+    if name == "position_embeddings":  # two tensors [..., B or 1, T, head_dim]
+        return tuple(_at(x.movedim(-1, 0), index).movedim(0, -1) for x in value)
     if name == "position_ids" and value is not None:  # [B or 1, T]
-        return value.take_along_dim(index, -1)
+        return _at(value, index)
     if name == "attention_mask" and value is not None:
         if not isinstance(value, Tensor):
             raise ValueError(_WRONG_ATTENTION.format("random_ltd", type(value).__name__))
-        if value.ndim == 2:
-            return value.take_along_dim(index, 1)
-        return _of_queries_and_keys(value, index)
+        return _at(value, index) if value.ndim == 2 else _of_queries_and_keys(value, index)
     return value
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    """x [..., B or 1, T] at the places `index` [B, k] of each row: [..., B, k]."""
+    lead = x.shape[:-2]
+    return x.expand(*lead, len(index), -1).gather(-1, index.expand(*lead, *index.shape))
 
 
 def _of_queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
@@ -462,7 +466,7 @@ class Scheme:
         shortened = {
             "inputs_embeds": embeddings,
             "attention_mask": self._shorter_mask(batch, kwargs, embeddings, order, real),
-            "position_ids": full["positions"].take_along_dim(order, dim=-1),
+            "position_ids": _at(full["positions"], order),
         }
         left = full["keep"] & batch["visual"]
         names = self.architecture

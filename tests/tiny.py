@@ -1,0 +1,341 @@
+"""A tiny random model of every architecture, and batches for it.
+
+    case = CASES["qwen2_vl"]
+    model, batch = case.build(), case.batch([["big", 5, 6, 7], [8, "small", 9, 10]])
+
+A row is a list of token ids and images; an image is one of the names in `case.images`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import transformers as hf
+
+IMAGE, PAD, VOCAB, LAYERS, ANSWER = 60, 0, 64, 4, 2
+PATCH = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """images: name -> grids (height, width, newline) of its tokens, worked out by hand.
+
+    inputs: (names of the batch's images by row) -> the pixel inputs of the outer forward.
+    of_ids: (ids, attended, visual) -> inputs that depend on the text.
+    """
+
+    build: Callable[..., hf.PreTrainedModel]
+    images: dict[str, list[tuple[int, int, bool]]]
+    inputs: Callable[[list[list[str]]], dict]
+    of_ids: Callable[..., dict] = field(default=lambda ids, attended, visual: {})
+
+    def tokens(self, name: str) -> int:
+        return sum(h * (w + newline) for h, w, newline in self.images[name])
+
+    def batch(self, rows: list[list], side: str = "right") -> dict:
+        """Padded on one side; the last ANSWER tokens of a row are its answer."""
+        ids = [
+            [t for x in row for t in ([IMAGE] * self.tokens(x) if isinstance(x, str) else [x])]
+            for row in rows
+        ]
+        length = max(map(len, ids))
+        columns = {"input_ids": [], "attention_mask": [], "labels": []}
+        for row in ids:
+            answer = [-100] * (len(row) - ANSWER) + row[-ANSWER:]
+            for name, values, fill in (
+                ("input_ids", row, PAD),
+                ("attention_mask", [1] * len(row), 0),
+                ("labels", answer, -100),
+            ):
+                padding = [fill] * (length - len(row))
+                columns[name].append(values + padding if side == "right" else padding + values)
+        batch = {name: torch.tensor(values) for name, values in columns.items()}
+        names = [[x for x in row if isinstance(x, str)] for row in rows]
+        pixels = self.inputs(names) if any(names) else {}
+        visual = batch["input_ids"] == IMAGE
+        return batch | pixels | self.of_ids(batch["input_ids"], batch["attention_mask"], visual)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def text(config: type, **more) -> hf.PreTrainedConfig:
+    """A decoder configuration; explicit head_dim, as Gemma and Mistral have one of their own."""
+    settings = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "vocab_size": VOCAB,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return config(**settings | more)
+
+
+def vit(config: type, size: int | list[int] = 16, patch: int | list[int] = PATCH, **more):
+    return config(
+        image_size=size,
+        patch_size=patch,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        **more,
+    )
+
+
+def builder(model: type, config: type, vision: Callable, language: Callable, **more) -> Callable:
+    def build(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
+        torch.manual_seed(0)
+        token = {"image_token_id": IMAGE}
+        made = model(config(vision_config=vision(), text_config=language(), **token, **more))
+        with torch.no_grad():  # initial weights are so small that layers do next to nothing
+            for parameter in made.parameters():
+                if parameter.ndim > 1:
+                    parameter.mul_(4)
+        return made.to(dtype).train()
+
+    return build
+
+
+def flat(pixels: Callable[[int], torch.Tensor]) -> Callable:
+    """Pixel inputs of models that take all images of a batch in one tensor."""
+    return lambda names: {"pixel_values": pixels(sum(map(len, names)))}
+
+
+def tiled(sizes: dict[str, tuple[int, int]], tiles: dict[str, int]) -> Callable:
+    """LLaVA-NeXT's: [images, tiles, 3, 16, 16] and each image's pixels."""
+
+    def inputs(names: list[list[str]]) -> dict:
+        every = [name for row in names for name in row]
+        return {
+            "pixel_values": noise(len(every), max(tiles.values()), 3, 16, 16),
+            "image_sizes": torch.tensor([sizes[name] for name in every]),
+        }
+
+    return inputs
+
+
+def by_row(names: list[list[str]]) -> dict:
+    """Idefics3's: [rows, images, 3, 32, 32], rows with fewer images filled up with zeros."""
+    most = max(map(len, names))
+    pixels = noise(len(names), most, 3, 32, 32)
+    for row, images in zip(pixels, names, strict=True):
+        row[len(images) :] = 0
+    return {"pixel_values": pixels}
+
+
+def patches(grids: dict[str, tuple[int, int]]) -> Callable:
+    """Qwen's: [patches of all images, channels], and (frames, rows, columns) of each image."""
+
+    def inputs(names: list[list[str]]) -> dict:
+        every = [grids[name] for row in names for name in row]
+        total = sum(h * w for h, w in every)
+        return {
+            "pixel_values": noise(total, 3 * 2 * PATCH * PATCH),
+            "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
+        }
+
+    return inputs
+
+
+def sized(sizes: dict[str, tuple[int, int]]) -> Callable:
+    """Pixtral's: [images, 3, height, width] of the largest, and each image's pixels."""
+
+    def inputs(names: list[list[str]]) -> dict:
+        every = [sizes[name] for row in names for name in row]
+        return {
+            "pixel_values": noise(
+                len(every), 3, max(h for h, _ in every), max(w for _, w in every)
+            ),
+            "image_sizes": torch.tensor(every),
+        }
+
+    return inputs
+
+
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+NEXT_SIZES = {"big": (24, 32), "small": (32, 16)}  # the first is padded to 32 x 32 and cut again
+NEXT_TILES = {"big": 5, "small": 3}
+NEXT_GRIDS = {
+    "big": [(4, 4, False), (6, 8, True)],
+    "small": [(4, 4, False), (8, 4, True)],
+}
+QWEN_GRIDS = {"big": (8, 12), "small": (4, 8)}  # in patches; 2 x 2 of them are a token
+QWEN = {
+    "images": {"big": [(4, 6, False)], "small": [(2, 4, False)]},
+    "inputs": patches(QWEN_GRIDS),
+    "of_ids": lambda ids, attended, visual: {"mm_token_type_ids": visual.long()},
+}
+SQUARE = {"big": [(4, 4, False)], "small": [(4, 4, False)]}
+MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2}
+
+
+def llava(name: str, config: str, **more) -> Callable:
+    return builder(
+        getattr(hf, name),
+        getattr(hf, config),
+        lambda: vit(hf.CLIPVisionConfig),
+        lambda: text(hf.LlamaConfig),
+        **more,
+    )
+
+
+CASES = {
+    "llava": Case(
+        llava("LlavaForConditionalGeneration", "LlavaConfig", image_seq_length=16),
+        SQUARE,
+        flat(lambda n: noise(n, 3, 16, 16)),
+    ),
+    "vipllava": Case(
+        llava(
+            "VipLlavaForConditionalGeneration",
+            "VipLlavaConfig",
+            image_seq_length=16,
+            vision_feature_layers=[-2, 1],
+        ),
+        SQUARE,
+        flat(lambda n: noise(n, 3, 16, 16)),
+    ),
+    "llava_next": Case(
+        llava(
+            "LlavaNextForConditionalGeneration", "LlavaNextConfig", image_grid_pinpoints=PINPOINTS
+        ),
+        NEXT_GRIDS,
+        tiled(NEXT_SIZES, NEXT_TILES),
+    ),
+    "llava_onevision": Case(
+        builder(
+            hf.LlavaOnevisionForConditionalGeneration,
+            hf.LlavaOnevisionConfig,
+            lambda: vit(hf.SiglipVisionConfig),
+            lambda: text(hf.Qwen2Config),
+            image_grid_pinpoints=PINPOINTS,
+            video_token_id=61,
+        ),
+        NEXT_GRIDS,
+        tiled(NEXT_SIZES, NEXT_TILES),
+    ),
+    "qwen2_vl": Case(
+        builder(
+            hf.Qwen2VLForConditionalGeneration,
+            hf.Qwen2VLConfig,
+            lambda: {**QWEN_VISION, "embed_dim": 16, "hidden_size": 24},
+            lambda: text(hf.Qwen2VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
+        ),
+        **QWEN,
+    ),
+    "qwen2_5_vl": Case(
+        builder(
+            hf.Qwen2_5_VLForConditionalGeneration,
+            hf.Qwen2_5_VLConfig,
+            lambda: {
+                **QWEN_VISION,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "out_hidden_size": 24,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            lambda: text(hf.Qwen2_5_VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
+        ),
+        **QWEN,
+    ),
+    "qwen3_vl": Case(
+        builder(
+            hf.Qwen3VLForConditionalGeneration,
+            hf.Qwen3VLConfig,
+            lambda: {
+                **QWEN_VISION,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "out_hidden_size": 24,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 1],
+            },
+            lambda: text(hf.Qwen3VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
+        ),
+        **QWEN,
+    ),
+    "internvl": Case(
+        builder(
+            hf.InternVLForConditionalGeneration,
+            hf.InternVLConfig,
+            lambda: vit(hf.InternVLVisionConfig, [32, 32], [PATCH, PATCH]),
+            lambda: text(hf.Qwen2Config),
+            image_seq_length=16,
+        ),
+        SQUARE,
+        flat(lambda n: noise(n, 3, 32, 32)),
+    ),
+    "idefics3": Case(
+        builder(
+            hf.Idefics3ForConditionalGeneration,
+            hf.Idefics3Config,
+            lambda: vit(hf.Idefics3VisionConfig, 32).to_dict(),
+            lambda: text(hf.LlamaConfig),
+            scale_factor=2,
+        ),
+        SQUARE,
+        by_row,
+    ),
+    "smolvlm": Case(
+        builder(
+            hf.SmolVLMForConditionalGeneration,
+            hf.SmolVLMConfig,
+            lambda: vit(hf.SmolVLMVisionConfig, 32).to_dict(),
+            lambda: text(hf.LlamaConfig),
+            scale_factor=2,
+        ),
+        SQUARE,
+        by_row,
+    ),
+    "paligemma": Case(
+        builder(
+            hf.PaliGemmaForConditionalGeneration,
+            hf.PaliGemmaConfig,
+            lambda: vit(hf.SiglipVisionConfig, projection_dim=24),
+            lambda: text(hf.GemmaConfig),
+            projection_dim=24,
+        ),
+        SQUARE,
+        flat(lambda n: noise(n, 3, 16, 16)),
+        lambda ids, attended, visual: {  # 1 from the first answer token on
+            "token_type_ids": (attended.flip(1).cumsum(1).flip(1) <= ANSWER).long() * attended
+        },
+    ),
+    "gemma3": Case(
+        builder(
+            hf.Gemma3ForConditionalGeneration,
+            hf.Gemma3Config,
+            lambda: vit(hf.SiglipVisionConfig, 32),
+            lambda: text(
+                hf.Gemma3TextConfig,
+                sliding_window=8,
+                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+            ),
+            mm_tokens_per_image=16,
+        ),
+        SQUARE,
+        flat(lambda n: noise(n, 3, 32, 32)),
+        lambda ids, attended, visual: {"token_type_ids": visual.long()},
+    ),
+    "mistral3": Case(
+        builder(
+            hf.Mistral3ForConditionalGeneration,
+            hf.Mistral3Config,
+            lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
+            lambda: text(hf.MistralConfig),
+            spatial_merge_size=2,
+            vision_feature_layer=-1,
+        ),
+        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        sized({"big": (24, 32), "small": (16, 16)}),
+    ),
+}

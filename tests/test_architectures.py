@@ -240,9 +240,9 @@ def test_random_ltd_shows_each_layer_its_tokens_and_passes_the_rest(name, implem
     seen = [calls[i][0].shape[1] for i in range(4)]
     assert seen == [length, length - round(length / 2), length - round(length / 2), length]
     # the second layer by hand: its tokens, found again by value, under the rows and columns of the
-    # mask that they have in the first layer's
+    # mask that they have in the last layer's (the same kind of layer in Gemma 3)
     hidden, kwargs, _ = calls[1]
-    whole, given = calls[0][2], calls[0][1]
+    whole, given = calls[0][2], calls[3][1]
     for row in range(len(whole)):
         index = [int((whole[row] == vector).all(1).nonzero()[0, 0]) for vector in hidden[row]]
         assert index == sorted(index)
@@ -251,7 +251,7 @@ def test_random_ltd_shows_each_layer_its_tokens_and_passes_the_rest(name, implem
         ):
             full = full.expand(*full.shape[:-3], len(whole), *full.shape[-2:])
             assert torch.equal(mine[..., row, :, :], full[..., row, index, :])
-        if name != "gemma3" and given["attention_mask"] is not None:
+        if given["attention_mask"] is not None:
             full = given["attention_mask"].expand(len(whole), -1, -1, -1)[row, 0]
             assert torch.equal(kwargs["attention_mask"][row, 0], full[index][:, index])
 

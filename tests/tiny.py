@@ -96,8 +96,10 @@ def builder(model: type, config: type, vision: Callable, language: Callable, **m
         made = model(config(vision_config=vision(), text_config=language(), **token, **more))
         with torch.no_grad():  # initial weights are so small that layers do next to nothing
             for parameter in made.parameters():
-                if parameter.ndim > 1:
+                if parameter.ndim > 1 and parameter.any():
                     parameter.mul_(4)
+                elif parameter.ndim > 1:  # Gemma 3's projector begins at nothing
+                    parameter.normal_(std=0.1)
         return made.to(dtype).train()
 
     return build

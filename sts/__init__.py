@@ -7,16 +7,24 @@
         scheme.begin_step(step)
         model(**batch).loss.backward()
 
+In a `transformers` Trainer: `Trainer(model, ..., callbacks=[SparseCallback(model, vtc=...)])`.
 Names load on first use, so `import sts.config` costs no torch import.
 """
 
 from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = ["LDS", "VTC", "sparsify", "unsparsify"]
+_HOMES = {
+    "LDS": "sts.scheme",
+    "VTC": "sts.scheme",
+    "SparseCallback": "sts.callback",
+    "sparsify": "sts.scheme",
+    "unsparsify": "sts.scheme",
+}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
-    if name in __all__:
-        return getattr(import_module("sts.scheme"), name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'sts' has no attribute {name!r}")

@@ -6,7 +6,6 @@ architecture is one entry; tests/test_architectures.py runs over all of them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from inspect import signature
 from typing import Any, NamedTuple, get_args
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import ModelOutput
 
 # --- the grid of each image ----------------------------------------------------------------------
@@ -85,11 +85,10 @@ def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float)
     """What the model itself makes of tile features [tiles, tokens, 1] with padding cut away and
     `newline` after each row: [tokens of the image, 1] of each image."""
     config, sizes = model.config, inputs["image_sizes"]
-    module = import_module(type(model).__module__)
     alone = inputs.get("batch_num_images")
     whole = [True] * len(sizes) if alone is None else [n == 1 for n in alone for _ in range(n)]
     counts = [
-        module.image_size_to_num_patches(
+        image_size_to_num_patches(
             image_size=size,
             grid_pinpoints=config.image_grid_pinpoints,
             patch_size=config.vision_config.image_size,
@@ -254,8 +253,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 def architecture_of(model: nn.Module) -> Architecture:
     """The entry of `model`. Raises ValueError, saying what an entry needs, for an unknown one."""
     name = getattr(getattr(model, "config", None), "model_type", None)
+    entry = ARCHITECTURES.get(name)
     headed = getattr(model, "get_output_embeddings", lambda: None)() is not None
-    if name not in ARCHITECTURES or not headed:
+    if not (entry and headed and _has(model, entry.language_model)):
         raise ValueError(
             f"{type(model).__name__} (model_type={name!r}) is not a known image-text-to-text model "
             f"with a language head; known: {', '.join(ARCHITECTURES)}. Pass the model itself, "
@@ -264,7 +264,14 @@ def architecture_of(model: nn.Module) -> Architecture:
             "says how the visual tokens of a batch lie, and the other fields say where base model, "
             "language model and decoder layers are if not at model, model.language_model, layers"
         )
-    return ARCHITECTURES[name]
+    return entry
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        return model.get_submodule(path) is not None
+    except AttributeError:
+        return False
 
 
 def output_class(model: PreTrainedModel) -> type[ModelOutput]:

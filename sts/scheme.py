@@ -3,7 +3,7 @@
     scheme = sparsify(model, vtc=VTC(kind="avgpool2d", keep=0.25), total_steps=1000)
     scheme.begin_step(step)      # once per optimizer step, before its first micro-batch
     model(**batch).loss.backward()
-    unsparsify(model)
+    unsparsify(model)            # or `with sparsify(...) as scheme:`
 
 Only a forward in training mode with labels is touched; all else goes to the model's own forward.
 Tensor shapes: B batch, T tokens of a row, V visual tokens in the batch, D model width.
@@ -19,6 +19,7 @@ from inspect import signature
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
@@ -269,9 +270,15 @@ class Scheme:
         self.keep, self.rate, self.skipped = 1.0, 0.0, frozenset()
         self._count_from_zero()
         self._measured = torch.zeros(2, self.num_layers)  # sum and count since begin_step
-        self._warned = False
+        self._warned: set[str] = set()
         if COMPRESSORS[vtc.kind].needs_scores:
             self.architecture.class_attention(model)  # fails now rather than in the first step
+
+    def __enter__(self) -> "Scheme":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        unsparsify(self.model)
 
     def begin_step(self, step: int) -> None:
         """Fix what optimizer step `step` (0 = first) keeps and skips.
@@ -303,6 +310,8 @@ class Scheme:
         )
         self.step = step
         self._count_from_zero()
+        if self.skipped:
+            self._warn_of_plain_data_parallel()
 
     def _count_from_zero(self) -> None:
         self._micro = self._samples = self._positions = self._thinned = 0
@@ -346,11 +355,24 @@ class Scheme:
         self.influence = list(state["influence"])
         self._measured = torch.tensor(state["measured"])
 
-    def warn_without_labels(self) -> None:
-        """Say once that a training forward passed the scheme by."""
-        if not self._warned:
-            log.warning("sts: forward in training mode without labels: the scheme does not act")
-        self._warned = True
+    def warn_once(self, text: str) -> None:
+        if text not in self._warned:
+            log.warning("sts: %s", text)
+        self._warned.add(text)
+
+    def _warn_of_plain_data_parallel(self) -> None:
+        """Say what several processes lose where parameters are not sharded layer by layer."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        layers = getattr(self.language_model, self.architecture.layers)
+        sharded = any(isinstance(p, DTensor) for p in layers.parameters())
+        if distributed.get_world_size() > 1 and not sharded:
+            self.warn_once(
+                "skipped layers are not computed, but without FSDP2 (fully_shard on each decoder "
+                "layer) their gradients' place in the all-reduce is still sent; DDP needs "
+                "find_unused_parameters=True"
+            )
 
     def _update_influence(self) -> None:
         """Fold what the last step measured, averaged over ranks, into the moving averages."""
@@ -684,7 +706,7 @@ def _forward(scheme: Scheme, /, *args, **kwargs) -> object:
     inputs = signature(scheme.original).bind(*args, **kwargs).arguments
     inputs.update(inputs.pop("kwargs", {}))
     if inputs.get("labels") is None:
-        scheme.warn_without_labels()
+        scheme.warn_once("forward in training mode without labels: the scheme does not act")
         return scheme.original(*args, **kwargs)
     return scheme.training_forward(inputs)
 
@@ -706,11 +728,6 @@ def sparsify(
     where a schedule or anneal needs it, or a model whose forward is wrapped already.
     """
     vtc, lds = vtc or VTC(), lds or LDS()
-    if "forward" in vars(model):
-        raise ValueError(
-            f"{type(model).__name__}.forward is already wrapped: call unsparsify(model) before a "
-            "second sparsify, and sparsify before accelerator.prepare or a device map"
-        )
     timed = [part for part in (vtc, lds) if part.schedule != "constant" or part.anneal]
     expect(
         (total_steps is None and not timed) or (total_steps or 0) > 0,
@@ -718,6 +735,18 @@ def sparsify(
         total_steps,
         "the number of optimizer steps of the stage (schedules and anneal are shares of it)",
     )
+    return attach(model, vtc, lds, total_steps, seed)
+
+
+def attach(
+    model: PreTrainedModel, vtc: VTC, lds: LDS, total_steps: int | None, seed: int
+) -> Scheme:
+    """`sparsify` for callers that set `scheme.total_steps` before the first step."""
+    if "forward" in vars(model):
+        raise ValueError(
+            f"{type(model).__name__}.forward is already wrapped: call unsparsify(model) before a "
+            "second sparsify, and sparsify before accelerator.prepare or a device map"
+        )
     scheme = Scheme(model, vtc, lds, total_steps, seed)
     # Not a closure: a deep copy of the model must get a scheme of its own.
     model.forward = update_wrapper(partial(_forward, scheme), scheme.original)

@@ -1,0 +1,28 @@
+"""STS in a training loop of your own: python examples/own_loop.py MODEL_FOLDER"""
+
+import sys
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from sts import LDS, VTC, sparsify
+
+STEPS = 8
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).train()
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)  # yours goes here
+prompt = f"user: {processor.image_token}\nwhat color is the circle? assistant: red"
+batch = processor(images=[image], text=[prompt], return_tensors="pt")
+batch["labels"] = batch["input_ids"].clone()
+batch["labels"][:, :-1] = -100  # only the answer is learnt
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+visual, layers = VTC(kind="avgpool2d", keep=0.25), LDS(policy="uniform", rate=0.5)
+with sparsify(model, visual, layers, total_steps=STEPS) as scheme:
+    for step in range(STEPS):
+        scheme.begin_step(step)
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"{step}: loss {loss.item():.3f}", scheme.metrics())

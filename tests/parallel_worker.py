@@ -1,0 +1,124 @@
+"""Train a tiny LLaVA sparsely on the processes of torchrun, and say what came of it.
+
+torchrun --nproc-per-node 2 tests/parallel_worker.py {alone,ddp,fsdp2,zero2,zero3} OUT STEPS
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import CASES
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from sts import LDS, VTC, sparsify
+
+ROWS = [["big", 5, 6, 7, 8], ["big", 9, 10, 11, 12]]
+LAYERS = LDS(policy="uniform", rate=0.7, schedule="linear", anneal=0.1, exact=False)
+
+
+def main(mode: str, out: str, steps: int) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1)
+    model = CASES["llava"].build(torch.float32)
+    model.model.vision_tower.requires_grad_(False)
+    vtc = VTC(kind="avgpool2d", keep=0.25, schedule="linear", anneal=0.1)
+    scheme = sparsify(model, vtc, LAYERS, total_steps=steps, seed=3)
+    layers = model.model.language_model.layers
+    runner, engine = model, None
+    if mode == "ddp":
+        runner = DistributedDataParallel(model, find_unused_parameters=True)
+    elif mode == "fsdp2":
+        for layer in layers:
+            fully_shard(layer)
+        fully_shard(model)
+    elif mode.startswith("zero"):
+        engine = deepspeed_engine(model, int(mode[-1]))
+        runner = engine
+    calls = [0] * len(layers)
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(lambda *_, i=index: calls.__setitem__(i, calls[i] + 1))
+    optimizer = None if engine else torch.optim.SGD(runner.parameters(), lr=0.05)
+    batch = CASES["llava"].batch(ROWS)
+    batch["pixel_values"] = batch["pixel_values"].float()
+    rows = slice(rank, None, world)
+    mine = {key: value[rows] for key, value in batch.items()}
+    losses, kept, skips, expected = [], True, [], [0] * len(layers)
+    for step in range(steps):
+        scheme.begin_step(step)
+        loss = runner(**mine).loss
+        if engine:
+            engine.backward(loss)
+            engine.step()
+        else:
+            loss.backward()
+            for index in scheme.skipped:
+                kept &= all(p.grad is None for p in layers[index].parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        for index in range(len(layers)):
+            expected[index] += index not in scheme.skipped
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(mean.item() / world)
+        skips.append(sorted(scheme.skipped))
+    every = [None] * world
+    dist.all_gather_object(every, skips)
+    if rank == 0:
+        result = {
+            "losses": losses,
+            "skips": skips,
+            "same_on_all": all(one == skips for one in every),
+            "no_grad_where_skipped": kept,
+            "ran_only_what_was_not_skipped": calls == expected,
+        }
+        if mode == "fsdp2":
+            result["gathers"] = gathers(runner, scheme, mine, steps)
+        Path(out).write_text(json.dumps(result))
+    elif mode == "fsdp2":
+        gathers(runner, scheme, mine, steps)
+    dist.destroy_process_group()
+
+
+def gathers(runner: torch.nn.Module, scheme, mine: dict, steps: int) -> dict[str, list[int]]:
+    """Collectives of a step with some layers skipped, and of one (annealed) without."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    found = {}
+    for step in (int(0.85 * steps), steps - 1):
+        scheme.begin_step(step)
+        with CommDebugMode() as counted:
+            runner(**mine).loss.backward()
+        runner.zero_grad()
+        name = "skipping" if scheme.skipped else "dense"
+        found[name] = [counted.get_total_counts(), len(scheme.skipped)]
+    return found
+
+
+def deepspeed_engine(model: torch.nn.Module, stage: int):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_prefetch_bucket_size": 0,
+                "stage3_param_persistence_threshold": 0,
+            },
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    return engine
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

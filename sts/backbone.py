@@ -311,9 +311,9 @@ def train_language(
     Until 3/8 of the steps all questions, on pictures that grow from a slot a thing to all slots of
     things to all slots. Then two steps of three (from 0.7 on: one) are a drill in finding, counting
     and comparing places (`scenes.drill`), again from short pictures to whole ones: without them
-    relations stay at chance, and with nothing else before them colours do. Slots are of any length,
-    as a projector's outputs are some ten times as long as embeddings: a decoder that is used to one
-    length can't count what it is then shown. Muon on the matrices (it needed far fewer steps than
+    relations stay at chance, and with nothing else before them colours do. From 0.6 on slots are of
+    any length, as a projector's outputs are some ten times as long as embeddings (earlier it made
+    relations worse). Muon on the matrices (it needed far fewer steps than
     AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
@@ -333,9 +333,6 @@ def train_language(
         for optimizer in optimizers
     ]
     table = slot_ids(tokenizer)
-    numbers = torch.tensor(
-        [tokenizer.encode(f" {n}", add_special_tokens=False)[0] for n in scenes.NUMBERS]
-    )
     errors = torch.Generator().manual_seed(seed)
     mixed = batched(scenes.rows("language", 10**9, seed), batch)
     drills = batched(scenes.drill("drill", 10**9, seed), batch)
@@ -353,14 +350,13 @@ def train_language(
             only = truth[..., 0] > 0
         inputs["truth"] = smudge(truth, errors)
         noise = 0.1 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
-        stretch = torch.rand(batch, 1, 1, generator=errors) * 5 - 1  # 1/2 to 16, at the middle on
-        length = torch.exp2(stretch * min(1.0, 2 * done))
+        stretch = torch.rand(batch, 1, 1, generator=errors) * 5 - 1  # 1/2 to 16, late: see above
+        length = torch.exp2(stretch * min(1.0, max(0.0, 5 * done - 3)))
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels = ask(model, tokenizer, table, inputs, only, noise, length)
-        # the end token and the words of a caption are easy and many, numbers are learnt last
+        # the end token and the words of a caption are easy and many
         row = (inputs["labels"] != -100).nonzero()[:, 0]
         weight = torch.where(labels == tokenizer.eos_token_id, 0.2, 1.0)
-        weight = torch.where(torch.isin(labels, numbers), 3.0, weight)
         weight = torch.where(row < captions, 0.3, weight)
         losses = F.cross_entropy(logits, labels, reduction="none") * weight
         loss = losses.sum() / weight.sum()

@@ -53,9 +53,25 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Time the trainings of several configurations, interleaved, with the machine to themselves."""
+    """Time variants, interleaved, with the machine to themselves: the trainings of several
+    configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
+    if args.shape:
+        from sts import speed
+
+        try:
+            speed.speed(
+                args.shape, args.settings, args.out, stages=args.stages, batch=args.batch,
+                checkpointing=[choice == "on" for choice in args.checkpointing], text=args.text,
+                layers=args.layers, width=args.width, repeats=args.repeats,
+            )  # fmt: skip
+        except ValueError as error:
+            raise settings.ConfigError("command line", "--shape", args.shape, str(error)) from error
+        return
     from sts import bench
 
+    for name in ("configs", "data", "init"):
+        if not getattr(args, name):
+            raise settings.ConfigError("command line", f"--{name}", None, "needed without --shape")
     configs = {file.stem: settings.load_scale(file) for file in args.configs}
     bench.bench(configs, data=args.data, init=args.init, out=args.out)
 
@@ -177,9 +193,21 @@ def parser() -> argparse.ArgumentParser:
     paths(add, run="manifest of the trained run (instruct.json)", out=out)
     add = verb(bench)
     text = "resolved configurations, named by ablation; the first is the baseline"
-    add("--configs", type=Path, nargs="+", required=True, metavar="FILE", help=text)
-    data(add)
-    paths(add, init="backbone manifest", out=out)
+    add("--configs", type=Path, nargs="+", metavar="FILE", help=text)
+    add("--data", type=Path, nargs="+", metavar="FILE", help="manifests of prepared data sets")
+    add("--init", type=Path, metavar="FILE", help="backbone manifest")
+    paths(add, out=out)
+    add("--shape", metavar="NAME", help="mini, wide, llava-1.5-7b, ... (random weights)")
+    text = "such as avgpool2d@0.25, uniform@0.5, or both joined by + (default: %(default)s)"
+    both = ["avgpool2d@0.25", "uniform@0.5", "avgpool2d@0.25+uniform@0.5"]
+    add("--settings", nargs="+", default=both, metavar="SETTING", help=text)
+    add("--stages", nargs="+", default=settings.STAGES, choices=settings.STAGES)
+    add("--checkpointing", nargs="+", default=["off"], choices=("off", "on"))
+    add("--batch", type=int, default=2, help="samples a step (default: %(default)s)")
+    add("--text", type=int, default=64, help="text tokens a sample (default: %(default)s)")
+    add("--layers", type=int, help="that many of the shape's (default: all; few without a GPU)")
+    add("--width", type=float, help="that share of the width (default: 1; 1/8 without a GPU)")
+    add("--repeats", type=int, default=7, help="timed steps a setting (default: %(default)s)")
     shown(verb(table))
     shown(verb(figure))
     results(verb(summary))

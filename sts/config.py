@@ -70,7 +70,7 @@ Number = Annotated[float, BeforeValidator(_scientific)]
 Share = Annotated[Number, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Index = Annotated[int, Ge(0)]
-Schedule = Literal["constant", "linear", "cosine", "staged"]
+Schedule = Literal["constant", "linear", "cosine", "staged", "exponential"]
 
 
 class Block(BaseModel):

@@ -1,0 +1,98 @@
+"""`bench --shape`: what it times, counts and says. No timing decides a test."""
+
+import json
+
+import pytest
+
+from sts.__main__ import main
+from sts.speed import SHAPES, parse_setting, speed
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("speed") / "bench.json"
+    settings = ["avgpool2d@0.25", "uniform@0.5", "avgpool2d@0.25+uniform@0.5"]
+    found = speed(
+        "llava-1.5-7b", settings, out, layers=4, width=1 / 32, batch=1, text=8, repeats=2,
+        checkpointing=[False, True],
+    )  # fmt: skip
+    assert json.loads(out.read_text()) == found
+    return found
+
+
+def row(result, setting, stage="instruct", checkpointing=False):
+    (found,) = [
+        r
+        for r in result["rows"]
+        if (r["setting"], r["stage"], r["checkpointing"]) == (setting, stage, checkpointing)
+    ]
+    return found
+
+
+def test_the_cut_is_stated(result):
+    assert result["cut"] == "4 of 32 layers, width 128 of 4096"
+    assert result["shape"] == "llava-1.5-7b" and result["visual_tokens"] == 576
+
+
+def test_every_setting_in_both_stages_with_and_without_checkpointing(result):
+    assert len(result["rows"]) == 2 * 2 * 6
+    for one in result["rows"]:
+        assert one["step_s"] > 0 and one["flops"] > 0 and one["held_mb"] > 0
+        low, high = one["step_s_range"]
+        assert low <= one["step_s"] <= high
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
+    def of(setting):
+        return row(result, setting, stage, checkpointing)
+
+    dense, bare, plain = of("dense"), of("bare"), of("plain")
+    assert dense["time_ratio"] == dense["flops_ratio"] == 1
+    assert bare["flops"] == dense["flops"] < plain["flops"]  # logits on answer tokens alone
+    both = of("avgpool2d@0.25+uniform@0.5")
+    for setting in ("avgpool2d@0.25", "uniform@0.5"):
+        assert both["flops"] < of(setting)["flops"] < dense["flops"]
+        assert of(setting)["realisation"] is not None
+    assert of("avgpool2d@0.25")["held_mb"] < dense["held_mb"]
+    if not checkpointing:
+        assert of("uniform@0.5")["held_mb"] < dense["held_mb"]
+        assert row(result, "dense", stage, True)["held_mb"] < dense["held_mb"]
+
+
+def test_other_architectures_and_a_table(tmp_path, capsys):
+    out = tmp_path / "qwen.json"
+    status = main(
+        ["bench", "--shape", "qwen2.5-vl-7b", "--layers", "2", "--width", "0.03", "--batch", "1",
+         "--repeats", "1", "--stages", "align", "--settings", "random@0.5", "--out", str(out)]
+    )  # fmt: skip
+    assert status in (0, None)
+    shown = capsys.readouterr().out
+    assert "2 of 28 layers" in shown and "random@0.5" in shown and "realisation" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--shape", "gpt-5"], "llava-1.5-7b"),
+        (["--shape", "mini", "--settings", "jpeg@0.5"], "avgpool2d"),
+        (["--shape", "mini", "--settings", "uniform"], "policy@rate"),
+        (["--shape", "mini", "--settings", "avgpool2d@1.5"], r"(0, 1]"),
+        (["--data", "x.json"], "--configs"),
+    ],
+)
+def test_bad_arguments_say_what_is_accepted(arguments, named, tmp_path, capsys):
+    assert main(["bench", *arguments, "--out", str(tmp_path / "out.json")]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_settings_are_read_as_written():
+    vtc, lds = parse_setting("random@0.5+random_ltd@0.25")
+    assert (vtc.kind, vtc.keep, lds.policy, lds.rate) == ("random", 0.5, "random_ltd", 0.25)
+
+
+def test_full_shapes_are_the_models_own():
+    shape = SHAPES["llava-1.5-13b"]
+    assert (shape.layers, shape.width, shape.side**2) == (40, 5120, 576)
+    assert shape.cut(4, 0.25).width == 1280

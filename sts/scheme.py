@@ -311,7 +311,7 @@ class Scheme:
         self.step = step
         self._count_from_zero()
         if self.skipped:
-            self._warn_of_plain_data_parallel()
+            self._care_for_several_processes()
 
     def _count_from_zero(self) -> None:
         self._micro = self._samples = self._positions = self._thinned = 0
@@ -360,19 +360,37 @@ class Scheme:
             log.warning("sts: %s", text)
         self._warned.add(text)
 
-    def _warn_of_plain_data_parallel(self) -> None:
-        """Say what several processes lose where parameters are not sharded layer by layer."""
+    def _care_for_several_processes(self) -> None:
+        """Say what is lost where parameters are not sharded layer by layer; see to ZeRO-3."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return
         layers = getattr(self.language_model, self.architecture.layers)
+        zero3 = any(hasattr(p, "ds_id") for p in layers.parameters())
         sharded = any(isinstance(p, DTensor) for p in layers.parameters())
-        if distributed.get_world_size() > 1 and not sharded:
+        if zero3:
+            self.warn_once(
+                "DeepSpeed ZeRO-3: skipped layers are neither computed nor gathered, but have a "
+                "gradient of zero rather than none: weight decay and momentum still move them"
+            )
+            self._forget_gradients(layers)
+        elif distributed.get_world_size() > 1 and not sharded:
             self.warn_once(
                 "skipped layers are not computed, but without FSDP2 (fully_shard on each decoder "
                 "layer) their gradients' place in the all-reduce is still sent; DDP needs "
-                "find_unused_parameters=True"
+                "find_unused_parameters=True; with DeepSpeed their gradient is zero rather than "
+                "none, so that weight decay and momentum still move them"
             )
+
+    def _forget_gradients(self, layers: nn.ModuleList) -> None:
+        """ZeRO-3 would else apply a skipped layer's last gradient again: it writes over what it
+        keeps for a parameter only when a new one comes."""
+        from deepspeed.utils import safe_set_local_grad  # there, as the parameters are its own
+
+        for index in self.skipped:
+            for parameter in layers[index].parameters():
+                if parameter.requires_grad and hasattr(parameter, "_z3_optimizer"):
+                    safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
 
     def _update_influence(self) -> None:
         """Fold what the last step measured, averaged over ranks, into the moving averages."""

@@ -40,7 +40,7 @@ def test_two_processes_train_as_one_does(mode, alone, tmp_path):
     found = train(mode, 2, tmp_path)
     assert len({tuple(step) for step in found["skips"]}) == 4  # all sets of the middle two layers
     assert found["skips"] == alone["skips"] and found["same_on_all"]
-    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert found["no_grad_where_skipped"] and found["ran_only_what_was_not_skipped"]
     if mode == "ddp":
         assert "skipped layers are not computed, but" in found["stderr"]

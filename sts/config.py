@@ -246,6 +246,8 @@ class EvaluateConfig(Block):
     """Also answer every question with a grey image."""
     max_new_tokens: Count = 4
     """Longest answer."""
+    limit: Count | None = None
+    """At most this many questions of each benchmark, always the same ones; null: all."""
 
 
 class BenchConfig(Block):

@@ -15,6 +15,7 @@ import gc
 import json
 import logging
 import os
+import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,7 +71,7 @@ def evaluate(
     ):  # fmt: skip
         lm = load_model(trained["weights"], settings.batch_size, config.instruct.threads)
         began, cpu_began = time.monotonic(), time.process_time()
-        scores, samples = answer(lm, tasks)
+        scores, samples = answer(lm, tasks, settings.limit)
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         for name, rows in samples.items():
             write_jsonl(out.parent / "samples" / f"{name}.jsonl", rows)
@@ -130,11 +131,13 @@ def load_model(weights: str | Path, batch_size: int, threads: int) -> LM:
     return HFMultimodalLM(pretrained=str(weights), device=device, batch_size=batch_size)
 
 
-def answer(lm: LM, tasks: Mapping[str, Task]) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+def answer(
+    lm: LM, tasks: Mapping[str, Task], limit: int | None = None
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Let a model answer all questions at once, so that batches are full whatever the task.
 
-    Returns ({name: {score, stderr, version}}, {name: [{id, question, form, target, output,
-    correct}]}).
+    limit: of a task with more questions, so many drawn by a fixed seed. Returns ({name: {score,
+    stderr, version}}, {name: [{id, question, form, target, output, correct}]}).
     """
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
     lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
@@ -143,6 +146,7 @@ def answer(lm: LM, tasks: Mapping[str, Task]) -> tuple[dict[str, dict], dict[str
         found = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": dict(tasks)},
+            samples=limit and {n: _drawn(len(t.eval_docs), limit) for n, t in tasks.items()},
             apply_chat_template=True,
             bootstrap_iters=1,  # the error of a mean has a formula; 0 would leave it out
         )
@@ -157,6 +161,11 @@ def answer(lm: LM, tasks: Mapping[str, Task]) -> tuple[dict[str, dict], dict[str
         for name in tasks
     }
     return scores, {name: [_row(s) for s in found["samples"][name]] for name in tasks}
+
+
+def _drawn(count: int, limit: int) -> list[int]:
+    """The places of the questions that are asked, of `count`."""
+    return sorted(random.Random(count).sample(range(count), min(limit, count)))
 
 
 def _row(sample: Mapping[str, Any]) -> dict[str, Any]:

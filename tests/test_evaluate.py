@@ -266,3 +266,20 @@ def test_the_batch_size_changes_no_answer(config, scenes, weights, trained, tmp_
         evaluate(varied, "dense", 1, trained(weights), [scenes], tmp_path / "eval.json")
         answers.append((tmp_path / "samples" / "existence.jsonl").read_text())
     assert answers[0] == answers[1]
+
+
+def test_a_limit_asks_the_same_part_of_the_questions_with_and_without_images(
+    config, scenes, weights, trained, tmp_path
+):
+    def ids(limit, name):
+        settings = config.evaluate.model_copy(update={"limit": limit})
+        varied = config.model_copy(update={"evaluate": settings})
+        result = evaluate(varied, "dense", 1, trained(weights), [scenes], tmp_path / "eval.json")
+        assert {row["n"] for row in result["benchmarks"].values()} == {min(limit or 20, 20)}
+        rows = (tmp_path / f"samples/{name}.jsonl").read_text().splitlines()
+        return [json.loads(row)["id"] for row in rows]
+
+    every, some = ids(None, "colour"), ids(7, "colour")
+    assert len(some) == 7 and some == [id for id in every if id in some] != every[:7]
+    assert ids(7, "colour_blind") == some
+    assert ids(50, "colour") == every

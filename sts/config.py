@@ -229,7 +229,8 @@ class StageConfig(Block):
         files = ["train.py", "scheme.py", "architectures.py", "backbone.py"]
         files += ["data/collator.py", "data/conversation.py"]
         vtc, lds = self.vtc.kind != "none", self.lds.policy != "none"
-        files += ["compressor.py"] * vtc + ["skipper.py"] * lds + ["schedule.py"] * (vtc or lds)
+        files += ["compressor.py", "sequence.py"] * vtc + ["skipper.py", "layers.py"] * lds
+        files += ["schedule.py"] * (vtc or lds)
         return [CODE / file for file in files]
 
 

@@ -11,7 +11,7 @@ Tensor shapes: B batch, T tokens of a row, V visual tokens in the batch, D model
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, update_wrapper
@@ -25,8 +25,20 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from sts.architectures import ClassAttention, Grid, architecture_of, output_class
-from sts.compressor import COMPRESSORS, compress, keep_at, kept_rows
+from sts.compressor import COMPRESSORS, compress, keep_at
+from sts.layers import ForwardOnly, Instead, PassThrough, SomeTokens, altered
 from sts.schedule import SCHEDULES, expect
+from sts.sequence import (
+    WRONG_ATTENTION,
+    at,
+    attended,
+    pack,
+    position_ids,
+    put,
+    segments,
+    shorter,
+    without_newlines,
+)
 from sts.skipper import POLICIES, check_rate, keyed_generator, rate_at, skipped_layers
 
 log = logging.getLogger(__name__)
@@ -92,107 +104,6 @@ class LDS:
             expect(getattr(self, name) >= 0, f"LDS.{name}", getattr(self, name), "0 or more layers")
         expect(0 <= self.explore <= 1, "LDS.explore", self.explore, "a number in [0, 1]")
         expect(0 <= self.ema < 1, "LDS.ema", self.ema, "a number in [0, 1)")
-
-
-class _Instead:
-    """Stands in for a decoder layer; what it doesn't define is the layer's own."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
-
-    def __getattr__(self, name: str):
-        return getattr(self._layer, name)
-
-
-class _PassThrough(_Instead):
-    """The layer does not run: the hidden state [B, T, D] goes through."""
-
-    def __call__(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-        return hidden
-
-
-class _ForwardOnly(_Instead):
-    """The layer runs, but what it adds is a constant to the backward pass."""
-
-    def __call__(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-        with torch.no_grad():
-            added = self._layer(hidden, *args, **kwargs) - hidden
-        return hidden + added
-
-
-class _SomeTokens(_Instead):
-    """The layer sees the tokens [B, k] that `draw(hidden)` names; the others go through."""
-
-    def __init__(self, layer: nn.Module, draw: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(layer)
-        self._draw = draw
-
-    def __call__(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-        index = self._draw(hidden)
-        kwargs = {name: _of_tokens(name, value, index) for name, value in kwargs.items()}
-        some = self._layer(hidden.take_along_dim(index[..., None], 1), *args, **kwargs)
-        return hidden.scatter(1, index[..., None].expand_as(some), some)
-
-
-def _of_tokens(name: str, value: object, index: Tensor) -> object:
-    """A decoder layer's keyword argument for the tokens `index` [B, k] of each row."""
-    if name == "position_embeddings":  # two tensors [..., B or 1, T, head_dim]
-        return tuple(_at(x.movedim(-1, 0), index).movedim(0, -1) for x in value)
-    if name == "position_ids" and value is not None:  # [B or 1, T]
-        return _at(value, index)
-    if name == "attention_mask" and value is not None:
-        if not isinstance(value, Tensor):
-            raise ValueError(_WRONG_ATTENTION.format("random_ltd", type(value).__name__))
-        return _at(value, index) if value.ndim == 2 else _of_queries_and_keys(value, index)
-    return value
-
-
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    """x [..., B or 1, T] at the places `index` [B, k] of each row: [..., B, k]."""
-    lead = x.shape[:-2]
-    return x.expand(*lead, len(index), -1).gather(-1, index.expand(*lead, *index.shape))
-
-
-def _of_queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
-    """mask [B or 1, 1, T, T] -> [B, 1, k, k], the rows and columns `index` [B, k]."""
-    mask = mask.take_along_dim(index[:, None, :, None], 2)
-    return mask.take_along_dim(index[:, None, None, :], 3)
-
-
-_WRONG_ATTENTION = (
-    "{} can't handle an attention mask of type {}: load the model with attn_implementation='sdpa' "
-    "or 'eager'"
-)
-
-
-class _Altered(nn.ModuleList):
-    """Decoder layers some of which others stand in for when iterated or indexed.
-
-    All real layers stay registered, so parameters(), hooks and state_dict() miss none.
-    """
-
-    def __init__(self, layers: nn.ModuleList, instead: dict[int, _Instead]) -> None:
-        super().__init__(layers)
-        self._view = [instead.get(i, layer) for i, layer in enumerate(layers)]
-
-    def __iter__(self) -> Iterator:
-        return iter(self._view)
-
-    def __getitem__(self, index):
-        return self._view[index]
-
-
-@contextmanager
-def _altered(
-    language_model: nn.Module, attribute: str, instead: dict[int, _Instead]
-) -> Iterator[None]:
-    """The language model with some of its layers stood in for."""
-    layers = getattr(language_model, attribute)
-    language_model._modules[attribute] = _Altered(layers, instead)
-    try:
-        yield
-    finally:
-        language_model._modules[attribute] = layers
 
 
 @contextmanager
@@ -426,7 +337,7 @@ class Scheme:
             if self.skipped:
                 attribute = self.architecture.layers
                 instead = {i: self._instead(i) for i in self.skipped}
-                stack.enter_context(_altered(self.language_model, attribute, instead))
+                stack.enter_context(altered(self.language_model, attribute, instead))
             base = self.model.get_submodule(self.architecture.base)
             outputs = base(**inputs | {"use_cache": False, "return_dict": True})
         loss = answer_loss(self.model, outputs[0], batch["labels"], num_items)
@@ -456,15 +367,15 @@ class Scheme:
         for index, layer in enumerate(getattr(self.language_model, self.architecture.layers)):
             yield layer.register_forward_hook(partial(measure, index))
 
-    def _instead(self, layer: int) -> _Instead:
+    def _instead(self, layer: int) -> Instead:
         """What stands in for a layer that the policy chose for this step."""
         real = getattr(self.language_model, self.architecture.layers)[layer]
         acts = POLICIES[self.lds.policy].acts_on
         if acts == "backward":
-            return _ForwardOnly(real)
+            return ForwardOnly(real)
         if acts == "tokens":
-            return _SomeTokens(real, partial(self._some_tokens, layer, self._micro))
-        return _PassThrough(real)
+            return SomeTokens(real, partial(self._some_tokens, layer, self._micro))
+        return PassThrough(real)
 
     def _some_tokens(self, layer: int, micro: int, hidden: Tensor) -> Tensor:
         """Tokens [B, k] of each row of `hidden` [B, T, D] that the layer sees, ascending."""
@@ -485,7 +396,7 @@ class Scheme:
     ) -> tuple[tuple, dict]:
         """Pre-hook of the language model: here the embeddings hold the visual tokens."""
         before = batch["visual"].sum()
-        batch["mask"] = _attended(batch)
+        batch["mask"] = attended(batch)
         if self.keep < 1 and (count := int(before)):
             kwargs, after = self._compress(batch, kwargs, count)
         else:
@@ -499,14 +410,14 @@ class Scheme:
         """Shorten the inputs of the language model and batch["labels"]; the visual tokens left."""
         self._check_images(batch["inputs"], count)
         full = self._carry(batch, kwargs, count)
-        order, real = _pack(full["keep"])
+        order, real = pack(full["keep"])
         batch["mask"] = real
         batch["labels"] = batch["labels"].gather(1, order).masked_fill(~real, NO_LABEL)
         embeddings = full["embeddings"].take_along_dim(order[..., None], dim=1)
         shortened = {
             "inputs_embeds": embeddings,
             "attention_mask": self._shorter_mask(batch, kwargs, embeddings, order, real),
-            "position_ids": _at(full["positions"], order),
+            "position_ids": at(full["positions"], order),
         }
         left = full["keep"] & batch["visual"]
         names = self.architecture
@@ -539,17 +450,17 @@ class Scheme:
         visual, embeddings = batch["visual"], kwargs["inputs_embeds"]
         names = self.architecture
         features = list((names.visual_features and kwargs.get(names.visual_features)) or ())
-        positions = _positions(kwargs)
+        positions = position_ids(kwargs)
         average = self.vtc.positions == "mean" and COMPRESSORS[self.vtc.kind].averages
         positions = positions.float() if average else positions
         axes = positions.shape[:-2]
         by_place = positions.reshape(-1, visual.numel()).T  # [B * T, axes]
-        vectors, keep = embeddings.flatten(0, 1), (_attended(batch) & ~visual).flatten()
+        vectors, keep = embeddings.flatten(0, 1), (attended(batch) & ~visual).flatten()
         scores = self._scores(batch, count)
         generator = self._generator(self._micro, "tokens")
         places = visual.flatten().nonzero()[:, 0]
         for grid, index in self._images(batch, count).items():
-            index, ends = _without_newlines(grid, index.to(visual.device), self.keep)
+            index, ends = without_newlines(grid, index.to(visual.device), self.keep)
             keep = keep.index_fill(0, places[ends.flatten()], True)
             if not grid.width:
                 continue
@@ -563,11 +474,11 @@ class Scheme:
                 generator=generator,
             )
             carriers = where.gather(1, chosen)
-            vectors = _put(vectors, carriers, out)
+            vectors = put(vectors, carriers, out)
             keep = keep.index_fill(0, carriers.flatten(), True)
             if average:
-                by_place = _put(by_place, carriers, apply(by_place[where]))
-            features = [_put(x, index.gather(1, chosen), apply(x[index])) for x in features]
+                by_place = put(by_place, carriers, apply(by_place[where]))
+            features = [put(x, index.gather(1, chosen), apply(x[index])) for x in features]
         return {
             "embeddings": vectors.view_as(embeddings),
             "positions": by_place.T.reshape(*axes, *visual.shape),
@@ -582,26 +493,26 @@ class Scheme:
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if isinstance(mask, dict):  # made already, one for each kind of layer
             return {
-                kind: None if one is None else _shorter(one, order, real)
+                kind: None if one is None else shorter(one, order, real)
                 for kind, one in mask.items()
             }
         if mask is not None:
-            return _shorter(mask, order, real)
-        segments = None if positions is None else _segments(positions)
-        if segments is None:
+            return shorter(mask, order, real)
+        packed = None if positions is None else segments(positions)
+        if packed is None:
             # Explicit even if all true: without a mask, gaps in the positions read as packing.
             return real.long()
         config = self.language_model.config
         if config._attn_implementation not in ("sdpa", "eager"):
             name = f"{config._attn_implementation} attention"
-            raise ValueError(_WRONG_ATTENTION.format("VTC on packed sequences", name))
+            raise ValueError(WRONG_ATTENTION.format("VTC on packed sequences", name))
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise ValueError(
                 "position_ids of packed sequences: VTC can't shorten them for a language model "
                 "with sliding-window layers; pass attention_mask [batch, tokens], one sample a row"
             )
-        segments = segments.gather(1, order).masked_fill(~real, -1)
-        starts = segments.diff(dim=1, prepend=segments[:, :1] - 1) != 0
+        packed = packed.gather(1, order).masked_fill(~real, -1)
+        starts = packed.diff(dim=1, prepend=packed[:, :1] - 1) != 0
         counted = torch.arange(order.shape[1], device=order.device).expand_as(order)
         counted = counted - counted.where(starts, 0).cummax(1).values
         return create_causal_mask(  # which takes a restart for the next sequence
@@ -641,79 +552,6 @@ class Scheme:
 
 
 _PASSED_ON = ("hidden_states", "attentions", "image_hidden_states")
-
-
-def _without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """Patches [images, N] and row ends to keep [images, n] of the tokens of a grid.
-
-    A newline remains for every row that pooling would leave, at the middle one of its rows.
-    """
-    if not grid.newline:
-        return index, index[:, :0]
-    rows = index.unflatten(1, (grid.height, grid.width + 1))
-    left = kept_rows(grid.height, grid.width, keep) if grid.width else range(grid.height)
-    return rows[..., :-1].flatten(1), rows[:, list(left), -1]
-
-
-def _put(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`target` [M, C] with `values` [..., C] at `places` [...]."""
-    values = values.reshape(-1, target.shape[1]).to(target.dtype)
-    return target.index_put((places.flatten(),), values)
-
-
-def _pack(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather index [B, T'] that moves the kept places of each row to its front, in order, and
-    which of them are real [B, T']; T' is the most that a row keeps."""
-    counts = keep.sum(1)
-    longest = int(counts.max())
-    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-    return order, torch.arange(longest, device=keep.device) < counts[:, None]
-
-
-def _shorter(mask: object, order: Tensor, real: Tensor) -> Tensor:
-    """A mask [B, T] or [B, 1, T, T] for the places `order` [B, T'], of which some are not real."""
-    if not isinstance(mask, Tensor):
-        raise ValueError(_WRONG_ATTENTION.format("VTC", type(mask).__name__))
-    if mask.ndim == 2:
-        return real.to(mask.dtype)
-    expect(mask.ndim == 4, "attention_mask.shape", list(mask.shape), "[batch, tokens], or 4-D")
-    mask = _of_queries_and_keys(mask.expand(len(order), -1, -1, -1), order)
-    nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(~real[:, None, None, :], nothing)
-
-
-def _attended(batch: dict) -> Tensor:
-    """Which places [B, T] hold no padding, by the outer attention mask."""
-    mask = batch["inputs"].get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        expected = list(batch["visual"].shape)
-        expect(list(mask.shape) == expected, "attention_mask.shape", list(mask.shape), expected)
-        return mask.bool()
-    return torch.ones_like(batch["visual"])
-
-
-def _positions(kwargs: dict) -> Tensor:
-    """Position ids of the full sequence, or their default: [B, T], or [axes, B, T] of M-RoPE."""
-    shape, positions = kwargs["inputs_embeds"].shape[:2], kwargs.get("position_ids")
-    if positions is None:
-        positions = torch.arange(shape[1], device=kwargs["inputs_embeds"].device)[None]
-    fits = positions.ndim in (2, 3) and positions.shape[-1] == shape[1]
-    expect(fits, "position_ids.shape", list(positions.shape), f"{list(shape)}, or 3-D for M-RoPE")
-    return positions.expand(*positions.shape[:-2], *shape)
-
-
-def _segments(positions: Tensor) -> Tensor | None:
-    """The number [B, T] of the packed sample that each token belongs to, or None: not packed.
-
-    As transformers reads it: positions [B, T], or the text row of [4, B, T], that don't go up by
-    one begin another sample.
-    """
-    if positions.ndim == 3:
-        if len(positions) != 4:
-            return None
-        positions = positions[0]
-    starts = positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
-    return starts.cumsum(-1) if starts.any() else None
 
 
 def _forward(scheme: Scheme, /, *args, **kwargs) -> object:

@@ -189,6 +189,18 @@ def llava(name: str, config: str, **more) -> Callable:
     )
 
 
+def idefics(name: str) -> Case:
+    vision = getattr(hf, f"{name}VisionConfig")
+    build = builder(
+        getattr(hf, f"{name}ForConditionalGeneration"),
+        getattr(hf, f"{name}Config"),
+        lambda: vit(vision, 32).to_dict(),
+        lambda: text(hf.LlamaConfig),
+        scale_factor=2,
+    )
+    return Case(build, SQUARE, by_row)
+
+
 CASES = {
     "llava": Case(
         llava("LlavaForConditionalGeneration", "LlavaConfig", image_seq_length=16),
@@ -276,28 +288,8 @@ CASES = {
         SQUARE,
         flat(lambda n: noise(n, 3, 32, 32)),
     ),
-    "idefics3": Case(
-        builder(
-            hf.Idefics3ForConditionalGeneration,
-            hf.Idefics3Config,
-            lambda: vit(hf.Idefics3VisionConfig, 32).to_dict(),
-            lambda: text(hf.LlamaConfig),
-            scale_factor=2,
-        ),
-        SQUARE,
-        by_row,
-    ),
-    "smolvlm": Case(
-        builder(
-            hf.SmolVLMForConditionalGeneration,
-            hf.SmolVLMConfig,
-            lambda: vit(hf.SmolVLMVisionConfig, 32).to_dict(),
-            lambda: text(hf.LlamaConfig),
-            scale_factor=2,
-        ),
-        SQUARE,
-        by_row,
-    ),
+    "idefics3": idefics("Idefics3"),
+    "smolvlm": idefics("SmolVLM"),
     "paligemma": Case(
         builder(
             hf.PaliGemmaForConditionalGeneration,

@@ -1,0 +1,102 @@
+"""What a shorter sequence makes of places, masks and positions: pure functions on tensors.
+
+Shapes: B rows, T tokens of a row, V visual tokens in the batch, M places of a flattened batch.
+"""
+
+import torch
+from torch import Tensor
+
+from sts.architectures import Grid
+from sts.compressor import kept_rows
+from sts.schedule import expect
+
+
+def at(x: Tensor, index: Tensor) -> Tensor:
+    """x [..., B or 1, T] at the places `index` [B, k] of each row: [..., B, k]."""
+    lead = x.shape[:-2]
+    return x.expand(*lead, len(index), -1).gather(-1, index.expand(*lead, *index.shape))
+
+
+def of_queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
+    """mask [B or 1, 1, T, T] -> [B, 1, k, k], the rows and columns `index` [B, k]."""
+    mask = mask.take_along_dim(index[:, None, :, None], 2)
+    return mask.take_along_dim(index[:, None, None, :], 3)
+
+
+WRONG_ATTENTION = (
+    "{} can't handle an attention mask of type {}: load the model with attn_implementation='sdpa' "
+    "or 'eager'"
+)
+
+
+def without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    """Patches [images, N] and row ends to keep [images, n] of the tokens of a grid.
+
+    A newline remains for every row that pooling would leave, at the middle one of its rows.
+    """
+    if not grid.newline:
+        return index, index[:, :0]
+    rows = index.unflatten(1, (grid.height, grid.width + 1))
+    left = kept_rows(grid.height, grid.width, keep) if grid.width else range(grid.height)
+    return rows[..., :-1].flatten(1), rows[:, list(left), -1]
+
+
+def put(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """`target` [M, C] with `values` [..., C] at `places` [...]."""
+    values = values.reshape(-1, target.shape[1]).to(target.dtype)
+    return target.index_put((places.flatten(),), values)
+
+
+def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather index [B, T'] that moves the kept places of each row to its front, in order, and
+    which of them are real [B, T']; T' is the most that a row keeps."""
+    counts = keep.sum(1)
+    longest = int(counts.max())
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    return order, torch.arange(longest, device=keep.device) < counts[:, None]
+
+
+def shorter(mask: object, order: Tensor, real: Tensor) -> Tensor:
+    """A mask [B, T] or [B, 1, T, T] for the places `order` [B, T'], of which some are not real."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(WRONG_ATTENTION.format("VTC", type(mask).__name__))
+    if mask.ndim == 2:
+        return real.to(mask.dtype)
+    expect(mask.ndim == 4, "attention_mask.shape", list(mask.shape), "[batch, tokens], or 4-D")
+    mask = of_queries_and_keys(mask.expand(len(order), -1, -1, -1), order)
+    nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~real[:, None, None, :], nothing)
+
+
+def attended(batch: dict) -> Tensor:
+    """Which places [B, T] hold no padding, by the outer attention mask."""
+    mask = batch["inputs"].get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        expected = list(batch["visual"].shape)
+        expect(list(mask.shape) == expected, "attention_mask.shape", list(mask.shape), expected)
+        return mask.bool()
+    return torch.ones_like(batch["visual"])
+
+
+def position_ids(kwargs: dict) -> Tensor:
+    """Position ids of the full sequence, or their default: [B, T], or [axes, B, T] of M-RoPE."""
+    shape, positions = kwargs["inputs_embeds"].shape[:2], kwargs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(shape[1], device=kwargs["inputs_embeds"].device)[None]
+    fits = positions.ndim in (2, 3) and positions.shape[-1] == shape[1]
+    expect(fits, "position_ids.shape", list(positions.shape), f"{list(shape)}, or 3-D for M-RoPE")
+    return positions.expand(*positions.shape[:-2], *shape)
+
+
+def segments(positions: Tensor) -> Tensor | None:
+    """The number [B, T] of the packed sample that each token belongs to, or None: not packed.
+
+    As transformers reads it: positions [B, T], or the text row of [4, B, T], that don't go up by
+    one begin another sample.
+    """
+    if positions.ndim == 3:
+        if len(positions) != 4:
+            return None
+        positions = positions[0]
+    starts = positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
+    return starts.cumsum(-1) if starts.any() else None

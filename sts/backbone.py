@@ -211,7 +211,7 @@ def written_slots(embed: nn.Embedding, table: Tensor, truth: Tensor) -> Tensor:
     return (embed(ids) * (values > 0)[..., None]).sum(2)
 
 
-def smudge(truth: Tensor, generator: torch.Generator, share: float = 0.01) -> Tensor:
+def smudge(truth: Tensor, generator: torch.Generator, share: float = 0.02) -> Tensor:
     """Forget a few attributes at random: a vision tower is not always right."""
     keep = torch.rand(truth.shape, generator=generator) >= share
     return truth * keep
@@ -268,21 +268,18 @@ def ask(
     batch: dict,
     only: Tensor | None = None,
     noise: Tensor | None = None,
-    length: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Answer logits [answer tokens, vocabulary] and their labels.
 
     Every turn sees the written picture and itself, not the other turns: they would otherwise be the
     nearest place to look up a word, and the picture is not learnt to be read. `only` [batch, 64]
     leaves out the slots where it is false (the curriculum's short pictures); `noise` [batch, 64,
-    dim], in standard deviations of the slots, is added to them; then they are made `length` [batch,
-    1, 1] times as long.
+    dim], in standard deviations of the slots, is added to them.
     """
     embed = model.get_input_embeddings()
     slots = written_slots(embed, table, batch["truth"])
     if noise is not None:
         slots = slots + noise * slots.detach().std()
-    slots = slots * length
     if only is not None:
         longest = int(only.sum(1).max())
         first = torch.sort((~only).int(), dim=1, stable=True).indices[:, :longest]
@@ -311,10 +308,8 @@ def train_language(
     Until 3/8 of the steps all questions, on pictures that grow from a slot a thing to all slots of
     things to all slots. Then two steps of three (from 0.7 on: one) are a drill in finding, counting
     and comparing places (`scenes.drill`), again from short pictures to whole ones: without them
-    relations stay at chance, and with nothing else before them colours do. From 0.6 on slots are of
-    any length, as a projector's outputs are some ten times as long as embeddings (earlier it made
-    relations worse). Muon on the matrices (it needed far fewer steps than
-    AdamW here), AdamW on embeddings and norms.
+    relations stay at chance, and with nothing else before them colours do. Muon on the matrices (it
+    needed far fewer steps than AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
@@ -350,10 +345,8 @@ def train_language(
             only = truth[..., 0] > 0
         inputs["truth"] = smudge(truth, errors)
         noise = 0.1 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
-        stretch = torch.rand(batch, 1, 1, generator=errors) * 5 - 1  # 1/2 to 16, late: see above
-        length = torch.exp2(stretch * min(1.0, max(0.0, 5 * done - 3)))
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels = ask(model, tokenizer, table, inputs, only, noise, length)
+            logits, labels = ask(model, tokenizer, table, inputs, only, noise)
         # the end token and the words of a caption are easy and many
         row = (inputs["labels"] != -100).nonzero()[:, 0]
         weight = torch.where(labels == tokenizer.eos_token_id, 0.2, 1.0)

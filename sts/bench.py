@@ -9,6 +9,7 @@ single steps of every variant in turn (A B C D, B C D A, ...), on the same batch
 of the stage, so that whatever else the machine does falls on all alike. What counts is the ratio.
 """
 
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -101,7 +102,10 @@ def time_stage(
     shape = cost.shape_of(model.config)
     # one model and one optimizer for all, at learning rate 0: every step starts from equal weights
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, first))
-    feeds = {id: load_data(data, stage, block, processor, SEED) for id, block in blocks.items()}
+    feeds = {
+        id: load_data(of_stage(data, block), stage, block, processor, SEED)
+        for id, block in blocks.items()
+    }
     on_gpu = accelerator.device.type == "cuda"
 
     def step(id: str, point: int, fraction: float) -> tuple[float, dict[str, Any]]:
@@ -153,6 +157,15 @@ def time_stage(
         }
         for id, lists in found.items()
     }
+
+
+def of_stage(data: Sequence[str | Path], block: StageConfig) -> list[Path]:
+    """The manifests of the data sets that a stage trains on, in its order."""
+    named = {json.loads(Path(file).read_text(encoding="utf-8"))["dataset"]: file for file in data}
+    missing = [name for name in block.data if name not in named]
+    if missing:
+        raise ValueError(f"data: no manifest of {', '.join(missing)} among {', '.join(named)}")
+    return [Path(named[name]) for name in block.data]
 
 
 def rotated(items: list, by: int) -> list:

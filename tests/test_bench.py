@@ -97,6 +97,20 @@ def test_the_result_says_what_it_was_measured_on(result):
     assert {"command", "commit", "warmup", "repeats"} <= set(result)
 
 
+def test_a_stage_is_timed_on_its_own_data(tmp_path, backbone, prepared, one_core):
+    extra = tmp_path / "extra"  # it has no split for align
+    shutil.copytree(Path(prepared).parent, extra)
+    manifest = json.loads((extra / "manifest.json").read_text())
+    manifest |= {"dataset": "extra", "splits": {"instruct": manifest["splits"]["instruct"]}}
+    (extra / "manifest.json").write_text(json.dumps(manifest))
+    data = [prepared, extra / "manifest.json"]
+    variants = {"more": config(instruct={"data": ["scenes", "extra"]}, points=1)}
+    found = bench(variants, data, backbone, tmp_path / "bench.json")
+    assert found["variants"]["more"]["time_s"] > 0
+    with pytest.raises(ValueError, match="no manifest of extra among scenes"):
+        bench(variants, [prepared], backbone, tmp_path / "bench.json")
+
+
 def test_variants_must_agree_on_the_points(tmp_path, backbone, prepared):
     variants = {"a": config(), "b": config(points=3)}
     with pytest.raises(ValueError, match="must be the same in a, b"):

@@ -161,13 +161,13 @@ def test_nlvr_has_one_checksum_in_both_layouts(tmp_path):
     assert registry.checksum(read(public)) == registry.checksum(read(mirror))
 
 
-def test_nlvr_asks_true_or_false_about_the_whole_strip(tiny_source, tmp_path):
+def test_nlvr_asks_yes_or_no_about_the_whole_strip(tiny_source, tmp_path):
     tiny_source("nlvr", NLVR_PUBLIC)
     write(tmp_path / "mirror" / "nlvr_dev", NLVR_MIRROR)
     out = tmp_path / "out" / "manifest.json"
     prepare(config(mirror=str(tmp_path / "mirror")), "nlvr", out)
     [row] = rows_of(out, "test_nlvr")
-    assert (row["question"], row["answer"]) == ("There is a box. true or false?", "true")
+    assert (row["question"], row["answer"]) == ("There is a box. yes or no?", "yes")
     pixels = np.asarray(row["image"])
     assert pixels.shape == (40, 40, 3)  # a square, so that a centre crop keeps both ends
     assert (pixels[15:25] == (200, 10, 20)).all() and (pixels[:15] == registry.CLIP_MEAN).all()

@@ -315,8 +315,9 @@ def _read_nlvr(folder: Path) -> Questions:
             {
                 "id": f"dev-{id}",
                 "image": folder / image,
-                "question": f"{sentence}. true or false?",
-                "answer": example["label"],
+                # as instruction data ask it: nothing that is trained on answers "true"
+                "question": f"{sentence}. yes or no?",
+                "answer": {"true": "yes", "false": "no"}[example["label"].casefold()],
             }
         )
     return {"dev": questions}
@@ -324,8 +325,7 @@ def _read_nlvr(folder: Path) -> Questions:
 
 def _nlvr(_: DataConfig, questions: Questions) -> dict[str, Rows]:
     rows = (
-        {**item, "image": _squared(item["image"]), "form": "true_false"}
-        for item in questions["dev"]
+        {**item, "image": _squared(item["image"]), "form": "yes_no"} for item in questions["dev"]
     )
     return {"test_nlvr": (len(questions["dev"]), rows)}
 

@@ -315,17 +315,25 @@ def _read_nlvr(folder: Path) -> Questions:
             {
                 "id": f"dev-{id}",
                 "image": folder / image,
-                # as instruction data ask it: nothing that is trained on answers "true"
-                "question": f"{sentence}. yes or no?",
-                "answer": {"true": "yes", "false": "no"}[example["label"].casefold()],
+                "question": f"{sentence}. true or false?",
+                "answer": example["label"],
             }
         )
     return {"dev": questions}
 
 
 def _nlvr(_: DataConfig, questions: Questions) -> dict[str, Rows]:
+    """Asked as instruction data ask it, yes or no: a model that never answered "true" won't."""
+    said = {"true": "yes", "false": "no"}
     rows = (
-        {**item, "image": _squared(item["image"]), "form": "yes_no"} for item in questions["dev"]
+        {
+            **item,
+            "question": item["question"].replace("true or false?", "yes or no?"),
+            "answer": said[item["answer"]],
+            "image": _squared(item["image"]),
+            "form": "yes_no",
+        }
+        for item in questions["dev"]
     )
     return {"test_nlvr": (len(questions["dev"]), rows)}
 

@@ -207,6 +207,18 @@ CASES = {
         SQUARE,
         flat(lambda n: noise(n, 3, 16, 16)),
     ),
+    "pixtral": Case(  # a LLaVA with a tower that takes any size
+        builder(
+            hf.LlavaForConditionalGeneration,
+            hf.LlavaConfig,
+            lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
+            lambda: text(hf.MistralConfig),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        sized({"big": (12, 16), "small": (8, 8)}),
+    ),
     "vipllava": Case(
         llava(
             "VipLlavaForConditionalGeneration",

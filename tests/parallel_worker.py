@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/parallel_worker.py {alone,ddp,fsdp2,zero2,zero3} OUT STEPS
 """
 
+import gc
 import json
 import os
 import sys
@@ -83,6 +84,10 @@ def main(mode: str, out: str, steps: int) -> None:
         Path(out).write_text(json.dumps(result))
     elif mode == "fsdp2":
         gathers(runner, scheme, mine, steps)
+    # DDP's reducer must not be the last to hold the process group: it would wait for the group's
+    # thread with the interpreter lock that this thread may be waiting for (torch 2.13, gloo)
+    del runner
+    gc.collect()
     dist.destroy_process_group()
 
 

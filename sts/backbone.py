@@ -268,18 +268,21 @@ def ask(
     batch: dict,
     only: Tensor | None = None,
     noise: Tensor | None = None,
+    length: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Answer logits [answer tokens, vocabulary] and their labels.
 
     Every turn sees the written picture and itself, not the other turns: they would otherwise be the
     nearest place to look up a word, and the picture is not learnt to be read. `only` [batch, 64]
     leaves out the slots where it is false (the curriculum's short pictures); `noise` [batch, 64,
-    dim], in standard deviations of the slots, is added to them.
+    dim], in standard deviations of the slots, is added to them; `length` [batch, 1, 1] is a factor
+    on them.
     """
     embed = model.get_input_embeddings()
     slots = written_slots(embed, table, batch["truth"])
     if noise is not None:
         slots = slots + noise * slots.detach().std()
+    slots = slots * length
     if only is not None:
         longest = int(only.sum(1).max())
         first = torch.sort((~only).int(), dim=1, stable=True).indices[:, :longest]
@@ -305,11 +308,13 @@ def train_language(
 ) -> LlamaForCausalLM:
     """A decoder that answers about, and captions, written pictures.
 
-    Until 3/8 of the steps all questions, on pictures that grow from a slot a thing to all slots of
-    things to all slots. Then two steps of three (from 0.7 on: one) are a drill in finding, counting
-    and comparing places (`scenes.drill`), again from short pictures to whole ones: without them
-    relations stay at chance, and with nothing else before them colours do. Muon on the matrices (it
-    needed far fewer steps than AdamW here), AdamW on embeddings and norms.
+    Two thirds of the steps teach to read. Until 3/8 of them all questions, on pictures that grow
+    from a slot a thing to all slots of things to all slots. Then two steps of three (from 0.7 on:
+    one) are a drill in finding, counting and comparing places (`scenes.drill`), again from short
+    pictures to whole ones: without them relations stay at chance, and with nothing else before them
+    colours do. The last third, at half the learning rate, makes every picture's slots 1/2 to 16
+    times as long: a projector's outputs are about ten times as long as word embeddings. Muon on the
+    matrices (it needed far fewer steps than AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
@@ -323,18 +328,24 @@ def train_language(
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: cosine(s, steps, 50))
-        for optimizer in optimizers
-    ]
+    first = 2 * steps // 3
+
+    def rate(step: int) -> float:
+        if step < first:
+            return cosine(step, first, 50)
+        return cosine(step - first, steps - first, 50) / 2
+
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     table = slot_ids(tokenizer)
     errors = torch.Generator().manual_seed(seed)
     mixed = batched(scenes.rows("language", 10**9, seed), batch)
     drills = batched(scenes.drill("drill", 10**9, seed), batch)
     bar = tqdm(range(steps), "language", mininterval=10)
     for step in bar:
-        done = step / steps
+        done = step / first
         drilling = done >= 3 / 8 and (step % 3 == 0 or (step % 3 == 1 and done < 0.7))
+        if done >= 1:
+            drilling = step % 2 == 0
         captions = 0 if drilling else batch // 8
         inputs = written_batch(tokenizer, next(drills if drilling else mixed), captions)
         truth = inputs["truth"]
@@ -345,8 +356,11 @@ def train_language(
             only = truth[..., 0] > 0
         inputs["truth"] = smudge(truth, errors)
         noise = 0.1 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
+        length = torch.ones(batch, 1, 1)
+        if done >= 1:
+            length = 2 ** torch.empty(batch, 1, 1).uniform_(-1, 4, generator=errors)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels = ask(model, tokenizer, table, inputs, only, noise)
+            logits, labels = ask(model, tokenizer, table, inputs, only, noise, length)
         # the end token and the words of a caption are easy and many
         row = (inputs["labels"] != -100).nonzero()[:, 0]
         weight = torch.where(labels == tokenizer.eos_token_id, 0.2, 1.0)

@@ -308,12 +308,12 @@ def train_language(
 ) -> LlamaForCausalLM:
     """A decoder that answers about, and captions, written pictures.
 
-    Two thirds of the steps teach to read. Until 3/8 of them all questions, on pictures that grow
-    from a slot a thing to all slots of things to all slots. Then two steps of three (from 0.7 on:
-    one) are a drill in finding, counting and comparing places (`scenes.drill`), again from short
-    pictures to whole ones: without them relations stay at chance, and with nothing else before them
-    colours do. The last third, at half the learning rate, makes every picture's slots 1/2 to 16
-    times as long: a projector's outputs are about ten times as long as word embeddings. Muon on the
+    Half of the steps teach to read. Until 3/8 of them all questions, on pictures that grow from a
+    slot a thing to all slots of things to all slots. Then two steps of three (from 0.7 on: one) are
+    a drill in finding, counting and comparing places (`scenes.drill`), again from short pictures to
+    whole ones: without them relations stay at chance, and with nothing else before them colours do.
+    The other half, two legs at half the learning rate, makes every picture's slots 1/2 to 16 times
+    as long: a projector's outputs are about ten times as long as word embeddings. Muon on the
     matrices (it needed far fewer steps than AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
@@ -328,12 +328,12 @@ def train_language(
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    first = 2 * steps // 3
+    first, leg = steps // 2, steps // 4
 
     def rate(step: int) -> float:
         if step < first:
             return cosine(step, first, 50)
-        return cosine(step - first, steps - first, 50) / 2
+        return cosine((step - first) % leg, leg, 50) / 2
 
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     table = slot_ids(tokenizer)

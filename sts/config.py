@@ -138,7 +138,7 @@ class ModelConfig(Block):
     """Decoder layers of the language model; what skip rates are checked against."""
     vision_steps: Count = 2400
     """Training steps of the vision tower of `rebuild`."""
-    language_steps: Count = 3600
+    language_steps: Count = 4800
     """Training steps of the language model of `rebuild`."""
     threads: Count = 2
     """CPU threads of a rebuild."""

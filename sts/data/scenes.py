@@ -460,13 +460,20 @@ def drill(split: str, count: int, seed: int, turns: int = 9) -> Iterator[dict]:
     """Rows for a language model that learns to find things and to compare places.
 
     As `rows`, but objects only and mostly relations and places ("where is the red ring?", answered
-    as captions say it). No other split asks for a place in this way.
+    as captions say it). No other split asks for a place in this way. In every scene things share
+    a colour, and things a shape: else a model may find them by colour alone, and not go on.
     """
     for index in range(count):
         rng = generator(VERSION, seed, split, index)
-        scene = _draw("objects", rng)
+        while True:
+            scene = _draw("objects", rng)
+            if all(
+                len({o[k] for o in scene["objects"]}) < len(scene["objects"])
+                for k in ("shape", "colour")
+            ):
+                break
         qa: dict[str, tuple[str, str]] = {}
-        for maker in [_relation] * 8 + [_counting] * 16 + [_existence]:
+        for maker in [_relation] * 8 + [_counting] * 6 + [_existence]:
             asked = maker(scene, rng, _seen)
             if asked:
                 qa[asked[0]] = asked[:2]

@@ -105,6 +105,14 @@ def test_no_number_is_the_answer_to_most_training_questions():
     assert min(shares.values()) > 0.1 and max(shares.values()) < 0.4, shares
 
 
+def test_in_a_drill_neither_colour_nor_shape_alone_names_every_thing():
+    """Else a decoder learns to look things up by their colour alone, and gets no further."""
+    for row in scenes.drill("drill", 60, 0):
+        things = row["truth"][row["truth"][:, -1] > 0]
+        for attribute in (0, 1):
+            assert len(set(things[:, attribute])) < len(things)
+
+
 def test_unknown_skill_names_the_known():
     with pytest.raises(ValueError, match="existence, colour"):
         scenes.benchmark("smell", 1, 0)

@@ -121,7 +121,7 @@ def test_a_rebuild_cut_short_learns_to_see_and_to_read(tmp_path):
     assert sum(quality["reading"].values()) / 7 > 0.1
 
 
-@pytest.mark.skipif("STS_REBUILD" not in os.environ, reason="over an hour; see docs/training.md")
+@pytest.mark.skipif("STS_REBUILD" not in os.environ, reason="an hour; see docs/training.md")
 def test_rebuilt_backbones_are_as_good_as_the_shipped(tmp_path):
     model = load_scale(MINI).model
     backbone.rebuild(

@@ -1,6 +1,7 @@
 # `make reproduce` makes every number of the README; `make test` checks the code. Both make .venv.
 PYTHON ?= python3
 SCALE ?= mini
+AS ?= $(SCALE)
 BIN := .venv/bin
 RESULTS := results/$(SCALE)
 SNAKEMAKE := $(BIN)/snakemake $(if $(filter mini,$(SCALE)),,--configfile workflow/config/$(SCALE).yaml)
@@ -15,7 +16,7 @@ help:
 	@echo "make test        the everyday tests; make test-all: the slow ones too"
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
-	@echo "make reference   the results as reference results, small files only"
+	@echo "make reference   the results as reference results AS=name, small files only"
 	@echo "make clean       forget results and prepared data of the scale"
 
 reproduce: .venv/made-from-lock
@@ -62,11 +63,11 @@ envs/sts.yaml: requirements.lock
 	@mv $@.part $@
 
 reference:
-	rm -rf results/reference/$(SCALE)
-	mkdir -p results/reference/$(SCALE)
+	rm -rf results/reference/$(AS)
+	mkdir -p results/reference/$(AS)
 	cd $(RESULTS) && find tables figures bench runs configs -type f \
 	  \( -not -path 'runs/*' -o -name eval.json -o -name align.json -o -name instruct.json \) \
-	  -exec cp --parents -t ../reference/$(SCALE) {} +
+	  -exec cp --parents -t ../reference/$(AS) {} +
 
 clean:
 	rm -rf $(RESULTS) data/$(SCALE)

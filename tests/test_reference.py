@@ -9,6 +9,7 @@ from sts import tables
 from sts.config import load_ablations
 
 REFERENCE = ROOT / "results" / "reference" / "mini"
+ONE_SEED = REFERENCE.with_name("mini_one_seed")
 
 
 def rows(file: Path) -> list[str]:
@@ -20,11 +21,20 @@ def test_the_readme_quotes_the_reference_table():
     assert rows(ROOT / "README.md") == rows(REFERENCE / "tables/main.md")
 
 
-def test_the_reference_table_follows_from_the_reference_runs(tmp_path):
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        (REFERENCE, "main"),
+        (REFERENCE, "components"),
+        (ONE_SEED, "compressor"),
+        (ONE_SEED, "skipper"),
+    ],
+)
+def test_a_reference_table_follows_from_the_reference_runs(folder, name, tmp_path):
     entries = load_ablations(ROOT / "workflow/ablations.yaml").items()
-    labels = {id: entry.label for id, entry in entries if "main" in entry.groups}
-    tables.table("main", REFERENCE, list(labels), tmp_path / "main", labels)
-    assert rows(tmp_path / "main.md") == rows(REFERENCE / "tables/main.md")
+    labels = {id: entry.label for id, entry in entries if name in entry.groups}
+    tables.table(name, folder, list(labels), tmp_path / name, labels)
+    assert rows(tmp_path / f"{name}.md") == rows(folder / f"tables/{name}.md")
 
 
 @pytest.mark.parametrize("name", ["pareto", "loss", "layers", "tokens"])

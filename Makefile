@@ -66,7 +66,8 @@ reference:
 	rm -rf results/reference/$(AS)
 	mkdir -p results/reference/$(AS)
 	cd $(RESULTS) && find tables figures bench runs configs -type f \
-	  \( -not -path 'runs/*' -o -name eval.json -o -name align.json -o -name instruct.json \) \
+	  \( -not -path 'runs/*' -o -name eval.json -o -name align.json -o -name instruct.json \
+	    -o -path 'runs/*/eval/provenance.json' \) \
 	  -exec cp --parents -t ../reference/$(AS) {} +
 
 clean:

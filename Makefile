@@ -2,6 +2,7 @@
 PYTHON ?= python3
 SCALE ?= mini
 AS ?= $(SCALE)
+NEEDED := Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11
 BIN := .venv/bin
 RESULTS := results/$(SCALE)
 SNAKEMAKE := $(BIN)/snakemake $(if $(filter mini,$(SCALE)),,--configfile workflow/config/$(SCALE).yaml)
@@ -43,8 +44,9 @@ lint: .venv/made-from-lock
 	$(BIN)/snakemake --lint
 
 .venv/made-from-lock: requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); 3.11 or later is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v $(firstword $(PYTHON)) > /dev/null || { echo "$(PYTHON) was not found; $(NEEDED)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); $(NEEDED)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "$(PYTHON) has no venv or pip: install them (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv

@@ -2,7 +2,7 @@
 
     from sts import VTC, LDS, sparsify, unsparsify
 
-    scheme = sparsify(model, vtc=VTC(kind="avgpool2d", keep=0.25), total_steps=1000)
+    scheme = sparsify(model, vtc=VTC("uniform", keep=0.25), total_steps=1000)
     for step, batch in enumerate(batches):
         scheme.begin_step(step)
         model(**batch).loss.backward()
@@ -15,8 +15,8 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 _HOMES = {
-    "LDS": "sts.scheme",
-    "VTC": "sts.scheme",
+    "LDS": "sts.settings",
+    "VTC": "sts.settings",
     "SparseCallback": "sts.callback",
     "sparsify": "sts.scheme",
     "unsparsify": "sts.scheme",

@@ -80,7 +80,8 @@ def table(args: argparse.Namespace) -> None:
     """Write a table as CSV, Markdown and LaTeX from result files."""
     from sts import tables
 
-    tables.table(args.name, args.results, args.ablations, args.out_stem, _labels(args))
+    sources = dict(zip(args.ablations, args.sources or [], strict=bool(args.sources)))
+    tables.table(args.name, args.results, args.ablations, args.out_stem, _labels(args), sources)
 
 
 def figure(args: argparse.Namespace) -> None:
@@ -132,7 +133,12 @@ def config(args: argparse.Namespace) -> None:
         raise settings.ConfigError(
             args.ablations, "--ablation", args.ablation, f"one of {', '.join(resolved)}"
         )
-    print(settings.dump(resolved[args.ablation] if args.ablation else scale), end="")
+    shown = resolved[args.ablation] if args.ablation else scale
+    for stage in settings.STAGES:
+        lds = shown.stage(stage).lds
+        if lds.rate:
+            print(f"# {stage}.lds, t = share of the stage done: {lds.formula(shown.model.layers)}")
+    print(settings.dump(shown), end="")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -198,8 +204,8 @@ def parser() -> argparse.ArgumentParser:
     add("--init", type=Path, metavar="FILE", help="backbone manifest")
     paths(add, out=out)
     add("--shape", metavar="NAME", help="mini, wide, llava-1.5-7b, ... (random weights)")
-    text = "such as avgpool2d@0.25, uniform@0.5, or both joined by + (default: %(default)s)"
-    both = ["avgpool2d@0.25", "uniform@0.5", "avgpool2d@0.25+uniform@0.5"]
+    text = "such as uniform@0.25, layerdrop@0.5:unit=samples, or joined by + (default: %(default)s)"
+    both = ["uniform@0.25", "sts@0.6:epsilon=0.5", "uniform@0.25+sts@0.6:epsilon=0.5"]
     add("--settings", nargs="+", default=both, metavar="SETTING", help=text)
     add("--stages", nargs="+", default=settings.STAGES, choices=settings.STAGES)
     add("--checkpointing", nargs="+", default=["off"], choices=("off", "on"))
@@ -208,7 +214,9 @@ def parser() -> argparse.ArgumentParser:
     add("--layers", type=int, help="that many of the shape's (default: all; few without a GPU)")
     add("--width", type=float, help="that share of the width (default: 1; 1/8 without a GPU)")
     add("--repeats", type=int, default=7, help="timed steps a setting (default: %(default)s)")
-    shown(verb(table))
+    add = verb(table)
+    shown(add)
+    add("--sources", nargs="+", metavar="WHOSE", help="whose method each is, in the same order")
     shown(verb(figure))
     results(verb(summary))
     add = verb(estimate)

@@ -42,6 +42,7 @@ from sts.config import Config
 from sts.data import scenes
 from sts.data.conversation import CHAT_TEMPLATE
 from sts.provenance import sha256_file, sha256_json, write_json_atomic
+from sts.settings import IGNORE_INDEX
 
 SHIPPED = Path("data/backbones/mini")
 WIDTH = 128
@@ -228,7 +229,7 @@ def encode_turns(
         asked = tokenizer.encode(f"\n{question} assistant:", add_special_tokens=False)
         given = tokenizer.encode(f" {answer}</s>", add_special_tokens=False)
         ids += asked + given
-        labels += [-100] * len(asked) + given
+        labels += [IGNORE_INDEX] * len(asked) + given
         turn += [index] * (len(asked) + len(given))
     return ids, labels, turn
 
@@ -250,7 +251,7 @@ def written_batch(
         for index, row in enumerate(rows)
     ]
     longest = max(len(ids) for ids, _, _ in encoded)
-    fill = {"ids": tokenizer.pad_token_id, "labels": -100, "turn": -1, "place": 0}
+    fill = {"ids": tokenizer.pad_token_id, "labels": IGNORE_INDEX, "turn": -1, "place": 0}
     batch = {name: torch.full((len(rows), longest), value) for name, value in fill.items()}
     for i, (ids, labels, turn) in enumerate(encoded):
         starts = [turn.index(t) for t in turn]
@@ -299,7 +300,7 @@ def ask(
     hidden = model.model(
         inputs_embeds=inputs, attention_mask=mask[:, None], position_ids=places, use_cache=False
     ).last_hidden_state[:, shown - 1 : -1]
-    answers = batch["labels"] != -100
+    answers = batch["labels"] != IGNORE_INDEX
     return model.lm_head(hidden[answers]).float(), batch["labels"][answers]
 
 
@@ -362,7 +363,7 @@ def train_language(
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels = ask(model, tokenizer, table, inputs, only, noise, length)
         # the end token and the words of a caption are easy and many
-        row = (inputs["labels"] != -100).nonzero()[:, 0]
+        row = (inputs["labels"] != IGNORE_INDEX).nonzero()[:, 0]
         weight = torch.where(labels == tokenizer.eos_token_id, 0.2, 1.0)
         weight = torch.where(row < captions, 0.3, weight)
         losses = F.cross_entropy(logits, labels, reduction="none") * weight
@@ -387,7 +388,7 @@ def reading(
     for part in batched(scenes.rows("reading", rows, 0), 64):
         batch = written_batch(tokenizer, part, captions=0)
         logits, labels = ask(model.eval(), tokenizer, table, batch)
-        row, token = (batch["labels"] != -100).nonzero(as_tuple=True)
+        row, token = (batch["labels"] != IGNORE_INDEX).nonzero(as_tuple=True)
         question = 100 * row + batch["turn"][row, token]
         correct = torch.ones(100 * len(part), dtype=torch.long)
         correct.scatter_reduce_(0, question, (logits.argmax(-1) == labels).long(), "amin")

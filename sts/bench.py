@@ -25,7 +25,7 @@ from sts.backbone import build_llava
 from sts.config import STAGES, BenchConfig, Config, StageConfig
 from sts.data.collator import collate
 from sts.device import lease
-from sts.scheme import unsparsify
+from sts.scheme import Scheme, unsparsify
 from sts.train import (
     freeze,
     load_data,
@@ -50,7 +50,7 @@ def bench(
 
     A stage's time is its number of steps times the mean over the points of a step's median seconds;
     its FLOPs come from the very steps that were timed. data: manifests of prepared data sets; init:
-    the backbone manifest. Policy `need` has measured nothing yet and so draws uniformly at its
+    the backbone manifest. A measured depth has measured nothing yet and so draws uniformly at its
     rate. Raises ValueError if the variants don't agree on `bench`.
     """
     first, *others = configs.values()
@@ -107,21 +107,28 @@ def time_stage(
         for id, block in blocks.items()
     }
     on_gpu = accelerator.device.type == "cuda"
+    chosen = {}
+    for id, block in blocks.items():
+        scheme = put_scheme(model, block, SEED, stage, len(feeds[id][0]))
+        chosen[id] = typical_steps(scheme, block.steps, plan.points)
+        unsparsify(model)
 
-    def step(id: str, point: int, fraction: float) -> tuple[float, dict[str, Any]]:
+    def step(id: str, point: int) -> tuple[float, dict[str, Any]]:
         """(seconds, what it did) of one step of a variant on batch number `point`."""
         block, (samples, order) = blocks[id], feeds[id]
-        scheme = put_scheme(model, block, SEED, stage)
-        scheme.begin_step(int(fraction * block.steps))
-        indices = order(point)[: block.batch_size * block.accumulation]  # of one process
-        pieces = my_pieces(indices, block.accumulation, accelerator)
+        scheme = put_scheme(model, block, SEED, stage, len(samples))
+        scheme.begin_step(chosen[id][point])
+        indices = order(point)[
+            : block.batch_size * block.gradient_accumulation_steps
+        ]  # of one process
+        pieces = my_pieces(indices, block.gradient_accumulation_steps, accelerator)
         began = time.perf_counter()
         batches = [collate(processor, [samples[i] for i in piece]) for piece in pieces]
         batches = [batch.to(accelerator.device) for batch in batches]
         if on_gpu:  # there other processes load while the GPU works, so loading takes no time
             torch.cuda.synchronize()
             began = time.perf_counter()
-        optimizer_step(accelerator, wrapped, optimizer, batches, block, lr=0.0)
+        optimizer_step(accelerator, wrapped, optimizer, batches, block, 0.0, scheme)
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
@@ -133,11 +140,11 @@ def time_stage(
     names = ("step_s", "flops", "layers_run", "visual_tokens", "order")
     found: dict[str, dict[str, list]] = {id: {name: [] for name in names} for id in blocks}
     bar = progress(f"bench {stage}", 0, plan.points * (plan.warmup + REPEATS) * len(blocks))
-    for point, fraction in enumerate(fractions(plan.points)):
+    for point in range(plan.points):
         timed: dict[str, list] = {id: [] for id in blocks}
         for repeat in range(-plan.warmup, REPEATS):
             for id in rotated(list(blocks), point + repeat):
-                seconds, row = step(id, point, fraction)
+                seconds, row = step(id, point)
                 if repeat >= 0:
                     timed[id].append((seconds, next(place)))
                 if repeat == 0:  # the other repeats do the same
@@ -157,6 +164,34 @@ def time_stage(
         }
         for id, lists in found.items()
     }
+
+
+def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:
+    """A step in each of `points` equal parts of a stage, such that together they leave out as much
+    as the whole stage does: with layers drawn on their own, the steps in the middle need not.
+
+    In each part the step whose left-out layers are nearest the part's mean; what it is off by is
+    made good in the parts that follow.
+    """
+    skipper = scheme.skipper
+
+    def left_out(step: int) -> float:
+        scheme.begin_step(step)
+        decision, unit = skipper.decision, skipper.unit
+        drawn = len(decision.off) / len(unit.lowers)
+        return drawn if unit.drawn_by_step else sum(decision.chances)
+
+    found, owed = [], 0.0
+    for point in range(points):
+        first, end = point * steps // points, (point + 1) * steps // points
+        part = range(first, max(first + 1, end))
+        middle = min((first + part[-1] + 1) // 2, steps - 1)
+        left = {step: left_out(step) for step in part}
+        wanted = fmean(left.values()) + owed
+        best = min(part, key=lambda step: (abs(left[step] - wanted), abs(step - middle)))
+        owed = wanted - left[best]
+        found.append(best)
+    return found
 
 
 def of_stage(data: Sequence[str | Path], block: StageConfig) -> list[Path]:

@@ -7,18 +7,29 @@ accepted. Only pydantic and yaml are needed, so that the workflow can read it in
 """
 
 import ast
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
+from sts import lds as skipping
+from sts import vtc as compressing
+from sts.checks import NotAccepted, expect
 from sts.provenance import sha256_json
+from sts.settings import LDS, VTC
 
 CODE = Path(__file__).resolve().parent
 MINI = CODE.parent / "workflow" / "config" / "mini.yaml"
@@ -45,8 +56,8 @@ def _scientific(value: Any) -> Any:
 def registered(file: str, table: str) -> tuple[str, ...]:
     """Keys of the dict literal `table` in a source file of the package, read without importing it.
 
-    So a new compressor, policy or data set is accepted as soon as its registry names it, and the
-    workflow needs neither torch nor datasets to know that.
+    So a new data set is accepted as soon as its registry names it, and the workflow needs no
+    `datasets` to know that.
     """
     for node in ast.parse((CODE / file).read_text(encoding="utf-8")).body:
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
@@ -56,21 +67,29 @@ def registered(file: str, table: str) -> tuple[str, ...]:
     raise LookupError(f"{CODE / file} has no dict literal {table}")
 
 
-def _one_of(file: str, table: str) -> AfterValidator:
-    def check(value: str) -> str:
-        names = registered(file, table)
-        if value not in names:
-            raise ValueError(f"one of {', '.join(names)}")
-        return value
-
-    return AfterValidator(check)
-
-
 Number = Annotated[float, BeforeValidator(_scientific)]
 Share = Annotated[Number, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Index = Annotated[int, Ge(0)]
-Schedule = Literal["constant", "linear", "cosine", "staged", "exponential"]
+
+
+def _settings(kind: type) -> Any:
+    """The library's own settings as a block of a configuration: a mapping with its fields."""
+    names = [field.name for field in fields(kind)]
+
+    def parse(value: Any) -> Any:
+        if isinstance(value, kind):
+            return value
+        known = f"the keys {', '.join(names)}"
+        expect(isinstance(value, Mapping), kind.__name__, value, f"a mapping with {known}")
+        for key in value:
+            expect(key in names, f"{kind.__name__}.{key}", value[key], known)
+        return kind(**{key: _scientific(one) for key, one in value.items()})
+
+    return Annotated[kind, PlainValidator(parse), PlainSerializer(asdict)]
+
+
+VTCSettings, LDSSettings = _settings(VTC), _settings(LDS)
 
 
 class Block(BaseModel):
@@ -144,44 +163,6 @@ class ModelConfig(Block):
     """CPU threads of a rebuild."""
 
 
-class VTCConfig(Block):
-    """Visual token compression of one stage."""
-
-    kind: Annotated[str, _one_of("compressor.py", "COMPRESSORS")] = "none"
-    """How tokens are merged or chosen."""
-    keep: Annotated[Number, Gt(0), Le(1)] = 1.0
-    """Share of the visual tokens that reaches the language model."""
-    schedule: Schedule = "constant"
-    """How the kept share moves from 1 to `keep` over the stage."""
-    anneal: Share = 0.0
-    """Last share of the stage, trained on all tokens."""
-    positions: Literal["keep", "mean"] = "keep"
-    """Position ids of what is kept: the original ones, or the mean of those merged."""
-
-
-class LDSConfig(Block):
-    """Layer skipping of one stage."""
-
-    policy: Annotated[str, _one_of("skipper.py", "POLICIES")] = "none"
-    """How the layers to skip are drawn."""
-    rate: Annotated[Number, Ge(0), Lt(1)] = 0.0
-    """Mean share of the layers between the protected ones that a step skips."""
-    schedule: Schedule = "constant"
-    """How the rate moves from 0 to `rate` over the stage."""
-    anneal: Share = 0.0
-    """Last share of the stage, trained with all layers."""
-    protect_first: Index = 1
-    """First layers that always run."""
-    protect_last: Index = 1
-    """Last layers that always run."""
-    exact: bool = True
-    """Skip the same number of layers every step, not only on average."""
-    explore: Share = 0.1
-    """Share of the probability that the policy `need` spreads over all layers."""
-    ema: Annotated[Number, Ge(0), Lt(1)] = 0.9
-    """Weight of the past in the moving average of a layer's influence."""
-
-
 class StageConfig(Block):
     """One training stage."""
 
@@ -191,17 +172,17 @@ class StageConfig(Block):
     """Optimizer steps."""
     batch_size: Count = 32
     """Samples of one forward pass on one process."""
-    accumulation: Count = 1
+    gradient_accumulation_steps: Count = 1
     """Forward passes of one optimizer step."""
     processes: Count = 1
     """Data-parallel processes (GPUs) of one training."""
     lr: Annotated[Number, Gt(0)] = 1.0e-3
     """Peak learning rate; cosine schedule."""
-    warmup: Annotated[Number, Ge(0), Lt(1)] = 0.03
+    warmup_ratio: Annotated[Number, Ge(0), Lt(1)] = 0.03
     """Share of the steps over which the learning rate rises."""
     weight_decay: Annotated[Number, Ge(0)] = 0.0
     """Weight decay of AdamW."""
-    clip: Annotated[Number, Gt(0)] = 1.0
+    max_grad_norm: Annotated[Number, Gt(0)] = 1.0
     """Norm that gradients are clipped to."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass; bf16 by autocast."""
@@ -215,9 +196,9 @@ class StageConfig(Block):
     """Steps between checkpoints; the trained weights don't depend on it."""
     threads: Count = 1
     """CPU threads of one training; fixed, so that weights don't depend on the number of cores."""
-    vtc: VTCConfig = VTCConfig()
+    vtc: VTCSettings = VTC()
     """Visual token compression."""
-    lds: LDSConfig = LDSConfig()
+    lds: LDSSettings = LDS()
     """Layer skipping."""
 
     def identity(self) -> dict[str, Any]:
@@ -226,12 +207,20 @@ class StageConfig(Block):
 
     def sources(self) -> list[Path]:
         """The source files whose formulas a training with these values uses."""
-        files = ["train.py", "scheme.py", "architectures.py", "backbone.py"]
+        files = ["train.py", "scheme.py", "loss.py", "backbone.py"]
+        files += ["architectures/_base.py", "architectures/llava.py"]
         files += ["data/collator.py", "data/conversation.py"]
-        vtc, lds = self.vtc.kind != "none", self.lds.policy != "none"
-        files += ["compressor.py", "sequence.py"] * vtc + ["skipper.py", "layers.py"] * lds
-        files += ["schedule.py"] * (vtc or lds)
-        return [CODE / file for file in files]
+        own: set[Path | None] = set()
+        if self.vtc.kind != "none":
+            files += ["compression.py", "sequence.py", "schedule.py", "draws.py"]
+            files += ["vtc/_shared.py"]
+            own.add(compressing.source_of(self.vtc.kind))
+        if self.lds.policy != "none":
+            files += ["sequence.py", "schedule.py", "draws.py"]
+            files += [f"lds/{part}.py" for part in ("decision", "parts", "skipper")]
+            files += ["lds/units.py", "lds/measure.py"]
+            own |= {skipping.source_of(name) for name in (self.lds.depth, self.lds.unit)}
+        return sorted({CODE / file for file in files} | (own - {None}))
 
 
 class EvaluateConfig(Block):
@@ -294,6 +283,8 @@ class _Entry(Block):
     """Tables that show the ablation."""
     label: str
     """Name in tables and figures."""
+    source: Literal["baseline", "paper", "ours", "peers"] = "ours"
+    """Whose method it is: the head it stands under in tables."""
     seeds: Annotated[list[Index], Field(min_length=1)] | None = None
     """Instead of the scale's."""
     steps_share: Annotated[Number, Gt(0), Le(1)] = 1.0
@@ -310,6 +301,7 @@ class Ablation:
     file: str
     groups: list[str]
     label: str
+    source: str
     seeds: list[int] | None
     steps_share: float
     overrides: dict[str, dict[str, Any]]
@@ -393,6 +385,8 @@ def resolve(config: Config, ablation: Ablation) -> Config:
     base = config.model_dump(by_alias=True)
     for stage in STAGES:
         base[stage]["steps"] = max(1, round(base[stage]["steps"] * ablation.steps_share))
+        if "policy" in ablation.overrides.get(stage, {}).get("lds", {}):
+            base[stage]["lds"] = {}  # its parts are that policy's, not those of the scale's
     delta = dict(ablation.overrides)
     if ablation.seeds:
         delta["seeds"] = ablation.seeds
@@ -440,9 +434,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, Any, str]]:
             custom = config.data.custom.get(name)
             if custom and custom.split != stage:
                 yield f"data.custom.{name}.split", custom.split, f"{stage}: {stage}.data names it"
-        if block.vtc.kind == "none" and block.vtc.keep < 1:
-            yield f"{stage}.vtc.keep", block.vtc.keep, "1.0 where vtc.kind is none"
-        yield from _skip_contradictions(stage, block.lds, config.model.layers)
+        try:
+            block.lds.check_layers(config.model.layers)
+        except NotAccepted as error:
+            yield f"{stage}.{_in_block(error.name)}", error.value, error.accepted
     for name in config.evaluate.benchmarks:
         if name not in benchmarks():
             yield "evaluate.benchmarks", name, f"one of {', '.join(benchmarks())}"
@@ -452,22 +447,10 @@ def _contradictions(config: Config) -> Iterator[tuple[str, Any, str]]:
                 yield f"model.{key}", None, "a hub id or folder where model.backbone is pretrained"
 
 
-def _skip_contradictions(stage: str, lds: LDSConfig, layers: int) -> Iterator[tuple[str, Any, str]]:
-    if lds.policy == "none":
-        if lds.rate > 0:
-            yield f"{stage}.lds.rate", lds.rate, "0.0 where lds.policy is none"
-        return
-    skippable = layers - lds.protect_first - lds.protect_last
-    if skippable < 1:
-        yield (
-            f"{stage}.lds.protect_first", lds.protect_first,
-            f"with protect_last less than the model's {layers} layers, or nothing can be skipped",
-        )  # fmt: skip
-    if math.ceil(lds.rate * skippable) >= layers:
-        yield (
-            f"{stage}.lds.rate", lds.rate,
-            f"at most {(layers - 1) / skippable:.3g}: one of {layers} layers must run",
-        )  # fmt: skip
+def _in_block(name: str) -> str:
+    """LDS.rate -> lds.rate: the name of a setting in the library -> its key in a stage's block."""
+    kind, _, key = name.partition(".")
+    return f"{kind.lower()}.{key}"
 
 
 def _parse(model: type[BlockT], content: Any, file: str | Path, prefix: str) -> BlockT:
@@ -476,6 +459,11 @@ def _parse(model: type[BlockT], content: Any, file: str | Path, prefix: str) -> 
         return model.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
+    wrong = problem.get("ctx", {}).get("error")
+    if isinstance(wrong, NotAccepted):  # of a block that is the library's: VTC.keep
+        block = ".".join(str(part) for part in (prefix, *problem["loc"]) if part)
+        _, _, key = wrong.name.partition(".")
+        raise ConfigError(file, ".".join(filter(None, (block, key))), wrong.value, wrong.accepted)
     key = ".".join(str(part) for part in (prefix, *problem["loc"]) if part not in ("", "[key]"))
     raise ConfigError(file, key, problem["input"], _accepted(model, problem))
 

@@ -4,6 +4,7 @@ A FLOP is a multiplication or an addition inside a matrix product, as torch.util
 counts them; element-wise work, norms and softmax are left out (below 1 % at any usual width).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 STAGES = ("align", "instruct")  # projector trained; projector and language model trained
@@ -77,29 +78,29 @@ def flop_parts(
     visual_tokens: float,
     text_tokens: float,
     answer_tokens: float,
-    layers_run: float,
     stage: str,
+    work: Sequence[Mapping[str, float]] | None = None,
     images: float | None = None,
     checkpointing: bool = False,
     fused_attention: bool = True,
-    forward_only: float = 0,
-    thinned_layers: float = 0,
-    thinned_tokens: float = 0,
 ) -> dict[str, float]:
     """FLOPs of forward and backward of `batch` samples: vision, projector, decoder, head.
 
     Per sample: visual_tokens that reach the decoder, text_tokens (padding included), answer_tokens
-    whose logits are computed. layers_run: decoder layers that run (mean). images: in the batch
-    (default: one per sample where there are visual tokens). checkpointing: decoder layers are
+    whose logits are computed. work: of each decoder layer the shares of its work that are less than
+    1 (sts/lds/decision.py, SHARES), [layers]; default: all layers do all of it. images: in the
+    batch (default: one per sample where there are visual tokens). checkpointing: decoder layers are
     computed once more (non-reentrant, the default of transformers). fused_attention: its backward
-    recomputes the scores (SDPA and flash: 2.5 times the forward; eager: 2). forward_only: layers
-    besides those that have no backward; thinned_layers: layers besides those that see but
-    thinned_tokens of each sample. The vision tower is frozen; in `align` the decoder passes
-    gradients on but has none for its weights. Raises ValueError for an unknown stage.
+    recomputes the scores (SDPA and flash: 2.5 times the forward; eager: 2). The vision tower is
+    frozen; in `align` the decoder passes gradients on but has none for its weights. Raises
+    ValueError for an unknown stage, or work of another number of layers.
     """
     if stage not in STAGES:
         raise ValueError(f"stage={stage!r}: expected one of {', '.join(STAGES)}")
     s = shape
+    work = [{}] * s.layers if work is None else work
+    if len(work) != s.layers:
+        raise ValueError(f"work of {len(work)} layers: the shape has {s.layers}")
     images = (batch if visual_tokens else 0) if images is None else images
     trained = stage == "instruct"
 
@@ -115,21 +116,24 @@ def flop_parts(
     projector = 2 * first + 3 * second  # the first layer's input needs no gradient
 
     attention_width = s.heads * s.head_dim
-    weights = 2 * s.width * (attention_width + s.kv_heads * s.head_dim) + 3 * s.width * s.mlp
+    projections = 2 * s.width * (attention_width + s.kv_heads * s.head_dim)
+    gated = 3 * s.width * s.mlp
 
-    def forward(tokens: float) -> float:
-        return 2 * tokens * weights + 4 * tokens**2 * attention_width
-
-    def layer(tokens: float) -> float:
-        linear, attention = 2 * tokens * weights, 4 * tokens**2 * attention_width
-        backward = linear * (2 if trained else 1) + attention * (2.5 if fused_attention else 2)
+    def layer(shares: Mapping[str, float]) -> float:
+        """Of one sample."""
+        tokens = shares.get("tokens", 1.0) * (visual_tokens + text_tokens)
+        scores = 4 * tokens**2 * attention_width
+        forward = 2 * tokens * (projections + gated) + scores
+        of_weights = 2 if trained else 1  # times the forward's
+        attention = 2 * tokens * projections * of_weights + scores * (2.5 if fused_attention else 2)
+        mlp = 2 * tokens * gated * of_weights
+        backward = shares.get("attention_backward", 1.0) * attention
+        backward += shares.get("mlp_backward", 1.0) * mlp
         # torch stops before the last product
-        recomputed = forward(tokens) - 2 * tokens * s.mlp * s.width if checkpointing else 0
-        return forward(tokens) + backward + recomputed
+        recomputed = forward - 2 * tokens * s.mlp * s.width if checkpointing else 0
+        return shares.get("rows", 1.0) * (forward + backward + recomputed)
 
-    tokens = visual_tokens + text_tokens
-    decoder = layers_run * layer(tokens) + forward_only * forward(tokens)
-    decoder += thinned_layers * layer(thinned_tokens)
+    decoder = sum(map(layer, work))
 
     logits = 2 * answer_tokens * s.width * s.vocab
     return {

@@ -33,7 +33,6 @@ from transformers import (
 from sts import cost
 from sts.backbone import language_config, make_tokenizer, vision_config
 from sts.bench import REPEATS
-from sts.compressor import keep_at
 from sts.config import (
     STAGES,
     Ablation,
@@ -43,10 +42,13 @@ from sts.config import (
     load_scale,
     resolve,
 )
-from sts.skipper import POLICIES, rate_at
+from sts.lds.decision import expected_work
+from sts.schedule import keep_at
+from sts.settings import IGNORE_INDEX, LDS, VTC
 from sts.train import (
     freeze,
     fused_attention,
+    global_batch,
     make_optimizer,
     optimizer_step,
     prepare_process,
@@ -257,29 +259,19 @@ def stage_flops(shape: cost.Shape, stage: str, block: StageConfig, points: int =
 
 def step_flops(shape: cost.Shape, stage: str, block: StageConfig, fraction: float) -> float:
     """FLOPs of one optimizer step at a fraction of the stage, on all processes."""
-    vtc, lds = block.vtc, block.lds
-    keep = keep_at(fraction, vtc.keep, vtc.schedule, vtc.anneal) if vtc.kind != "none" else 1.0
-    rate = rate_at(fraction, lds.rate, lds.schedule, lds.anneal)
+    vtc = block.vtc
+    keep = keep_at(fraction, vtc.keep, vtc.schedule, vtc.dense_tail)
     text, answer = tokens(stage, block)
-    skippable = shape.layers - lds.protect_first - lds.protect_last
-    altered, work = rate * skippable, {}
-    if POLICIES[lds.policy].acts_on == "backward":
-        work = {"forward_only": altered}
-    elif POLICIES[lds.policy].acts_on == "tokens" and rate:
-        altered = skippable
-        seen = (1 - rate) * (keep * shape.visual_tokens + text)
-        work = {"thinned_layers": altered, "thinned_tokens": seen}
     return cost.step_flops(
         shape,
-        batch=block.batch_size * block.accumulation * block.processes,
+        batch=global_batch(block),
         visual_tokens=keep * shape.visual_tokens,
         text_tokens=text,
         answer_tokens=answer,
-        layers_run=shape.layers - altered,
+        work=expected_work(block.lds, shape.layers, fraction),
         stage=stage,
         checkpointing=block.gradient_checkpointing,
         fused_attention=fused_attention(block),
-        **work,
     )
 
 
@@ -345,15 +337,15 @@ def training_rate(model: LlavaConfig, stage: str, block: StageConfig, budget: fl
         built = LlavaForConditionalGeneration(model)
         batch = synthetic_batch(model, stage, block)
     freeze(built, stage)
-    scheme = put_scheme(built, block, 0, stage)
+    scheme = put_scheme(built, block, 0, stage, global_batch(block))
     wrapped, optimizer = accelerator.prepare(built, make_optimizer(built, block))
-    batches = [batch] * block.accumulation
+    batches = [batch] * block.gradient_accumulation_steps
     seconds: list[float] = []
     began = time.perf_counter()
     while not seconds or (len(seconds) < 5 and time.perf_counter() - began < budget):
         scheme.begin_step(0)
         start = time.perf_counter()
-        optimizer_step(accelerator, wrapped, optimizer, batches, block, lr=0.0)
+        optimizer_step(accelerator, wrapped, optimizer, batches, block, 0.0, scheme)
         seconds.append(time.perf_counter() - start)
     # the median: neither the first step, which warms up, nor the luckiest
     return step_flops(cost.shape_of(model), stage, block, 0.0) / median(seconds)
@@ -368,7 +360,7 @@ def synthetic_batch(model: LlavaConfig, stage: str, block: StageConfig) -> dict[
     ids[ids == model.image_token_id] += 1
     ids[:, :visual] = model.image_token_id
     labels = ids.clone()
-    labels[:, :-answer] = -100
+    labels[:, :-answer] = IGNORE_INDEX
     pixels = torch.randn(batch, 3, size, size)
     mask = torch.ones_like(ids)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
@@ -392,11 +384,8 @@ def evaluation_seconds(shape: cost.Shape, config: Config, speed: Mapping[str, fl
     """One evaluation job: a forward pass of every question (a third of a training step's FLOPs),
     twice over for the answer's tokens and the harness, and again with a grey image if `blind`."""
     questions = len(config.evaluate.benchmarks) * config.data.scenes.test
-    dense = config.instruct.model_copy(
-        update={"vtc": type(config.instruct.vtc)(), "lds": type(config.instruct.lds)()}
-    )
-    samples = dense.batch_size * dense.accumulation * dense.processes
-    forward = step_flops(shape, "instruct", dense, 0.0) / samples / 3
+    dense = config.instruct.model_copy(update={"vtc": VTC(), "lds": LDS()})
+    forward = step_flops(shape, "instruct", dense, 0.0) / global_batch(dense) / 3
     passes = 2 * (2 if config.evaluate.blind else 1)
     return START_SECONDS + questions * passes * forward / speed["instruct"]
 
@@ -407,9 +396,7 @@ def backbone_seconds(config: Config, shape: cost.Shape, speed: float) -> float:
         return float(START_SECONDS)
     settings = {"batch": 64, "visual_tokens": shape.visual_tokens, "stage": "instruct"}
     text, answer = tokens("instruct", config.instruct)
-    parts = cost.flop_parts(
-        shape, text_tokens=text, answer_tokens=answer, layers_run=shape.layers, **settings
-    )
+    parts = cost.flop_parts(shape, text_tokens=text, answer_tokens=answer, **settings)
     vision = 3 * parts["vision"] * config.model.vision_steps
     language = (parts["decoder"] + parts["head"]) * config.model.language_steps
     return START_SECONDS + (vision + language) / speed

@@ -49,7 +49,8 @@ STYLE = {
 }
 SMOOTH = 0.05  # share of a stage that one plotted point averages
 KEEP = 0.25  # share of the visual tokens in `tokens`
-BINS = 60  # columns of the heat map
+BINS = 40  # columns of the heat map
+ASKED = (0.1, 0.3, 0.5, 0.7, 0.9)  # chances whose lines are drawn over it
 
 Labels = Mapping[str, str]
 
@@ -121,29 +122,36 @@ def loss(results: Path, names: Labels, data: Path) -> Figure:
 
 
 def layers(results: Path, names: Labels, data: Path) -> Figure:
-    """Layers run, mean over seeds, and the skips of the first seed of one run, layer by layer."""
+    """Layers run, mean over seeds; and of one method, layer by layer, the share that was skipped
+    with the chances that its formula asked for as lines over it."""
     drawn, (axes, heat) = plt.subplots(1, 2, figsize=(7.2, 3.2), width_ratios=[1, 1.15])
     shown = None
     for id, style in _styles(names):
         runs = _histories(results, id, "instruct")
         _curve(axes, runs, "layers_run", style)
-        if any(row["skipped"] for row in runs[0]):
-            shown = (id, runs[0])
+        if any(any(row["skipped"]) for row in runs[0]):
+            shown = (id, runs)
     if shown is None:
         raise ValueError(f"{results}: none of {', '.join(names)} skips layers in instruct")
-    id, run = shown
-    depth = max(row["layers_run"] + len(row["skipped"]) for row in run)
-    skipped = np.zeros((round(depth), len(run)))
-    for step, row in enumerate(run):
-        skipped[row["skipped"], step] = 1
-    bins = np.array_split(skipped, min(BINS, len(run)), axis=1)
+    id, runs = shown
+    steps = min(len(run) for run in runs)
+    skipped, asked = (_by_layer(runs, key, steps) for key in ("skipped", "asked"))
     image = heat.imshow(
-        np.stack([part.mean(axis=1) for part in bins], axis=1),
-        aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=1, interpolation="nearest",
-        extent=(0, len(run), -0.5, len(skipped) - 0.5),
+        skipped, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=1,
+        interpolation="nearest", extent=(0, steps, -0.5, len(skipped) - 0.5),
     )  # fmt: skip
+    middles = (np.arange(asked.shape[1]) + 0.5) * steps / asked.shape[1]
+    if np.ptp(asked) > 0:  # else there is no line to draw
+        lines = heat.contour(
+            middles, np.arange(len(asked)), asked, levels=ASKED, colors="w", linewidths=0.9
+        )
+        heat.clabel(lines, fmt="%.1f", fontsize=7)
     heat.grid(False)
-    heat.set(title=f"Skips of {names[id]}", xlabel="optimizer step", ylabel="decoder layer")
+    heat.set(
+        title=f"{names[id]}: skipped (asked: lines)",
+        xlabel="optimizer step",
+        ylabel="decoder layer",
+    )
     heat.set_yticks(range(0, len(skipped), max(1, len(skipped) // 8)))
     drawn.colorbar(image, ax=heat, label="share of steps that skip it")
     axes.set(title="Instruct", xlabel="optimizer step", ylabel="decoder layers run")
@@ -156,22 +164,23 @@ def tokens(results: Path, names: Labels, data: Path) -> Figure:
     """Each compressor's tokens over the first picture of `data`, at a quarter of the tokens.
 
     Averaging kinds show the area of each output, selecting kinds the patches that are left. Scores
-    and similarities are those of the frozen vision tower's class token and features.
+    and similarities are those of the frozen vision tower's class token and features. Kinds that
+    look at text are left out: it is compared with projected tokens, of which there are none here.
     """
     import torch  # the other figures do without
 
-    from sts.compressor import COMPRESSORS, compress
+    from sts.vtc import KINDS, compress, wants
 
     picture = _picture(data)
     seen, grid, features, scores = _look(results, picture)
-    kinds = [kind for kind in COMPRESSORS if kind != "none"]
+    kinds = [kind for kind in KINDS if kind != "none" and "text" not in wants(kind)]
     drawn, every = plt.subplots(1, 1 + len(kinds), figsize=(1.8 * (1 + len(kinds)), 2.2))
     for axes, kind in zip(every, ["none", *kinds], strict=True):
         generator = torch.Generator().manual_seed(0)
         keep = 1.0 if kind == "none" else KEEP
-        _, _, apply = compress(kind, features, keep, grid, scores=scores, generator=generator)
+        _, outputs = compress(kind, features, keep, grid, scores=scores, generator=generator)
         # [1, outputs, tokens, 1, channels]: of which tokens an output is made
-        whole = lambda x, apply=apply: apply(x).sum(2)  # noqa: E731
+        whole = lambda x, apply=outputs.apply: apply(x).sum(2)  # noqa: E731
         holds = torch.autograd.functional.jacobian(whole, features[..., :8])
         holds = holds[0, :, 0].abs().sum(-1)
         _draw_tokens(axes, seen, holds.numpy().reshape(-1, *grid))
@@ -211,6 +220,13 @@ def _history(results: Path, manifest: Path) -> list[dict[str, Any]]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: missing although {manifest} names it; train it again")
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _by_layer(runs: list[list[dict]], key: str, steps: int) -> np.ndarray:
+    """[layers, bins]: `key` of each layer, mean over runs and over the steps of a bin."""
+    values = np.mean([[row[key] for row in run[:steps]] for run in runs], axis=0).T
+    bins = np.array_split(values, min(BINS, steps), axis=1)
+    return np.stack([part.mean(axis=1) for part in bins], axis=1)
 
 
 def _curve(axes: Axes, runs: list[list[dict]], key: str, style: dict, band: bool = False) -> None:

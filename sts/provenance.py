@@ -17,6 +17,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ CODE = Path(__file__).resolve().parent
 def fingerprint(*files: str | Path) -> str:
     """Hash of what Python files compute: 16 hex digits, whatever the order of the files.
 
-    Comments, docstrings and formatting don't count; a changed formula, name or file does. Other
-    files (YAML tasks) count byte by byte. The text that is hashed comes from `ast.unparse`, so it
-    holds for one Python version. Raises FileNotFoundError, and SyntaxError naming the file.
+    Comments, docstrings and formatting don't count, nor does the Python version; a changed formula,
+    name or file does. Other files (YAML tasks) count byte by byte. Raises FileNotFoundError, and
+    SyntaxError naming the file.
     """
     digests = sorted(_code_digest(Path(file)) for file in files)
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
@@ -37,7 +38,7 @@ def fingerprint(*files: str | Path) -> str:
 def _code_digest(path: Path) -> str:
     source = path.read_bytes()
     if path.suffix == ".py":
-        source = ast.unparse(_bare(ast.parse(source, filename=str(path)))).encode()
+        source = _canonical(_bare(ast.parse(source, filename=str(path)))).encode()
     return hashlib.sha256(source).hexdigest()
 
 
@@ -54,12 +55,48 @@ def _bare(tree: ast.Module) -> ast.Module:
     return tree
 
 
+def _canonical(node: Any) -> str:
+    """Text of a syntax tree, the same on every Python: each version adds fields of its own, which
+    are empty in older code. Left out is also what repeats the place (ctx) or the spelling (kind).
+    """
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 puts an empty text after `{x:{y}}`
+        node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+    if isinstance(node, list):
+        return f"[{', '.join(map(_canonical, node))}]"
+    if not isinstance(node, ast.AST):
+        return ascii(node)  # repr depends on the version's Unicode tables
+    fields = [
+        f"{name}={_canonical(value)}"
+        for name, value in sorted(ast.iter_fields(node))
+        if name not in ("ctx", "kind") and value is not None and value != []
+    ]
+    return f"{type(node).__name__}({', '.join(fields)})"
+
+
 def _is_text(node: ast.AST) -> bool:
     return (
         isinstance(node, ast.Expr)
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     )
+
+
+def missing_packages(folder: str | Path = CODE) -> list[str]:
+    """Packages that the modules in `folder` import when they are loaded and that are not here.
+
+    Nothing is imported. What a function imports when it needs it doesn't count: tracking can do
+    without, and DeepSpeed is never installed. Raises SyntaxError naming the file.
+    """
+    needed = {name for file in Path(folder).rglob("*.py") for name in _imports(file)}
+    needed -= {*sys.stdlib_module_names, Path(folder).name}
+    return sorted(name for name in needed if find_spec(name) is None)
+
+
+def _imports(file: Path) -> set[str]:
+    statements = ast.parse(file.read_bytes(), filename=str(file)).body
+    modules = [n.module for n in statements if isinstance(n, ast.ImportFrom) and not n.level]
+    modules += [name.name for n in statements if isinstance(n, ast.Import) for name in n.names]
+    return {module.partition(".")[0] for module in modules}
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,36 +1,68 @@
-"""Schedules over the fraction of a stage that VTC and LDS share."""
+"""S(t): how strong VTC and LDS are at t, the share of a stage that is done. No torch needed.
+
+A new schedule is one entry in SCHEDULES.
+"""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
-SCHEDULES = ("constant", "linear", "cosine", "staged", "exponential")
-
-
-def expect(ok: bool, name: str, value: object, accepted: str) -> None:
-    """Raise a ValueError that names the argument, its value and what is accepted."""
-    if not ok:
-        raise ValueError(f"{name}={value!r}: expected {accepted}")
+from sts.checks import expect
 
 
-def ramp(fraction: float, schedule: str, constant: float) -> float:
-    """Strength in [0, 1] at a fraction of the stage: rises from 0 at the start to 1 at the end.
+class Schedule(NamedTuple):
+    """S(t) in [0, 1] for t in [0, 1], and the formula as text."""
 
-    `staged` takes four equal steps (0, 1/3, 2/3, 1), as LLaVolta's four stages (arXiv 2406.20092),
-    in fractions of the stage and not in step numbers. `exponential` is 1 - e^(-5 fraction), the
-    rise of PLD (arXiv 2010.13369: 1 - e^(-0.001 step)) for a stage of 5,000 steps. A `constant`
-    schedule is at `constant`.
+    at: Callable[[float], float]
+    text: str
+
+
+def _stage(t: float) -> int:
+    """Which of four equal parts t lies in, 0 .. 3: LLaVolta's stages (arXiv 2406.20092)."""
+    return min(math.floor(4 * t), 3)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": Schedule(lambda t: 1.0, "1"),
+    "rising_linear": Schedule(lambda t: t, "t"),
+    "rising_cosine": Schedule(lambda t: (1 - math.cos(math.pi * t)) / 2, "(1 - cos(pi t)) / 2"),
+    "rising_staged": Schedule(lambda t: _stage(t) / 3, "floor(4 t) / 3"),
+    # PLD (arXiv 2010.13369): 1 - e^(-0.001 step), for a stage of 5,000 steps
+    "rising_exponential": Schedule(lambda t: -math.expm1(-5 * t), "1 - e^(-5 t)"),
+    "falling_linear": Schedule(lambda t: 1 - t, "1 - t"),
+    "falling_cosine": Schedule(lambda t: (1 + math.cos(math.pi * t)) / 2, "(1 + cos(pi t)) / 2"),
+    "falling_staged": Schedule(lambda t: 1 - _stage(t) / 3, "1 - floor(4 t) / 3"),
+    # the paper's: ((E - e) / E)^2
+    "falling_quadratic": Schedule(lambda t: (1 - t) ** 2, "(1 - t)^2"),
+}
+
+
+def strength(t: float, schedule: str, dense_tail: float = 0.0) -> float:
+    """S(t) in [0, 1]; 0 in the last `dense_tail` share of the stage.
+
+    Raises ValueError for an unknown schedule or a share outside [0, 1].
     """
-    expect(0 <= fraction <= 1, "fraction", fraction, "a number in [0, 1]")
+    expect(0 <= t <= 1, "t", t, "a number in [0, 1]")
     expect(schedule in SCHEDULES, "schedule", schedule, f"one of {', '.join(SCHEDULES)}")
-    return {
-        "constant": constant,
-        "linear": fraction,
-        "cosine": (1 - math.cos(math.pi * fraction)) / 2,
-        "staged": min(math.floor(4 * fraction), 3) / 3,
-        "exponential": -math.expm1(-5 * fraction),
-    }[schedule]
+    expect(0 <= dense_tail <= 1, "dense_tail", dense_tail, "a number in [0, 1]")
+    if dense_tail > 0 and t >= 1 - dense_tail - 1e-9:  # 1 - 0.9 is a hair more than 0.1
+        return 0.0
+    return SCHEDULES[schedule].at(t)
 
 
-def annealing(fraction: float, anneal: float) -> bool:
-    """Whether `fraction` lies in the last `anneal` share of the stage, where nothing is sparse."""
-    expect(0 <= anneal <= 1, "anneal", anneal, "a number in [0, 1]")
-    return anneal > 0 and fraction >= 1 - anneal - 1e-9  # 1 - 0.9 is a hair more than 0.1
+def keep_at(t: float, keep: float, schedule: str, dense_tail: float = 0.0) -> float:
+    """The share of the visual tokens that is kept at t, in (0, 1]: 1 - (1 - keep) S(t)."""
+    expect(0 < keep <= 1, "keep", keep, "a number in (0, 1]")
+    return 1 - (1 - keep) * strength(t, schedule, dense_tail)
+
+
+def share_done(
+    step: int, total_steps: int | None, clock: str = "steps", steps_per_epoch: int | None = None
+) -> float:
+    """t at optimizer step `step` (0 = first): step / total_steps, or with the clock `epochs` the
+    whole epochs done / all epochs; 0 where the stage's length is not known."""
+    if total_steps is None:
+        return 0.0
+    if clock == "epochs":
+        step = step // steps_per_epoch * steps_per_epoch
+    return step / total_steps

@@ -1,14 +1,50 @@
-"""What a shorter sequence makes of places, masks and positions: pure functions on tensors.
+"""What fewer tokens or rows make of places, masks and positions: pure functions on tensors.
 
 Shapes: B rows, T tokens of a row, V visual tokens in the batch, M places of a flattened batch.
 """
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sts.architectures import Grid
-from sts.compressor import kept_rows
-from sts.schedule import expect
+from sts.checks import expect
+from sts.vtc._shared import kept_rows
+
+WRONG_ATTENTION = (
+    "{} can't handle an attention mask of type {}: load the model with attn_implementation='sdpa' "
+    "or 'eager'"
+)
+
+
+@dataclass
+class Batch:
+    """A micro-batch on its way through the model.
+
+    inputs: of the outer forward, without labels. visual: the image placeholders, [B, T]. labels
+    [B, T] and mask [B, T] (which tokens are no padding) are those of the sequence that the language
+    model gets, so VTC shortens them.
+    """
+
+    inputs: dict[str, Any]
+    visual: Tensor
+    labels: Tensor
+    mask: Tensor
+
+
+def attended(inputs: dict[str, Any], visual: Tensor) -> Tensor:
+    """Which places [B, T] hold no padding, by the outer attention mask."""
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        expected = list(visual.shape)
+        expect(list(mask.shape) == expected, "attention_mask.shape", list(mask.shape), expected)
+        return mask.bool()
+    return torch.ones_like(visual)
+
+
+# ---- some places of each row ---------------------------------------------------------------------
 
 
 def at(x: Tensor, index: Tensor) -> Tensor:
@@ -17,16 +53,38 @@ def at(x: Tensor, index: Tensor) -> Tensor:
     return x.expand(*lead, len(index), -1).gather(-1, index.expand(*lead, *index.shape))
 
 
-def of_queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
-    """mask [B or 1, 1, T, T] -> [B, 1, k, k], the rows and columns `index` [B, k]."""
-    mask = mask.take_along_dim(index[:, None, :, None], 2)
-    return mask.take_along_dim(index[:, None, None, :], 3)
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, T, D] at the places `index` [B, k] of each row: [B, k, D].
+
+    Backward keeps indexes of [B, k]; those of gather or take_along_dim would be [B, k, D].
+    """
+    return x.flatten(0, 1).index_select(0, _flat(x, index)).unflatten(0, index.shape)
 
 
-WRONG_ATTENTION = (
-    "{} can't handle an attention mask of type {}: load the model with attn_implementation='sdpa' "
-    "or 'eager'"
-)
+def replaced(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """x [B, T, D] with `values` [B, k, D] at the places `index` [B, k] of each row."""
+    flat = x.flatten(0, 1).index_copy(0, _flat(x, index), values.flatten(0, 1))
+    return flat.view_as(x)
+
+
+def _flat(x: Tensor, index: Tensor) -> Tensor:
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return (rows * x.shape[1] + index).flatten()
+
+
+def put(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """`target` [M, C] with `values` [..., C] at `places` [...]."""
+    values = values.reshape(-1, target.shape[1]).to(target.dtype)
+    return target.index_copy(0, places.flatten(), values)
+
+
+def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather index [B, T'] that moves the kept places of each row to its front, in order, and
+    which of them are real [B, T']; T' is the most that a row keeps."""
+    counts = keep.sum(1)
+    longest = int(counts.max())
+    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    return order, torch.arange(longest, device=keep.device) < counts[:, None]
 
 
 def without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Tensor]:
@@ -41,19 +99,13 @@ def without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Te
     return rows[..., :-1].flatten(1), rows[:, list(left), -1]
 
 
-def put(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`target` [M, C] with `values` [..., C] at `places` [...]."""
-    values = values.reshape(-1, target.shape[1]).to(target.dtype)
-    return target.index_put((places.flatten(),), values)
+# ---- masks and positions of what is left ---------------------------------------------------------
 
 
-def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather index [B, T'] that moves the kept places of each row to its front, in order, and
-    which of them are real [B, T']; T' is the most that a row keeps."""
-    counts = keep.sum(1)
-    longest = int(counts.max())
-    order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-    return order, torch.arange(longest, device=keep.device) < counts[:, None]
+def of_queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
+    """mask [B or 1, 1, T, T] -> [B, 1, k, k], the rows and columns `index` [B, k]."""
+    mask = mask.take_along_dim(index[:, None, :, None], 2)
+    return mask.take_along_dim(index[:, None, None, :], 3)
 
 
 def shorter(mask: object, order: Tensor, real: Tensor) -> Tensor:
@@ -68,17 +120,7 @@ def shorter(mask: object, order: Tensor, real: Tensor) -> Tensor:
     return mask.masked_fill(~real[:, None, None, :], nothing)
 
 
-def attended(batch: dict) -> Tensor:
-    """Which places [B, T] hold no padding, by the outer attention mask."""
-    mask = batch["inputs"].get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        expected = list(batch["visual"].shape)
-        expect(list(mask.shape) == expected, "attention_mask.shape", list(mask.shape), expected)
-        return mask.bool()
-    return torch.ones_like(batch["visual"])
-
-
-def position_ids(kwargs: dict) -> Tensor:
+def position_ids(kwargs: dict[str, Any]) -> Tensor:
     """Position ids of the full sequence, or their default: [B, T], or [axes, B, T] of M-RoPE."""
     shape, positions = kwargs["inputs_embeds"].shape[:2], kwargs.get("position_ids")
     if positions is None:
@@ -100,3 +142,43 @@ def segments(positions: Tensor) -> Tensor | None:
         positions = positions[0]
     starts = positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
     return starts.cumsum(-1) if starts.any() else None
+
+
+# ---- a decoder layer's keyword arguments for some of the tokens, or of the rows ------------------
+
+
+def of_tokens(name: str, value: object, index: Tensor) -> object:
+    """A decoder layer's keyword argument for the tokens `index` [B, k] of each row."""
+    if value is None:
+        return None
+    if name == "position_embeddings":  # two tensors [..., B or 1, T, head_dim]
+        return tuple(at(x.movedim(-1, 0), index).movedim(0, -1) for x in value)
+    if name == "position_ids":  # [..., B or 1, T]
+        return at(value, index)
+    if name == "attention_mask":
+        value = _tensor(value, "tokens")
+        return at(value, index) if value.ndim == 2 else of_queries_and_keys(value, index)
+    return value
+
+
+def of_rows(name: str, value: object, rows: Tensor) -> object:
+    """A decoder layer's keyword argument for the rows [k] of a batch."""
+    if value is None:
+        return None
+    if name == "position_embeddings":  # two tensors [..., B or 1, T, head_dim]
+        return tuple(_rows(x, -3, rows) for x in value)
+    if name == "position_ids":  # [..., B or 1, T]
+        return _rows(value, -2, rows)
+    if name == "attention_mask":  # [B or 1, T] or [B or 1, 1, T, T]
+        return _rows(_tensor(value, "samples"), 0, rows)
+    return value
+
+
+def _rows(x: Tensor, dim: int, rows: Tensor) -> Tensor:
+    return x if x.shape[dim] == 1 else x.index_select(dim, rows)
+
+
+def _tensor(mask: object, unit: str) -> Tensor:
+    if not isinstance(mask, Tensor):
+        raise ValueError(WRONG_ATTENTION.format(f"LDS unit {unit!r}", type(mask).__name__))
+    return mask

@@ -1,8 +1,9 @@
 """What VTC and LDS save at the shape of a known model, with random weights and made-up data.
 
-    python -m sts bench --shape llava-1.5-7b --settings avgpool2d@0.25 uniform@0.5 --out bench.json
+    python -m sts bench --shape llava-1.5-7b --settings uniform@0.25 layerdrop@0.5 --out bench.json
 
-A setting is `kind@keep` (VTC), `policy@rate` (LDS), or both joined by `+`. Three more are always
+A setting is `kind@keep` (VTC), `policy@rate` (LDS), each with more of its settings after colons
+(`sts@0.6:epsilon=0.5:unit=samples`), or both joined by `+`. Three more are always
 there: `plain`, the model untouched; `bare`, its base model and the loss on answer tokens written
 out by hand; `dense`, the same with a scheme attached that does nothing: the baseline. A step is
 forward and backward. All settings take turns on the same batch in one process, so that whatever
@@ -13,12 +14,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -38,11 +40,13 @@ from transformers import (
 from sts import provenance
 from sts.architectures import architecture_of
 from sts.bench import rotated
-from sts.compressor import COMPRESSORS
+from sts.checks import expect
 from sts.config import STAGES
-from sts.schedule import expect
-from sts.scheme import LDS, VTC, answer_loss, sparsify, unsparsify
-from sts.skipper import POLICIES
+from sts.lds import POLICIES
+from sts.loss import answer_loss
+from sts.scheme import sparsify, unsparsify
+from sts.settings import IGNORE_INDEX, LDS, VTC
+from sts.vtc import KINDS
 
 IMAGE_TOKEN, ANSWERED = 3, 0.5  # id of the placeholder; share of the text that is an answer
 ALWAYS = ("plain", "bare", "dense")
@@ -182,21 +186,24 @@ SHAPES = {
 
 
 def parse_setting(text: str) -> tuple[VTC, LDS]:
-    """`avgpool2d@0.25+uniform@0.5` -> what it says. Raises ValueError, with what is accepted."""
+    """`uniform@0.25+sts@0.6:epsilon=0.5` -> what it says. ValueError says what is accepted."""
     vtc, lds = VTC(), LDS()
     for part in text.split("+"):
-        name, _, number = part.partition("@")
-        try:
-            value = float(number)
-        except ValueError:
-            value = None
-        known = name in COMPRESSORS or name in POLICIES
-        accepted = f"kind@keep or policy@rate of {', '.join([*COMPRESSORS, *POLICIES])}"
-        expect(known and value is not None, "setting", text, accepted)
-        if name in COMPRESSORS:
-            vtc = VTC(kind=name, keep=value)
+        main, *more = part.split(":")
+        name, _, number = main.partition("@")
+        known = name in KINDS or name in POLICIES
+        accepted = f"kind@keep or policy@rate of {', '.join([*KINDS, *POLICIES])}"
+        expect(known and bool(number), "setting", text, accepted)
+        pairs = [pair.partition("=") for pair in more]
+        expect(all(value for _, _, value in pairs), "setting", text, ":name=value after it")
+        values = {key: yaml.safe_load(value) for key, _, value in pairs}
+        fits = VTC if name in KINDS else LDS
+        keys = [field.name for field in fields(fits)]
+        expect(set(values) <= set(keys), "setting", text, f"names of {', '.join(keys)}")
+        if fits is VTC:
+            vtc = VTC(kind=name, keep=yaml.safe_load(number), **values)
         else:
-            lds = LDS(policy=name, rate=value)
+            lds = LDS(policy=name, rate=yaml.safe_load(number), **values)
     return vtc, lds
 
 
@@ -217,7 +224,7 @@ def made_up_batch(shape: Decoder, batch: int, text: int) -> dict[str, Tensor]:
     ids = torch.randint(4, shape.vocab, (batch, visual + text), generator=generator)
     ids[:, 1 : visual + 1] = IMAGE_TOKEN
     labels = ids.clone()
-    labels[:, : visual + round(text * (1 - ANSWERED))] = -100
+    labels[:, : visual + round(text * (1 - ANSWERED))] = IGNORE_INDEX
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if shape.build is _qwen:
         found["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long()
@@ -327,7 +334,7 @@ def _time(
 
     def run(name: str, step: int) -> float:
         setting = variants[name]
-        scheme = sparsify(model, *setting) if setting else None
+        scheme = sparsify(model, *setting, total_steps=1000) if setting else None
         try:
             if scheme:
                 scheme.begin_step(step)

@@ -20,6 +20,12 @@ from scipy.stats import t as student
 from sts import provenance
 
 MISSING, UNDEFINED = "missing", "n/a"
+SOURCES = {
+    "baseline": "*Baselines*",
+    "paper": "*The paper's*",
+    "ours": "*Ours*",
+    "peers": "*Peers'*",
+}
 CONFIDENCE = 0.95
 COLUMNS = {
     "average": "Average",
@@ -45,21 +51,29 @@ def table(
     ablations: Sequence[str],
     out_stem: str | Path,
     labels: Mapping[str, str] | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> None:
     """Write `out_stem`.csv, .md, .tex and .json from the result files of `ablations`.
 
-    `labels` gives the methods' names in the table, by default their ids. Times and FLOPs come from
-    bench/`name`.json. Raises FileNotFoundError if no method has an evaluation at all.
+    `labels` gives the methods' names in the table, by default their ids; `sources` (a key of
+    SOURCES each) under which head they stand there, in the order of SOURCES. Times and FLOPs come
+    from bench/`name`.json. Raises FileNotFoundError if no method has an evaluation at all.
     """
-    results, stem = Path(results), Path(out_stem)
+    results, stem, sources = Path(results), Path(out_stem), sources or {}
+    order = list(SOURCES)
+    if sources:
+        ablations = sorted(ablations, key=lambda id: order.index(sources[id]))
     found = scores(results, ablations)
     rows = compare(found, results, ablations, name)
     names = {id: (labels or {}).get(id, id) for id in ablations}
     notes = footer(results, ablations, found, names)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"ablation": id, "method": names[id], **_flat(row)} for id, row in rows.items()]
+    lines = [
+        {"ablation": id, "method": names[id], "source": sources.get(id), **_flat(row)}
+        for id, row in rows.items()
+    ]
     pd.DataFrame(lines).to_csv(stem.with_suffix(".csv"), index=False, na_rep=UNDEFINED)
-    head, body = _printed(rows, found, names)
+    head, body = _printed(rows, found, names, sources)
     stem.with_suffix(".md").write_text(_markdown(name, head, body, notes), encoding="utf-8")
     stem.with_suffix(".tex").write_text(_latex(head, body, notes), encoding="utf-8")
     provenance.write_json_atomic(stem.with_suffix(".json"), _metrics(rows))
@@ -200,12 +214,20 @@ def _metrics(rows: Mapping[str, Row]) -> dict[str, dict[str, float]]:
 
 
 def _printed(
-    rows: Mapping[str, Row], found: pd.DataFrame, names: Mapping[str, str]
+    rows: Mapping[str, Row],
+    found: pd.DataFrame,
+    names: Mapping[str, str],
+    sources: Mapping[str, str],
 ) -> tuple[list[str], list[list[str]]]:
     """Column heads and rounded cells, with the reference lines majority and chance at the end."""
     keys = list(next(iter(rows.values())))
     head = ["Method", *(COLUMNS.get(key, key.replace("_", " ").capitalize()) for key in keys)]
-    body = [[names[id], *(_rounded(row[key]) for key in keys)] for id, row in rows.items()]
+    body, last = [], None
+    for id, row in rows.items():
+        if sources.get(id) != last:
+            last = sources.get(id)
+            body.append([SOURCES[last], *[""] * len(keys)])
+        body.append([names[id], *(_rounded(row[key]) for key in keys)])
     for label, column in (("Majority answer", "majority"), ("Chance", "chance")):
         reference = found.groupby("benchmark")[column].mean()
         cells = [_shown(reference.get(key, UNDEFINED)) for key in keys if key not in COLUMNS]

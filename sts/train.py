@@ -43,10 +43,11 @@ from sts import cost, provenance, tracking
 from sts.backbone import build_llava
 from sts.config import Config, StageConfig, config_hash
 from sts.data.collator import Conversations, batch_order, collate, split_files
-from sts.data.conversation import IGNORED
 from sts.device import lease
+from sts.lds import UNITS
 from sts.provenance import write_json_atomic
-from sts.scheme import LDS, VTC, Scheme, sparsify, unsparsify
+from sts.scheme import Scheme, sparsify, unsparsify
+from sts.settings import IGNORE_INDEX
 
 CHECKPOINT_SECONDS = 600  # a slow training is checkpointed this often whatever `checkpoint_every`
 LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
@@ -85,7 +86,7 @@ def train(
                 f"{ablation}/seed{seed}/{stage}",
                 params=block.model_dump(),
                 tags={**tags, "reused": finished},
-                directory=out.with_suffix(""),
+                directory=out.with_suffix("") / key,  # another key is another run
             ) as tracked,
         ):
             if finished:
@@ -117,8 +118,8 @@ def fit(
     model, processor = load(stage, init, seed)
     freeze(model, stage)
     shape = cost.shape_of(model.config)
-    scheme = put_scheme(model, block, seed, stage)
     samples, order = load_data(data, stage, block, processor, seed)
+    scheme = put_scheme(model, block, seed, stage, len(samples))
     model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
 
     plain = accelerator.unwrap_model(model)
@@ -136,8 +137,8 @@ def fit(
             if history is not None:
                 save_state(folder, history, plain, optimizer, scheme, step)
             saved = time.monotonic()
-        lr = block.lr * lr_factor(step, block.steps, block.warmup)
-        loss, norm = optimizer_step(accelerator, model, optimizer, batches, block, lr)
+        lr = block.lr * lr_factor(step, block.steps, block.warmup_ratio)
+        loss, norm = optimizer_step(accelerator, model, optimizer, batches, block, lr, scheme)
         check_finite(loss, norm, stage, step, lr, block)
         if history is not None:
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
@@ -194,7 +195,8 @@ def prepare_process(block: StageConfig) -> Accelerator:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
     # skipped layers have no gradient: without this, data-parallel processes would wait for them
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=block.lds.policy != "none")
+    unused = block.lds.rate > 0 and not UNITS[block.lds.unit].trains_all
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     if accelerator.num_processes != block.processes:
         raise ValueError(
@@ -226,9 +228,12 @@ def freeze(model: PreTrainedModel, stage: str) -> None:
         module.requires_grad_(True)
 
 
-def put_scheme(model: PreTrainedModel, block: StageConfig, seed: int, stage: str) -> Scheme:
-    """VTC and LDS of the stage on the model. Also where both are off: the dense run then computes
-    its loss in the same way. Attention and recomputation are set as the stage wants them."""
+def put_scheme(
+    model: PreTrainedModel, block: StageConfig, seed: int, stage: str, samples: int
+) -> Scheme:
+    """VTC and LDS of the stage on the model, which trains on `samples` samples an epoch. Also where
+    both are off: the dense run then computes its loss in the same way. Attention and recomputation
+    are set as the stage wants them."""
     model.set_attn_implementation("sdpa" if fused_attention(block) else "eager")
     if block.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -236,9 +241,10 @@ def put_scheme(model: PreTrainedModel, block: StageConfig, seed: int, stage: str
         model.activation_checkpointing_disable()
     return sparsify(
         model,
-        vtc=VTC(**block.vtc.model_dump()),
-        lds=LDS(**block.lds.model_dump()),
+        vtc=block.vtc,
+        lds=block.lds,
         total_steps=block.steps,
+        steps_per_epoch=math.ceil(samples / global_batch(block)),
         seed=derived_seed(seed, f"{stage}/scheme"),
     )
 
@@ -257,11 +263,16 @@ def load_data(
     order = batch_order(
         samples.lengths,
         samples.has_image,
-        block.batch_size * block.accumulation * block.processes,
+        global_batch(block),
         derived_seed(seed, f"{stage}/order"),
         block.group_by_length,
     )
     return samples, order
+
+
+def global_batch(block: StageConfig) -> int:
+    """Samples of an optimizer step, over all processes and micro-batches."""
+    return block.batch_size * block.gradient_accumulation_steps * block.processes
 
 
 def my_pieces(indices: list[int], accumulation: int, accelerator: Accelerator) -> list[list[int]]:
@@ -287,7 +298,9 @@ def feed(
 ) -> Iterator[tuple[int, list[BatchFeature]]]:
     """(step, this process's micro-batches on its device) for every step from `first` on."""
     steps = range(first, block.steps)
-    pieces = [my_pieces(order(step), block.accumulation, accelerator) for step in steps]
+    pieces = [
+        my_pieces(order(step), block.gradient_accumulation_steps, accelerator) for step in steps
+    ]
     gpu = accelerator.device.type == "cuda"
     loader = DataLoader(
         samples,
@@ -317,10 +330,10 @@ def make_optimizer(model: PreTrainedModel, block: StageConfig) -> torch.optim.Op
 # ---- one step ---------------------------------------------------------------------------------
 
 
-def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate: a line up over the first `warmup` share of the steps, then
+def lr_factor(step: int, steps: int, warmup_ratio: float) -> float:
+    """Share of the peak learning rate: a line up over the first `warmup_ratio` of the steps, then
     half a cosine down towards 0."""
-    rising = math.ceil(warmup * steps)
+    rising = math.ceil(warmup_ratio * steps)
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
@@ -333,6 +346,7 @@ def optimizer_step(
     batches: Sequence[dict],
     block: StageConfig,
     lr: float,
+    scheme: Scheme,
 ) -> tuple[float, float]:
     """One step on the micro-batches of this process: (mean loss, gradient norm before clipping).
 
@@ -340,7 +354,7 @@ def optimizer_step(
     split into micro-batches and processes, the step is the same. A step that is not finite is not
     taken.
     """
-    answers = sum((batch["labels"][:, 1:] != IGNORED).sum() for batch in batches)
+    answers = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
     answers = accelerator.reduce(answers, "sum")
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
@@ -355,7 +369,8 @@ def optimizer_step(
             # gradients are averaged over processes, and the loss is to be their sum
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
-    norm = accelerator.clip_grad_norm_(model.parameters(), block.clip).item()
+    scheme.after_backward()
+    norm = accelerator.clip_grad_norm_(model.parameters(), block.max_grad_norm).item()
     loss = accelerator.reduce(total, "sum").item()
     if math.isfinite(loss) and math.isfinite(norm):
         for group in optimizer.param_groups:
@@ -375,14 +390,11 @@ def check_finite(
     half = "; bf16 overflowed: try precision: fp32" if block.precision == "bf16" else ""
     raise FloatingPointError(
         f"{stage} step {step}: loss {loss}, gradient norm {norm} at learning rate {lr:.3g}. Likely "
-        f"causes: {stage}.lr {block.lr:g} is too high, or {stage}.warmup {block.warmup:g} too "
-        f"short (the losses before this step are in history.jsonl); the initial weights are "
-        f"broken{half}. The last checkpoint is kept; another value in the configuration starts "
-        "afresh."
+        f"causes: {stage}.lr {block.lr:g} is too high, or {stage}.warmup_ratio "
+        f"{block.warmup_ratio:g} too short (the losses before this step are in history.jsonl); "
+        f"the initial weights are broken{half}. The last checkpoint is kept; another value in the "
+        "configuration starts afresh."
     )
-
-
-LAYER_WORK = ("layers_run", "forward_only", "thinned_layers", "thinned_tokens")  # see `cost`
 
 
 def measure(
@@ -391,8 +403,8 @@ def measure(
     """What a step really did, for its row of the history. `has_image`: of its global batch.
 
     tokens (reached the language model, padding included) and answer_tokens of the global batch;
-    visual_tokens, mean of a sample; skipped and LAYER_WORK; FLOPs. Of several processes the first
-    counts for all.
+    visual_tokens, mean of a sample; of each layer the chance asked for, the share skipped and its
+    work (Scheme.metrics); FLOPs. Of several processes the first counts for all.
     """
     seen, samples = scheme.metrics(), len(has_image)
     row = {
@@ -401,7 +413,8 @@ def measure(
         "fused_attention": fused_attention(block),
         "tokens": round(seen["tokens"] * samples),
         "answer_tokens": round(seen["answer_tokens"] * samples),
-        **{name: seen[name] for name in ("visual_tokens", "keep_ratio", "skipped", *LAYER_WORK)},
+        **{name: seen[name] for name in ("visual_tokens", "keep_ratio", "layers_run")},
+        **{name: seen[name] for name in ("asked", "skipped", "work")},
     }
     return row | {"flops": row_flops(shape, stage, block, row)}
 
@@ -418,7 +431,7 @@ def row_flops(shape: cost.Shape, stage: str, block: StageConfig, row: dict[str, 
         stage=stage,
         checkpointing=block.gradient_checkpointing,
         fused_attention=row["fused_attention"],
-        **{name: row[name] for name in LAYER_WORK},
+        work=row["work"],
     )
 
 
@@ -542,24 +555,23 @@ def summary(folder: Path, stage: str, block: StageConfig) -> dict[str, Any]:
         **read_json(folder / "done.json"),
         "steps": steps,
         "flops": sum(row_flops(shape, stage, block, row) for row in history),
-        "flops_dense": sum(row_flops(shape, stage, block, _dense(row, layers)) for row in history),
+        "flops_dense": sum(row_flops(shape, stage, block, _dense(row)) for row in history),
         "final_loss": fmean(row["loss"] for row in history[-max(1, steps // 10) :]),
         "realised": {
             "keep_ratio": fmean(row["keep_ratio"] for row in history),
             "layers_run": fmean(row["layers_run"] for row in history),
             "skipped_per_layer": [
-                sum(layer in row["skipped"] for row in history) for layer in range(layers)
+                sum(row["skipped"][layer] for row in history) for layer in range(layers)
             ],
         },
     }
 
 
-def _dense(row: dict[str, Any], layers: int) -> dict[str, Any]:
+def _dense(row: dict[str, Any]) -> dict[str, Any]:
     """The row of the same step without VTC and LDS."""
     whole = row["visual_tokens"] / row["keep_ratio"]
     added = (whole - row["visual_tokens"]) * row["samples"]
-    work = dict.fromkeys(LAYER_WORK, 0) | {"layers_run": layers}
-    return row | {"visual_tokens": whole, "tokens": row["tokens"] + added} | work
+    return row | {"visual_tokens": whole, "tokens": row["tokens"] + added, "work": None}
 
 
 def finish(folder: Path, model: PreTrainedModel, processor: Any, config: Config) -> None:

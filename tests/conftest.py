@@ -6,12 +6,20 @@ small enough that a whole training stage takes seconds on one core.
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
+import pytest
+
+# What libraries keep in the user's folders and forget in the temporary one goes with the session;
+# of pytest's own folders those of failed tests stay where they always are (see pyproject.toml).
+LITTER = tempfile.TemporaryDirectory(prefix="sts-tests-", ignore_cleanup_errors=True)
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+HOMES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "MPLCONFIGDIR", "DVC_SITE_CACHE_DIR")
+os.environ |= {name: str(Path(LITTER.name, name)) for name in HOMES} | {"TMPDIR": LITTER.name}
+tempfile.tempdir = None  # to be read again
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-
-import pytest
 
 IMAGE, PATCH = 64, 16  # pixels; 16 patch tokens an image
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sts import LDS, VTC, sparsify, unsparsify
 from sts.architectures import ARCHITECTURES, architecture_of
-from sts.compressor import pooled_grid
+from sts.vtc._shared import pooled_grid
 
 EVERY = pytest.mark.parametrize("name", sorted(CASES))
 ROWS = {
@@ -167,7 +167,7 @@ def test_forward_backward_generation_save_and_reload(name, tmp_path):
 
     model.train()
     scheme = sparsify(
-        model, VTC(kind="avgpool2d", keep=0.25), LDS(policy="uniform", rate=0.5), seed=1
+        model, VTC(kind="avgpool2d", keep=0.25), LDS("layerdrop", rate=0.5, draw="fixed_count", protect_first=1, protect_last=1), seed=1
     )
     assert torch.equal(model.eval().generate(**prompt, **generate), before)
     model.train()
@@ -209,7 +209,7 @@ def test_the_loss_without_vtc_and_lds_is_the_models_own(name, side):
 def test_skipped_layers_might_as_well_not_be_there(name):
     case = CASES[name]
     model, batch = case.build(), case.batch(ROWS["one image"])
-    scheme = sparsify(model, lds=LDS(policy="uniform", rate=0.5), seed=1)
+    scheme = sparsify(model, lds=LDS("layerdrop", rate=0.5, draw="fixed_count", protect_first=1, protect_last=1), seed=1)
     scheme.begin_step(0)
     (skipped,) = scheme.skipped
     found = backward(model, batch)

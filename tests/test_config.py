@@ -56,8 +56,8 @@ def test_the_default_scale_is_complete(mini):
 def test_the_paper_scale_is_the_recipe_of_llava(mini):
     paper = load_scale(ROOT / "workflow/config/paper.yaml")
     align, instruct = paper.align, paper.instruct
-    assert align.batch_size * align.accumulation * align.processes == 256
-    assert instruct.batch_size * instruct.accumulation * instruct.processes == 128
+    assert align.batch_size * align.gradient_accumulation_steps * align.processes == 256
+    assert instruct.batch_size * instruct.gradient_accumulation_steps * instruct.processes == 128
     assert (align.lr, instruct.lr) == (1e-3, 2e-5)
     assert paper.data.custom["llava_mix665k"].split == "instruct"
 

@@ -9,7 +9,8 @@ from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 from transformers import PreTrainedTokenizerFast as Fast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sts.data.conversation import CHAT_TEMPLATE, IGNORED, encode, image_tokens, render
+from sts.data.conversation import CHAT_TEMPLATE, encode, image_tokens, render
+from sts.settings import IGNORE_INDEX
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
 QUESTIONS = [
@@ -93,7 +94,7 @@ def image() -> Image.Image:
 def test_labelled_tokens_are_the_answers_and_their_ends(processor, image):
     sample = encode(processor, CONVERSATION, image)
     labels = sample["labels"]
-    labelled = labels != IGNORED
+    labelled = labels != IGNORE_INDEX
     assert torch.equal(labels[labelled], sample["input_ids"][labelled])
     end = processor.tokenizer.eos_token_id
     answers, current = [], []
@@ -124,7 +125,7 @@ def test_what_precedes_the_first_label_is_the_generation_prompt(processor, image
         [{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True
     )
     asked = processor(text=prompt, images=image, return_tensors="pt")["input_ids"][0]
-    first = int((sample["labels"] != IGNORED).nonzero()[0])
+    first = int((sample["labels"] != IGNORE_INDEX).nonzero()[0])
     assert torch.equal(sample["input_ids"][:first], asked)
 
 
@@ -132,7 +133,7 @@ def test_text_only_conversations_have_no_pixels(processor):
     turns = [{"from": "human", "value": "plain"}, {"from": "gpt", "value": "two"}]
     sample = encode(processor, turns)
     assert sample.keys() == {"input_ids", "labels"}
-    labelled = sample["labels"][sample["labels"] != IGNORED]
+    labelled = sample["labels"][sample["labels"] != IGNORE_INDEX]
     assert processor.tokenizer.decode(labelled, skip_special_tokens=True).strip() == "two"
 
 

@@ -25,7 +25,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from sts.config import Config, validate
 from sts.data import registry, scenes
 from sts.data.collator import Conversations, batch_indices, batch_order, collate, split_files
-from sts.data.conversation import CHAT_TEMPLATE, IGNORED, encode
+from sts.data.conversation import CHAT_TEMPLATE, encode
+from sts.settings import IGNORE_INDEX
 from sts.data.prepare import prepare
 from sts.data.registry import REGISTRY, DataError
 
@@ -527,7 +528,7 @@ def test_a_batch_is_padded_on_the_right_and_padding_is_masked(own, processor, tm
     for row, index in enumerate([0, 2, 1]):
         mask = torch.arange(length) < data.lengths[index]
         assert torch.equal(batch["attention_mask"][row], mask.long())
-        assert (batch["labels"][row][~mask] == IGNORED).all()
+        assert (batch["labels"][row][~mask] == IGNORE_INDEX).all()
         assert (batch["input_ids"][row][~mask] == processor.tokenizer.pad_token_id).all()
     assert "pixel_values" not in collate(processor, [data[2]])
 

@@ -1,5 +1,6 @@
 """One lock: pip, conda and the package's own requirements agree."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.requirements import Requirement
 
@@ -31,9 +33,22 @@ def test_the_lock_pins_every_package_exactly():
 def test_the_conda_environment_is_the_lock():
     environment = yaml.safe_load((ROOT / "envs/sts.yaml").read_text())
     *conda, pip = environment["dependencies"]
-    assert environment["channels"] == ["conda-forge", "nodefaults"]
+    assert environment["channels"] == ["conda-forge"]  # conda asks the internet for any other name
     assert conda == ["python=3.11", "pip"]
     assert pip["pip"] == LOCK, "run `make envs/sts.yaml`"
+
+
+def test_make_writes_the_conda_environment_from_the_lock(tmp_path):
+    (tmp_path / "envs").mkdir()
+    for name in ("Makefile", "envs/sts.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "requirements.lock").write_text("# a remark\nabc==1.0\nxyz==2.1\n")
+    subprocess.run(["make", "-s", "envs/sts.yaml"], cwd=tmp_path, check=True)
+    made = yaml.safe_load((tmp_path / "envs/sts.yaml").read_text())
+    assert made == {
+        "channels": ["conda-forge"],
+        "dependencies": ["python=3.11", "pip", {"pip": ["abc==1.0", "xyz==2.1"]}],
+    }
 
 
 def test_there_is_one_environment_and_every_rule_that_runs_a_verb_uses_it():
@@ -66,19 +81,66 @@ def test_the_lock_is_closed():
                 assert needed in known or needed == "pip", f"{name} needs {text}"
 
 
-def test_make_refuses_an_old_python_and_says_so(tmp_path):
-    old = tmp_path / "python"
-    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.8.10" && exit 0\nexit 1\n')
-    old.chmod(0o755)
+@pytest.mark.parametrize("version", ["3.8.10", "3.10.13", "3.14.0", None])
+def test_make_refuses_a_python_that_will_not_do_and_says_so(version, tmp_path):
+    """None: there is no such program."""
+    python = tmp_path / "python"
+    if version:
+        given = tuple(map(int, version.split(".")))
+        python.write_text(
+            f'#!{sys.executable}\nimport sys\nif sys.argv[1] == "-V":\n'
+            f'    sys.exit(print("Python {version}"))\n'
+            f"sys.version_info = {given}\nexec(sys.argv[2])\n"
+        )
+        python.chmod(0o755)
     (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
     (tmp_path / "requirements.lock").touch()
     done = subprocess.run(
-        ["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True
+        ["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert "Python 3.8.10; 3.11 or later is needed" in done.stderr
+    found = f"{python} is Python {version}" if version else f"{python} was not found"
+    said, *more = done.stderr.splitlines()
+    assert said == f"{found}; Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11"
+    assert len(more) == 1 and more[0].startswith("make")  # that it stops
     assert not (tmp_path / ".venv").exists()
 
 
+LITTERING = """
+import os, subprocess, sys, tempfile
+from pathlib import Path
+import huggingface_hub.constants, matplotlib, platformdirs
+
+def test_that_litters(tmp_path, tmp_path_factory):
+    command = [sys.executable, "-c", "import tempfile; print(tempfile.mkdtemp())"]
+    of_a_child = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    for folder in (
+        tmp_path, tmp_path_factory.mktemp("shared"), tempfile.mkdtemp(), of_a_child,
+        matplotlib.get_cachedir(), matplotlib.get_configdir(), huggingface_hub.constants.HF_HOME,
+        platformdirs.user_cache_dir("snakemake"), os.environ["DVC_SITE_CACHE_DIR"],
+    ):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, "file").touch()
+    assert "{}" == "passes"
+"""
+
+
+@pytest.mark.parametrize(("outcome", "left"), [("passes", 0), ("fails", 2)])
+def test_the_tests_leave_nothing_behind_but_the_folders_of_one_that_failed(outcome, left, tmp_path):
+    home, temporary, project = (tmp_path / name for name in ("home", "temporary", "project"))
+    for folder in (home, temporary, project / "tests"):
+        folder.mkdir(parents=True)
+    for name in ("pyproject.toml", "tests/conftest.py"):
+        (project / name).write_bytes((ROOT / name).read_bytes())
+    (project / "tests/test_it.py").write_text(LITTERING.replace("{}", outcome))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q"], cwd=project, capture_output=True, text=True,
+        env={"HOME": str(home), "TMPDIR": str(temporary), "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert (done.returncode == 0) is (left == 0), done.stdout
+    files = {f.resolve() for place in (home, temporary) for f in place.rglob("*") if f.is_file()}
+    assert len(files) == left, files
+
+
 def test_the_python_of_the_tests_is_supported():
-    assert sys.version_info >= (3, 11)
+    assert (3, 11) <= sys.version_info < (3, 14)

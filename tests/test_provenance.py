@@ -1,8 +1,12 @@
 """Hashes follow what counts and nothing else; facts are collected in and outside a checkout."""
 
+import ast
 import json
 import math
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +32,7 @@ def area(
 
 def print_of(tmp_path, code: str) -> str:
     file = tmp_path / "code.py"
-    file.write_text(code)
+    file.write_text(code, encoding="utf-8")
     return provenance.fingerprint(file)
 
 
@@ -60,6 +64,76 @@ def test_a_body_of_only_a_docstring_equals_pass(tmp_path):
     assert print_of(tmp_path, 'class A(Exception):\n    "doc"\n') == print_of(
         tmp_path, "class A(Exception):\n    pass\n"
     )
+
+
+def test_fingerprint_tells_all_kinds_of_code_apart(tmp_path):
+    lines = (
+        "x = 1", "x = 1.0", "x = True", "x = '1'", "x = b'1'", "x = None", "x = ...", "x = y",
+        "x = []", "x = ()", "x = [[]]", "x = [None]", "x = ['']", "x = f''", "x = f'{y}'",
+        "x = f'{y!r}'", "x = f'{y:z}'", "x = f'{y:{z}}'", "x = {}", "x = {**y}", "x = {None: y}",
+        "x = lambda: y", "x = lambda *, a: y", "x = lambda *, a=None: y", "x = 'é'", "x: y",
+        "x += 1", "del x", "import x", "from . import x", "from .. import x", "async def x(): pass",
+        "def x(): pass", "def x(): return", "def x(): return None", "def x(y, /): pass",
+        "def x(y): pass", "def x(*, y): pass", "def x(*y): pass", "def x(y) -> z: pass",
+    )  # fmt: skip
+    prints = [print_of(tmp_path, line + "\n") for line in lines]
+    assert len(set(prints)) == len(lines)
+
+
+def test_fingerprint_of_this_text_is_the_same_wherever_it_is_taken(tmp_path):
+    """Found with Python 3.11, 3.12 and 3.13. Another value would train every run anew."""
+    code = """
+class A(list): pass
+def shown(x: float, width: int = 8, *, unit: "str" = u"°C", **rest) -> str:
+    text = f"{x:>{width}.{2}}" f"{unit!r}" + f'{"a" if rest else ""}'
+    return text if x is not None and x != -1.5e300 else b"\\xff" * 3
+"""
+    assert print_of(tmp_path, code) == "d55ae072f212afaf"
+
+
+def test_fingerprint_ignores_what_other_versions_of_python_put_into_the_tree(tmp_path, monkeypatch):
+    code = "class A: pass\ndef f(x: int = 1) -> str: return f'{x:{x}}' f'{x:}' u'a'\n"
+    before, parse = print_of(tmp_path, code), ast.parse
+
+    def of_another_version(*args, **kwargs):
+        tree = parse(*args, **kwargs)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                node._fields = ("type_params", *(f for f in node._fields if f != "type_params"))
+                node.type_params = []  # of 3.12
+            if isinstance(node, ast.JoinedStr):
+                node.values.append(ast.Constant(""))  # of 3.12.1
+            node._fields = (*node._fields, "news")
+            node.news = None  # of who knows
+        return tree
+
+    monkeypatch.setattr(ast, "parse", of_another_version)
+    assert print_of(tmp_path, code) == before
+
+
+def other_pythons() -> list[str]:
+    """Interpreters of other versions on this machine: those on PATH, and pyenv's."""
+    places = [*map(Path, os.get_exec_path()), *Path.home().glob(".pyenv/versions/*/bin")]
+    found = {}
+    for minor in {11, 12, 13} - {sys.version_info.minor}:
+        for file in (place / f"python3.{minor}" for place in places):
+            if file.exists() and subprocess.run([file, "-V"], capture_output=True).returncode == 0:
+                found[minor] = str(file)
+    return sorted(found.values())
+
+
+@pytest.mark.parametrize("python", other_pythons())
+def test_another_python_has_the_same_fingerprints(python):
+    files = sorted(map(str, Path(provenance.__file__).parent.rglob("*.py")))
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import provenance\n"
+        "for file in sys.argv[2:]: print(provenance.fingerprint(file))"
+    )
+    there = subprocess.run(
+        [python, "-I", "-B", "-c", code, str(Path(provenance.__file__).parent), *files],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert there.stdout.split() == [provenance.fingerprint(file) for file in files]
 
 
 def test_fingerprint_of_several_files_ignores_their_order(tmp_path):

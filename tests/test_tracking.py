@@ -152,6 +152,42 @@ def test_an_interrupted_run_is_opened_again_with_its_first_params():
     )
 
 
+def test_a_training_goes_on_in_its_run_and_other_settings_have_another(
+    tmp_path, backbone, prepared, monkeypatch
+):
+    """As settings are changed after an interruption, and then changed back."""
+    import torch
+    from test_train import config
+
+    from sts.train import train
+
+    def run(steps: int):
+        out = tmp_path / "results/runs/dense/seed0/align.json"
+        train(config(steps=steps), "dense", 0, "align", [prepared], backbone, out)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "changed settings")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupt)  # at the first checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            run(steps=4)
+    seen = []
+    for steps in (6, 4):
+        run(steps=steps)
+        client, experiment, _ = tracking._store()
+        found = client.search_runs([experiment])
+        seen.append({(r.data.params["steps"], r.info.status, r.info.run_id) for r in found})
+    ids = {steps: id for steps, _, id in seen[0]}
+    assert seen == [
+        {("4", "KILLED", ids["4"]), ("6", "FINISHED", ids["6"])},
+        {("4", "FINISHED", ids["4"]), ("6", "FINISHED", ids["6"])},
+    ]
+    losses = client.get_metric_history(ids["6"], "loss")
+    assert [metric.step for metric in losses] == list(range(6))
+
+
 def test_a_finished_run_is_left_alone():
     with tracking.run("twice", directory="twice") as first:
         pass

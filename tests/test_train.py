@@ -102,7 +102,7 @@ def test_a_layer_that_a_step_skips_is_not_moved_by_it(run, aligned):
 def test_accumulation_is_the_same_step_as_one_large_batch(run, aligned):
     whole = run(config(batch_size=8, steps=2), "instruct", results="a", init=aligned)
     parts = run(
-        config(batch_size=2, accumulation=4, steps=2), "instruct", results="b", init=aligned
+        config(batch_size=2, gradient_accumulation_steps=4, steps=2), "instruct", results="b", init=aligned
     )
     for one, other in zip(*(read_history(r["weights"]) for r in (whole, parts)), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -222,7 +222,7 @@ def test_two_trainings_of_one_key_do_not_write_over_each_other(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_causes(run):
     with pytest.raises(FloatingPointError, match=r"align step \d: loss .*align\.lr 1e\+30"):
-        run(config(lr=1e30, clip=1e30))
+        run(config(lr=1e30, max_grad_norm=1e30))
 
 
 def test_the_checkpoint_loads_for_anyone_and_generates(run):

@@ -35,7 +35,7 @@ def evaluate(config, ablation, seed, run, data, out): write(out, {"run": hashed(
 def bench(configs, data, init, out):
     write(out, {"threads": os.environ["OMP_NUM_THREADS"], "configs": list(configs)})""",
     "tables.py": """
-def table(name, results, ablations, out_stem, labels):
+def table(name, results, ablations, out_stem, labels, *sources):
     for end in ("md", "csv", "tex", "json"): write(f"{out_stem}.{end}", dict.fromkeys(ablations, 1))
 def summary(results): print("found something")""",
     "figures.py": """
@@ -85,7 +85,7 @@ def call(*arguments: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("STS_", "SNAKEMAKE"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("STS_", "SNAKEMAKE", "MAKE"))}
     return {**clean, "CUDA_VISIBLE_DEVICES": "", "STS_TRACKING": "off", **more}
 
 

@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from sts.data.conversation import IGNORED, expand, image_id, image_tokens, tokenise
+from sts.data.conversation import expand, image_id, image_tokens, tokenise
+from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time
 MEGABATCH = 50  # batches within which samples are sorted by length, as in LLaVA
@@ -77,7 +78,7 @@ class Conversations(Dataset):
                         f"max_length {max_length} doesn't hold the {self.image_tokens} tokens of "
                         "an image: raise it"
                     )
-                if (labels == IGNORED).all():
+                if (labels == IGNORE_INDEX).all():
                     continue
                 self.samples.append((ids, labels))
                 self.lengths.append(len(ids) + has_image * (self.image_tokens - 1))
@@ -115,7 +116,7 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
     batch = {
         "input_ids": stack(ids, pad),
         "attention_mask": stack([np.ones_like(row) for row in ids], 0),
-        "labels": stack([sample["labels"] for sample in samples], IGNORED),
+        "labels": stack([sample["labels"] for sample in samples], IGNORE_INDEX),
     }
     images = [sample["image"] for sample in samples if sample["image"] is not None]
     if images:

@@ -17,8 +17,9 @@ from PIL import Image
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sts.settings import IGNORE_INDEX
+
 IMAGE_TOKEN = "<image>"
-IGNORED = -100  # label that torch's cross entropy leaves out
 ROLES = {"human": "user", "gpt": "assistant"}
 
 # Content is text with <image> in it, or a list of parts as lm-eval and transformers pass it. Images
@@ -74,7 +75,7 @@ def tokenise(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids, labels), both int32 [tokens], of each conversation, with one token an image.
 
-    A label is the id itself on tokens of an answer and its end token, else `IGNORED`.
+    A label is the id itself on tokens of an answer and its end token, else `IGNORE_INDEX`.
     """
     rendered = [render(processor, conversation) for conversation in conversations]
     encoded = processor.tokenizer(
@@ -90,7 +91,7 @@ def tokenise(
         answered = np.zeros(len(ids), bool)
         for first, last in spans:
             answered |= (begin < last) & (end > first)
-        samples.append((ids, np.where(answered, ids, IGNORED).astype(np.int32)))
+        samples.append((ids, np.where(answered, ids, IGNORE_INDEX).astype(np.int32)))
     return samples
 
 

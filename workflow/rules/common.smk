@@ -4,12 +4,14 @@
 import fcntl
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
 from base64 import urlsafe_b64decode
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -17,7 +19,7 @@ from snakemake.exceptions import WorkflowError
 
 from sts import config as settings
 from sts.device import gpu_count
-from sts.provenance import fingerprint
+from sts.provenance import fingerprint, missing_packages
 
 
 def typed(value):
@@ -47,9 +49,11 @@ BASE, CONFIGS, ABLATIONS = checked()
 BASELINE = next(iter(CONFIGS))
 RESULTS = f"results/{BASE.scale}"
 TABLES = ["main", "components", "compressor", "skipper"]
-FIGURES = {"pareto": ["tables.py"], "loss": [], "layers": [], "tokens": ["compressor.py"]}
+KINDS = sorted(f"vtc/{file.name}" for file in Path("sts/vtc").glob("*.py"))
+FIGURES = {"pareto": ["tables.py"], "loss": [], "layers": [], "tokens": KINDS}
 GPUS = gpu_count()
 CODE = Path("sts")
+CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
 
 # A job takes as many GPUs as it has processes, where there are any: --cores alone doesn't limit
 # GPUs. `setdefault` leaves --resources gpu=N the last word.
@@ -176,6 +180,23 @@ def write_configs():
             part.replace(file)
 
 
+@cache
+def unable():
+    """Why the jobs can't run in this environment; "" if they can."""
+    missing = [] if CONDA else missing_packages(CODE)
+    return missing and (
+        f"{sys.executable} can't run the jobs, it lacks: {', '.join(missing)}.\n"
+        "Add --use-conda, or use an environment that has them: `make reproduce` makes one, and so "
+        "does `pip install -r requirements.lock`.\nNothing was deleted, no job was started."
+    )
+
+
+def check_environment():
+    """Stop before Snakemake deletes the outputs of jobs that can only fail here."""
+    if not workflow.touch and unable():
+        raise WorkflowError(unable())
+
+
 def recover_from_kill():
     """After `kill -9` or a power cut, clear what would stop the next call: Snakemake's lock, and
     outputs that were not finished (small files: the trainings themselves go on where they were).
@@ -189,8 +210,12 @@ def recover_from_kill():
         fcntl.flock(ALIVE, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # another call is at work, or no locks here: left to Snakemake
         return
+    begun = [path for path in Path(".snakemake/incomplete").glob("*") if path.is_file()]
+    if (begun or any(Path(".snakemake/locks").glob("*"))) and unable():
+        print(f"The call before this one was killed, and {unable()}", file=sys.stderr)
+        return
     shutil.rmtree(".snakemake/locks", ignore_errors=True)
-    for marker in [path for path in Path(".snakemake/incomplete").glob("*") if path.is_file()]:
+    for marker in begun:
         Path(urlsafe_b64decode(marker.name).decode()).unlink(missing_ok=True)
         marker.unlink()
 
@@ -207,9 +232,19 @@ def show_failed_logs(records, lines=30):
 def close_tracking(status):
     """End this call's MLflow run, its tables and figures with it, by the jobs' interpreter."""
     used = workflow.dag.conda_envs.values()
-    deployed = "conda" in map(str, workflow.deployment_settings.deployment_method)
-    python = f"{next(iter(used)).address}/bin/python" if deployed and used else "python"
+    python = f"{next(iter(used)).address}/bin/python" if CONDA and used else "python"
     shell(
         "{python} -m sts close --status {status} --artifacts {RESULTS}/tables {RESULTS}/figures"
         " || true"
     )
+
+
+def report_command():
+    """The command that makes the report, for who called us: make, or Snakemake itself."""
+    if "MAKELEVEL" in os.environ:
+        return "make report" + ("" if BASE.scale == "mini" else f" SCALE={BASE.scale}")
+    command = ["snakemake", "--report", f"{RESULTS}/report.html"]
+    given = workflow.config_settings
+    for flag, values in (("--configfile", given.configfiles), ("--config", given.config_args)):
+        command += [flag, *map(str, values)] if values else []
+    return ("" if find_spec("pygments") else "pip install pygments; ") + shlex.join(command)

@@ -25,13 +25,14 @@ rule table:
         stem=subpath(output[0], strip_suffix=".md"),
         ablations=lambda wildcards: members(wildcards.group),
         labels=lambda wildcards: [ABLATIONS[id].label for id in members(wildcards.group)],
+        sources=lambda wildcards: [ABLATIONS[id].source for id in members(wildcards.group)],
         code=code(CODE / "tables.py"),
     message:
         "table {wildcards.group}"
     shell:
         "python -m sts table --name {wildcards.group} --results {params.results}"
         " --ablations {params.ablations} --labels {params.labels:q}"
-        " --out-stem {params.stem} > {log} 2>&1"
+        " --sources {params.sources} --out-stem {params.stem} > {log} 2>&1"
 
 
 rule figure:

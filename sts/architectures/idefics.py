@@ -1,0 +1,10 @@
+"""Idefics3 and SmolVLM: square tiles, and a pixel shuffle that makes several patches one token."""
+
+from sts.architectures._base import Architecture, square_tiles, vit_side
+
+_IDEFICS = Architecture(
+    grids=square_tiles(lambda config: vit_side(config) // config.scale_factor),
+    language_model="model.text_model",
+)
+
+ARCHITECTURES = {"idefics3": _IDEFICS, "smolvlm": _IDEFICS}

@@ -1,0 +1,27 @@
+"""Random draws that depend on their key alone, so that no other random stream moves."""
+
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def keyed_generator(*key: object) -> random.Random:
+    """A generator that depends on its key alone (Python seeds it with the key's SHA-512).
+
+    Only `.random()` of it is promised to stay the same over Python versions.
+    """
+    return random.Random("/".join(map(str, key)))
+
+
+def keyed_seed(*key: object) -> int:
+    """A seed of 53 bits that depends on its key alone."""
+    return int(keyed_generator(*key).random() * 2**53)
+
+
+def keyed_torch_generator(*key: object) -> "torch.Generator":
+    """The same for tensors; on the CPU: the same draw on every device."""
+    import torch  # here: decisions are read without torch
+
+    return torch.Generator().manual_seed(keyed_seed(*key))

@@ -1,0 +1,82 @@
+"""What a measured depth knows of each layer: moving averages, the same on every rank."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sts.checks import expect
+from sts.lds.parts import Depth, unmeasured
+
+
+class Measured:
+    """Of every layer the moving average of what `depth` measures; infinite = not measured yet."""
+
+    def __init__(self, depth: Depth, layers: int, ema: float) -> None:
+        self._depth, self._ema = depth, ema
+        self.average = unmeasured(layers)
+        self._sums = torch.zeros(2, layers)  # sum and count since the last `fold`
+        self.awaits_gradients = False
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self._depth.of_forward or self._depth.of_gradients)
+
+    def fold(self, device: torch.device) -> None:
+        """Fold what the last step measured, averaged over ranks, into the moving averages.
+
+        Collective. Raises RuntimeError if gradients were to be looked at and were not.
+        """
+        if self.awaits_gradients:
+            raise RuntimeError(
+                "this policy looks at gradients: call scheme.after_backward() after the last "
+                "backward of each step, before the optimizer's step"
+            )
+        sums = self._sums.to(device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        for layer, (total, count) in enumerate(zip(*sums.tolist(), strict=True)):
+            if count:
+                new, old = total / count, self.average[layer]
+                moved = old + (1 - self._ema) * (new - old)
+                self.average[layer] = new if math.isinf(old) else moved
+        self._sums = torch.zeros_like(sums)
+
+    def hooks(
+        self, layers: Sequence[nn.Module], mask_of: Callable[[int], Tensor | None]
+    ) -> Iterator:
+        """Hooks that measure each forward of every layer that is called; `mask_of`: layer -> which
+        tokens that it saw are real, [B, T]."""
+        self.awaits_gradients = self._depth.of_gradients is not None
+        if self._depth.of_forward:
+            for index, layer in enumerate(layers):
+                yield layer.register_forward_hook(partial(self._forward, index, mask_of))
+
+    def _forward(
+        self, index: int, mask_of: Callable, layer: nn.Module, args: tuple, output: Tensor
+    ) -> None:
+        found = self._depth.of_forward(args[0], output, mask_of(index))
+        self._sums[:, index] += found.to(self._sums.device)
+
+    def gradients(self, layers: Sequence[nn.Module]) -> None:
+        """Measure the gradients of every layer that has any."""
+        self.awaits_gradients = False
+        if self._depth.of_gradients:
+            for index, layer in enumerate(layers):
+                if any(p.grad is not None for p in layer.parameters()):
+                    found = self._depth.of_gradients(layer)
+                    self._sums[:, index] += found.to(self._sums)
+
+    def state_dict(self) -> dict[str, list]:
+        """The averages, and the sums of this rank since the last `fold`."""
+        return {"average": list(self.average), "sums": self._sums.tolist()}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        """Take up a `state_dict`. Raises ValueError for another number of layers."""
+        layers = len(state["average"])
+        expect(layers == len(self.average), "layers in state", layers, f"{len(self.average)}")
+        self.average = list(state["average"])
+        self._sums = torch.tensor(state["sums"])

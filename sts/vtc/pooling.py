@@ -1,0 +1,67 @@
+"""Kinds whose outputs mix the neighbours of a cell. None is the paper's: alternatives beside it."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sts.vtc import Outputs
+from sts.vtc._shared import cell_bounds, cell_centres, count_of, crossings, pooled_grid
+
+
+def _centres(tokens: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """The positions [B, rows * columns] nearest the centres of the cells of a grid."""
+    rows, columns = cell_centres(grid[0], cells[0]), cell_centres(grid[1], cells[1])
+    return crossings(tokens, grid[1], rows, columns)
+
+
+def avgpool2d(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs:
+    """Adaptive 2-D average pooling (DeCo; M3, arXiv 2405.17430).
+
+    Cells overlap by a row or column where the grid doesn't divide. A position is the original token
+    nearest the centre of its cell.
+    """
+    (height, width), cells = grid, pooled_grid(*grid, keep)
+
+    def apply(x: Tensor) -> Tensor:
+        image = x.transpose(1, 2).unflatten(2, (height, width))
+        return F.adaptive_avg_pool2d(image, cells).flatten(2).transpose(1, 2)
+
+    return Outputs(_centres(tokens, grid, cells), apply)
+
+
+def avgpool1d(tokens: Tensor, keep: float) -> Outputs:
+    """Adaptive average pooling along the sequence, row after row, as LLaVolta pools (arXiv
+    2406.20092; there inside the language model and with a fixed stride)."""
+    count = count_of(tokens, keep)
+
+    def apply(x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool1d(x.transpose(1, 2), count).transpose(1, 2)
+
+    return Outputs(_centres(tokens, (1, tokens.shape[1]), (1, count)), apply)
+
+
+def pixel_shuffle(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs:
+    """Neighbours share the channels: channel c of an output is channel c of neighbour c mod n of
+    the n tokens of its cell.
+
+    After the pixel shuffle of InternVL and Idefics3, which puts all channels of the n neighbours
+    side by side for a wider projector; here there are no new weights, so each keeps an n-th of its
+    channels. Cells are those of `avgpool2d`.
+    """
+    cells = pooled_grid(*grid, keep)
+
+    def apply(x: Tensor) -> Tensor:
+        source = _neighbours(grid, cells, x.shape[2]).to(x.device)
+        return x.gather(1, source.expand(len(x), -1, -1))
+
+    return Outputs(_centres(tokens, grid, cells), apply)
+
+
+def _neighbours(grid: tuple[int, int], cells: tuple[int, int], channels: int) -> Tensor:
+    """The token [rows * columns, channels] of its cell that each output takes a channel from."""
+    (top, bottom), (left, right) = map(cell_bounds, grid, cells)
+    top, bottom = top[:, None, None], bottom[:, None, None]
+    left, right = left[None, :, None], right[None, :, None]
+    wide = right - left
+    member = torch.arange(channels) % ((bottom - top) * wide)
+    return ((top + member // wide) * grid[1] + left + member % wide).flatten(0, 1)

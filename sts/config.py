@@ -185,7 +185,7 @@ class StageConfig(Block):
     max_grad_norm: Annotated[Number, Gt(0)] = 1.0
     """Norm that gradients are clipped to."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the forward pass; bf16 by autocast."""
+    """Of the forward pass; bf16 by autocast, and fp32 on a CPU that does not compute in bf16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     group_by_length: bool = True

@@ -51,6 +51,7 @@ from sts.train import (
     global_batch,
     make_optimizer,
     optimizer_step,
+    precision_here,
     prepare_process,
     put_scheme,
 )
@@ -287,7 +288,7 @@ def step_memory(shape: cost.Shape, stage: str, block: StageConfig) -> float:
         layers_run=shape.layers,
         stage=stage,
         checkpointing=block.gradient_checkpointing,
-        value_bytes=2 if block.precision == "bf16" else 4,
+        value_bytes=2 if precision_here(block) == "bf16" else 4,
     )
     return PROCESS_BYTES + sum(parts.values())
 
@@ -366,18 +367,23 @@ def synthetic_batch(model: LlavaConfig, stage: str, block: StageConfig) -> dict[
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
 
 
-def matmul_rate(block: StageConfig, size: int = 2048) -> float:
-    """FLOPs a second of square matrix products with the stage's precision and threads."""
+def matmul_rate(block: StageConfig, largest: int = 2048, enough: float = 0.1) -> float:
+    """FLOPs a second of square matrix products with the stage's precision and threads: of the
+    first size, from 256 on, that takes `enough` seconds (bf16 is slow on a CPU without it)."""
     gpu = torch.cuda.is_available()
     torch.set_num_threads(block.threads)
-    kind = torch.bfloat16 if block.precision == "bf16" else torch.float32
-    a = torch.ones(size, size, dtype=kind, device="cuda" if gpu else "cpu")
-    seconds = []
-    for _ in range(4):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / min(seconds)
+    kind = torch.bfloat16 if precision_here(block) == "bf16" else torch.float32
+    size, fastest = 128, 0.0
+    while fastest < enough and size < largest:
+        size *= 2
+        a = torch.ones(size, size, dtype=kind, device="cuda" if gpu else "cpu")
+        seconds = []
+        for _ in range(4):
+            began = time.perf_counter()
+            (a @ a).sum().item()
+            seconds.append(time.perf_counter() - began)
+        fastest = min(seconds)
+    return 2 * size**3 / fastest
 
 
 def evaluation_seconds(shape: cost.Shape, config: Config, speed: Mapping[str, float]) -> float:

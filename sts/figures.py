@@ -147,13 +147,10 @@ def layers(results: Path, names: Labels, data: Path) -> Figure:
         )
         heat.clabel(lines, fmt="%.1f", fontsize=7)
     heat.grid(False)
-    heat.set(
-        title=f"{names[id]}: skipped (asked: lines)",
-        xlabel="optimizer step",
-        ylabel="decoder layer",
-    )
+    heat.set(title="Layers skipped (lines: the chance asked for)")
+    heat.set(xlabel="optimizer step", ylabel="decoder layer")
     heat.set_yticks(range(0, len(skipped), max(1, len(skipped) // 8)))
-    drawn.colorbar(image, ax=heat, label="share of steps that skip it")
+    drawn.colorbar(image, ax=heat, label="share skipped, mean over seeds")
     axes.set(title="Instruct", xlabel="optimizer step", ylabel="decoder layers run")
     axes.set_ylim(0, None)
     _legend_below(drawn, axes)

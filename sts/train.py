@@ -96,6 +96,7 @@ def train(
             else:
                 fit(config, ablation, seed, stage, data, init, folder, tracked.log)
     manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
+                "precision": precision_here(block),
                 "weights": str(folder), **summary(folder, stage, block)}  # fmt: skip
     if _is_main():
         write_json_atomic(out, manifest)
@@ -114,6 +115,12 @@ def fit(
 ) -> None:
     """Train from the last checkpoint in `folder`, or from `init`, to the finished `folder`."""
     block = config.stage(stage)
+    if precision_here(block) != block.precision:
+        log.warning(
+            "%s.precision: %s is slow on this processor: %s instead; scores differ in the last "
+            "digits from those of a processor that has it",
+            stage, block.precision, precision_here(block),
+        )  # fmt: skip
     accelerator = prepare_process(block)
     model, processor = load(stage, init, seed)
     freeze(model, stage)
@@ -172,6 +179,7 @@ def stage_key(
             "stage": stage,
             "settings": block.identity(),
             "code": provenance.fingerprint(*block.sources()),
+            "precision": precision_here(block),
             "seed": seed,
             "data": [read_json(manifest)["sha256"] for manifest in data],
             "init": start.get("weights_sha256") or parts,
@@ -249,10 +257,20 @@ def put_scheme(
     )
 
 
+def precision_here(block: StageConfig) -> str:
+    """What the forward pass is computed in: bf16 only where the hardware computes in it.
+
+    On a processor without AVX-512 (or Arm's bf16) torch emulates bf16, 100 times slower than fp32;
+    there fp32 takes its place. The weights' key follows it.
+    """
+    native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return block.precision if native else "fp32"
+
+
 def fused_attention(block: StageConfig) -> bool:
     """Whether attention is torch's fused one. In bf16 on a CPU it is not: the fused backward there
     (torch 2.13, 32 channels a head) takes longer than all the rest of the step."""
-    return torch.cuda.is_available() or block.precision == "fp32"
+    return torch.cuda.is_available() or precision_here(block) == "fp32"
 
 
 def load_data(
@@ -362,7 +380,7 @@ def optimizer_step(
         with (
             contextlib.nullcontext() if last else accelerator.no_sync(model),
             torch.autocast(
-                accelerator.device.type, torch.bfloat16, enabled=block.precision == "bf16"
+                accelerator.device.type, torch.bfloat16, enabled=precision_here(block) == "bf16"
             ),
         ):
             loss = model(**batch, num_items_in_batch=answers, use_cache=False).loss
@@ -387,7 +405,8 @@ def check_finite(
     finite."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    half = "; bf16 overflowed: try precision: fp32" if block.precision == "bf16" else ""
+    bf16 = precision_here(block) == "bf16"
+    half = "; bf16 overflowed: try precision: fp32" if bf16 else ""
     raise FloatingPointError(
         f"{stage} step {step}: loss {loss}, gradient norm {norm} at learning rate {lr:.3g}. Likely "
         f"causes: {stage}.lr {block.lr:g} is too high, or {stage}.warmup_ratio "

@@ -141,9 +141,10 @@ def layers(results: Path, names: Labels, data: Path) -> Figure:
         interpolation="nearest", extent=(0, steps, -0.5, len(skipped) - 0.5),
     )  # fmt: skip
     middles = (np.arange(asked.shape[1]) + 0.5) * steps / asked.shape[1]
-    if np.ptp(asked) > 0:  # else there is no line to draw
+    levels = [level for level in ASKED if asked.min() < level < asked.max()]
+    if levels and min(asked.shape) > 1:  # else there is no line to draw
         lines = heat.contour(
-            middles, np.arange(len(asked)), asked, levels=ASKED, colors="w", linewidths=0.9
+            middles, np.arange(len(asked)), asked, levels=levels, colors="w", linewidths=0.9
         )
         heat.clabel(lines, fmt="%.1f", fontsize=7)
     heat.grid(False)
@@ -162,15 +163,17 @@ def tokens(results: Path, names: Labels, data: Path) -> Figure:
 
     Averaging kinds show the area of each output, selecting kinds the patches that are left. Scores
     and similarities are those of the frozen vision tower's class token and features. Kinds that
-    look at text are left out: it is compared with projected tokens, of which there are none here.
+    look at text are left out: it is compared with projected tokens, of which there are none here;
+    so are those with weights, which nothing has trained.
     """
     import torch  # the other figures do without
 
-    from sts.vtc import KINDS, compress, wants
+    from sts.vtc import KINDS, compress, kind_of, wants
 
     picture = _picture(data)
     seen, grid, features, scores = _look(results, picture)
-    kinds = [kind for kind in KINDS if kind != "none" and "text" not in wants(kind)]
+    drawable = [kind for kind in KINDS if "text" not in wants(kind)]
+    kinds = [kind for kind in drawable if kind != "none" and not isinstance(kind_of(kind), type)]
     drawn, every = plt.subplots(1, 1 + len(kinds), figsize=(1.8 * (1 + len(kinds)), 2.2))
     for axes, kind in zip(every, ["none", *kinds], strict=True):
         generator = torch.Generator().manual_seed(0)

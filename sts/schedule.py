@@ -28,10 +28,10 @@ SCHEDULES: dict[str, Schedule] = {
     "rising_cosine": Schedule(lambda t: (1 - math.cos(math.pi * t)) / 2, "(1 - cos(pi t)) / 2"),
     "rising_staged": Schedule(lambda t: _stage(t) / 3, "floor(4 t) / 3"),
     # PLD (arXiv 2010.13369): 1 - e^(-0.001 step), for a stage of 5,000 steps
-    "rising_exponential": Schedule(lambda t: -math.expm1(-5 * t), "1 - e^(-5 t)"),
-    "falling_linear": Schedule(lambda t: 1 - t, "1 - t"),
+    "rising_exponential": Schedule(lambda t: -math.expm1(-5 * t), "(1 - e^(-5 t))"),
+    "falling_linear": Schedule(lambda t: 1 - t, "(1 - t)"),
     "falling_cosine": Schedule(lambda t: (1 + math.cos(math.pi * t)) / 2, "(1 + cos(pi t)) / 2"),
-    "falling_staged": Schedule(lambda t: 1 - _stage(t) / 3, "1 - floor(4 t) / 3"),
+    "falling_staged": Schedule(lambda t: 1 - _stage(t) / 3, "(1 - floor(4 t) / 3)"),
     # the paper's: ((E - e) / E)^2
     "falling_quadratic": Schedule(lambda t: (1 - t) ** 2, "(1 - t)^2"),
 }

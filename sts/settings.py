@@ -4,6 +4,7 @@ No torch and no pydantic: the workflow reads settings in any environment. A valu
 accepted raises ValueError with its name, itself and what is accepted.
 """
 
+import math
 from dataclasses import dataclass
 
 from sts.checks import expect
@@ -130,7 +131,7 @@ class LDS:
             UNITS[self.unit].trains_all or self.rate <= most + 1e-9,
             "LDS.rate",
             self.rate,
-            f"at most {most:.3g}, so that one of {num_layers} layers always runs",
+            f"at most {_down(most)}, so that one of {num_layers} layers always runs",
         )
 
     def _check_chances(self, layers: int) -> None:
@@ -140,7 +141,7 @@ class LDS:
             self.rate * largest <= 1 + 1e-9,
             "LDS.rate",
             self.rate,
-            f"at most {1 / largest:.3g}: with depth={self.depth!r} and epsilon={self.epsilon} the "
+            f"at most {_down(1 / max(largest, 1))}: with depth={self.depth!r} and epsilon={self.epsilon} the "
             f"likeliest layer would be left out with probability {self.rate * largest:.3g}",
         )
 
@@ -152,7 +153,8 @@ class LDS:
     def formula(self, num_layers: int) -> str:
         """p_l(t) with its values, in words, for a language model of `num_layers` layers."""
         free = num_layers - self.protect_first - self.protect_last
-        depth = DEPTHS[self.depth].text.format(epsilon=self.epsilon, last=free - 1, layers=free)
+        depth = DEPTHS[self.depth].text if free > 1 else "1"  # of a layer alone every D is 1
+        depth = depth.format(epsilon=self.epsilon, last=free - 1, layers=free)
         shift = f", l = 0 .. {free - 1}"
         if free < num_layers:
             last = num_layers - self.protect_last - 1
@@ -162,6 +164,11 @@ class LDS:
             f"p_l(t) = {self.rate:g} * {SCHEDULES[self.schedule].text} * {depth}{shift}{tail}; "
             f"t in {self.clock}; draw: {self.draw}; unit: {self.unit}"
         )
+
+
+def _down(limit: float) -> float:
+    """A limit in three digits, of which it is never said that it is not accepted."""
+    return math.floor(1000 * limit + 1e-9) / 1000
 
 
 def _number(name: str, value: object, accepted: str, fits) -> None:

@@ -21,10 +21,10 @@ from sts import provenance
 
 MISSING, UNDEFINED = "missing", "n/a"
 SOURCES = {
-    "baseline": "*Baselines*",
-    "paper": "*The paper's*",
-    "ours": "*Ours*",
-    "peers": "*Peers'*",
+    "baseline": "Baselines",
+    "paper": "The paper's",
+    "ours": "Ours",
+    "peers": "Peers'",
 }
 CONFIDENCE = 0.95
 COLUMNS = {
@@ -60,11 +60,11 @@ def table(
     from bench/`name`.json. Raises FileNotFoundError if no method has an evaluation at all.
     """
     results, stem, sources = Path(results), Path(out_stem), sources or {}
-    order = list(SOURCES)
-    if sources:
-        ablations = sorted(ablations, key=lambda id: order.index(sources[id]))
     found = scores(results, ablations)
     rows = compare(found, results, ablations, name)
+    if sources:
+        order = list(SOURCES)
+        rows = dict(sorted(rows.items(), key=lambda row: order.index(sources[row[0]])))
     names = {id: (labels or {}).get(id, id) for id in ablations}
     notes = footer(results, ablations, found, names)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +219,8 @@ def _printed(
     names: Mapping[str, str],
     sources: Mapping[str, str],
 ) -> tuple[list[str], list[list[str]]]:
-    """Column heads and rounded cells, with the reference lines majority and chance at the end."""
+    """Column heads and rounded cells, with the reference lines majority and chance at the end. A
+    row of empty cells but for the first is a head over the rows that follow."""
     keys = list(next(iter(rows.values())))
     head = ["Method", *(COLUMNS.get(key, key.replace("_", " ").capitalize()) for key in keys)]
     body, last = [], None
@@ -254,13 +255,16 @@ def _shown(cell: Any, factor: int = 100, digits: int = 1) -> str:
 
 def _markdown(name: str, head: list[str], body: list[list[str]], notes: list[str]) -> str:
     rule = [":--", *["--:"] * (len(head) - 1)]
+    body = [row if any(row[1:]) else [f"*{row[0]}*", *row[1:]] for row in body]
     escaped = [[cell.replace("|", r"\|") for cell in row] for row in [head, rule, *body]]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join([f"### {name.capitalize()}", "", *lines, "", *(f"- {n}" for n in notes), ""])
 
 
 def _latex(head: list[str], body: list[list[str]], notes: list[str]) -> str:
-    *methods, majority, chance = (" & ".join(map(_tex, row)) + r" \\" for row in body)
+    cells = [list(map(_tex, row)) for row in body]
+    cells = [row if any(row[1:]) else [rf"\emph{{{row[0]}}}", *row[1:]] for row in cells]
+    *methods, majority, chance = (" & ".join(row) + r" \\" for row in cells)
     return "\n".join(
         [
             *(f"% {note}" for note in notes),

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from sts.checks import expect
 from sts.lds.parts import DEPTHS, DRAWS, Depth
 
 __all__ = ["DEPTHS", "DRAWS", "POLICIES", "UNITS", "Depth", "Policy", "Unit", "source_of"]
@@ -90,12 +91,23 @@ POLICIES: dict[str, Policy] = {
 }
 
 _ROOMS = {"parts", "decision", "units", "measure", "distributed", "skipper"}
+_TABLES = {"POLICY": POLICIES, "DEPTH": DEPTHS, "UNIT": UNITS}
+
+
+def _take_up(name: str) -> None:
+    """Enter what the file `name` adds. Raises ValueError for nothing, or for a name that is taken."""
+    module = import_module(f"sts.lds.{name}")
+    added = [part for part in _TABLES if hasattr(module, part)]
+    expect(bool(added), f"sts/lds/{name}.py", added, f"one or more of {', '.join(_TABLES)}")
+    for part in added:
+        taken = name in _TABLES[part]
+        expect(not taken, f"sts/lds/{name}.py: {part}", name, "a file name that is no known name")
+        _TABLES[part][name] = getattr(module, part)
+
+
 for _file in sorted(Path(__file__).parent.glob("[a-z]*.py")):
     if _file.stem not in _ROOMS:
-        _module = import_module(f"sts.lds.{_file.stem}")
-        for _name, _table in (("POLICY", POLICIES), ("DEPTH", DEPTHS), ("UNIT", UNITS)):
-            if hasattr(_module, _name):
-                _table[_file.stem] = getattr(_module, _name)
+        _take_up(_file.stem)
 
 
 def source_of(name: str) -> Path | None:

@@ -46,11 +46,15 @@ class Rescaled(StandIn):
     """What the layer adds, divided by the chance that it runs (stochastic depth, 1603.09382)."""
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return _rescaled(hidden, self._layer(hidden, *args, **kwargs), self._part)
+        out = self._layer(hidden, *args, **kwargs)
+        return hidden + (out - hidden) / (1 - self._part.chance)
 
 
 class SomeRows(StandIn):
-    """The layer sees some rows of the batch; the others go through."""
+    """The layer sees some rows of the batch; the others go through.
+
+    Rescaled, what it adds counts rows / kept rows times, as in DINOv2.
+    """
 
     _rows: Tensor | None = None  # [k], or None: all
 
@@ -59,13 +63,13 @@ class SomeRows(StandIn):
         self._rows = rows = rows.to(hidden.device) if len(rows) < len(hidden) else None
         if rows is None:
             self.work = {}
-            out = self._layer(hidden, *args, **kwargs)
-            return _rescaled(hidden, out, self._part) if self._part.rescale else out
+            return self._layer(hidden, *args, **kwargs)
         self.work = {"rows": len(rows) / len(hidden)}
         kwargs = {name: of_rows(name, value, rows) for name, value in kwargs.items()}
         some = hidden.index_select(0, rows)
         out = self._layer(some, *args, **kwargs)
-        out = _rescaled(some, out, self._part) if self._part.rescale else out
+        if self._part.rescale:
+            out = some + (out - some) * (len(hidden) / len(rows))
         return hidden.index_copy(0, rows, out)
 
     def seen(self, mask: Tensor) -> Tensor:
@@ -105,10 +109,6 @@ def kept_rows(rows: int, part: Part) -> Tensor:
     return draws[:-1].topk(count).indices.sort().values
 
 
-def _rescaled(before: Tensor, after: Tensor, part: Part) -> Tensor:
-    return before + (after - before) / (1 - part.chance)
-
-
 # ---- the units: (layer, part) -> what is called instead of the layer, or handles of hooks --------
 
 
@@ -116,7 +116,7 @@ def whole_layer(layer: nn.Module, part: Part) -> StandIn | None:
     """The layer for the whole batch, for this step."""
     if part.off:
         return Identity(layer, part)
-    return Rescaled(layer, part) if part.rescale and part.chance else None
+    return Rescaled(layer, part) if part.rescale and 0 < part.chance < 1 else None
 
 
 def some_rows(layer: nn.Module, part: Part) -> StandIn | None:

@@ -20,13 +20,16 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:
 
 
 onstart:
+    check_environment()
     write_configs()
 
 
 onsuccess:
     close_tracking("FINISHED")
     if Path(f"{RESULTS}/tables/main.md").exists():
-        print(f"Results: {RESULTS}/tables/main.md, {RESULTS}/figures; report: `make report`")
+        print(
+            f"Results: {RESULTS}/tables/main.md, {RESULTS}/figures; report: `{report_command()}`"
+        )
 
 
 onerror:

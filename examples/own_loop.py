@@ -17,7 +17,7 @@ batch["labels"] = batch["input_ids"].clone()
 batch["labels"][:, :-1] = -100  # only the answer is learnt
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-visual, layers = VTC(kind="avgpool2d", keep=0.25), LDS(policy="uniform", rate=0.5)
+visual, layers = VTC("uniform", keep=0.25), LDS("sts", rate=0.6, epsilon=0.5)  # the paper's
 with sparsify(model, visual, layers, total_steps=STEPS) as scheme:
     for step in range(STEPS):
         scheme.begin_step(step)

@@ -22,7 +22,8 @@ sample = {name: value[0] for name, value in batch.items()}
 sample["labels"] = sample["input_ids"].clone()
 sample["labels"][:-1] = -100  # only the answer is learnt
 
-callback = SparseCallback(model, VTC("avgpool2d", keep=0.25), LDS("uniform", rate=0.5, anneal=0.1))
+visual, layers = VTC("uniform", keep=0.25), LDS("sts", rate=0.6, epsilon=0.5)  # the paper's
+callback = SparseCallback(model, visual, layers)
 arguments = TrainingArguments(sys.argv[2], max_steps=8, logging_steps=1, report_to="none")
 Trainer(
     model, arguments, default_data_collator, train_dataset=[sample] * 64, callbacks=[callback]

@@ -137,12 +137,14 @@ class LDS:
     def _check_chances(self, layers: int) -> None:
         """Every chance must be a probability: with the most uneven measurement there can be."""
         largest = max(DEPTHS[self.depth].weights(layers, self, range(layers)))
+        likeliest = self.rate * largest
         expect(
-            self.rate * largest <= 1 + 1e-9,
+            likeliest <= 1 + 1e-9,
             "LDS.rate",
             self.rate,
-            f"at most {_down(1 / max(largest, 1))}: with depth={self.depth!r} and epsilon={self.epsilon} the "
-            f"likeliest layer would be left out with probability {self.rate * largest:.3g}",
+            f"at most {_down(1 / max(largest, 1))}: with depth={self.depth!r} and "
+            f"epsilon={self.epsilon} the likeliest layer would be left out with probability "
+            f"{likeliest:.3g}",
         )
 
     @property

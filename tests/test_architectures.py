@@ -1,33 +1,43 @@
-"""STS on every architecture, against the same model fed a sequence that was shortened by hand."""
+"""STS on every architecture: each family of VTC and each unit of LDS against the same model fed by
+hand, row by row: a sequence that was shortened here, and layers that do nothing.
+"""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
-from tiny import CASES, IMAGE, PAD
+from tiny import CASES, IMAGE, LAYERS, PAD
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sts import LDS, VTC, sparsify, unsparsify
 from sts.architectures import ARCHITECTURES, architecture_of
+from sts.vtc import FAMILIES, KINDS, Outputs
 from sts.vtc._shared import pooled_grid
 
 EVERY = pytest.mark.parametrize("name", sorted(CASES))
+SIDES = pytest.mark.parametrize("side", ["right", "left"])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+MIXED = "several images, none, and of two sizes"
 ROWS = {
-    "several images, none, and of two sizes": [
-        [3, "big", 5, "small", 6, 7, 8],
-        [9, 10, 11, 12],
-        ["small", 14, 15, 16],
-    ],
+    MIXED: [[3, "big", 5, "small", 6, 7, 8], [9, 10, 11, 12], ["small", 14, 15, 16]],
     "one image": [["big", 5, 6, 7, 8], ["big", 9, 10, 11]],
     "no image": [[3, 4, 5], [6, 7, 8, 9]],
 }
+FOUR = [*ROWS[MIXED], ["big", 17, 18, 19]]
+ALIKE = [["big", 5, 6, 7, 8], ["big", 9, 10, 11], [12, "big", 13, 14], ["big", 15, 16, 17, 18]]
+KEEP = 0.25
+CLASS_TOKEN = ("internvl", "llava", "llava_next", "vipllava")
+CHECKPOINTING = ({"use_reentrant": True}, {"use_reentrant": False})
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # the loss itself is computed in float32
 
 
-def test_every_entry_has_a_tiny_model():
-    assert {case.build().config.model_type for case in CASES.values()} == set(ARCHITECTURES)
+def decoder_layers(model):
+    return model.get_submodule(architecture_of(model).language_model).layers
 
 
 def gradients(model):
@@ -62,53 +72,130 @@ def of_language_model(model, batch):
     return language_model, seen
 
 
-def pooled_by_hand(case, names, first, keep):
-    """(tokens averaged, place) of each token that is left of a row's images, the row's visual
-    tokens being at places `first` (a list)."""
+@contextmanager
+def doing_nothing(layers, off) -> Iterator[None]:
+    """The layers `off` hand on what they get."""
+    for index in off:
+        layers[index].forward = lambda hidden, *args, **kwargs: hidden
+    yield
+    for index in off:
+        del layers[index].forward
+
+
+# ---- the reference: each row alone, without padding ----------------------------------------------
+
+# (height, width, patches [N, D], text [n, D]) -> of each output the tokens (row by row) that it is
+# the mean of, and the one at whose place it stands
+Choice = Callable[[int, int, Tensor, Tensor], list[tuple[list[int], int]]]
+
+
+def cells(size: int, count: int) -> list[range]:
+    """The indices of each adaptive pooling cell."""
+    edges = [
+        (math.floor(i * size / count), math.ceil((i + 1) * size / count)) for i in range(count)
+    ]
+    return [range(start, end) for start, end in edges]
+
+
+def middle(cell: range) -> int:
+    return (cell[0] + cell[-1]) // 2
+
+
+def pooled(height, width, patches, text):
+    """avgpool2d."""
+    rows, columns = pooled_grid(height, width, KEEP)
+    return [
+        ([y * width + x for y in ys for x in xs], middle(ys) * width + middle(xs))
+        for ys in cells(height, rows)
+        for xs in cells(width, columns)
+    ]
+
+
+EVERY_SECOND = {  # of uniform at 1/4, by hand
+    (4, 4): ([0, 2], [0, 2]),
+    (6, 8): ([0, 2, 4], [0, 2, 4, 6]),
+    (8, 4): ([0, 2, 4, 6], [0, 2]),
+    (4, 6): ([0, 2], [0, 2, 4]),
+    (2, 4): ([0], [0, 2]),
+    (2, 2): ([0], [0]),
+    (3, 4): ([0, 1, 2], [1]),  # every third column: 3 tokens, where strides of 2 would leave 4
+}
+
+
+def strided(height, width, patches, text):
+    """uniform."""
+    rows, columns = EVERY_SECOND[height, width]
+    return [([y * width + x], y * width + x) for y in rows for x in columns]
+
+
+def about_the_text(height, width, patches, text):
+    """text_guided."""
+    mean = sum(vector / vector.norm() for vector in text) / len(text)
+    cosines = [float(patch @ mean / patch.norm() / mean.norm()) for patch in patches]
+    best = sorted(range(len(patches)), key=lambda i: -cosines[i])[: round(KEEP * len(patches))]
+    return [([i], i) for i in sorted(best)]
+
+
+def the_positive(height, width, patches, text):
+    """The kind `positive` below."""
+    return [([i], i) for i in range(len(patches)) if i == 0 or patches[i, 0] > 0]
+
+
+def positive(tokens: Tensor, keep: float) -> Outputs:
+    """A kind that keeps another number of tokens in each image: those of a positive channel 0."""
+    everything = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+    return Outputs(everything, lambda x: x, real=(tokens[..., 0] > 0) | (everything == 0))
+
+
+def left_by_hand(case, names, visual, vectors, text, choose) -> list[tuple[list[int], int]]:
+    """(tokens averaged, place) of each token that is left of a row's images; the row's visual
+    tokens are at the places `visual`, a list."""
     left, start = [], 0
     for height, width, newline in [grid for name in names for grid in case.images[name]]:
         stride = width + newline
-        if width:
-            rows, columns = pooled_grid(height, width, keep)
-            for row in range(rows):
-                ys = range(math.floor(row * height / rows), math.ceil((row + 1) * height / rows))
-                for column in range(columns):
-                    xs = range(
-                        math.floor(column * width / columns),
-                        math.ceil((column + 1) * width / columns),
-                    )
-                    cell = [start + y * stride + x for y in ys for x in xs]
-                    y, x = (ys[0] + ys[-1]) // 2, (xs[0] + xs[-1]) // 2
-                    left.append(([first[i] for i in cell], first[start + y * stride + x]))
-                if newline:
-                    y = (ys[0] + ys[-1]) // 2
-                    end = first[start + y * stride + width]
-                    left.append(([end], end))
+        lines = [visual[start + y * stride :][:stride] for y in range(height)]
+        patches = [place for line in lines for place in line[:width]]
+        for sources, target in choose(height, width, vectors[patches], text):
+            left.append(([patches[source] for source in sources], patches[target]))
+        if newline:
+            ends = [
+                lines[middle(ys)][-1] for ys in cells(height, pooled_grid(height, width, KEEP)[0])
+            ]
+            left += [([end], end) for end in ends]
         start += height * stride
     return left
 
 
-def shortened_by_hand(model, case, rows, batch, keep):
-    """Loss and gradients of each row alone, without padding, its images average-pooled."""
+def by_hand(model, case, rows, batch, choose: Choice | None = None, off=None, positions="keep"):
+    """Loss and gradients of each row alone, without padding. choose: what is left of its images,
+    None: all of it. off: of each row the layers that do nothing for it."""
     model.zero_grad()
     language_model, full = of_language_model(model, batch)
-    entry = architecture_of(model)
-    positions, mask = full.get("position_ids"), full.get("attention_mask")
+    entry, layers = architecture_of(model), decoder_layers(model)
+    where, mask = full.get("position_ids"), full.get("attention_mask")
     every = full["inputs_embeds"]
-    if positions is None:
-        positions = torch.arange(every.shape[1])[None]
+    if where is None:
+        where = torch.arange(every.shape[1])[None]
     visual_before, total, count = 0, 0.0, 0
     for row, items in enumerate(rows):
         ids = batch["input_ids"][row]
         attended = batch["attention_mask"][row].bool()
         visual = (ids == IMAGE).nonzero()[:, 0].tolist()
-        pooled = pooled_by_hand(case, [x for x in items if isinstance(x, str)], visual, keep)
-        means = {place: sources for sources, place in pooled}
+        means = {place: [place] for place in visual}
+        if choose:
+            names = [x for x in items if isinstance(x, str)]
+            text = every[row][attended & (ids != IMAGE)].detach()
+            left = left_by_hand(case, names, visual, every[row].detach(), text, choose)
+            means = {place: sources for sources, place in left}
         places = [t for t in range(len(ids)) if attended[t] and (ids[t] != IMAGE or t in means)]
         vectors = [every[row, means.get(t, [t])].mean(0) for t in places]
+        mine = where[..., min(row, where.shape[-2] - 1), :]
+        at = [mine[..., t] for t in places]
+        if positions == "mean":
+            at = [mine[..., means.get(t, [t])].double().mean(-1) for t in places]
         inputs = {
             "inputs_embeds": torch.stack(vectors)[None],
-            "position_ids": positions[..., min(row, positions.shape[-2] - 1), :][..., None, places],
+            "position_ids": torch.stack(at, -1)[..., None, :],
             "attention_mask": torch.ones(1, len(places), dtype=torch.long),
         }
         if isinstance(mask, dict):
@@ -133,7 +220,8 @@ def shortened_by_hand(model, case, rows, batch, keep):
                 for features in full[entry.visual_features]
             ]
         visual_before += len(visual)
-        hidden = language_model(**inputs, use_cache=False)[0]
+        with doing_nothing(layers, off[row] if off else ()):
+            hidden = language_model(**inputs, use_cache=False)[0]
         labels = batch["labels"][row][places]
         for i in range(1, len(places)):
             if labels[i] != -100:
@@ -145,58 +233,37 @@ def shortened_by_hand(model, case, rows, batch, keep):
     return loss.detach(), gradients(model)
 
 
-@EVERY
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
-def test_vtc_equals_the_sequence_shortened_by_hand(name, side, rows):
-    case = CASES[name]
-    model, batch = case.build(), case.batch(rows, side)
-    expected = shortened_by_hand(model, case, rows, batch, keep=0.25)
-    sparsify(model, VTC(kind="avgpool2d", keep=0.25)).begin_step(0)
-    assert_same(backward(model, batch), expected)
+# ---- the entries ---------------------------------------------------------------------------------
+
+
+def test_every_entry_has_a_tiny_model():
+    assert {case.build().config.model_type for case in CASES.values()} == set(ARCHITECTURES)
 
 
 @EVERY
-def test_forward_backward_generation_save_and_reload(name, tmp_path):
-    case = CASES[name]
-    model, batch = case.build(), case.batch(ROWS["several images, none, and of two sizes"])
-    keys = list(model.state_dict())
-    prompt = {k: v for k, v in case.batch([["big", 5, 6, 7]]).items() if k != "labels"}
-    generate = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
-    before = model.eval().generate(**prompt, **generate)
+def test_every_decoder_layer_has_the_sublayers_that_its_entry_names(name):
+    model = CASES[name].build()
+    entry = architecture_of(model)
+    for layer in decoder_layers(model):
+        parts = [getattr(layer, entry.attention), getattr(layer, entry.mlp)]
+        matrices = {p for part in parts for p in part.parameters() if p.ndim > 1}
+        assert all(any(True for _ in part.parameters()) for part in parts)
+        assert matrices == {p for p in layer.parameters() if p.ndim > 1}  # nothing but norms beside
 
-    model.train()
-    scheme = sparsify(
-        model, VTC(kind="avgpool2d", keep=0.25), LDS("layerdrop", rate=0.5, draw="fixed_count", protect_first=1, protect_last=1), seed=1
-    )
-    assert torch.equal(model.eval().generate(**prompt, **generate), before)
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for step in range(6):
-        scheme.begin_step(step)
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        skipped = [f".layers.{i}." for i in scheme.skipped]
-        for parameter, value in model.named_parameters():
-            if any(part in parameter for part in skipped) and "vision" not in parameter:
-                assert value.grad is None, parameter
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert scheme.metrics()["keep_ratio"] < 0.5 and scheme.metrics()["layers_run"] == 3
 
-    unsparsify(model)
-    assert list(model.state_dict()) == keys
-    model.save_pretrained(tmp_path)
-    reloaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
-    after = model.eval().generate(**prompt, **generate)
-    assert torch.equal(reloaded.generate(**prompt, **generate), after)
+def test_an_unknown_architecture_is_told_what_an_entry_needs():
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=8,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM \(model_type='llama'\).*grids"):
+        sparsify(model)
 
 
 @EVERY
-@pytest.mark.parametrize("side", ["right", "left"])
+@SIDES
 def test_the_loss_without_vtc_and_lds_is_the_models_own(name, side):
     case = CASES[name]
     model, batch = case.build(), case.batch(ROWS["one image"], side)
@@ -205,84 +272,128 @@ def test_the_loss_without_vtc_and_lds_is_the_models_own(name, side):
     assert_same(backward(model, batch), expected)
 
 
+# ---- VTC -----------------------------------------------------------------------------------------
+
+
 @EVERY
-def test_skipped_layers_might_as_well_not_be_there(name):
+@SIDES
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_vtc_equals_the_sequence_shortened_by_hand(name, side, rows):
+    case = CASES[name]
+    model, batch = case.build(), case.batch(rows, side)
+    expected = by_hand(model, case, rows, batch, pooled)
+    sparsify(model, VTC("avgpool2d", keep=KEEP)).begin_step(0)
+    assert_same(backward(model, batch), expected)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["uniform", "text_guided", "positive"])
+def test_selected_tokens_are_those_selected_by_hand(name, kind, monkeypatch):
+    """`positive` leaves another number of each image, so that rows differ in length."""
+    monkeypatch.setitem(KINDS, "positive", positive)
+    choose = {"uniform": strided, "text_guided": about_the_text, "positive": the_positive}[kind]
+    case = CASES[name]
+    model, batch = case.build(), case.batch(FOUR)
+    expected = by_hand(model, case, FOUR, batch, choose)
+    sparsify(model, VTC(kind, keep=KEEP)).begin_step(0)
+    assert_same(backward(model, batch), expected)
+
+
+@EVERY
+def test_outputs_may_take_the_mean_of_the_positions_they_stand_for(name):
+    case, rows = CASES[name], ROWS[MIXED]
+    model, batch = case.build(), case.batch(rows)
+    expected = by_hand(model, case, rows, batch, pooled, positions="mean")
+    sparsify(model, VTC("avgpool2d", keep=KEEP, positions="mean")).begin_step(0)
+    assert_same(backward(model, batch), expected)
+
+
+@EVERY
+def test_every_kind_trains_and_leaves_generation_alone(name):
+    case = CASES[name]
+    model, batch = case.build(), case.batch(FOUR)
+    prompt = {k: v for k, v in case.batch([["big", 5, 6, 7]]).items() if k != "labels"}
+    generate = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": PAD}
+    before = model.eval().generate(**prompt, **generate)
+    model.train()
+    families = [kind for kinds in FAMILIES.values() for kind in kinds]
+    kinds = [kind for kind in families if name in CLASS_TOKEN or not kind.startswith("cls_")]
+    for kind in kinds:
+        with sparsify(model, VTC(kind, keep=KEEP)) as scheme:
+            scheme.begin_step(0)
+            loss, grads = backward(model, batch)
+            assert torch.isfinite(loss) and 0.2 < scheme.metrics()["keep_ratio"] < 0.4, kind
+            assert grads and all(torch.isfinite(grad).all() for grad in grads.values()), kind
+            vision = [grad for key, grad in grads.items() if "vis" in key and grad.ndim > 1]
+            assert any(grad.abs().sum() > 0 for grad in vision), kind
+            after = model.eval().generate(**prompt, **generate)
+            model.train()
+        assert torch.equal(after, before), kind
+
+
+@pytest.mark.parametrize("name", ["llava", "vipllava"])
+def test_the_class_token_attends_most_to_what_is_left(name):
+    case = CASES[name]
+    model, batch = case.build(), case.batch(FOUR)
+    tower = case.build().model.vision_tower
+    tower.set_attn_implementation("eager")
+    attentions = tower(batch["pixel_values"], output_attentions=True).attentions
+    scores = iter(attentions[-2 if name == "llava" else 1].mean(1)[:, 0, 1:])
+
+    def choose(height, width, patches, text):
+        best = next(scores).topk(round(KEEP * len(patches))).indices.sort().values
+        return [([i], i) for i in best.tolist()]
+
+    expected = by_hand(model, case, FOUR, batch, choose)
+    sparsify(model, VTC("cls_topk", keep=KEEP)).begin_step(0)
+    assert_same(backward(model, batch), expected)
+
+
+@pytest.mark.parametrize("name", CLASS_TOKEN)
+@pytest.mark.parametrize("kind", ["cls_topk", "cls_merge"])
+def test_class_attention_is_that_of_the_towers_own_eager_attention(name, kind):
     case = CASES[name]
     model, batch = case.build(), case.batch(ROWS["one image"])
-    scheme = sparsify(model, lds=LDS("layerdrop", rate=0.5, draw="fixed_count", protect_first=1, protect_last=1), seed=1)
+    assert model.config._attn_implementation == "sdpa"
+    scheme = sparsify(model, VTC(kind=kind, keep=KEEP))
     scheme.begin_step(0)
-    (skipped,) = scheme.skipped
-    found = backward(model, batch)
-    unsparsify(model)
-    layer = model.get_submodule(architecture_of(model).language_model).layers[skipped]
-    layer.forward = lambda hidden, *args, **kwargs: hidden
-    assert_same(found, backward(model, batch))
-
-
-@EVERY
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_random_ltd_shows_each_layer_its_tokens_and_passes_the_rest(name, implementation):
-    case = CASES[name]
-    rows = "no image" if name == "qwen3_vl" else "one image"  # it adds features between layers
-    model, batch = case.build(), case.batch(ROWS[rows])
-    model.set_attn_implementation(implementation)
-    language_model = model.get_submodule(architecture_of(model).language_model)
-    scheme = sparsify(model, lds=LDS(policy="random_ltd", rate=0.5))
+    expected = backward(model, batch)
+    model.set_attn_implementation("eager")
     scheme.begin_step(0)
-    length = batch["input_ids"].shape[1]
-    calls = {}
-
-    def record(index, module, args, kwargs, output):
-        calls[index] = args[0], kwargs, output
-
-    for index, layer in enumerate(language_model.layers):
-        layer.register_forward_hook(partial(record, index), with_kwargs=True)
-    model(**batch).loss.backward()
-    seen = [calls[i][0].shape[1] for i in range(4)]
-    assert seen == [length, length - round(length / 2), length - round(length / 2), length]
-    # the second layer by hand: its tokens, found again by value, under the rows and columns of the
-    # mask that they have in the last layer's (the same kind of layer in Gemma 3)
-    hidden, kwargs, _ = calls[1]
-    whole, given = calls[0][2], calls[3][1]
-    for row in range(len(whole)):
-        index = [int((whole[row] == vector).all(1).nonzero()[0, 0]) for vector in hidden[row]]
-        assert index == sorted(index)
-        for mine, full in zip(
-            kwargs["position_embeddings"], given["position_embeddings"], strict=True
-        ):
-            full = full.expand(*full.shape[:-3], len(whole), *full.shape[-2:])
-            assert torch.equal(mine[..., row, :, :], full[..., row, index, :])
-        if given["attention_mask"] is not None:
-            full = given["attention_mask"].expand(len(whole), -1, -1, -1)[row, 0]
-            assert torch.equal(kwargs["attention_mask"][row, 0], full[index][:, index])
+    assert_same(backward(model, batch), expected)
 
 
-@EVERY
-def test_dropbp_changes_no_output_and_cuts_gradients(name):
-    case = CASES[name]
-    model, batch = case.build(), case.batch(ROWS["one image"])
-    plain, _ = backward(model, batch)
-    scheme = sparsify(model, lds=LDS(policy="dropbp", rate=0.5), seed=1)
-    scheme.begin_step(0)
-    (cut,) = scheme.skipped
-    loss, grads = backward(model, batch)
-    torch.testing.assert_close(loss, plain, **CLOSE)
-    prefix = f"{architecture_of(model).language_model}.layers.{cut}."
-    assert not [key for key in grads if key.startswith(prefix)]
-    # the gradient below equals that of a layer whose branch is a constant
-    unsparsify(model)
-    layer = model.get_submodule(architecture_of(model).language_model).layers[cut]
-    real = layer.forward
+@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3", "paligemma", "mistral3", "pixtral"])
+def test_a_tower_without_class_token_is_an_error_at_once(name):
+    with pytest.raises(ValueError, match=r"class token.*another VTC kind"):
+        sparsify(CASES[name].build(), VTC(kind="cls_topk", keep=KEEP))
 
-    def constant(hidden, *args, **kwargs):
-        return hidden + (real(hidden, *args, **kwargs) - hidden).detach()
 
-    layer.forward = constant
-    assert_same((loss, grads), backward(model, batch))
+def test_class_attention_scores_follow_the_tokens_of_tiles():
+    """LLaVA-NeXT cuts padding away and adds newlines; InternVL merges patches: a score must stay
+    with its token. Checked with scores that are the tokens' own places."""
+    case = CASES["llava_next"]
+    model, batch = case.build(), case.batch([["big", 5, 6, 7]])
+    entry = architecture_of(model)
+    tiles = torch.arange(5 * 16, dtype=torch.float64).view(5, 16)
+    found = entry.token_scores(model, batch, tiles)
+    assert len(found) == case.tokens("big")
+    assert found[:16].tolist() == list(range(16))
+    # the whole of 8 x 8 patches lies in 2 x 2 tiles; the picture is 24 x 32, so 6 rows remain
+    whole = tiles[1:].view(2, 2, 4, 4).permute(0, 2, 1, 3).reshape(8, 8)[1:7]
+    rows = found[16:].view(6, 9)
+    assert torch.equal(rows[:, :8], whole)
+
+    case = CASES["internvl"]
+    model = case.build()
+    places = torch.arange(64, dtype=torch.float64).view(1, 64)
+    found = architecture_of(model).token_scores(model, {}, places)
+    expected = F.avg_pool2d(places.view(1, 1, 8, 8), 2).flatten()
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llava_next", "mistral3"])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("kind", ["avgpool2d", "random"])
 def test_packed_samples_give_the_loss_of_samples_on_their_own(name, implementation, kind):
     """Two samples in one row with restarting positions and no mask, as collators for packing make
@@ -309,65 +420,266 @@ def test_packed_samples_give_the_loss_of_samples_on_their_own(name, implementati
     if "image_grid_thw" in apart:
         packed["image_grid_thw"] = apart["image_grid_thw"]
     packed["position_ids"] = positions
-    scheme = sparsify(model, VTC(kind=kind, keep=0.25))
+    scheme = sparsify(model, VTC(kind=kind, keep=KEEP))
     scheme.begin_step(0)
     expected = backward(model, apart)
     scheme.begin_step(0)
     assert_same(backward(model, packed), expected)
 
 
-def test_an_unknown_architecture_is_told_what_an_entry_needs():
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-            vocab_size=8,
-        )
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM \(model_type='llama'\).*grids"):
-        sparsify(model)
+# ---- LDS: what the layers really saw -------------------------------------------------------------
 
 
-def test_class_attention_scores_follow_the_tokens_of_tiles():
-    """LLaVA-NeXT cuts padding away and adds newlines; InternVL merges patches: a score must stay
-    with its token. Checked with scores that are the tokens' own places."""
-    case = CASES["llava_next"]
-    model, batch = case.build(), case.batch([["big", 5, 6, 7]])
-    entry = architecture_of(model)
-    tiles = torch.arange(5 * 16, dtype=torch.float64).view(5, 16)
-    found = entry.token_scores(model, batch, tiles)
-    assert len(found) == case.tokens("big")
-    assert found[:16].tolist() == list(range(16))
-    # the whole of 8 x 8 patches lies in 2 x 2 tiles; the picture is 24 x 32, so 6 rows remain
-    whole = tiles[1:].view(2, 2, 4, 4).permute(0, 2, 1, 3).reshape(8, 8)[1:7]
-    rows = found[16:].view(6, 9)
-    assert torch.equal(rows[:, :8], whole)
+class Watch:
+    """What the decoder layers of a model are called with and return."""
 
-    case = CASES["internvl"]
-    model = case.build()
-    places = torch.arange(64, dtype=torch.float64).view(1, 64)
-    found = architecture_of(model).token_scores(model, {}, places)
-    expected = F.avg_pool2d(places.view(1, 1, 8, 8), 2).flatten()
-    assert torch.equal(found, expected)
+    def __init__(self, model, batch) -> None:
+        """The model is still untouched: `start` is what its first layer gets, [B, T, D]."""
+        self.visual = batch["input_ids"] == IMAGE
+        self.calls: dict[int, tuple] = {}
+        for index, layer in enumerate(decoder_layers(model)):
+            layer.register_forward_hook(partial(self._record, index), with_kwargs=True)
+        model(**batch)
+        self.start = self.calls[0][0].detach()
+        self.calls.clear()
+
+    def _record(self, index, module, args, kwargs, output) -> None:
+        self.calls[index] = args[0].detach(), kwargs, output.detach()
+
+    def rows(self) -> list[list[int]]:
+        """Which rows each layer saw, found again by what they held where text is (between layers
+        Qwen3-VL adds features where images are)."""
+        state, found = list(self.start), []
+        for index in range(LAYERS):
+            seen, _, after = self.calls[index]
+            mine = []
+            for vectors in seen:
+                (row,) = [
+                    r
+                    for r, text in enumerate(~self.visual)
+                    if torch.equal(vectors[text], state[r][text])
+                ]
+                mine.append(row)
+            for row, vectors in zip(mine, after, strict=True):
+                state[row] = vectors
+            found.append(mine)
+        return found
+
+    def tokens(self) -> list[list[list[int]]]:
+        """Which tokens of each row each layer saw, found again by their values."""
+        state, found = self.start.clone(), []
+        for index in range(LAYERS):
+            seen, _, after = self.calls[index]
+            mine = [
+                [int((state[row] == vector).all(1).nonzero()[0, 0]) for vector in vectors]
+                if len(vectors) < len(state[row])
+                else list(range(len(vectors)))
+                for row, vectors in enumerate(seen)
+            ]
+            for row, places in enumerate(mine):
+                state[row, places] = after[row]
+            found.append(mine)
+        return found
 
 
-@pytest.mark.parametrize("name", ["llava", "vipllava", "llava_next", "internvl"])
-@pytest.mark.parametrize("kind", ["cls_topk", "cls_merge"])
-def test_class_attention_kinds_run_without_eager_attention(name, kind):
+def influence_by_hand(before, after, real) -> float:
+    """Mean of 1 - cosine over the real ones of at most 64 evenly spaced tokens of each row."""
+    stride = math.ceil(before.shape[1] / 64)
+    values = [
+        1 - float(x @ y / x.norm() / y.norm())
+        for row in range(len(before))
+        for t, (x, y) in enumerate(zip(before[row], after[row], strict=True))
+        if t % stride == 0 and real[row][t]
+    ]
+    return sum(values) / len(values)
+
+
+@EVERY
+@pytest.mark.parametrize("vtc", [None, VTC("avgpool2d", keep=KEEP)], ids=["all tokens", "vtc"])
+def test_skipped_layers_might_as_well_not_be_there(name, vtc):
+    case = CASES[name]
+    model, batch = case.build(), case.batch(ROWS[MIXED])
+    lds = LDS("sts", rate=0.6, epsilon=0.5)
+    scheme, ever = sparsify(model, vtc, lds, total_steps=8, seed=3), set()
+    choose = pooled if vtc else None
+    for step in (0, 1, 2):
+        scheme.begin_step(step)
+        found, off = backward(model, batch), scheme.skipped
+        ever |= off
+        for layer in off:
+            assert all(p.grad is None for p in decoder_layers(model)[layer].parameters())
+        model.eval()  # the scheme doesn't act
+        assert_same(found, by_hand(model, case, ROWS[MIXED], batch, choose, [off] * 3))
+        model.train()
+    assert ever >= {0, LAYERS - 1}  # none is protected
+
+
+@EVERY
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("draw", ["independent", "fixed_count"])
+def test_each_sample_goes_through_its_own_layers_alone(name, implementation, draw):
+    case = CASES[name]
+    # transformers' own eager attention in double precision is NaN for a token that sees none, as
+    # on the left or in a window of padding
+    rows, side = (FOUR, "left") if implementation == "sdpa" else (ALIKE, "right")
+    model, batch = case.build(), case.batch(rows, side)
+    model.set_attn_implementation(implementation)
+    watch, (_, dense) = Watch(model, batch), backward(model, batch)
+    scheme = sparsify(model, lds=LDS("layerdrop", rate=0.5, unit="samples", draw=draw), seed=4)
+    scheme.begin_step(0)
+    found, seen = backward(model, batch), watch.rows()
+    assert len(set(map(tuple, seen))) > 2 and all(len(rows) for rows in seen)
+    if draw == "fixed_count":
+        assert [len(rows) for rows in seen] == [2] * LAYERS
+    assert scheme.metrics()["skipped"] == [1 - len(rows) / 4 for rows in seen]
+    model.eval()
+    off = [[i for i in range(LAYERS) if row not in seen[i]] for row in range(4)]
+    expected = by_hand(model, case, rows, batch, off=off)
+    model.train()
+    assert found[1].keys() == dense.keys()  # every layer is trained
+    assert_same(found, expected)
+    for checkpointing in CHECKPOINTING:
+        model.activation_checkpointing_enable(checkpointing)
+        scheme.begin_step(0)
+        assert_same(backward(model, batch), expected)
+    unsparsify(model)
+    model.activation_checkpointing_disable()
+    expected = by_hand(model, case, rows, batch, pooled, off)
+    sparsify(model, VTC("avgpool2d", keep=KEEP), scheme.lds, seed=4).begin_step(0)
+    assert_same(backward(model, batch), expected)
+
+
+@EVERY
+@IMPLEMENTATIONS
+def test_random_ltd_shows_each_layer_its_tokens_and_passes_the_rest(name, implementation):
+    case = CASES[name]
+    rows = "no image" if name == "qwen3_vl" else "one image"  # it adds features between layers
+    model, batch = case.build(), case.batch(ROWS[rows])
+    model.set_attn_implementation(implementation)
+    watch = Watch(model, batch)
+    scheme = sparsify(model, lds=LDS(policy="random_ltd", rate=0.5))
+    scheme.begin_step(0)
+    model(**batch).loss.backward()
+    calls, length = watch.calls, batch["input_ids"].shape[1]
+    seen = [calls[i][0].shape[1] for i in range(LAYERS)]
+    assert seen == [length, length - round(length / 2), length - round(length / 2), length]
+    # under the rows and columns of the mask, and with the positions, that its tokens have in the
+    # last layer (the same kind of layer in Gemma 3)
+    kwargs, given = calls[1][1], calls[3][1]
+    for row, index in enumerate(watch.tokens()[1]):
+        assert index == sorted(index)
+        for mine, full in zip(
+            kwargs["position_embeddings"], given["position_embeddings"], strict=True
+        ):
+            full = full.expand(*full.shape[:-3], 2, *full.shape[-2:])
+            assert torch.equal(mine[..., row, :, :], full[..., row, index, :])
+        if given["attention_mask"] is not None:
+            full = given["attention_mask"].expand(2, -1, -1, -1)[row, 0]
+            assert torch.equal(kwargs["attention_mask"][row, 0], full[index][:, index])
+
+
+@EVERY
+def test_dropbp_changes_no_output_and_cuts_attention_and_mlp_apart(name):
     case = CASES[name]
     model, batch = case.build(), case.batch(ROWS["one image"])
-    assert model.config._attn_implementation == "sdpa"
-    scheme = sparsify(model, VTC(kind=kind, keep=0.25))
-    scheme.begin_step(0)
-    loss, grads = backward(model, batch)
-    assert torch.isfinite(loss) and scheme.metrics()["keep_ratio"] < 0.35
-    # the same scores from the tower's own eager attention choose the same tokens
-    model.zero_grad()
-    model.set_attn_implementation("eager")
-    scheme.begin_step(0)
-    assert_same(backward(model, batch), (loss, grads))
+    plain, _ = backward(model, batch)
+    reference, entry = case.build(), architecture_of(model)
+    scheme, ways = sparsify(model, lds=LDS("dropbp", rate=0.4), seed=1), set()
+    for step in (0, 1, 2):
+        scheme.begin_step(step)
+        found = backward(model, batch)
+        torch.testing.assert_close(found[0], plain, **CLOSE)
+        constant = []
+        for index in range(LAYERS):
+            off = scheme.decision.of(index)
+            ways.add(off)
+            for part in ("attention", "mlp"):
+                if f"{part}_backward" in off:
+                    constant.append(getattr(decoder_layers(reference)[index], getattr(entry, part)))
+                    cut = getattr(decoder_layers(model)[index], getattr(entry, part))
+                    assert all(p.grad is None for p in cut.parameters())
+        with detached(constant):
+            expected = backward(reference, batch)
+        assert_same(found, expected)
+        for checkpointing in CHECKPOINTING:
+            model.activation_checkpointing_enable(checkpointing)
+            scheme.begin_step(step)
+            assert_same(backward(model, batch), expected)
+        model.activation_checkpointing_disable()
+    assert {frozenset({"attention_backward"}), frozenset({"mlp_backward"}), frozenset()} <= ways
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3", "paligemma", "mistral3"])
-def test_a_tower_without_class_token_is_an_error_at_once(name):
-    with pytest.raises(ValueError, match=r"class token.*another VTC kind"):
-        sparsify(CASES[name].build(), VTC(kind="cls_topk", keep=0.25))
+@contextmanager
+def detached(modules: list[nn.Module]) -> Iterator[None]:
+    """What the modules return is a constant."""
+
+    def forward(real, *args, **kwargs):
+        output = real(*args, **kwargs)
+        return (output[0].detach(), *output[1:]) if isinstance(output, tuple) else output.detach()
+
+    for module in modules:
+        module.forward = partial(forward, module.forward)
+    yield
+    for module in modules:
+        del module.forward
+
+
+@EVERY
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_influence_is_that_of_what_each_layer_saw(name, unit):
+    case = CASES[name]
+    rows = FOUR
+    if unit == "tokens":  # no two of which are alike: at most one of padding
+        rows = ROWS["no image" if name == "qwen3_vl" else "one image"]
+    model, batch = case.build(), case.batch(rows)
+    watch = Watch(model, batch)
+    lds = LDS("block_influence", rate=0.5, unit=unit, draw="fixed_count")
+    scheme = sparsify(model, lds=lds)
+    scheme.begin_step(0)
+    model(**batch)
+    real = batch["attention_mask"].tolist()
+    expected = []
+    for index, (before, _, after) in watch.calls.items():
+        if unit == "samples":
+            mine = [real[row] for row in watch.rows()[index]]
+        else:
+            mine = [
+                [real[row][t] for t in places] for row, places in enumerate(watch.tokens()[index])
+            ]
+        expected.append(influence_by_hand(before, after, mine))
+    scheme.begin_step(1)
+    assert scheme.skipper.measured.average == pytest.approx(expected, rel=1e-4)
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+
+@EVERY
+def test_forward_backward_generation_save_and_reload(name, tmp_path):
+    case = CASES[name]
+    model, batch = case.build(), case.batch(ROWS[MIXED])
+    keys = list(model.state_dict())
+    prompt = {k: v for k, v in case.batch([["big", 5, 6, 7]]).items() if k != "labels"}
+    generate = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+    lds = LDS("sts", rate=0.6, epsilon=0.5)
+    scheme = sparsify(model, VTC("uniform", keep=KEEP), lds, total_steps=8, seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, run = [], []
+    for step in range(8):
+        scheme.begin_step(step)
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        run.append(scheme.metrics()["layers_run"])
+        assert run[-1] == LAYERS - len(scheme.skipped)
+    assert losses[-1] < losses[0] and sum(run[:4]) < sum(run[4:]) < 4 * LAYERS + 1
+    assert scheme.metrics()["keep_ratio"] < 0.5
+
+    unsparsify(model)
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    reloaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    after = model.eval().generate(**prompt, **generate)
+    assert torch.equal(reloaded.generate(**prompt, **generate), after)

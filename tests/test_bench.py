@@ -1,5 +1,6 @@
 """The timing of variants, and the estimate before anything is trained."""
 
+import copy
 import json
 import os
 import re
@@ -7,15 +8,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
+from tiny import CASES
 
-from sts import estimate
-from sts.bench import REPEATS, bench, rotated
+from sts import LDS, estimate, sparsify
+from sts.bench import REPEATS, bench, rotated, typical_steps
 from sts.config import BenchConfig, Config, StageConfig, load_ablations
+from sts.lds.decision import decide, expected_work
+from sts.settings import VTC
 
 ROOT = Path(__file__).parents[1]
 POINTS = 2
+# skips 3 of 6 layers, then none
+SKIPPING = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count", "dense_tail": 0.5}
 
 
 def config(align: dict | None = None, instruct: dict | None = None, points: int = POINTS) -> Config:
@@ -42,7 +49,7 @@ def result(tmp_path_factory, backbone, prepared, one_core) -> dict:
     variants = {
         "dense": config(),
         "vtc": config(align={"vtc": {"kind": "avgpool2d", "keep": 0.25}}),
-        "lds": config(instruct={"lds": {"policy": "uniform", "rate": 0.75, "anneal": 0.5}}),
+        "lds": config(instruct={"lds": SKIPPING}),
         "short": config(instruct={"steps": 5}),
     }
     out = tmp_path_factory.mktemp("bench") / "main.json"
@@ -84,7 +91,7 @@ def test_flops_are_those_of_the_steps_that_were_timed(result):
     dense, vtc, lds, short = (result["variants"][id] for id in ("dense", "vtc", "lds", "short"))
     assert vtc["flops"]["align"] < 0.8 * dense["flops"]["align"]
     assert vtc["flops"]["instruct"] == dense["flops"]["instruct"]
-    assert lds["instruct"]["layers_run"] == [3, 6]  # skips 3 of 4, then anneals
+    assert lds["instruct"]["layers_run"] == [3, 6]
     assert lds["flops"]["align"] == dense["flops"]["align"]
     assert dense["flops"]["instruct"] * 0.5 < lds["flops"]["instruct"] < dense["flops"]["instruct"]
     assert short["flops"]["instruct"] == pytest.approx(dense["flops"]["instruct"] / 2)
@@ -115,6 +122,60 @@ def test_variants_must_agree_on_the_points(tmp_path, backbone, prepared):
     variants = {"a": config(), "b": config(points=3)}
     with pytest.raises(ValueError, match="must be the same in a, b"):
         bench(variants, [prepared], backbone, tmp_path / "out.json")
+
+
+# ---- which steps are timed --------------------------------------------------------------------
+
+STEPS, CHOSEN, LAYERS = 96, 8, 4
+FALLING = {
+    "layer": LDS("sts", rate=0.6, epsilon=0.5),
+    "constant": LDS("layerdrop", rate=0.5),
+    "backward": LDS("dropbp", rate=0.5, schedule="falling_linear"),
+    "samples": LDS("sts", rate=0.6, unit="samples"),
+    "tokens": LDS("random_ltd", rate=0.5, schedule="falling_cosine"),
+}
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return CASES["llava"].build()
+
+
+def left_out(scheme, step: int) -> float:
+    """Layers that a step leaves out: drawn or, where each micro-batch draws, in the mean."""
+    scheme.begin_step(step)
+    if scheme.lds.unit in ("samples", "tokens"):
+        return sum(scheme.decision.chances)
+    return len(scheme.decision.off) / (2 if scheme.lds.unit == "backward" else 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", FALLING)
+def test_the_timed_steps_leave_out_what_the_whole_stage_does(llava, name, seed):
+    with sparsify(llava, lds=FALLING[name], total_steps=STEPS, seed=seed) as scheme:
+        chosen = typical_steps(scheme, STEPS, CHOSEN)
+        every = [left_out(scheme, step) for step in range(STEPS)]
+    assert [step * CHOSEN // STEPS for step in chosen] == list(range(CHOSEN))  # one in each part
+    assert abs(fmean(every[step] for step in chosen) - fmean(every)) <= 0.5 / CHOSEN + 1e-9
+    assert max(every) > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "points", "middles"),
+    [(96, 8, [6, 18, 30, 42, 54, 66, 78, 90]), (10, 2, [2, 7]), (3, 1, [1]), (2, 4, [0, 0, 1, 1])],
+)
+@pytest.mark.parametrize("vtc", [VTC(), VTC("uniform", keep=0.25, schedule="falling_linear")])
+def test_where_no_layer_is_skipped_the_middles_are_timed(llava, vtc, steps, points, middles):
+    with sparsify(llava, vtc, total_steps=steps) as scheme:
+        assert typical_steps(scheme, steps, points) == middles
+
+
+def test_choosing_steps_changes_no_measurement(llava):
+    lds = LDS("block_influence", rate=0.4)
+    with sparsify(llava, lds=lds, total_steps=STEPS) as scheme:
+        before = copy.deepcopy(scheme.skipper.measured.state_dict())
+        typical_steps(scheme, STEPS, CHOSEN)
+        assert scheme.skipper.measured.state_dict() == before
 
 
 def test_rotation():
@@ -156,6 +217,56 @@ def test_flops_follow_what_a_run_leaves_out(smoke):
     assert runs["sts"] == {"align": runs["vtc"]["align"], "instruct": runs["lds"]["instruct"]}
 
 
+EXPECTED = {
+    "layer": LDS("sts", rate=0.6, epsilon=0.5),
+    "layer, fixed count": LDS("layerdrop", rate=0.3, draw="fixed_count", protect_last=1),
+    "backward": LDS("dropbp", rate=0.5, schedule="rising_linear"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_expected_work_is_the_mean_of_many_decisions(name):
+    lds, layers, draws = EXPECTED[name], 8, 4000
+    for t in (0.0, 0.5):
+        drawn = [decide(lds, layers, t, seed=1, step=step) for step in range(draws)]
+        shares = ("attention_backward", "mlp_backward") if name == "backward" else ("rows",)
+        for layer, expected in enumerate(expected_work(lds, layers, t)):
+            for share in shares:
+                mean = 1 - fmean((layer, share) in decision.off for decision in drawn)
+                assert mean == pytest.approx(expected.get(share, 1.0), abs=0.03)
+
+
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_expected_work_is_the_mean_of_what_was_realised(llava, unit):
+    """Of the units that each micro-batch draws anew: many forwards of a real model."""
+    draws = {"draw": "fixed_count"} if unit == "tokens" else {}
+    lds = LDS("layerdrop", rate=0.5, depth="linear", unit=unit, **draws)
+    batch = CASES["llava"].batch([["big", 5, 6, 7]] * 6)
+    share = {"samples": "rows", "tokens": "tokens"}[unit]
+    with sparsify(llava, lds=lds, seed=2) as scheme:
+        seen = []
+        for step in range(60):
+            scheme.begin_step(step)
+            llava(**batch)
+            seen.append([one.get(share, 1.0) for one in scheme.metrics()["work"]])
+    expected = [one.get(share, 1.0) for one in expected_work(lds, LAYERS, 0.0)]
+    means = [fmean(layer) for layer in zip(*seen, strict=True)]
+    assert means == pytest.approx(expected, abs=0.08)
+
+
+def test_flops_of_a_stage_are_the_mean_over_what_it_skips(smoke):
+    """The paper's schedule: a third of alpha over the stage, of the decoder's layers."""
+    shape = estimate.cost.shape_of(estimate.model_config(Config()))
+    block = StageConfig(steps=300)
+    lean = block.model_copy(update={"lds": LDS("sts", rate=0.6, epsilon=0.5)})
+    third = block.model_copy(update={"lds": LDS("layerdrop", rate=0.2)})
+    skipped, alike, dense = (
+        estimate.stage_flops(shape, "instruct", one) for one in (lean, third, block)
+    )
+    assert skipped == pytest.approx(alike, rel=1e-3)
+    assert skipped < dense
+
+
 def test_json_is_what_is_returned(capsys, monkeypatch):
     monkeypatch.setattr(
         estimate, "calibrate", lambda *_: ({"align": 1e9, "instruct": 1e9}, "a test")
@@ -181,7 +292,7 @@ def test_a_model_of_unknown_size_is_named():
 
 
 def test_runs_that_share_a_stage_train_it_once():
-    sparse = config(instruct={"lds": {"policy": "uniform", "rate": 0.5}})
+    sparse = config(instruct={"lds": {"policy": "layerdrop", "rate": 0.5}})
     stages = [stage for stage, _ in estimate.unique_trainings({"dense": config(), "lds": sparse})]
     assert stages.count("align") == 3  # seeds
     assert stages.count("instruct") == 6

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sts.__main__ import main, parser
+from sts.config import load_ablations, load_scale, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
@@ -43,7 +44,26 @@ def test_help_needs_no_heavy_import():
 
 def test_config_prints_an_ablation_with_its_values_in_place(capsys):
     assert main(["config", "--ablation", "vtc"]) == 0
-    assert "kind: avgpool2d" in capsys.readouterr().out
+    assert "kind: uniform" in capsys.readouterr().out
+
+
+def test_config_prints_the_papers_formula_with_its_values_and_reads_back(tmp_path, capsys):
+    assert main(["config", "--ablation", "sts"]) == 0
+    said = capsys.readouterr().out
+    (formula,) = [line for line in said.splitlines() if line.startswith("#")]
+    assert formula == (
+        "# instruct.lds, t = share of the stage done: p_l(t) = 0.6 * (1 - t)^2 * "
+        "(1 + 0.5 (2 l - 7) / 7), l = 0 .. 7; t in steps; draw: independent; unit: layer"
+    )
+    (tmp_path / "printed.yaml").write_text(said)
+    mine = load_scale(ROOT / "workflow/config/mini.yaml")
+    sts = load_ablations(ROOT / "workflow/ablations.yaml")["sts"]
+    assert load_scale(tmp_path / "printed.yaml") == resolve(mine, sts)
+
+
+def test_config_prints_no_formula_where_nothing_is_skipped(capsys):
+    assert main(["config", "--ablation", "vtc"]) == 0
+    assert "#" not in capsys.readouterr().out
 
 
 def test_a_wrong_value_ends_a_verb_with_one_line(tmp_path, capsys):

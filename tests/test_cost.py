@@ -16,6 +16,8 @@ from transformers import (
 
 from sts import LDS, VTC, sparsify
 from sts.cost import flop_parts, parameters, peak_memory, shape_of, step_flops
+from sts.lds.decision import Decision
+from sts.lds.units import without_backward
 
 SHAPES = {
     "wide": {
@@ -47,13 +49,14 @@ SHAPES = {
     },
 }
 BATCH, TEXT, ANSWERS = 3, 10, 4
-LAST_HALF = LDS(policy="uniform", rate=0.5)
 SETTINGS = {
     "dense": {},
     "vtc": {"vtc": VTC(kind="avgpool2d", keep=0.25)},
-    "lds": {"lds": LAST_HALF},
-    "dropbp": {"lds": LDS(policy="dropbp", rate=0.5)},
-    "random_ltd": {"lds": LDS(policy="random_ltd", rate=0.5)},
+    "vtc and lds": {"vtc": VTC("uniform", keep=0.5), "lds": LDS("sts", rate=0.6, epsilon=0.5)},
+    "layer": {"lds": LDS("layerdrop", rate=0.5, draw="fixed_count")},
+    "samples": {"lds": LDS("layerskip", rate=0.9, depth="linear")},
+    "tokens": {"lds": LDS("random_ltd", rate=0.5)},
+    "backward": {"lds": LDS("dropbp", rate=0.5)},
 }
 
 
@@ -102,7 +105,7 @@ def batch_for(model):
 
 
 def sparse(model, setting):
-    scheme = sparsify(model, **SETTINGS[setting])
+    scheme = sparsify(model, **SETTINGS[setting], total_steps=10)
     scheme.begin_step(0)
     return scheme
 
@@ -113,12 +116,8 @@ def settings_of(metrics, stage):
         "visual_tokens": metrics["visual_tokens"],
         "text_tokens": metrics["tokens"] - metrics["visual_tokens"],
         "answer_tokens": metrics["answer_tokens"],
-        "layers_run": metrics["layers_run"],
         "stage": stage,
     }
-
-
-WORK = ("forward_only", "thinned_layers", "thinned_tokens")
 
 
 # On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
@@ -132,8 +131,9 @@ FUSED_ON_CPU = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("attention", "checkpointing"), [("sdpa", False), ("sdpa", True), ("eager", False)]
+)
 @pytest.mark.parametrize("setting", sorted(SETTINGS))
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 @pytest.mark.parametrize("name", sorted(SHAPES))
@@ -149,32 +149,86 @@ def test_flops_agree_with_torch_within_one_percent(name, stage, setting, attenti
     expected = step_flops(
         shape_of(model.config),
         **settings_of(metrics, stage),
-        **{name: metrics[name] for name in WORK},
+        work=metrics["work"],
         checkpointing=checkpointing,
         fused_attention=attention == "sdpa",
     )
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+SUBLAYERS = ("attention_backward", "mlp_backward")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("off", [*[(one,) for one in SUBLAYERS], SUBLAYERS])
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_the_backward_of_attention_and_of_mlp_is_counted_apart(stage, off, checkpointing):
+    """Off in every second layer. A layer with no backward at all is not computed again either."""
+    model = build("wide", stage=stage)
+    if checkpointing:
+        model.model.language_model.activation_checkpointing_enable()
+    scheme = sparsify(model, lds=LDS("dropbp", rate=0.5))
+    scheme.begin_step(0)
+    skipper = scheme.skipper
+    skipper.let_go()
+    pieces = frozenset((layer, share) for layer in (0, 2, 4) for share in off)
+    skipper.decision = Decision(scheme.decision.chances, pieces)
+    for layer in (0, 2, 4):
+        without_backward(skipper.layers[layer], skipper._part(layer))
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
+        model(**batch_for(model)).loss.backward()
+    metrics = scheme.metrics()
+    assert metrics["work"] == [dict.fromkeys(off, 0.0), {}] * 3
+    shape = shape_of(model.config)
+    given = settings_of(metrics, stage) | {"checkpointing": checkpointing}
+    found = step_flops(shape, **given, work=metrics["work"])
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
+    if len(off) == 1:  # so that the two are not to be confused
+        other = [dict.fromkeys(set(SUBLAYERS) - set(off), 0.0), {}] * 3
+        assert step_flops(shape, **given, work=other) != pytest.approx(found, rel=0.03)
+
+
+def test_samples_that_a_layer_leaves_out_are_its_whole_saving():
+    """Half the samples through every layer: the decoder's half, by torch's count and by ours."""
+    model = build("deep")
+    scheme = sparsify(model, lds=LDS("layerdrop", rate=2 / 3, unit="samples", draw="fixed_count"))
+    scheme.begin_step(0)
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
+        model(**batch_for(model)).loss.backward()
+    metrics = scheme.metrics()
+    assert metrics["work"] == [{"rows": pytest.approx(1 / 3)}] * 12
+    given, shape = settings_of(metrics, "instruct"), shape_of(model.config)
+    parts = flop_parts(shape, **given, work=metrics["work"])
+    assert sum(parts.values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert parts["decoder"] == pytest.approx(flop_parts(shape, **given)["decoder"] / 3)
+
+
+DENSE = {
+    "batch": 2,
+    "visual_tokens": 36,
+    "text_tokens": 12,
+    "answer_tokens": 2,
+    "stage": "instruct",
+}
+
+
 def test_vtc_and_lds_save_what_they_leave_out():
     shape = shape_of(build("wide").config)
-    dense = {
-        "batch": 2,
-        "visual_tokens": 36,
-        "text_tokens": 12,
-        "answer_tokens": 2,
-        "layers_run": 6,
-        "stage": "instruct",
-    }
-    parts, half = flop_parts(shape, **dense), flop_parts(shape, **dense | {"layers_run": 3})
-    assert half["decoder"] == parts["decoder"] / 2
+    work = [{"rows": 0.0}, {}] * 3
+    parts, half = flop_parts(shape, **DENSE), flop_parts(shape, **DENSE, work=work)
+    assert half["decoder"] == pytest.approx(parts["decoder"] / 2)
     assert {k: half[k] for k in ("vision", "projector", "head")} == {
         k: parts[k] for k in ("vision", "projector", "head")
     }
-    assert flop_parts(shape, **dense | {"visual_tokens": 9})["decoder"] < parts["decoder"] / 2
-    text = flop_parts(shape, **dense | {"visual_tokens": 0})
+    assert flop_parts(shape, **DENSE | {"visual_tokens": 9})["decoder"] < parts["decoder"] / 2
+    text = flop_parts(shape, **DENSE | {"visual_tokens": 0})
     assert text["vision"] == text["projector"] == 0
-    assert flop_parts(shape, **dense | {"images": 1})["vision"] == parts["vision"] / 2
+    assert flop_parts(shape, **DENSE | {"images": 1})["vision"] == parts["vision"] / 2
+
+
+def test_work_of_another_number_of_layers_is_an_error():
+    with pytest.raises(ValueError, match="work of 5 layers: the shape has 6"):
+        flop_parts(shape_of(build("wide").config), **DENSE, work=[{}] * 5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -197,7 +251,7 @@ def test_parameters_are_those_of_the_model(name, tied):
     }
 
 
-@pytest.mark.parametrize("setting", ["dense", "lds", "vtc"])
+@pytest.mark.parametrize("setting", ["dense", "layer", "vtc"])
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 @pytest.mark.parametrize("name", ["long", "wide"])
 def test_activation_estimate_is_near_what_autograd_stores(name, stage, setting):
@@ -214,16 +268,15 @@ def test_activation_estimate_is_near_what_autograd_stores(name, stage, setting):
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch_for(model))
-    memory = peak_memory(shape_of(model.config), **settings_of(scheme.metrics(), stage))
+    metrics = scheme.metrics()
+    settings = settings_of(metrics, stage) | {"layers_run": metrics["layers_run"]}
+    memory = peak_memory(shape_of(model.config), **settings)
     total = sum(size for size, _ in stored.values())
     assert 0.7 < memory["activations"] / total < 1.3
 
 
 def test_checkpointing_and_freezing_need_less_memory():
-    shape = shape_of(build("wide").config)
-    settings = settings_of(
-        {"visual_tokens": 36, "tokens": 46, "answer_tokens": 4, "layers_run": 6}, "instruct"
-    )
+    shape, settings = shape_of(build("wide").config), DENSE | {"layers_run": 6}
     full = peak_memory(shape, **settings)
     assert peak_memory(shape, **settings, checkpointing=True)["activations"] < full["activations"]
     align = peak_memory(shape, **settings | {"stage": "align"})
@@ -232,13 +285,10 @@ def test_checkpointing_and_freezing_need_less_memory():
     assert align["weights"] == full["weights"]
 
 
-def test_unknown_stage_is_an_error():
-    settings = settings_of(
-        {"visual_tokens": 1, "tokens": 2, "answer_tokens": 1, "layers_run": 1}, "tune"
-    )
-    for function in (step_flops, peak_memory):
-        with pytest.raises(ValueError, match=r"stage='tune'.*align, instruct"):
-            function(shape_of(build("long").config), **settings)
+@pytest.mark.parametrize(("function", "more"), [(step_flops, {}), (peak_memory, {"layers_run": 1})])
+def test_unknown_stage_is_an_error(function, more):
+    with pytest.raises(ValueError, match=r"stage='tune'.*align, instruct"):
+        function(shape_of(build("long").config), **DENSE | {"stage": "tune"} | more)
 
 
 def test_needs_no_torch():

@@ -1,12 +1,19 @@
 """Figures from small result files: whole, the same every time, and clear about what is missing."""
 
+import io
 import json
+import random
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.contour import ContourSet
 from PIL import Image
 
 from sts import figures
+from sts.vtc import KINDS
 
 IDS = ["dense", "sts"]
 LAYERS, STEPS = 4, 20
@@ -18,9 +25,16 @@ def write(path, value):
 
 
 def row(id, stage, step):
-    skipped = [1 + step % 2] if (id, stage) == ("sts", "instruct") else []
-    loss = 3 / (step + 1)
-    return {"step": step, "loss": loss, "layers_run": LAYERS - len(skipped), "skipped": skipped}
+    """sts skips layer 1 or 2 in turn, half of the stage each; with what its formula asks."""
+    on = (id, stage) == ("sts", "instruct")
+    skipped = [float(on and layer == 1 + step % 2) for layer in range(LAYERS)]
+    return {
+        "step": step,
+        "loss": 3 / (step + 1),
+        "layers_run": LAYERS - sum(skipped),
+        "skipped": skipped,
+        "asked": [0.5 * on * (layer in (1, 2)) for layer in range(LAYERS)],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +96,105 @@ def test_layers_shows_the_layers_run_and_the_skips_of_each_layer(results, prepar
     assert list(heat.images[0].get_array().mean(axis=1)) == [0, 0.5, 0.5, 0]
 
 
+def history(asked, skipped):
+    """A row for each step; asked, skipped [steps, layers]."""
+    return [
+        {"asked": a, "skipped": s, "layers_run": LAYERS - sum(s)}
+        for a, s in zip(asked, skipped, strict=True)
+    ]
+
+
+def falling(steps=100, seed=0, layers=LAYERS):
+    """What the paper's formula asks and a draw that follows it, to exactly 0 at the last step."""
+    draw = random.Random(seed)
+    asked = [
+        [0.6 * (1 - step / (steps - 1)) ** 2 * (0.5 + layer / layers) for layer in range(layers)]
+        for step in range(steps)
+    ]
+    return history(asked, [[float(draw.random() < p) for p in row] for row in asked])
+
+
+def test_by_layer_is_the_mean_over_runs_and_over_the_steps_of_a_bin():
+    runs = [falling(103, seed) for seed in (0, 1)]  # no multiple of the bins
+    for key in ("asked", "skipped"):
+        found = figures._by_layer(runs, key, 101)
+        edges, start = [], 0  # the first bins have one step more
+        for bin in range(figures.BINS):
+            end = start + 101 // figures.BINS + (bin < 101 % figures.BINS)
+            edges.append((start, end))
+            start = end
+        assert (found.shape, end) == ((LAYERS, figures.BINS), 101)
+        for layer in range(LAYERS):
+            for bin, (start, end) in enumerate(edges):
+                values = [run[step][key][layer] for run in runs for step in range(start, end)]
+                assert found[layer, bin] == pytest.approx(sum(values) / len(values))
+
+
+def heat_of(runs, monkeypatch):
+    """The map of `layers` over made-up histories, drawn as it is to a file."""
+    monkeypatch.setattr(figures, "_histories", lambda *_: runs)
+    with plt.rc_context(figures.STYLE):
+        drawn = figures.layers(Path("results"), {"sts": "STS"}, Path("data"))
+        svg = io.BytesIO()
+        drawn.savefig(svg, format="svg", metadata={"Date": None})
+    return drawn.axes[1], svg.getvalue()
+
+
+def test_layers_shows_a_skipping_that_falls_to_zero_with_the_chances_as_lines(monkeypatch):
+    runs = [falling(seed=seed) for seed in range(20)]
+    heat, svg = heat_of(runs, monkeypatch)
+    shown = heat.images[0].get_array()
+    assert shown[:, 0].mean() > 0.3
+    assert shown[:, -1].max() == 0
+    asked = figures._by_layer(runs, "asked", 100)
+    assert abs(shown - asked).max() < 0.35  # 40 draws or more a cell
+    (lines,) = [c for c in heat.collections if isinstance(c, ContourSet)]
+    assert list(lines.levels) == [p for p in figures.ASKED if asked.min() < p < asked.max()]
+    assert len(lines.levels) > 1
+    assert svg == heat_of([falling(seed=seed) for seed in range(20)], monkeypatch)[1]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("asked", "steps"),
+    [
+        ([0.5] * LAYERS, 50),  # one chance: no line
+        ([0.0, 0.5, 0.5, 0.5], 50),  # a protected layer: lines across
+        ([0.2, 0.22, 0.24, 0.26], 50),  # no level among them
+        ([0.2, 0.4, 0.6, 0.8], 1),  # one column
+    ],
+)
+def test_layers_draws_chances_that_stay_as_they_are(monkeypatch, asked, steps):
+    skipped = [[float((step + layer) % 2) for layer in range(LAYERS)] for step in range(steps)]
+    heat, _ = heat_of([history([asked] * steps, skipped)], monkeypatch)
+    drawn = [c for c in heat.collections if isinstance(c, ContourSet)]
+    assert bool(drawn) == (asked[0] == 0)
+    assert heat.images[0].get_array().shape == (LAYERS, min(steps, figures.BINS))
+
+
 def test_layers_without_any_skip_is_an_error(results, prepared, tmp_path):
     with pytest.raises(ValueError, match="none of dense skips layers"):
         draw("layers", results, tmp_path / "x", prepared, ids=["dense"])
 
 
-def test_tokens_shows_every_compressor(results, prepared):
-    from sts.compressor import COMPRESSORS
+def with_weights(monkeypatch):
+    class Learned(torch.nn.Module):
+        def __init__(self, dim):
+            super().__init__()
 
+        def forward(self, tokens, keep): ...
+
+    monkeypatch.setitem(KINDS, "learned", Learned)
+
+
+def test_tokens_shows_every_compressor_that_needs_no_text_and_no_training(
+    results, prepared, monkeypatch
+):
+    with_weights(monkeypatch)
     drawn = figures.tokens(results, {"dense": "Dense"}, prepared)
     titles = [axes.get_title() for axes in drawn.axes]
-    assert [title.split(":")[0] for title in titles] == list(COMPRESSORS)
+    left_out = {"text_guided", "text_guided_max", "learned"}
+    assert [title.split(":")[0] for title in titles] == [k for k in KINDS if k not in left_out]
     assert titles[0].endswith("16 tokens")
     assert titles[1].endswith(" 4 tokens")
 

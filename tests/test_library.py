@@ -11,12 +11,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import CASES
-from transformers import Trainer, TrainingArguments, default_data_collator
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
+from sts.lds import DEPTHS, Depth
+from sts.scheme import Scheme
+from sts.vtc import KINDS, Outputs
+from sts.vtc.sampling import uniform
 
 ROOT = Path(__file__).parent.parent
-VISUAL, NEED = VTC(kind="avgpool2d", keep=0.25), LDS(policy="need", rate=0.5, ema=0.5)
+VISUAL = VTC("uniform", keep=0.25)
+PAPER = LDS("sts", rate=0.6, epsilon=0.5)
+MEASURED = LDS("block_influence", rate=0.5, ema=0.5)
+HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
 ROWS = [["big", 5, 6, 7, 8], ["big", 9, 10, 11, 12]]
 
 
@@ -55,7 +63,10 @@ def model_folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ["own_loop", "trainer"])
 def test_examples_run(name, model_folder, tmp_path):
     example = ROOT / "examples" / f"{name}.py"
-    assert len(example.read_text().splitlines()) < 35
+    text = example.read_text()
+    assert len(text.splitlines()) < 35
+    for setting in ('VTC("uniform", keep=0.25)', 'LDS("sts", rate=0.6, epsilon=0.5)'):
+        assert setting in text  # the paper's scheme
     done = subprocess.run(
         [sys.executable, str(example), str(model_folder), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -79,17 +90,16 @@ def test_context_manager_gives_the_model_back_even_after_an_error():
     assert "forward" not in vars(model)
 
 
-def trainer_for(folder: Path, lds: LDS, **settings) -> Trainer:
+def trainer_for(folder: Path, lds: LDS, vtc: VTC = VISUAL, **settings) -> Trainer:
     model, batch = tiny("smolvlm")  # a Trainer of transformers 5.23 can't resume a LLaVA: it looks
     # for the weights under other names than it saved them under
     samples = [{name: value[i] for name, value in batch.items()} for i in (0, 1)] * 9
-    callback = SparseCallback(model, VISUAL, lds, seed=5)
+    callback = SparseCallback(model, vtc, lds, seed=5)
+    settings = {"max_steps": 6, "save_steps": 3} | settings
     arguments = TrainingArguments(
         str(folder),
-        max_steps=6,
         per_device_train_batch_size=2,
         learning_rate=1e-3,
-        save_steps=3,
         logging_steps=1,
         report_to="none",
         disable_tqdm=True,
@@ -101,32 +111,129 @@ def trainer_for(folder: Path, lds: LDS, **settings) -> Trainer:
     )
 
 
-@pytest.mark.parametrize("lds", [NEED, LDS(policy="linear", rate=0.5, schedule="linear")])
-def test_a_resumed_trainer_goes_on_as_if_it_had_not_stopped(lds, tmp_path):
-    whole = trainer_for(tmp_path / "whole", lds)
+def scheme_of(trainer: Trainer) -> Scheme:
+    callbacks = trainer.callback_handler.callbacks
+    (callback,) = [c for c in callbacks if isinstance(c, SparseCallback)]
+    return callback.scheme
+
+
+class Steps(TrainerCallback):
+    """What the scheme says at the end of each optimizer step."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme, self.found = scheme, []
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.found.append(self.scheme.metrics() | {"off": self.scheme.skipped})
+
+
+def steps_of(trainer: Trainer) -> list[dict]:
+    steps = Steps(scheme_of(trainer))
+    trainer.add_callback(steps)
+    trainer.train()
+    return steps.found
+
+
+def resumed_like_the_whole(folder: Path, lds: LDS, vtc: VTC = VISUAL) -> Trainer:
+    whole = trainer_for(folder / "whole", lds, vtc)
     whole.train()
-    again = trainer_for(tmp_path / "again", lds)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    again = trainer_for(folder / "again", lds, vtc)
+    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-3"))
     for (name, expected), found in zip(
         whole.model.state_dict().items(), again.model.state_dict().values(), strict=True
     ):
         assert torch.equal(found, expected), name
+    assert "forward" not in vars(whole.model)  # given back at the end
+    return whole
+
+
+@pytest.mark.parametrize(
+    "lds",
+    [
+        MEASURED,
+        PAPER,
+        LDS("layerskip", rate=0.9, schedule="rising_linear"),
+        LDS("random_ltd", rate=0.5),
+        LDS("dropbp", rate=0.5),
+    ],
+    ids=lambda lds: lds.policy,
+)
+def test_a_resumed_trainer_goes_on_as_if_it_had_not_stopped(lds, tmp_path):
+    whole = resumed_like_the_whole(tmp_path, lds)
     logged = [row for row in whole.state.log_history if "sts_keep_ratio" in row]
     assert len(logged) == 6 and {row["sts_keep_ratio"] for row in logged} == {0.25}
-    assert "forward" not in vars(whole.model)  # given back at the end
+
+
+class Scaling(nn.Module):
+    """A VTC kind with weights of its own."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, tokens, keep, *, grid):
+        outputs = uniform(tokens, keep, grid=grid)
+        return Outputs(outputs.positions, outputs.apply, outputs.apply(tokens) * self.scale)
+
+
+def test_a_resumed_trainer_goes_on_with_the_weights_of_a_kind(monkeypatch, tmp_path):
+    monkeypatch.setitem(KINDS, "scaling", Scaling)
+    resumed_like_the_whole(tmp_path, PAPER, VTC("scaling", keep=0.25))
+
+
+def test_in_a_trainer_the_stage_is_as_long_as_its_training(tmp_path):
+    trainer = trainer_for(tmp_path, PAPER, max_steps=8, save_strategy="no")
+    ran = [0] * 4
+    for index, layer in enumerate(trainer.model.model.text_model.layers):
+        layer.register_forward_pre_hook(lambda *_, i=index: ran.__setitem__(i, ran[i] + 1))
+    found = steps_of(trainer)
+    assert len(found) == 8
+    for step, metrics in enumerate(found):
+        t = step / 8
+        expected = [0.6 * (1 - t) ** 2 * (1 + 0.5 * (2 * i - 3) / 3) for i in range(4)]
+        assert metrics["asked"] == pytest.approx(expected)
+        assert metrics["layers_run"] == 4 - len(metrics["off"])
+        assert metrics["skipped"] == [float(i in metrics["off"]) for i in range(4)]
+    assert [8 - n for n in ran] == [sum(i in one["off"] for one in found) for i in range(4)]
+    assert sum(ran) < 8 * 4
+    logged = [row["sts_layers_run"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == [one["layers_run"] for one in found]
+
+
+def test_in_a_trainer_the_clock_may_go_by_epochs(tmp_path):
+    lds = LDS("sts", rate=0.6, clock="epochs")  # 9 batches an epoch are 5 steps, the last a half
+    settings = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
+    found = steps_of(trainer_for(tmp_path, lds, save_strategy="no", **settings))
+    asked = [one["asked"][0] for one in found]
+    assert asked == pytest.approx([0.6 * (1 - step // 5 / 3) ** 2 for step in range(15)])
 
 
 def test_a_trainer_accumulates_under_one_decision(tmp_path):
-    trainer = trainer_for(tmp_path, LDS(policy="uniform", rate=0.5), gradient_accumulation_steps=3)
-    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, SparseCallback)]
-    scheme, seen = callback.scheme, []
+    trainer = trainer_for(tmp_path, HALF, gradient_accumulation_steps=3)
+    scheme, seen = scheme_of(trainer), []
     layers = trainer.model.model.text_model.layers
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, i=index: seen.append((scheme.step, i)))
     trainer.train()
     for step in range(6):
         ran = [i for at, i in seen if at == step]
-        assert len(ran) == 3 * len(set(ran)) and len(set(ran)) == 3
+        assert len(ran) == 3 * len(set(ran)) and len(set(ran)) == 2
+
+
+def test_a_trainer_shows_gradients_to_a_policy_that_looks_at_them(tmp_path, monkeypatch):
+    looked = []
+
+    def of_gradients(layer):
+        looked.append(all(p.grad is not None for p in layer.parameters()))
+        return torch.tensor([float(len(looked)), 1.0])
+
+    depth = Depth(lambda layers, lds, measured: [1.0] * layers, "1", of_gradients=of_gradients)
+    monkeypatch.setitem(DEPTHS, "gradient", depth)
+    trainer = trainer_for(
+        tmp_path, LDS("layerdrop", rate=0.5, depth="gradient", draw="fixed_count")
+    )
+    trainer.train()  # without after_backward the second step would be an error
+    assert looked == [True] * 2 * 6  # of the two layers that ran, in each of six steps
 
 
 @pytest.mark.parametrize("first", ["sparsify", "peft"])
@@ -135,11 +242,11 @@ def test_lora_on_top(first):
     lora = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj)")
     reference = copy.deepcopy(model)
     if first == "sparsify":
-        scheme = sparsify(model, VISUAL, LDS(policy="uniform", rate=0.5))
+        scheme = sparsify(model, VISUAL, HALF)
         wrapped = get_peft_model(model, lora)
     else:
         wrapped = get_peft_model(model, lora)
-        scheme = sparsify(wrapped.get_base_model(), VISUAL, LDS(policy="uniform", rate=0.5))
+        scheme = sparsify(wrapped.get_base_model(), VISUAL, HALF)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
     wrapped.train()
     for step in range(4):
@@ -158,35 +265,44 @@ def test_lora_on_top(first):
         sparsify(get_peft_model(tiny()[0], lora))
 
 
-@pytest.mark.parametrize("compiled", ["layers", "whole"])
-def test_compiled_models_train_alike(compiled):
+@pytest.mark.parametrize(
+    ("compiled", "lds"),
+    [
+        ("layers", HALF),
+        ("layers", LDS("layerskip", rate=0.9)),
+        ("layers", LDS("random_ltd", rate=0.5)),
+        ("layers", LDS("dropbp", rate=0.5)),
+        pytest.param("whole", HALF, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_models_train_alike(compiled, lds):
     """A whole model compiles in pieces (the scheme breaks the graph), so compile its layers."""
 
-    def losses(compiled: str | None) -> list[float]:
+    def gradients(compiled: str | None) -> list[list[float]]:
+        torch.compiler.reset()
         model, batch = tiny()
-        scheme, found = sparsify(model, VISUAL, LDS(policy="uniform", rate=0.5)), []
+        scheme, found = sparsify(model, VISUAL, lds, seed=2), []
         runner = torch.compile(model, backend="aot_eager") if compiled == "whole" else model
+        layers = model.model.language_model.layers
         if compiled == "layers":
-            for layer in model.model.language_model.layers:
+            for layer in layers:
                 layer.compile(backend="aot_eager")
         for step in range(3):
             scheme.begin_step(step)
-            loss = runner(**batch).loss
-            loss.backward()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.grad is not None:
-                        parameter -= 0.01 * parameter.grad
+            runner(**batch).loss.backward()
+            found.append([p.grad is None or p.grad.norm().item() for p in layers.parameters()])
             model.zero_grad()
-            found.append(loss.item())
         return found
 
-    assert losses(compiled) == pytest.approx(losses(None), rel=1e-4)
+    for step, (found, expected) in enumerate(
+        zip(gradients(compiled), gradients(None), strict=True)
+    ):
+        assert found == pytest.approx(expected, rel=1e-4), step
 
 
 def test_a_pickled_model_keeps_its_scheme():
     model, batch = tiny()
-    sparsify(model, VISUAL, LDS(policy="uniform", rate=0.5)).begin_step(2)
+    sparsify(model, VISUAL, HALF).begin_step(2)
     twin = pickle.loads(pickle.dumps(model))  # as torch.save(model) does
     assert torch.equal(twin(**batch).loss, model(**batch).loss)
     unsparsify(twin)

@@ -152,6 +152,19 @@ def test_fingerprint_names_the_file_that_is_not_python(tmp_path):
     assert caught.value.filename.endswith("code.py")
 
 
+def test_missing_packages_are_those_that_a_module_cannot_be_loaded_without(tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "a.py").write_text(
+        "import json, no_such.part as part\nimport pytest\nimport mine.inner\n"
+        "from . import nothing\nfrom .nowhere import nothing\n"
+        "def f():\n    import needed_now_and_then\n"
+    )
+    (folder / "inner/b.py").write_text("from other_that_is_not.here import x\nfrom mine import a\n")
+    assert provenance.missing_packages(folder) == ["no_such", "other_that_is_not"]
+    assert provenance.missing_packages() == []  # of the package itself
+
+
 def test_json_is_written_the_same_and_whole(tmp_path):
     path = tmp_path / "new" / "x.json"
     provenance.write_json_atomic(path, {"b": 1, "a": [1.5, None]})

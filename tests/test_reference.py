@@ -33,7 +33,8 @@ def test_the_readme_quotes_the_reference_table():
 def test_a_reference_table_follows_from_the_reference_runs(folder, name, tmp_path):
     entries = load_ablations(ROOT / "workflow/ablations.yaml").items()
     labels = {id: entry.label for id, entry in entries if name in entry.groups}
-    tables.table(name, folder, list(labels), tmp_path / name, labels)
+    sources = {id: entry.source for id, entry in entries if name in entry.groups}
+    tables.table(name, folder, list(labels), tmp_path / name, labels, sources=sources)
     assert rows(tmp_path / f"{name}.md") == rows(folder / f"tables/{name}.md")
 
 

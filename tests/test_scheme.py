@@ -1,97 +1,47 @@
-"""STS on real Hugging Face classes: against hand-made short sequences and thinner models."""
+"""STS on a real Hugging Face LLaVA: what a step decides, counts and leaves alone.
+
+That its sequences and layers are the right ones is shown for every architecture in
+test_architectures.py.
+"""
 
 import copy
 import logging
 import random
+from functools import partial
 
 import pytest
 import torch
+from tiny import CASES, IMAGE, LAYERS
 from torch import nn
-from torch.nn import functional as F
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    SiglipVisionConfig,
-    VipLlavaConfig,
-    VipLlavaForConditionalGeneration,
-)
+from transformers import LlamaForCausalLM
 
 from sts import LDS, VTC, sparsify, unsparsify
-from sts.compressor import compress
-from sts.scheme import block_influence
+from sts.vtc import KINDS, Outputs
+from sts.vtc.pooling import avgpool2d
 
-IMAGE, PAD, SIDE, LAYERS = 60, 0, 4, 6
-PATCHES = SIDE * SIDE
-CLASSES = {
-    "llava": (LlavaForConditionalGeneration, LlavaConfig),
-    "vipllava": (VipLlavaForConditionalGeneration, VipLlavaConfig),
+CASE = CASES["llava"]
+ONE_IMAGE = [["big", 5, 6, 7, 8], ["big", 9, 10, 11]]
+MIXED = [[3, "big", 5, "big", 6, 7, 8], [9, 10, 11, 12], [13, "big", 14, 15]]
+POOLED = VTC("avgpool2d", keep=0.25)
+HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
+UNITS = {
+    "layer": HALF,
+    "samples": LDS("layerskip", rate=0.9),
+    "tokens": LDS("random_ltd", rate=0.5),
+    "backward": LDS("dropbp", rate=0.5),
+    "block_influence": LDS("block_influence", rate=0.5),
 }
+EVERY_UNIT = pytest.mark.parametrize("lds", UNITS.values(), ids=UNITS)
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # the loss itself is computed in float32
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
 
 
-def build(architecture="llava", vision=CLIPVisionConfig, dtype=torch.float64, **text):
-    torch.manual_seed(0)
-    model_class, config_class = CLASSES[architecture]
-    config = config_class(
-        vision_config=vision(
-            image_size=SIDE * 4,
-            patch_size=4,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-            pad_token_id=PAD,
-            **text,
-        ),
-        image_token_id=IMAGE,
-        image_seq_length=PATCHES,
-        vision_feature_layer=-2 if architecture == "llava" else [-2, 1],
-    )
-    model = model_class(config).to(dtype).train()
-    with (
-        torch.no_grad()
-    ):  # random initial weights are so small that every layer does next to nothing
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    return model
+def build(dtype=torch.float64):
+    return CASE.build(dtype)
 
 
-def batch_of(rows, side="right", seed=0):
-    """`rows` are lists of ints (text) and "image"; the last two tokens of a row are its answer."""
-    ids = [[t for x in row for t in ([IMAGE] * PATCHES if x == "image" else [x])] for row in rows]
-    images = sum(row.count("image") for row in rows)
-    length = max(map(len, ids))
-    full = {"input_ids": [], "attention_mask": [], "labels": []}
-    for row in ids:
-        pad = length - len(row)
-        labels = [-100] * (len(row) - 2) + row[-2:]
-        for key, values, fill in (
-            ("input_ids", row, PAD),
-            ("attention_mask", [1] * len(row), 0),
-            ("labels", labels, -100),
-        ):
-            padding = [fill] * pad
-            full[key].append(values + padding if side == "right" else padding + values)
-    batch = {key: torch.tensor(value) for key, value in full.items()}
-    if images:
-        generator = torch.Generator().manual_seed(seed)
-        pixels = torch.randn(images, 3, SIDE * 4, SIDE * 4, generator=generator)
-        batch["pixel_values"] = pixels.double()
-    return batch
-
-
-ONE_IMAGE = [["image", 5, 6, 7, 8], ["image", 9, 10, 11]]
-MIXED = [[3, "image", 5, "image", 6, 7, 8], [9, 10, 11, 12], [13, "image", 14, 15]]
+def layers_of(model):
+    return model.model.language_model.layers
 
 
 def gradients(model):
@@ -122,103 +72,13 @@ def begun(model, vtc=None, lds=None, step=0, **kwargs):
 # --- VTC -------------------------------------------------------------------------------------
 
 
-def clip_scores(model, pixels):
-    """Class attention by the tower's own eager attention, [images, patches]."""
-    tower = copy.deepcopy(model.model.vision_tower)
-    tower.set_attn_implementation("eager")
-    outputs = tower(pixels, output_attentions=True)
-    deepest = -2 if isinstance(model.config.vision_feature_layer, int) else 1
-    return outputs.attentions[deepest].mean(1)[:, 0, 1:]
-
-
-def by_hand(model, batch, kind, keep, positions):
-    """Loss and gradients of each row alone, unpadded, with its visual tokens replaced."""
-    model.zero_grad()
-    total, count, image = 0.0, 0, 0
-    features, scores = [], None
-    if "pixel_values" in batch:
-        features = model.get_image_features(
-            batch["pixel_values"],
-            vision_feature_layer=model.config.vision_feature_layer,
-            **(
-                {"vision_feature_select_strategy": "default"}
-                if model.config.model_type == "llava"
-                else {}
-            ),
-        ).pooler_output
-        scores = clip_scores(model, batch["pixel_values"])
-    embed = model.get_input_embeddings()
-    for row in range(len(batch["input_ids"])):
-        vectors, places, labels = [], [], []
-        t = 0
-        while t < batch["input_ids"].shape[1]:
-            token = batch["input_ids"][row, t]
-            if not batch["attention_mask"][row, t]:
-                t += 1
-            elif token == IMAGE:
-                grid = (SIDE, SIDE)
-                out, kept, _ = compress(
-                    kind,
-                    features[image][None],
-                    keep,
-                    grid,
-                    scores=None if scores is None else scores[image][None],
-                )
-                where = kept[0].double() + t
-                if positions == "mean" and kind == "avgpool2d":
-                    index = torch.arange(PATCHES).view(1, SIDE, SIDE).double()
-                    size = round((keep * PATCHES) ** 0.5)
-                    where = F.adaptive_avg_pool2d(index, size).flatten() + t
-                vectors += list(out[0])
-                places += where.tolist()
-                labels += [-100] * out.shape[1]
-                image += 1
-                t += PATCHES
-            else:
-                vectors.append(embed(token))
-                places.append(float(t))
-                labels.append(int(batch["labels"][row, t]))
-                t += 1
-        hidden = model.model.language_model(
-            inputs_embeds=torch.stack(vectors)[None],
-            attention_mask=torch.ones(1, len(vectors), dtype=torch.long),
-            position_ids=torch.tensor(places)[None],
-        )[0]
-        for i in range(1, len(labels)):
-            if labels[i] != -100:
-                logits = model.lm_head(hidden[0, i - 1])
-                total = total - logits.float().log_softmax(-1)[labels[i]]
-                count += 1
-    loss = total / count
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}  # the loss itself is computed in float32
-
-
-@pytest.mark.parametrize("architecture", sorted(CLASSES))
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("rows", [ONE_IMAGE, MIXED, [[3, 4, 5], [6, 7, 8, 9]]])
-@pytest.mark.parametrize(
-    ("kind", "positions"), [("avgpool2d", "keep"), ("avgpool2d", "mean"), ("cls_topk", "keep")]
-)
-def test_vtc_equals_the_short_sequence_fed_by_hand(architecture, side, rows, kind, positions):
-    model, batch = build(architecture), batch_of(rows, side)
-    expected = by_hand(model, batch, kind, 0.25, positions)
-    begun(model, VTC(kind=kind, keep=0.25, positions=positions))
-    assert_same(backward(model, batch), expected, **TOLERANCE)
-    if "pixel_values" in batch:
-        assert expected[1]["model.multi_modal_projector.linear_1.weight"].abs().sum() > 0
-
-
 @pytest.mark.parametrize("kind", ["avgpool2d", "random", "cls_topk"])
 def test_the_language_model_gets_a_shorter_sequence(kind):
-    model, batch, lengths = build(), batch_of(MIXED), []
-    model.model.language_model.layers[0].register_forward_pre_hook(
+    model, batch, lengths = build(), CASE.batch(MIXED), []
+    layers_of(model)[0].register_forward_pre_hook(
         lambda module, args: lengths.append(args[0].shape[1])
     )
-    scheme = begun(model, VTC(kind=kind, keep=0.25))
+    scheme = begun(model, VTC(kind, keep=0.25))
     model(**batch)
     assert lengths == [2 * 4 + 5]
     metrics = scheme.metrics()
@@ -229,30 +89,89 @@ def test_the_language_model_gets_a_shorter_sequence(kind):
 
 
 def test_what_is_dropped_is_never_a_target():
-    model, batch = build(), batch_of(MIXED)
+    model, batch = build(), CASE.batch(MIXED)
     batch["labels"] = batch["input_ids"].clone()  # careless: placeholders and padding are targets
-    scheme = begun(model, VTC(kind="avgpool2d", keep=0.25))
+    scheme = begun(model, POOLED)
     model(**batch)
     assert scheme.metrics()["answer_tokens"] == ((13 - 1) + (4 - 1) + (7 - 1)) / 3
 
 
-def test_random_differs_by_step_and_micro_batch_and_repeats():
+@pytest.mark.parametrize(
+    ("vtc", "lds"), [(VTC("random", keep=0.25), None), (None, LDS("random_ltd", rate=0.5))]
+)
+def test_random_tokens_differ_by_step_and_micro_batch_and_repeat(vtc, lds):
     def losses(seed):
         model = build()
-        scheme = sparsify(model, VTC(kind="random", keep=0.25), seed=seed)
+        scheme = sparsify(model, vtc, lds, seed=seed)
         found = []
         for step in (0, 1):
             scheme.begin_step(step)
             torch.manual_seed(len(found))  # the global stream plays no part
-            found += [model(**batch_of(ONE_IMAGE)).loss.item() for _ in range(2)]
+            found += [model(**CASE.batch(ONE_IMAGE)).loss.item() for _ in range(2)]
         return found
 
     assert losses(0) == losses(0) != losses(1)
     assert len(set(losses(0))) == 4
 
 
+class Mixing(nn.Module):
+    """A kind with weights of its own: a linear layer on pooled tokens, which begins as nothing."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mix = nn.Linear(dim, dim)
+        nn.init.zeros_(self.mix.weight)
+        torch.nn.init.normal_(self.mix.bias, std=1e-9)  # from torch's global stream
+
+    def forward(self, tokens, keep, *, grid):
+        outputs = avgpool2d(tokens, keep, grid=grid)
+        pooled = outputs.apply(tokens)
+        return Outputs(outputs.positions, outputs.apply, pooled + self.mix(pooled))
+
+
+def test_a_kind_with_weights_is_a_submodule_of_the_model_while_it_is_sparse(monkeypatch, tmp_path):
+    monkeypatch.setitem(KINDS, "mixing", Mixing)
+    model, batch = build(), CASE.batch(MIXED)
+    keys, attributes = list(model.state_dict()), set(vars(model))
+    begun(model, POOLED)
+    expected = backward(model, batch)
+    unsparsify(model)
+
+    stream = torch.random.get_rng_state()
+    scheme = begun(model, VTC("mixing", keep=0.25), seed=3)
+    assert torch.equal(torch.random.get_rng_state(), stream)
+    mine = model.visual_token_compressor
+    assert isinstance(mine, Mixing) and mine.mix.weight.dtype == torch.float64
+    sparsify(twin := build(), scheme.vtc, seed=3)
+    assert torch.equal(twin.visual_token_compressor.mix.bias, mine.mix.bias)  # by the seed alone
+    loss, grads = backward(model, batch)
+    own = {name for name in grads if name.startswith("visual_token_compressor.")}
+    assert own == {"visual_token_compressor.mix.weight", "visual_token_compressor.mix.bias"}
+    assert all(grads[name].abs().sum() > 0 for name in own)
+    others = {name: grad for name, grad in grads.items() if name not in own}
+    assert_same((loss, others), expected, **TOLERANCE)  # as long as it adds nothing
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.step()
+    assert mine.mix.weight.abs().sum() > 0
+    assert scheme.metrics()["keep_ratio"] == 0.25
+    unsparsify(model)
+    assert not hasattr(model, "visual_token_compressor")
+    assert list(model.state_dict()) == keys and set(vars(model)) == attributes
+    model.save_pretrained(tmp_path)
+    again, info = type(model).from_pretrained(
+        tmp_path, dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(info.values())
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+# --- the loss --------------------------------------------------------------------------------
+
+
 def test_no_logits_on_visual_tokens():
-    model, batch, shapes = build(), batch_of(ONE_IMAGE), []
+    model, batch, shapes = build(), CASE.batch(ONE_IMAGE), []
     model.lm_head.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     begun(model)
     output = model(**batch)
@@ -260,27 +179,23 @@ def test_no_logits_on_visual_tokens():
     assert type(output).__name__ == "LlavaCausalLMOutputWithPast"
 
 
-@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_loss_path_alone_equals_the_plain_model(num_items, side):
-    model, batch = build(), batch_of(MIXED, side)
-    kwargs = {} if num_items is None else {"num_items_in_batch": num_items}
-    expected = backward(model, batch, **kwargs)
+@pytest.mark.parametrize("num_items", [7, torch.tensor(7)])
+def test_the_loss_is_the_sum_over_num_items_as_in_the_plain_model(num_items):
+    model, batch = build(), CASE.batch(MIXED)
+    expected = backward(model, batch, num_items_in_batch=num_items)
     begun(model)
-    assert_same(backward(model, batch, **kwargs), expected, **TOLERANCE)
+    assert_same(backward(model, batch, num_items_in_batch=num_items), expected, **TOLERANCE)
 
 
 def test_mean_loss_over_accumulated_micro_batches_with_num_items():
     model = build()
-    whole, parts = batch_of(MIXED), []
-    begun(model, VTC(kind="avgpool2d", keep=0.25))
+    whole = CASE.batch(MIXED)
+    begun(model, POOLED)
     expected = backward(model, whole, num_items_in_batch=6)
-    for row in MIXED:
-        parts.append(batch_of([row]))
-    images = iter(whole["pixel_values"])
+    parts, images = [CASE.batch([row]) for row in MIXED], iter(whole["pixel_values"])
     for row, part in zip(MIXED, parts, strict=True):
-        if row.count("image"):
-            part["pixel_values"] = torch.stack([next(images) for _ in range(row.count("image"))])
+        if row.count("big"):
+            part["pixel_values"] = torch.stack([next(images) for _ in range(row.count("big"))])
     model.zero_grad()
     loss = sum(model(**part, num_items_in_batch=6).loss for part in parts)
     loss.backward()
@@ -315,46 +230,46 @@ CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("vtc", [None, VTC(kind="avgpool2d", keep=0.25)])
+@pytest.mark.parametrize("vtc", [None, POOLED])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_lds_equals_a_model_without_those_layers(checkpointing, vtc, frozen):
-    model, batch = build(), batch_of(MIXED)
+    model, batch = build(), CASE.batch(MIXED)
     if frozen:
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
     thin, calls = copy.deepcopy(model), []
-    scheme = begun(model, vtc, LDS(policy="uniform", rate=0.5), step=3)
+    scheme = begun(model, vtc, HALF, step=3)
     assert len(scheme.skipped) == 2
     thin = without_layers(thin, scheme.skipped)
     begun(thin, vtc)
     expected, expected_grads = backward(thin, batch)
-    for i, layer in enumerate(model.model.language_model.layers):
+    for i, layer in enumerate(layers_of(model)):
         # On a submodule: hooks on the layer itself stay outside of HF's checkpointed region.
         layer.mlp.register_forward_pre_hook(lambda m, a, i=i: calls.append(i))
     if checkpointing:
         model.activation_checkpointing_enable(checkpointing)
     found = backward(model, batch)
-    assert_same(found, (expected, rename(expected_grads, scheme.skipped)), rtol=1e-9, atol=1e-12)
+    assert_same(found, (expected, rename(expected_grads, scheme.skipped)), **EXACT)
     runs = 2 if checkpointing else 1
     for layer in range(LAYERS):
         assert calls.count(layer) == (0 if layer in scheme.skipped else runs)
     for layer in scheme.skipped:
-        grads = [p.grad for p in model.model.language_model.layers[layer].parameters()]
+        grads = [p.grad for p in layers_of(model)[layer].parameters()]
         assert grads and all(grad is None for grad in grads)
 
 
 def test_the_optimizer_leaves_skipped_layers_and_their_moments_alone():
-    model, batch = build(), batch_of(ONE_IMAGE)
-    scheme = sparsify(model, lds=LDS(policy="uniform", rate=0.5))
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    scheme = sparsify(model, lds=HALF)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     for step in range(4):
         scheme.begin_step(step)
-        before = copy.deepcopy(model.model.language_model.layers.state_dict())
+        before = copy.deepcopy(layers_of(model).state_dict())
         moments = copy.deepcopy(optimizer.state)
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-        for name, parameter in model.model.language_model.layers.named_parameters():
+        for name, parameter in layers_of(model).named_parameters():
             skipped = int(name.split(".")[0]) in scheme.skipped
             assert torch.equal(parameter, before[name]) == skipped
             if skipped and parameter in moments:
@@ -362,59 +277,48 @@ def test_the_optimizer_leaves_skipped_layers_and_their_moments_alone():
                     assert torch.equal(optimizer.state[parameter][key], value)
 
 
-def test_layers_are_whole_again_after_an_error():
-    model, batch = build(), batch_of(ONE_IMAGE)
-    layers = model.model.language_model.layers
-    scheme = begun(model, VTC(kind="cls_topk", keep=0.25), LDS(policy="need", rate=0.5))
-    hooks = hook_count(model)
+def test_rescaling_divides_what_a_layer_adds_by_its_chance_to_run():
+    model, row = build(), CASE.batch([ONE_IMAGE[0]])
+    lds = LDS("layerdrop", rate=0.5, depth="slope", epsilon=0.5, rescale=True)
+    scheme = begun(model, lds=lds, step=1)
+    chances = [0.5 * (1 + 0.5 * (2 * i - 3) / 3) for i in range(LAYERS)]
+    assert list(scheme.decision.chances) == pytest.approx(chances)
+    assert 0 < len(scheme.skipped) < LAYERS
+    found = backward(model, row)
+    unsparsify(model)
 
-    def fail(*_):
-        assert model.model.language_model.layers is not layers and scheme.skipped
-        raise RuntimeError("in the last layer")
+    def rescaled(real, chance, hidden, *args, **kwargs):
+        return hidden + (real(hidden, *args, **kwargs) - hidden) / (1 - chance)
 
-    layers[-1].mlp.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="in the last layer"):
-        model(**batch)
-    assert hook_count(model) == hooks + 1
-    assert model.model.language_model.layers is layers
+    for index, layer in enumerate(layers_of(model)):
+        layer.forward = partial(rescaled, layer.forward, chances[index])
+        if index in scheme.skipped:
+            layer.forward = lambda hidden, *args, **kwargs: hidden
+    begun(model)
+    assert_same(found, backward(model, row), **TOLERANCE)
 
 
 def test_hidden_states_asked_for_while_skipping_do_not_break_later_ones():
-    model, batch = build(), batch_of(ONE_IMAGE)
-    begun(model, lds=LDS(policy="uniform", rate=0.5))
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    begun(model, lds=HALF)
     states = model(**batch, output_hidden_states=True).hidden_states
     assert len(states) == LAYERS - 2 + 1
     assert len(model.eval()(**batch, output_hidden_states=True).hidden_states) == LAYERS + 1
 
 
-def test_influence_is_measured_as_defined():
-    before, after = torch.randn(2, 9, 5), torch.randn(2, 9, 5)
-    mask = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
-    expected, count = 0.0, 0
-    for row in range(2):
-        for t in range(9):
-            if mask[row, t]:
-                x, y = before[row, t].double(), after[row, t].double()
-                expected += 1 - (x @ y / (x @ x).sqrt() / (y @ y).sqrt())
-                count += 1
-    total, found = block_influence(before, after, mask)
-    assert found == count
-    torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-6)
+def idle_model():
+    """Its second layer of four does nothing."""
+    model = build()
+    with torch.no_grad():
+        layers_of(model)[1].mlp.down_proj.weight.zero_()
+        layers_of(model)[1].self_attn.o_proj.weight.zero_()
+    return model
 
 
-def test_need_learns_which_layers_do_nothing_and_resumes():
-    batch, lds = batch_of(ONE_IMAGE), LDS(policy="need", rate=0.5, explore=0.1, ema=0.5)
-
-    def idle_model():
-        model = build()
-        with torch.no_grad():
-            for layer in (2, 3):
-                model.model.language_model.layers[layer].mlp.down_proj.weight.zero_()
-                model.model.language_model.layers[layer].self_attn.o_proj.weight.zero_()
-        return model
-
-    scheme = sparsify(model := idle_model(), lds=lds)
-    skipped, state = [], None
+def test_block_influence_learns_which_layers_do_nothing_and_resumes():
+    batch = CASE.batch(ONE_IMAGE)
+    lds = LDS("block_influence", rate=0.5, explore=0.1, ema=0.5)
+    scheme, skipped, state = sparsify(model := idle_model(), lds=lds), [], None
     for step in range(60):
         if step == 20:
             state = copy.deepcopy(scheme.state_dict())
@@ -422,10 +326,12 @@ def test_need_learns_which_layers_do_nothing_and_resumes():
         skipped.append(scheme.skipped)
         with torch.no_grad():
             model(**batch)
-    assert max(scheme.influence[2:4]) < 1e-6 < min(scheme.influence[:2] + scheme.influence[4:])
+    average = scheme.skipper.measured.average
+    assert average[1] < 1e-6 < min(average[0], *average[2:])
     counts = [sum(layer in s for s in skipped) for layer in range(LAYERS)]
-    assert counts[0] == counts[5] == 0 and min(counts[2:4]) > max(counts[1], counts[4]) > 0
+    assert counts[0] == counts[3] == 0 and counts[1] > counts[2] > 0
 
+    assert set(state) == {"step", "average", "sums"} and state["step"] == 19
     resumed = sparsify(model := idle_model(), lds=lds)
     resumed.load_state_dict(state)
     for step in range(20, 60):
@@ -433,64 +339,117 @@ def test_need_learns_which_layers_do_nothing_and_resumes():
         assert resumed.skipped == skipped[step]
         with torch.no_grad():
             model(**batch)
-    assert resumed.influence == scheme.influence
+    assert resumed.skipper.measured.average == average
 
 
-def test_schedules_follow_the_stage_and_end_dense():
-    model = build()
-    vtc = VTC(kind="avgpool2d", keep=0.25, schedule="linear", anneal=0.2)
-    lds = LDS(policy="uniform", rate=0.5, schedule="linear", anneal=0.2)
-    scheme = sparsify(model, vtc, lds, total_steps=100)
-    keep, layers = [], []
-    for step in range(100):
+# --- over time -------------------------------------------------------------------------------
+
+
+def test_the_papers_scheme_follows_its_formula_over_the_stage():
+    lds = LDS("sts", rate=0.6, epsilon=0.5, dense_tail=0.1)
+    vtc = VTC("uniform", keep=0.25, schedule="falling_linear", dense_tail=0.2)
+    scheme, left_out, keep = sparsify(build(), vtc, lds, total_steps=1000), 0, []
+    for step in range(1000):
         scheme.begin_step(step)
+        metrics = scheme.metrics()
+        t = step / 1000
+        expected = [0.6 * (1 - t) ** 2 * (1 + 0.5 * (2 * i - 3) / 3) for i in range(LAYERS)]
+        assert metrics["asked"] == pytest.approx(expected if step < 900 else [0] * LAYERS)
         keep.append(scheme.keep)
-        layers.append(scheme.metrics()["layers_run"])
-    assert keep[0] == 0.25 and keep == sorted(keep) and keep[80:] == [1.0] * 20
-    assert layers[0] == LAYERS and layers[80:] == [LAYERS] * 20
-    assert sum(LAYERS - n for n in layers) == pytest.approx(
-        4 * sum(0.005 * s for s in range(80)), abs=9
-    )
-    with pytest.raises(ValueError, match=r"step=100.*0\.\.99"):
-        scheme.begin_step(100)
+        left_out += len(scheme.skipped)
+    assert keep[0] == 0.25 and keep == sorted(keep) and keep[800:] == [1.0] * 200
+    assert keep[400] == pytest.approx(1 - 0.75 * 0.6)
+    assert left_out == pytest.approx(LAYERS * 0.6 * 1000 / 3, rel=0.1)
+    with pytest.raises(ValueError, match=r"step=1000.*0\.\.999"):
+        scheme.begin_step(1000)
+
+
+def test_with_the_clock_in_epochs_chances_move_once_an_epoch():
+    lds = LDS("sts", rate=0.6, clock="epochs")
+    scheme = sparsify(build(), lds=lds, total_steps=12, steps_per_epoch=4)
+    asked = []
+    for step in range(12):
+        scheme.begin_step(step)
+        asked.append(scheme.metrics()["asked"][0])
+    assert asked == pytest.approx([0.6 * (1 - step // 4 / 3) ** 2 for step in range(12)])
+
+
+# --- what is counted -------------------------------------------------------------------------
+
+
+@EVERY_UNIT
+def test_metrics_count_what_the_layers_did(lds):
+    """Over two micro-batches of unlike size; counted from outside, by hooks on the layers."""
+    model, parts = build(), [CASE.batch(MIXED), CASE.batch(ONE_IMAGE)]
+    scheme = begun(model, POOLED, lds, seed=1)
+    tokens = [0.0] * LAYERS
+
+    def count(index, module, args):
+        tokens[index] += args[0].shape[0] * args[0].shape[1] / longest
+
+    for index, layer in enumerate(layers_of(model)):
+        layer.register_forward_pre_hook(partial(count, index))
+    for part in parts:
+        visual = (part["input_ids"] == IMAGE).sum(1)
+        longest = int((part["attention_mask"].sum(1) - visual + visual // 4).max())
+        model(**part).loss.backward()
+    share = [n / 5 for n in tokens]  # of five samples
+    metrics = scheme.metrics()
+    work = [one.get("rows", 1.0) * one.get("tokens", 1.0) for one in metrics["work"]]
+    assert work == pytest.approx(share)
+    assert metrics["layers_run"] == pytest.approx(sum(share))
+    skipped = [1 - n for n in share]
+    if lds.unit == "backward":
+        assert share == [1.0] * LAYERS
+        for index, layer in enumerate(layers_of(model)):
+            parts = (layer.self_attn, layer.mlp)
+            skipped[index] = sum(next(part.parameters()).grad is None for part in parts) / 2
+    assert metrics["skipped"] == pytest.approx(skipped)
+    assert sum(skipped) > 0 and metrics["asked"] == list(scheme.decision.chances)
+
+
+# --- several processes -----------------------------------------------------------------------
+
+
+LEARNING = LDS("block_influence", rate=0.5)
 
 
 def train_rank(rank, store, results):
-    """Three steps of one of two processes; saves what both must agree on."""
+    """Some steps of one of two processes; saves what both must agree on."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
     model = build()
-    scheme = sparsify(model, VTC(kind="avgpool2d", keep=0.25), LDS(policy="need", rate=0.5))
+    scheme = sparsify(model, POOLED, LEARNING)
     parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     skipped = []
     for step in range(4):
         scheme.begin_step(step)
         skipped.append(scheme.skipped)
-        loss, grads = backward(parallel, batch_of([ONE_IMAGE[rank]], seed=rank))
-    found = {"skipped": skipped, "influence": scheme.influence, "grads": grads, "loss": loss}
+        loss, grads = backward(parallel, CASE.batch([ONE_IMAGE[rank]]))
+    average = scheme.skipper.measured.average
+    found = {"skipped": skipped, "average": average, "grads": grads, "loss": loss}
     torch.save(found, f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_processes_decide_alike_and_train_as_one(tmp_path):
+def test_two_processes_measure_and_decide_alike_and_train_as_one(tmp_path):
     torch.multiprocessing.spawn(train_rank, (tmp_path / "store", tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in (0, 1))
     assert first["skipped"] == second["skipped"]
-    assert first["influence"] == second["influence"]
+    assert first["average"] == second["average"]
 
-    batches = [batch_of([row], seed=i) for i, row in enumerate(ONE_IMAGE)]
-    model = build()
-    scheme = sparsify(model, VTC(kind="avgpool2d", keep=0.25), LDS(policy="need", rate=0.5))
+    batches = [CASE.batch([row]) for row in ONE_IMAGE]
+    scheme = sparsify(model := build(), POOLED, LEARNING)
     for step in range(4):
         scheme.begin_step(step)
         assert scheme.skipped == first["skipped"][step]
         model.zero_grad()
         for batch in batches:
             (model(**batch).loss / 2).backward()
-    assert scheme.influence == pytest.approx(first["influence"], rel=1e-5)
+    assert scheme.skipper.measured.average == pytest.approx(first["average"], rel=1e-5)
     expected = {f"module.{name}": grad for name, grad in gradients(model).items()}
     for found in (first, second):
         assert_same((found["loss"], found["grads"]), (found["loss"], expected), **TOLERANCE)
@@ -499,19 +458,20 @@ def test_two_processes_decide_alike_and_train_as_one(tmp_path):
 # --- off means off ---------------------------------------------------------------------------
 
 
-BOTH = {"vtc": VTC(kind="cls_topk", keep=0.25), "lds": LDS(policy="need", rate=0.5)}
+CLASS_TOKEN = VTC("cls_topk", keep=0.25)
 
 
-@pytest.mark.parametrize("architecture", sorted(CLASSES))
-def test_eval_and_training_afterwards_are_bit_identical(architecture):
-    model, batch = build(architecture, dtype=torch.float32), batch_of(MIXED)
+@EVERY_UNIT
+def test_eval_and_training_afterwards_are_bit_identical(lds):
+    model, batch = build(torch.float32), CASE.batch(MIXED)
     batch["pixel_values"] = batch["pixel_values"].float()
     plain = copy.deepcopy(model)
     keys, attributes, hooks = list(model.state_dict()), set(vars(model)), hook_count(model)
-    scheme = begun(model, **BOTH)
+    scheme = begun(model, CLASS_TOKEN, lds, seed=1)
     model(**batch).loss.backward()
     assert list(model.state_dict()) == keys
-    assert torch.equal(model.eval()(**batch).logits, plain.eval()(**batch).logits)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).logits, plain.eval()(**batch).logits)
     prompt = {k: v[:, :-2] for k, v in batch.items() if k in ("input_ids", "attention_mask")}
     prompt["pixel_values"] = batch["pixel_values"]
     settings = {"max_new_tokens": 4, "do_sample": False}
@@ -534,11 +494,38 @@ def hook_count(model):
     return len([h for h in hooks if "output_capturing" not in getattr(h, "__qualname__", "")])
 
 
+@EVERY_UNIT
+def test_gradients_of_a_forward_in_eval_mode_are_the_plain_ones(lds):
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    expected = backward(model.eval(), batch)
+    begun(model.train(), POOLED, lds, seed=1)
+    model(**batch).loss.backward()
+    assert_same(backward(model.eval(), batch), expected, **EXACT)
+
+
+@EVERY_UNIT
+def test_layers_are_whole_again_after_an_error(lds):
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    layers = layers_of(model)
+    begun(model, CLASS_TOKEN, lds, seed=1)
+    hooks = hook_count(model)
+
+    def fail(*_):
+        raise RuntimeError("in the head")
+
+    model.lm_head.register_forward_pre_hook(fail)
+    layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the head"):
+        model(**batch)
+    assert hook_count(model) == hooks + 2
+    assert layers_of(model) is layers
+
+
 def test_training_forward_without_labels_is_the_plain_one_and_says_so(caplog):
-    model, batch = build(), batch_of(ONE_IMAGE)
+    model, batch = build(), CASE.batch(ONE_IMAGE)
     del batch["labels"]
     expected = model(**batch).logits
-    begun(model, **BOTH)
+    begun(model, CLASS_TOKEN, HALF)
     with caplog.at_level(logging.WARNING, logger="sts"):
         assert torch.equal(model(**batch).logits, expected)
         model(**batch)
@@ -547,17 +534,40 @@ def test_training_forward_without_labels_is_the_plain_one_and_says_so(caplog):
     ) == 1
 
 
+@EVERY_UNIT
+def test_training_without_labels_has_every_gradient(lds):
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    del batch["labels"]
+    model(**batch).logits.sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    begun(model, CLASS_TOKEN, lds, seed=1)
+    model(**batch).logits.sum().backward()
+    assert_same((torch.zeros(()), gradients(model)), (torch.zeros(()), expected), **EXACT)
+
+
+@EVERY_UNIT
+def test_a_forward_without_labels_in_between_does_not_change_the_step(lds):
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    scheme = begun(model, CLASS_TOKEN, lds, seed=1)
+    expected = backward(model, batch)
+    scheme.begin_step(0)
+    with torch.no_grad():
+        model(**{name: value for name, value in batch.items() if name != "labels"})
+    assert_same(backward(model, batch), expected, **EXACT)
+
+
 def test_positional_inputs_and_tuples_work_as_in_the_plain_model():
-    model, batch = build(), batch_of(ONE_IMAGE)
-    begun(model, VTC(kind="avgpool2d", keep=0.25))
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    begun(model, POOLED)
     expected = model(**batch).loss
     ids, pixels = batch.pop("input_ids"), batch.pop("pixel_values")
     assert torch.equal(model(ids, pixels, **batch, return_dict=False)[0], expected)
 
 
 def test_a_copy_of_a_sparse_model_has_a_scheme_of_its_own():
-    model, batch = build(), batch_of(ONE_IMAGE)
-    begun(model, VTC(kind="avgpool2d", keep=0.25))
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    begun(model, POOLED)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -568,20 +578,21 @@ def test_a_copy_of_a_sparse_model_has_a_scheme_of_its_own():
 
 
 def test_saves_and_loads_like_the_plain_model(tmp_path):
-    model, batch = build(), batch_of(ONE_IMAGE)
-    begun(model, **BOTH)
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    begun(model, CLASS_TOKEN, LEARNING)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
     assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
-def test_accelerate_autocast_on_top():
+@EVERY_UNIT
+def test_accelerate_autocast_on_top(lds):
     accelerate = pytest.importorskip("accelerate")
-    model, batch = build(dtype=torch.float32), batch_of(ONE_IMAGE)
+    model, batch = build(dtype=torch.float32), CASE.batch(ONE_IMAGE)
     batch["pixel_values"] = batch["pixel_values"].float()
     dtypes = []
     model.lm_head.register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
-    begun(model, VTC(kind="avgpool2d", keep=0.25))
+    begun(model, POOLED, lds)
     accelerate.state.AcceleratorState._reset_state(True)  # other tests leave theirs behind
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     prepared = accelerator.prepare(model)
@@ -595,45 +606,45 @@ def test_accelerate_autocast_on_top():
     accelerate.state.AcceleratorState._reset_state(True)
 
 
+@pytest.mark.parametrize("lds", [LDS("sts", rate=0.3), *UNITS.values()])
+def test_global_random_streams_do_not_move(lds):
+    model, batch = build(), CASE.batch(MIXED)
+    scheme = sparsify(model, VTC("random", keep=0.25), lds, total_steps=8)
+    states = torch.random.get_rng_state(), random.getstate()
+    scheme.begin_step(0)
+    model(**batch).loss.backward()
+    assert torch.equal(torch.random.get_rng_state(), states[0]) and random.getstate() == states[1]
+
+
 # --- bad input -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: VTC(kind="pool"), "VTC.kind='pool'.*avgpool2d"),
-        (lambda: VTC(keep=0), r"VTC.keep=0.*\(0, 1\]"),
-        (lambda: VTC(schedule="step"), "VTC.schedule='step'.*constant"),
-        (lambda: VTC(anneal=2), r"VTC.anneal=2.*\[0, 1\]"),
-        (lambda: VTC(positions="new"), "VTC.positions='new'.*keep or mean"),
-        (lambda: LDS(policy="all"), "LDS.policy='all'.*uniform"),
-        (lambda: LDS(rate=1), r"LDS.rate=1.*\[0, 1\)"),
-        (lambda: LDS(protect_last=-1), "LDS.protect_last=-1.*0 or more"),
-        (lambda: LDS(explore=-1), r"LDS.explore=-1.*\[0, 1\]"),
-        (lambda: LDS(ema=1), r"LDS.ema=1.*\[0, 1\)"),
+        (lambda: sparsify(build(), lds=LDS("layerdrop", rate=0.5, protect_first=5)), "5.*layers"),
         (
-            lambda: sparsify(build(), lds=LDS(policy="uniform", rate=0.5, protect_first=6)),
-            "6.*model",
+            lambda: sparsify(build(), lds=LDS("layerdrop", rate=0.5, protect_last=4)),
+            "protect_first.*4.*fewer",
         ),
+        (lambda: sparsify(build(), lds=LDS("layerdrop", rate=0.95)), "rate=0.95.*at most 0.75"),
         (
-            lambda: sparsify(
-                build(), lds=LDS(policy="uniform", rate=0.95, protect_first=0, protect_last=0)
-            ),
-            "rate=0.95.*at most 0.833",
+            lambda: sparsify(build(), VTC("uniform", keep=0.5, dense_tail=0.1)),
+            "total_steps=None.*number of",
         ),
-        (lambda: sparsify(build(), VTC(keep=0.5, anneal=0.1)), "total_steps=None.*number of"),
+        (lambda: sparsify(build(), lds=LDS("sts", rate=0.5)), "total_steps=None.*number of"),
         (lambda: sparsify(build(), total_steps=0), "total_steps=0.*number of"),
+        (
+            lambda: sparsify(build(), lds=LDS("sts", rate=0.5, clock="epochs"), total_steps=9),
+            "steps_per_epoch=None.*epochs",
+        ),
         (lambda: sparsify(LlamaForCausalLM(build().config.text_config)), "'llama'.*llava.*entry"),
         (lambda: sparsify(nn.Linear(2, 2)), "Linear.*not a known"),
         (lambda: sparsify(build().model), "LlavaModel.*not a known"),
-        (
-            lambda: sparsify(build(vision=SiglipVisionConfig), VTC(kind="cls_topk", keep=0.5)),
-            "class token.*SiglipVisionModel",
-        ),
         (lambda: unsparsify(build()), "no scheme"),
     ],
 )
-def test_bad_settings_name_argument_value_and_what_is_accepted(make, named):
+def test_what_a_model_cannot_have_is_an_error(make, named):
     with pytest.raises(ValueError, match=named):
         make()
 
@@ -649,7 +660,7 @@ def test_forward_before_begin_step_is_an_error():
     model = build()
     sparsify(model)
     with pytest.raises(RuntimeError, match="begin_step"):
-        model(**batch_of(ONE_IMAGE))
+        model(**CASE.batch(ONE_IMAGE))
 
 
 def without(batch, *keys, **more):
@@ -676,29 +687,20 @@ def without(batch, *keys, **more):
 )
 def test_bad_batches_are_errors(change, named):
     model = build()
-    begun(model, VTC(kind="cls_topk", keep=0.25))
+    begun(model, CLASS_TOKEN)
     with pytest.raises((ValueError, RuntimeError), match=named):
-        model(**change(batch_of(ONE_IMAGE)))
+        model(**change(CASE.batch(ONE_IMAGE)))
 
 
 def test_visual_tokens_that_are_no_grid_are_an_error():
-    model, batch = build(), batch_of([["image", IMAGE, 5, 6]])  # strategy full: a class token too
-    begun(model, VTC(kind="avgpool2d", keep=0.25))
+    model, batch = build(), CASE.batch([["big", IMAGE, 5, 6]])  # strategy full: a class token too
+    begun(model, POOLED)
     with pytest.raises(ValueError, match=r"17 image placeholders.*16 tokens.*\(4, 4, False\)"):
         model(**batch, vision_feature_select_strategy="full")
 
 
 def test_state_of_another_model_is_an_error():
     scheme = sparsify(build())
-    state = scheme.state_dict() | {"influence": [0.1] * 3}
-    with pytest.raises(ValueError, match=r"layers in state=3.*6"):
+    state = scheme.state_dict() | {"average": [0.1] * 3}
+    with pytest.raises(ValueError, match=r"layers in state=3.*4"):
         scheme.load_state_dict(state)
-
-
-def test_global_random_streams_do_not_move():
-    model, batch = build(), batch_of(MIXED)
-    scheme = sparsify(model, VTC(kind="random", keep=0.25), LDS(policy="linear", rate=0.3))
-    states = torch.random.get_rng_state(), random.getstate()
-    scheme.begin_step(0)
-    model(**batch).loss.backward()
-    assert torch.equal(torch.random.get_rng_state(), states[0]) and random.getstate() == states[1]

@@ -4,14 +4,19 @@ import json
 
 import pytest
 
+from sts import LDS, VTC
 from sts.__main__ import main
+from sts.lds import POLICIES
 from sts.speed import SHAPES, parse_setting, speed
+from sts.vtc import KINDS
+
+COMPRESSED, SKIPPED = "avgpool2d@0.25", "layerdrop@0.5:draw=fixed_count"
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed") / "bench.json"
-    settings = ["avgpool2d@0.25", "uniform@0.5", "avgpool2d@0.25+uniform@0.5"]
+    settings = [COMPRESSED, SKIPPED, f"{COMPRESSED}+{SKIPPED}"]
     found = speed(
         "llava-1.5-7b", settings, out, layers=4, width=1 / 32, batch=1, text=8, repeats=2,
         checkpointing=[False, True],
@@ -51,13 +56,13 @@ def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
     dense, bare, plain = of("dense"), of("bare"), of("plain")
     assert dense["time_ratio"] == dense["flops_ratio"] == 1
     assert bare["flops"] == dense["flops"] < plain["flops"]  # logits on answer tokens alone
-    both = of("avgpool2d@0.25+uniform@0.5")
-    for setting in ("avgpool2d@0.25", "uniform@0.5"):
+    both = of(f"{COMPRESSED}+{SKIPPED}")
+    for setting in (COMPRESSED, SKIPPED):
         assert both["flops"] < of(setting)["flops"] < dense["flops"]
         assert of(setting)["realisation"] is not None
-    assert of("avgpool2d@0.25")["held_mb"] < dense["held_mb"]
+    assert of(COMPRESSED)["held_mb"] < dense["held_mb"]
     if not checkpointing:
-        assert of("uniform@0.5")["held_mb"] < dense["held_mb"]
+        assert of(SKIPPED)["held_mb"] < dense["held_mb"]
         assert row(result, "dense", stage, True)["held_mb"] < dense["held_mb"]
 
 
@@ -77,7 +82,13 @@ def test_other_architectures_and_a_table(tmp_path, capsys):
     [
         (["--shape", "gpt-5"], "llava-1.5-7b"),
         (["--shape", "mini", "--settings", "jpeg@0.5"], "avgpool2d"),
-        (["--shape", "mini", "--settings", "uniform"], "policy@rate"),
+        (["--shape", "mini", "--settings", "uniform"], "kind@keep or policy@rate"),
+        (["--shape", "mini", "--settings", "sts@0.5:unit"], ":name=value"),
+        (["--shape", "mini", "--settings", "sts@0.5:unit="], ":name=value"),
+        (["--shape", "mini", "--settings", "sts@0.5:keep=1"], "names of policy, rate"),
+        (["--shape", "mini", "--settings", "uniform@0.5:epsilon=1"], "names of kind, keep"),
+        (["--shape", "mini", "--settings", "sts@0.5:unit=head"], "layer, samples, tokens"),
+        (["--shape", "mini", "--settings", "sts@half"], "LDS.rate='half'"),
         (["--shape", "mini", "--settings", "avgpool2d@1.5"], r"(0, 1]"),
         (["--data", "x.json"], "--configs"),
     ],
@@ -87,9 +98,24 @@ def test_bad_arguments_say_what_is_accepted(arguments, named, tmp_path, capsys):
     assert named in capsys.readouterr().err
 
 
-def test_settings_are_read_as_written():
-    vtc, lds = parse_setting("random@0.5+random_ltd@0.25")
-    assert (vtc.kind, vtc.keep, lds.policy, lds.rate) == ("random", 0.5, "random_ltd", 0.25)
+SETTINGS = {
+    "random@0.5+random_ltd@0.25": (VTC("random", keep=0.5), LDS("random_ltd", rate=0.25)),
+    "sts@0.6:epsilon=0.5:unit=samples": (VTC(), LDS("sts", 0.6, epsilon=0.5, unit="samples")),
+    "layerdrop@0.5:protect_first=1:rescale=true": (
+        VTC(), LDS("layerdrop", 0.5, protect_first=1, rescale=True),
+    ),
+    "uniform@0.25:positions=mean": (VTC("uniform", 0.25, positions="mean"), LDS()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SETTINGS)
+def test_settings_are_read_as_written(text):
+    assert parse_setting(text) == SETTINGS[text]
+
+
+def test_no_kind_has_the_name_of_a_policy():
+    """So that a setting says which of the two it is."""
+    assert set(KINDS) & set(POLICIES) == {"none"}
 
 
 def test_full_shapes_are_the_models_own():

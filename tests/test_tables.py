@@ -47,10 +47,10 @@ def results(tmp_path):
     return folder
 
 
-def make(results, *ids, labels=None):
+def make(results, *ids, labels=None, sources=None):
     """(csv rows by id, Markdown, LaTeX, metrics) of the main table."""
     stem = results / "tables" / "main"
-    tables.table("main", results, list(ids), stem, labels)
+    tables.table("main", results, list(ids), stem, labels, sources)
     with open(stem.with_suffix(".csv")) as file:
         rows = {row["ablation"]: row for row in csv.DictReader(file)}
     texts = (stem.with_suffix(suffix).read_text() for suffix in (".md", ".tex", ".json"))
@@ -113,6 +113,56 @@ def test_latex_is_escaped_booktabs(results):
     assert rules == sorted(rules)
     body = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
+
+
+SOURCES = {"dense": "baseline", "lds": "ours", "short": "baseline", "sts": "paper"}
+
+
+def lines(text: str) -> list[str]:
+    """The rows of a table: of Markdown without head and rule, of LaTeX without its rules."""
+    if "\\toprule" in text:
+        return [line for line in text.splitlines() if line.endswith(r"\\")][1:]
+    return [line for line in text.splitlines() if line.startswith("|")][2:]
+
+
+def test_rows_stand_under_heads_in_their_order(results):
+    rows, markdown, latex, _ = make(results, *SOURCES, sources=SOURCES)
+    empty = lines(markdown)[0].count("|") - 2
+    firsts = [line.split("|")[1].strip() for line in lines(markdown)]
+    body = ["*Baselines*", "dense", "short", "*The paper's*", "sts", "*Ours*", "lds"]
+    assert firsts == [*body, "Majority answer", "Chance"]
+    assert "| *Ours* |" + "  |" * empty in markdown
+    assert [line.split(" & ")[0] for line in lines(latex)] == [
+        rf"\emph{{{name.strip('*')}}}" if "*" in name else name for name in firsts
+    ]
+    assert {line.count("&") for line in lines(latex)} == {empty}
+    assert {id: row["source"] for id, row in rows.items()} == SOURCES
+    assert list(rows) == ["dense", "short", "sts", "lds"]
+
+
+def test_without_sources_there_are_no_heads_and_the_same_rows(results):
+    rows, markdown, *_ = make(results, *SOURCES)
+    firsts = [line.split("|")[1].strip() for line in lines(markdown)]
+    assert firsts == [*SOURCES, "Majority answer", "Chance"]
+    assert {row["source"] for row in rows.values()} == {"n/a"}
+    _, headed, *_ = make(results, *SOURCES, sources=SOURCES)
+    assert set(lines(markdown)) < set(lines(headed))
+
+
+def test_the_first_method_is_the_baseline_wherever_it_stands(results):
+    sources = {"dense": "peers", "sts": "paper"}
+    rows, markdown, *_ = make(results, "dense", "sts", sources=sources)
+    assert list(rows) == ["sts", "dense"]
+    assert float(rows["sts"]["time_ratio"]) == pytest.approx(0.8)
+    assert "relative to dense" in markdown
+
+
+def test_every_source_that_an_ablation_may_name_has_a_head():
+    from typing import get_args
+
+    from sts.config import _Entry
+
+    assert set(get_args(_Entry.model_fields["source"].annotation)) == set(tables.SOURCES)
 
 
 def test_metrics_are_numbers_by_method(results):

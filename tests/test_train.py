@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from sts import train as training
+from sts import vtc
 from sts.config import Config, StageConfig
 from sts.train import lr_factor, my_pieces, read_history, train
 
-STEPS = 4
+STEPS, LAYERS = 4, 6
+HALF = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count"}  # three of the layers
 ROOT = Path(__file__).parents[1]
 
 
@@ -89,20 +92,24 @@ def test_instruct_moves_the_language_model_and_projector_but_not_the_vision_towe
 
 def test_a_layer_that_a_step_skips_is_not_moved_by_it(run, aligned):
     """One step with decay: AdamW would shrink a layer whose gradient were zero and not None."""
-    lds = {"policy": "uniform", "rate": 0.5}
-    result = run(config(steps=1, lds=lds, weight_decay=0.1), "instruct", init=aligned)
+    result = run(config(steps=1, lds=HALF, weight_decay=0.1), "instruct", init=aligned)
     [row] = read_history(result["weights"])
+    skipped = {layer for layer, share in enumerate(row["skipped"]) if share}
     start = tensors(json.loads(aligned.read_text())["weights"])
     changed = moved(start, tensors(result["weights"]))
     touched = {int(name.split("layers.")[1].split(".")[0]) for name in changed if "layers." in name}
-    assert len(row["skipped"]) == 2
-    assert touched == set(range(6)) - set(row["skipped"])
+    assert row["asked"] == [0.5] * LAYERS
+    assert [row["skipped"][layer] for layer in sorted(skipped)] == [1.0] * 3
+    assert touched == set(range(LAYERS)) - skipped
 
 
 def test_accumulation_is_the_same_step_as_one_large_batch(run, aligned):
     whole = run(config(batch_size=8, steps=2), "instruct", results="a", init=aligned)
     parts = run(
-        config(batch_size=2, gradient_accumulation_steps=4, steps=2), "instruct", results="b", init=aligned
+        config(batch_size=2, gradient_accumulation_steps=4, steps=2),
+        "instruct",
+        results="b",
+        init=aligned,
     )
     for one, other in zip(*(read_history(r["weights"]) for r in (whole, parts)), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -135,12 +142,21 @@ def test_the_manifest_is_the_same_bytes_for_the_same_training(run):
     assert first.read_text().replace("/a/", "/b/") == again.read_text()
 
 
-@pytest.mark.parametrize("policy", ["uniform", "need"])
+RESUMED = {
+    "sts": {"policy": "sts", "rate": 0.6, "epsilon": 0.5},
+    "measured": {"policy": "block_influence", "rate": 0.4},
+    "in epochs, by samples": {
+        "policy": "sts", "rate": 0.6, "unit": "samples", "rescale": True, "clock": "epochs",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
 def test_killed_after_a_checkpoint_it_resumes_to_the_same_weights(
-    tmp_path, backbone, prepared, run, policy
+    tmp_path, backbone, prepared, run, name
 ):
-    settings = config(steps=8, lds={"policy": policy, "rate": 0.4}, vtc={
-        "kind": "random", "keep": 0.5, "schedule": "linear"})  # fmt: skip
+    vtc = {"kind": "random", "keep": 0.5, "schedule": "rising_linear"}
+    settings = config(steps=8, lds=RESUMED[name], vtc=vtc)
     straight = run(settings, results="straight")
     folder = _killed_once(tmp_path / "killed", backbone, prepared, settings)
     seen = (folder / "history.jsonl").read_text().splitlines()
@@ -148,11 +164,84 @@ def test_killed_after_a_checkpoint_it_resumes_to_the_same_weights(
     assert not (folder / "done.json").exists()
     resumed = run(settings, results="killed")
     assert resumed["weights_sha256"] == straight["weights_sha256"]
-    assert [row["step"] for row in read_history(folder)] == list(range(8))
-    assert [r["loss"] for r in read_history(folder)] == [
-        r["loss"] for r in read_history(straight["weights"])
-    ]
+    own = ("seconds", "peak_mem_mb")  # of the machine
+    rows, others = (
+        [{key: value for key, value in row.items() if key not in own} for row in read_history(one)]
+        for one in (folder, straight["weights"])
+    )
+    assert rows == others
+    assert [row["step"] for row in rows] == list(range(8))
     assert not (folder / "state").exists()
+
+
+def test_the_papers_skipping_falls_to_zero_and_is_what_was_realised(run, aligned):
+    lds = {"policy": "sts", "rate": 0.6, "epsilon": 0.5}
+    result = run(config(steps=20, lds=lds), "instruct", init=aligned)
+    rows = read_history(result["weights"])
+    for row in rows:
+        fallen = 0.6 * (1 - row["step"] / 20) ** 2
+        depth = [1 + 0.5 * (2 * layer - 5) / 5 for layer in range(LAYERS)]
+        assert row["asked"] == pytest.approx([fallen * of for of in depth])
+        assert set(row["skipped"]) <= {0, 1}
+        assert [one.get("rows", 1) for one in row["work"]] == [
+            1 - share for share in row["skipped"]
+        ]
+        assert row["layers_run"] == LAYERS - sum(row["skipped"])
+    asked = [sum(row["asked"]) for row in rows]
+    assert asked == sorted(asked, reverse=True)
+    assert asked[-1] < 0.01 < asked[0] == pytest.approx(0.6 * LAYERS)
+    done = [sum(row["skipped"]) for row in rows]
+    assert sum(done[:10]) > 0 == done[-1]
+    per_layer = [sum(row["skipped"][layer] for row in rows) for layer in range(LAYERS)]
+    assert result["realised"]["skipped_per_layer"] == per_layer
+
+
+class Learned(torch.nn.Module):
+    """A kind with a weight of its own: every second token, scaled."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(dim))
+
+    def forward(self, tokens: torch.Tensor, keep: float) -> vtc.Outputs:
+        every = round(1 / keep)
+        positions = torch.arange(0, tokens.shape[1], every).expand(len(tokens), -1)
+        return vtc.Outputs(positions, lambda x: x[:, ::every], tokens[:, ::every] * self.scale)
+
+
+def test_a_kind_with_weights_is_trained_resumes_and_is_not_in_the_checkpoint(run, monkeypatch):
+    monkeypatch.setitem(vtc.KINDS, "learned", Learned)
+    settings = config(vtc={"kind": "learned", "keep": 0.5})
+    scales, saved, finish, save = [], [], training.finish, training.save_state
+
+    def watching(folder, model, *rest):
+        scales.append(dict(model.named_parameters())["visual_token_compressor.scale"].detach())
+        finish(folder, model, *rest)
+
+    def keeping(folder, *rest):
+        save(folder, *rest)
+        saved.append(torch.load(folder / "state" / "checkpoint.pt", weights_only=True)["model"])
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "finish", watching)
+    straight = run(settings, results="a")
+    assert not torch.equal(scales[0], torch.ones_like(scales[0]))
+    assert read_history(straight["weights"])[0]["keep_ratio"] == 0.5
+    dense = tensors(run(config(), results="b")["weights"])
+    assert tensors(straight["weights"]).keys() == dense.keys()
+    [file] = Path(straight["weights"]).glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        assert not [name for name in opened.keys() if "compressor" in name]  # noqa: SIM118
+    monkeypatch.setattr(training, "save_state", keeping)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(steps=6, vtc=settings.align.vtc), results="c")
+    assert "visual_token_compressor.scale" in saved[-1]
+    monkeypatch.setattr(training, "save_state", save)
+    resumed = run(config(steps=6, vtc=settings.align.vtc), results="c")
+    whole = run(config(steps=6, vtc=settings.align.vtc), results="d")
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert torch.equal(scales[-2], scales[-1])
 
 
 def _killed_once(results: Path, backbone: Path, prepared: Path, settings: Config) -> Path:
@@ -237,19 +326,40 @@ def test_the_checkpoint_loads_for_anyone_and_generates(run):
 
 
 def test_sparse_training_logs_what_it_kept_and_ran(run, aligned):
-    vtc = {"kind": "avgpool2d", "keep": 0.25, "anneal": 0.5}
-    lds = {"policy": "uniform", "rate": 0.5, "schedule": "linear"}
+    vtc = {"kind": "avgpool2d", "keep": 0.25, "dense_tail": 0.5}
+    lds = {**HALF, "schedule": "rising_linear"}
     result = run(config(vtc=vtc, lds=lds), "instruct", init=aligned)
     dense = run(config(), "instruct", init=aligned)
     rows = read_history(result["weights"])
     assert [row["keep_ratio"] for row in rows] == [0.25, 0.25, 1.0, 1.0]
     assert [row["visual_tokens"] for row in rows] == [4, 4, 16, 16]
-    assert [row["layers_run"] for row in rows] == [6 - len(row["skipped"]) for row in rows]
-    assert rows[0]["layers_run"] == 6 > rows[-1]["layers_run"]
+    assert [row["layers_run"] for row in rows] == [LAYERS - sum(r["skipped"]) for r in rows]
+    assert rows[0]["layers_run"] == LAYERS > rows[-1]["layers_run"]
     assert result["realised"]["keep_ratio"] == pytest.approx(0.625)
-    assert sum(result["realised"]["skipped_per_layer"]) == sum(len(r["skipped"]) for r in rows)
+    skipped = sum(sum(row["skipped"]) for row in rows)
+    assert sum(result["realised"]["skipped_per_layer"]) == skipped > 0
     assert result["flops"] < result["flops_dense"] == pytest.approx(dense["flops"])
     assert dense["flops"] == dense["flops_dense"]
+
+
+UNITS = {
+    "samples": ({"policy": "layerskip", "rate": 0.9, "draw": "fixed_count"}, {"rows"}),
+    "tokens": ({"policy": "random_ltd", "rate": 0.5}, {"tokens"}),
+    "backward": ({"policy": "dropbp", "rate": 0.5}, {"attention_backward", "mlp_backward"}),
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_unit_logs_the_work_that_its_flops_come_from(run, aligned, unit):
+    lds, shares = UNITS[unit]
+    result = run(config(lds=lds, steps=2), "instruct", init=aligned)
+    rows = read_history(result["weights"])
+    for row in rows:
+        left = [1 - sum(one.get(s, 1) for s in shares) / len(shares) for one in row["work"]]
+        assert row["skipped"] == pytest.approx(left)
+    assert {share for row in rows for one in row["work"] for share in one} == shares
+    assert result["flops"] == pytest.approx(sum(row["flops"] for row in rows))
+    assert result["flops"] < 0.95 * result["flops_dense"]
 
 
 def test_precision_and_recomputation_are_taken_from_the_configuration(run, aligned):
@@ -314,9 +424,8 @@ def test_every_step_reaches_mlflow_also_of_reused_weights(tmp_path, run, monkeyp
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path, backbone, prepared, run, aligned):
     """Also with skipped layers, whose gradients no process sends."""
-    lds = {"policy": "uniform", "rate": 0.5}
-    alone = run(config(lds=lds, batch_size=4), "instruct", init=aligned)
-    settings = config(lds=lds, batch_size=2, processes=2)
+    alone = run(config(lds=HALF, batch_size=4), "instruct", init=aligned)
+    settings = config(lds=HALF, batch_size=2, processes=2)
     script = tmp_path / "two.py"
     script.write_text(
         "import sys\nfrom sts.config import Config\nfrom sts.train import train\n"

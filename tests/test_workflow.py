@@ -299,6 +299,27 @@ def test_after_kill_9_the_bare_command_goes_on(project, whole_group):
     os.killpg(began.pid, signal.SIGKILL) if _alive(began.pid) else None
 
 
+def test_after_kill_9_a_call_that_cannot_run_the_jobs_clears_nothing(project, tmp_path):
+    (project / "slow").touch()
+    began = subprocess.Popen(
+        call("--configfile", SMOKE), cwd=project, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    logs = project / "results/smoke/logs/runs"
+    wait_for(lambda: any(log.stat().st_size for log in logs.rglob("align.log")))
+    os.killpg(began.pid, signal.SIGKILL)
+    began.wait()
+    (project / "slow").unlink()
+    begun = sorted((project / ".snakemake/incomplete").iterdir())
+    before = state(project)
+
+    said = run(project, SMOKE, ok=False, **without(tmp_path, "torch"))
+    assert "lacks: torch" in said and "--use-conda" in said
+    assert begun and begun == sorted((project / ".snakemake/incomplete").iterdir())
+    assert state(project) == before
+    run(project, SMOKE)
+
+
 def _alive(group: int) -> bool:
     try:
         os.killpg(group, 0)
@@ -372,23 +393,116 @@ def test_resources_on_the_command_line_win_over_the_number_of_gpus(project):
 
 
 CONDA = """#!/bin/sh
-case "$1" in
-  info) echo '{"conda_prefix": "/stub", "root_prefix": "/stub", "platform": "linux-64"}';;
-  --version) echo "conda 26.7.0";;
-  config) echo '{"get": {"channel_priority": "strict"}}';;
+base=$(dirname "$(dirname "$0")")
+case "$*" in
+  *info*)
+    printf '{"conda_prefix": "%s", "root_prefix": "%s", "platform": "linux-64"}' "$base" "$base";;
+  *--version*) echo "conda 26.7.0";;
+  *config*) echo '{"get": {"channel_priority": "strict"}}';;
+  *create*)
+    while [ "$1" != --prefix ]; do shift; done
+    mkdir -p "$2/bin"
+    printf '#!/bin/sh\\nexec PYTHON "$@"\\n' > "$2/bin/python"
+    chmod +x "$2/bin/python";;
 esac
+"""
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in NAMES
+        return None if hidden else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 """
 
 
-def test_use_conda_plans_one_environment(project, tmp_path):
-    conda = tmp_path / "bin/conda"
-    conda.parent.mkdir()
-    conda.write_text(CONDA)
-    conda.chmod(0o755)
-    path = f"{conda.parent}{os.pathsep}{os.environ['PATH']}"
-    said = run(project, SMOKE, "-n", "--use-conda", PATH=path)
+@pytest.fixture
+def conda(tmp_path) -> dict[str, str]:
+    """Variables with which there is a conda; what it makes runs the interpreter of the tests."""
+    folder = tmp_path / "conda/bin"
+    folder.mkdir(parents=True)
+    (folder / "conda").write_text(CONDA.replace("PYTHON", sys.executable))
+    (folder / "conda").chmod(0o755)
+    (folder / "activate").write_text('export PATH="$1/bin:$PATH"\n')
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def without(folder: Path, *packages: str) -> dict[str, str]:
+    """Variables with which these packages are not installed; conda jobs don't see them."""
+    folder = folder / "-".join(["without", *packages])
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(HIDING.replace("NAMES", repr(packages)))
+    return {"PYTHONPATH": str(folder)}
+
+
+def state(folder: Path) -> dict[Path, tuple]:
+    """Bytes and times of all that was made."""
+    made = [f for name in ("results", "data") for f in (folder / name).rglob("*") if f.is_file()]
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in made}
+
+
+def test_use_conda_plans_one_environment(project, conda):
+    said = run(project, SMOKE, "-n", "--use-conda", **conda)
     created = re.findall(r"Conda environment .*envs/sts.yaml will be created", said)
     assert len(created) == 1, said
+
+
+def test_a_bare_call_after_one_with_conda_says_what_is_missing_and_deletes_nothing(
+    project, conda, tmp_path
+):
+    variables = conda | without(tmp_path, "torch", "lm_eval")
+    manifests = ("data/smoke/scenes/manifest.json", "results/smoke/backbone/manifest.json")
+    run(project, SMOKE, "--use-conda", *manifests, **variables)
+    before = state(project)
+    assert before.keys() >= {project / name for name in manifests}
+    said = run(project, SMOKE, *manifests, ok=False, **variables)
+    for words in ("lacks: torch", "--use-conda", "make reproduce", "requirements.lock"):
+        assert words in said
+    assert state(project) == before
+    said = run(project, SMOKE, *manifests, "--sdm", "conda", **variables)
+    assert "Nothing to be done" in said
+
+
+def test_calls_that_run_no_job_need_no_packages(finished, tmp_path):
+    variables = without(tmp_path, "torch")
+    assert "torch" in run(finished, SMOKE, "--forceall", ok=False, **variables)
+    assert "Nothing to be done" in run(finished, SMOKE, **variables)
+    for flags in ("-n --forceall", "--summary", "--unlock", "--lint"):
+        run(finished, SMOKE, *flags.split(), **variables)
+    run(finished, SMOKE, "--report", "report.html", **variables)
+    run(finished, SMOKE, "--touch", "--forceall", **variables)
+    assert (finished / "report.html").exists()
+    assert planned(finished) == {}
+
+
+COMMAND = f"snakemake --report results/smoke/report.html --configfile {SMOKE}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing", "env", "expected"),
+    [
+        ([], [], {}, COMMAND),
+        (["--use-conda"], ["torch"], {}, COMMAND),
+        ([], ["pygments"], {}, f"pip install pygments; {COMMAND}"),
+        ([], [], {"MAKELEVEL": "1"}, "make report SCALE=smoke"),
+    ],
+    ids=["bare", "conda", "no pygments", "make"],
+)
+def test_the_last_line_says_how_to_make_the_report_as_it_was_called(
+    finished, conda, tmp_path, flags, missing, env, expected
+):
+    variables = conda | without(tmp_path, *missing) | env
+    target = "data/smoke/scenes/manifest.json"
+    said = run(finished, SMOKE, "--force", *flags, target, **variables)
+    (hint,) = re.findall(r"report: `(.*)`", said)
+    assert hint == expected
+    if hint == COMMAND:
+        run(finished, None, *hint.split()[1:], **variables)
+        assert (finished / "results/smoke/report.html").exists()
 
 
 def test_snakefiles_pass_lint_and_format():

@@ -95,7 +95,7 @@ _TABLES = {"POLICY": POLICIES, "DEPTH": DEPTHS, "UNIT": UNITS}
 
 
 def _take_up(name: str) -> None:
-    """Enter what the file `name` adds. Raises ValueError for nothing, or for a name that is taken."""
+    """Enter what the file `name` adds. ValueError if it adds nothing, or the name is taken."""
     module = import_module(f"sts.lds.{name}")
     added = [part for part in _TABLES if hasattr(module, part)]
     expect(bool(added), f"sts/lds/{name}.py", added, f"one or more of {', '.join(_TABLES)}")

@@ -245,6 +245,7 @@ def report_command():
         return "make report" + ("" if BASE.scale == "mini" else f" SCALE={BASE.scale}")
     command = ["snakemake", "--report", f"{RESULTS}/report.html"]
     given = workflow.config_settings
-    for flag, values in (("--configfile", given.configfiles), ("--config", given.config_args)):
-        command += [flag, *map(str, values)] if values else []
+    files = [os.path.relpath(file) for file in given.configfiles]
+    for flag, values in (("--configfile", files), ("--config", given.config_args)):
+        command += [flag, *values] if values else []
     return ("" if find_spec("pygments") else "pip install pygments; ") + shlex.join(command)

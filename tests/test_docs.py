@@ -1,0 +1,104 @@
+"""What the documentation tells a newcomer to do, done to the letter on a copy of the project."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_workflow import SMOKE, make_project, planned, run
+
+from sts.config import load_ablations, load_scale, resolve
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def one_file_examples() -> dict[str, str]:
+    """File -> text of each example in docs/library.md that says "One file, `NAME`"."""
+    page = (ROOT / "docs/library.md").read_text()
+    found = re.findall(r"One file, `(sts/[\w/]+\.py)`.*?```python\n(.*?)```", page, re.DOTALL)
+    assert [file for file, _ in found] == ["sts/vtc/loudest.py", "sts/lds/by_gradient.py"]
+    return dict(found)
+
+
+ENTRIES = """
+mine_vtc:
+  groups: [components]
+  label: A kind of my own
+  overrides:
+    align: {vtc: {kind: loudest, keep: 0.25}}
+
+mine_lds:
+  groups: [components]
+  label: A policy of my own
+  overrides:
+    instruct: {lds: {policy: by_gradient, rate: 0.4}}
+"""
+
+
+def test_a_kind_and_a_policy_of_ones_own_are_a_file_each_and_retrain_nothing_else(tmp_path):
+    project = make_project(tmp_path / "project")
+    run(project, SMOKE, "all", "table_components")
+    for file, text in one_file_examples().items():
+        (project / file).write_text(text)
+    assert planned(project) == {"figure": 1, "all": 1}, "only the picture of all kinds"
+    with (project / "workflow/ablations.yaml").open("a") as table:
+        table.write(ENTRIES)
+    said = run(project, SMOKE, "-n", "table_components")
+    jobs = set(re.findall(r"(align|instruct|evaluate) (\w+), seed 0", said))
+    mine = {("align", "mine_vtc"), ("instruct", "mine_vtc"), ("instruct", "mine_lds")}
+    assert jobs == mine | {("evaluate", "mine_vtc"), ("evaluate", "mine_lds")}
+    # a change in one's own file runs again what uses it, and nothing else
+    run(project, SMOKE, "table_components")
+    assert planned(project, "table_components") == {}
+    with (project / "sts/lds/by_gradient.py").open("a") as file:
+        file.write("\nFACTOR = 2\n")
+    said = run(project, SMOKE, "-n", "table_components")
+    assert set(re.findall(r"(align|instruct) (\w+), seed 0", said)) == {("instruct", "mine_lds")}
+
+
+TRAINING = """
+import torch
+from tiny import CASES
+from sts import LDS, VTC, sparsify
+
+model, batch = CASES["llava"].build(), CASES["llava"].batch([["big", 5, 6, 7], ["big", 8, 9, 10]])
+scheme = sparsify(model, VTC("loudest", 0.25), LDS("by_gradient", 0.5), total_steps=8)
+asked = []
+for step in range(8):
+    scheme.begin_step(step)
+    model.zero_grad()
+    model(**batch).loss.backward()
+    scheme.after_backward()
+    found = scheme.metrics()
+    assert found["keep_ratio"] == 0.25 and found["asked"][0] == 0
+    asked.append(found["asked"])
+assert len(set(asked[1])) > 2, "layers of small gradients are asked for more often"
+assert sum(asked[-1]) < sum(asked[1])
+"""
+
+
+def test_the_examples_train_a_real_model(tmp_path):
+    shutil.copytree(ROOT / "sts", tmp_path / "sts")
+    shutil.copy(ROOT / "tests/tiny.py", tmp_path)
+    for file, text in one_file_examples().items():
+        (tmp_path / file).write_text(text)
+    subprocess.run([sys.executable, "-c", TRAINING], cwd=tmp_path, check=True)
+
+
+def test_the_example_of_an_ablation_is_accepted(tmp_path):
+    page = (ROOT / "docs/ablations.md").read_text()
+    (entry,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    table = tmp_path / "ablations.yaml"
+    table.write_text((ROOT / "workflow/ablations.yaml").read_text() + "\n" + entry)
+    (id,) = yaml.safe_load(entry)
+    config = resolve(load_scale(ROOT / "workflow/config/mini.yaml"), load_ablations(table)[id])
+    assert config.align.vtc.schedule == "falling_linear"
+
+
+@pytest.mark.parametrize("page", sorted(Path(ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_every_file_that_a_page_names_is_there(page):
+    for name in re.findall(r"`(sts/[\w/]+\.py|workflow/[\w/]+\.(?:yaml|smk))`", page.read_text()):
+        assert (ROOT / name).exists() or name in one_file_examples(), name

@@ -385,7 +385,8 @@ def resolve(config: Config, ablation: Ablation) -> Config:
     base = config.model_dump(by_alias=True)
     for stage in STAGES:
         base[stage]["steps"] = max(1, round(base[stage]["steps"] * ablation.steps_share))
-        if "policy" in ablation.overrides.get(stage, {}).get("lds", {}):
+        lds = ablation.overrides.get(stage, {}).get("lds")
+        if isinstance(lds, Mapping) and "policy" in lds:
             base[stage]["lds"] = {}  # its parts are that policy's, not those of the scale's
     delta = dict(ablation.overrides)
     if ablation.seeds:

@@ -127,10 +127,13 @@ def flop_parts(
         of_weights = 2 if trained else 1  # times the forward's
         attention = 2 * tokens * projections * of_weights + scores * (2.5 if fused_attention else 2)
         mlp = 2 * tokens * gated * of_weights
-        backward = shares.get("attention_backward", 1.0) * attention
-        backward += shares.get("mlp_backward", 1.0) * mlp
+        attention_share = shares.get("attention_backward", 1.0)
+        mlp_share = shares.get("mlp_backward", 1.0)
+        backward = attention_share * attention + mlp_share * mlp
         # torch stops before the last product
         recomputed = forward - 2 * tokens * s.mlp * s.width if checkpointing else 0
+        # a layer of which nothing needs a gradient is not computed again
+        recomputed *= 1 - (1 - attention_share) * (1 - mlp_share)
         return shares.get("rows", 1.0) * (forward + backward + recomputed)
 
     decoder = sum(map(layer, work))

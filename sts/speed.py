@@ -7,7 +7,8 @@ A setting is `kind@keep` (VTC), `policy@rate` (LDS), each with more of its setti
 there: `plain`, the model untouched; `bare`, its base model and the loss on answer tokens written
 out by hand; `dense`, the same with a scheme attached that does nothing: the baseline. A step is
 forward and backward. All settings take turns on the same batch in one process, so that whatever
-else the machine does falls on all alike; what counts is the ratio.
+else the machine does falls on all alike; what counts is the ratio. Of a setting that leaves out
+layers, steps are timed that stand for a whole stage (bench.typical_steps).
 """
 
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from transformers import (
 
 from sts import provenance
 from sts.architectures import architecture_of
-from sts.bench import rotated
+from sts.bench import rotated, typical_steps
 from sts.checks import expect
 from sts.config import STAGES
 from sts.lds import POLICIES
@@ -51,6 +52,7 @@ from sts.vtc import KINDS
 IMAGE_TOKEN, ANSWERED = 3, 0.5  # id of the placeholder; share of the text that is an answer
 ALWAYS = ("plain", "bare", "dense")
 WARMUP = 2
+STAGE = 1000  # optimizer steps that a schedule is spread over
 # On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
 FUSED_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -332,9 +334,15 @@ def _time(
     gpu = inputs["input_ids"].device.type == "cuda"
     found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in variants}
 
+    steps = {name: [0] * repeats for name in variants}
+    for name, setting in variants.items():
+        if setting:
+            with sparsify(model, *setting, total_steps=STAGE) as scheme:
+                steps[name] = typical_steps(scheme, STAGE, repeats)
+
     def run(name: str, step: int) -> float:
         setting = variants[name]
-        scheme = sparsify(model, *setting, total_steps=1000) if setting else None
+        scheme = sparsify(model, *setting, total_steps=STAGE) if setting else None
         try:
             if scheme:
                 scheme.begin_step(step)
@@ -352,28 +360,42 @@ def _time(
             bar.update()
 
     for name, row in found.items():
-        held: dict[int, int] = {}
-
-        def pack(tensor: Tensor, held: dict[int, int] = held) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
-        with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
-            run(name, 0)
-        row["flops"] = counter.get_total_flops()
-        row["held_mb"] = sum(size for at, size in held.items() if at not in weights) / 1e6
-        row["peak_mb"] = torch.cuda.max_memory_allocated() / 1e6 if gpu else None
+        varies = variants[name] is not None and variants[name][1].rate > 0
+        counted = [
+            _count(lambda step, name=name: run(name, step), model, step)
+            for step in (steps[name] if varies else steps[name][:1])
+        ]
+        row |= {key: fmean(one[key] for one in counted) for key in ("flops", "held_mb")}
+        row["peak_mb"] = max(one["peak_mb"] for one in counted) if gpu else None
     for repeat in range(-WARMUP, repeats):
         for name in rotated(list(variants), repeat):
-            seconds = run(name, max(repeat, 0))
+            seconds = run(name, steps[name][max(repeat, 0)])
             if repeat >= 0:
                 found[name]["seconds"].append(seconds)
     return found
+
+
+def _count(run: Callable[[int], float], model: PreTrainedModel, step: int) -> dict[str, float]:
+    """FLOPs of a step, MB it holds for backward, peak MB of a GPU."""
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
+    with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
+        run(step)
+    return {
+        "flops": counter.get_total_flops(),
+        "held_mb": sum(size for at, size in held.items() if at not in weights) / 1e6,
+        "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else 0.0,
+    }
 
 
 def _rows(
@@ -385,8 +407,9 @@ def _rows(
     peak = next((value for gpu, value in PEAK_FLOPS.items() if gpu in name), None)
     for setting, one in timed.items():
         seconds = median(one["seconds"])
-        # paired by turn, so that a slow moment of the machine is in both
-        ratio = median(a / b for a, b in zip(one["seconds"], dense["seconds"], strict=True))
+        # paired by turn, so that a slow moment of the machine is in both; a mean, as the steps of
+        # a setting need not do the same
+        ratio = fmean(a / b for a, b in zip(one["seconds"], dense["seconds"], strict=True))
         flops = one["flops"] / dense["flops"]
         rows.append(
             {

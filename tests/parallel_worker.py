@@ -1,12 +1,16 @@
 """Train a tiny LLaVA sparsely on the processes of torchrun, and say what came of it.
 
-torchrun --nproc-per-node 2 tests/parallel_worker.py {alone,ddp,fsdp2,zero2,zero3} OUT STEPS
+torchrun --nproc-per-node 2 tests/parallel_worker.py MODE OUT STEPS
+
+MODE is alone, ddp, fsdp2, zero2 or zero3. With _samples after it whole layers are replaced by
+samples: four of them, and one process trains on the halves of two as they would.
 """
 
 import gc
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,10 +22,20 @@ from torch.nn.parallel import DistributedDataParallel
 from sts import LDS, VTC, sparsify
 
 ROWS = [["big", 5, 6, 7, 8], ["big", 9, 10, 11, 12]]
-LAYERS = LDS(policy="uniform", rate=0.7, schedule="linear", anneal=0.1, exact=False)
+LAYERS = LDS(
+    "layerdrop",
+    rate=0.7,
+    schedule="rising_linear",
+    dense_tail=0.1,
+    protect_first=1,
+    protect_last=1,
+)
+SAMPLES = replace(LAYERS, unit="samples", protect_first=0, protect_last=0)
+MORE = [["big", 13, 14, 15, 16, 17], ["big", 18, 19, 20, 21]]
 
 
 def main(mode: str, out: str, steps: int) -> None:
+    mode, _, samples = mode.partition("_")
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
@@ -29,12 +43,12 @@ def main(mode: str, out: str, steps: int) -> None:
     dtype = torch.float32 if mode.startswith("zero") else torch.float64
     model = CASES["llava"].build(dtype)
     model.model.vision_tower.requires_grad_(False)
-    vtc = VTC(kind="avgpool2d", keep=0.25, schedule="linear", anneal=0.1)
-    scheme = sparsify(model, vtc, LAYERS, total_steps=steps, seed=3)
+    vtc = VTC("avgpool2d", keep=0.25, schedule="falling_linear", dense_tail=0.1)
+    scheme = sparsify(model, vtc, SAMPLES if samples else LAYERS, total_steps=steps, seed=3)
     layers = model.model.language_model.layers
     runner, engine = model, None
     if mode == "ddp":
-        runner = DistributedDataParallel(model, find_unused_parameters=True)
+        runner = DistributedDataParallel(model, find_unused_parameters=not samples)
     elif mode == "fsdp2":
         for layer in layers:
             fully_shard(layer)
@@ -46,37 +60,44 @@ def main(mode: str, out: str, steps: int) -> None:
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, i=index: calls.__setitem__(i, calls[i] + 1))
     optimizer = None if engine else torch.optim.SGD(runner.parameters(), lr=0.05)
-    batch = CASES["llava"].batch(ROWS)
+    batch = CASES["llava"].batch(ROWS + MORE if samples else ROWS)
     batch["pixel_values"] = batch["pixel_values"].to(dtype)
-    rows = slice(rank, None, world)
-    mine = {key: value[rows] for key, value in batch.items()}
+    every = 2 if samples else world
+    halves = range(every) if world == 1 else [rank]
+    parts = [{key: value[half::every] for key, value in batch.items()} for half in halves]
+    mine = parts[0]
     losses, kept, skips, expected = [], True, [], [0] * len(layers)
     for step in range(steps):
-        scheme.begin_step(step)
-        loss = runner(**mine).loss
+        mean = torch.zeros((), dtype=dtype)
+        for part in parts:
+            scheme.begin_step(step)  # for every part: they draw as several processes do
+            loss = runner(**part).loss / len(parts)
+            mean += loss.detach()
+            if engine:
+                engine.backward(loss)
+            else:
+                loss.backward()
         if engine:
-            engine.backward(loss)
             engine.step()
         else:
-            loss.backward()
-            for index in scheme.skipped:
-                kept &= all(p.grad is None for p in layers[index].parameters())
+            for index, layer in enumerate(layers):
+                gradients = [p.grad is not None for p in layer.parameters()]
+                kept &= gradients == [index not in scheme.skipped] * len(gradients)
             optimizer.step()
             optimizer.zero_grad()
         for index in range(len(layers)):
-            expected[index] += index not in scheme.skipped
-        mean = loss.detach().clone()
+            expected[index] += (index not in scheme.skipped) * len(parts)
         dist.all_reduce(mean)
         losses.append(mean.item() / world)
-        skips.append(sorted(scheme.skipped))
-    every = [None] * world
-    dist.all_gather_object(every, skips)
+        skips.append(scheme.metrics()["skipped"] if samples else sorted(scheme.skipped))
+    all_skips = [None] * world
+    dist.all_gather_object(all_skips, skips)
     if rank == 0:
         result = {
             "losses": losses,
             "skips": skips,
-            "same_on_all": all(one == skips for one in every),
-            "no_grad_where_skipped": kept,
+            "same_on_all": all(one == skips for one in all_skips),
+            "grad_where_not_skipped_alone": kept,
             "ran_only_what_was_not_skipped": calls == expected,
         }
         if mode == "fsdp2":

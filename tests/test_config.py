@@ -147,7 +147,7 @@ WRONG = {
     ),
     "a chance above 1": (
         "{instruct: {lds: {policy: sts, rate: 0.9, epsilon: 0.5}}}", "instruct.lds.rate",
-        "at most 0.667",
+        "at most 0.666",
     ),
     "rate that leaves no layer": (
         "{align: {lds: {policy: layerdrop, rate: 0.95}}}",

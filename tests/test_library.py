@@ -266,26 +266,27 @@ def test_lora_on_top(first):
 
 
 @pytest.mark.parametrize(
-    ("compiled", "lds"),
+    ("compiled", "vtc", "lds"),
     [
-        ("layers", HALF),
-        ("layers", LDS("layerskip", rate=0.9)),
-        ("layers", LDS("random_ltd", rate=0.5)),
-        ("layers", LDS("dropbp", rate=0.5)),
-        pytest.param("whole", HALF, marks=pytest.mark.slow),
+        ("layers", VISUAL, HALF),
+        ("layers", VTC("cls_topk", keep=0.25), HALF),
+        ("layers", VISUAL, LDS("layerskip", rate=0.9)),
+        ("layers", VISUAL, LDS("random_ltd", rate=0.5)),
+        ("layers", VISUAL, LDS("dropbp", rate=0.5)),
+        pytest.param("whole", VISUAL, HALF, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_models_train_alike(compiled, lds):
+def test_compiled_models_train_alike(compiled, vtc, lds):
     """A whole model compiles in pieces (the scheme breaks the graph), so compile its layers."""
 
     def gradients(compiled: str | None) -> list[list[float]]:
         torch.compiler.reset()
         model, batch = tiny()
-        scheme, found = sparsify(model, VISUAL, lds, seed=2), []
+        scheme, found = sparsify(model, vtc, lds, seed=2), []
         runner = torch.compile(model, backend="aot_eager") if compiled == "whole" else model
         layers = model.model.language_model.layers
         if compiled == "layers":
-            for layer in layers:
+            for layer in (*layers, *model.model.vision_tower.encoder.layers):
                 layer.compile(backend="aot_eager")
         for step in range(3):
             scheme.begin_step(step)

@@ -215,7 +215,8 @@ def test_a_kind_with_weights_is_trained_resumes_and_is_not_in_the_checkpoint(run
     scales, saved, finish, save = [], [], training.finish, training.save_state
 
     def watching(folder, model, *rest):
-        scales.append(dict(model.named_parameters())["visual_token_compressor.scale"].detach())
+        scale = dict(model.named_parameters()).get("visual_token_compressor.scale")
+        scales.append(None if scale is None else scale.detach())
         finish(folder, model, *rest)
 
     def keeping(folder, *rest):
@@ -362,7 +363,8 @@ def test_every_unit_logs_the_work_that_its_flops_come_from(run, aligned, unit):
     assert result["flops"] < 0.95 * result["flops_dense"]
 
 
-def test_precision_and_recomputation_are_taken_from_the_configuration(run, aligned):
+def test_precision_and_recomputation_are_taken_from_the_configuration(run, aligned, monkeypatch):
+    monkeypatch.setattr(training, "precision_here", lambda block: block.precision)
     plain = run(config(steps=1), "instruct", init=aligned)
     again = run(config(steps=1, gradient_checkpointing=True), "instruct", init=aligned)
     half = run(config(steps=1, precision="bf16"), "instruct", init=aligned)
@@ -372,6 +374,25 @@ def test_precision_and_recomputation_are_taken_from_the_configuration(run, align
     assert c["loss"] == pytest.approx(a["loss"], rel=0.02)
     saved = tensors(half["weights"])
     assert {t.dtype for t in saved.values() if t.is_floating_point()} == {torch.float32}
+
+
+def test_bf16_is_fp32_on_a_processor_without_it_and_has_a_key_of_its_own(
+    run, aligned, monkeypatch, caplog, backbone, prepared
+):
+    half = config(steps=1, precision="bf16")
+    keys = []
+    for native in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=native: has)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        keys.append(training.stage_key(half.align, "align", 0, [prepared], backbone))
+    assert keys[0] != keys[1]
+    plain = run(config(steps=1), "instruct", init=aligned)
+    assert "precision" not in caplog.text
+    instead = run(half, "instruct", init=aligned)
+    assert "instruct.precision: bf16 is slow on this processor: fp32 instead" in caplog.text
+    assert (plain["precision"], instead["precision"]) == ("fp32", "fp32")
+    assert plain["weights_sha256"] == instead["weights_sha256"]
+    assert plain["key"] != instead["key"]
 
 
 def test_the_learning_rate_rises_then_falls_to_nearly_nothing():

@@ -130,7 +130,7 @@ def test_the_default_makes_the_tables_and_figures_of_the_main_job(finished):
 def test_a_stage_that_two_ablations_share_is_trained_once(finished):
     made = (finished / "done.txt").read_text().split()
     aligned = {line for line in made if line.endswith("align.json")}
-    ids = ("dense", "vtc", "v1", "dense_short")
+    ids = ("dense", "vtc", "v1", "sts_pool", "dense_short")
     assert aligned == {f"results/smoke/runs/{id}/seed0/align.json" for id in ids}
     assert len(made) == len(set(made)), "something was made twice"
 
@@ -139,9 +139,9 @@ def test_a_stage_that_two_ablations_share_is_trained_once(finished):
     ("target", "expected"),
     [
         ("table_main", {"table": 1, "evaluate": 4, "timing": 1, "align": 2, "instruct": 4}),
-        ("table_components", {"table": 1, "evaluate": 6}),
+        ("table_components", {"table": 1, "evaluate": 8}),
         ("table_compressor", {"table": 1, "evaluate": 11}),
-        ("table_skipper", {"table": 1, "align": 1}),
+        ("table_skipper", {"table": 1, "align": 1, "evaluate": 12}),
         ("fig_pareto", {"figure": 1, "evaluate": 4}),
         ("fig_loss", {"figure": 1}),
         ("fig_layers", {"figure": 1}),
@@ -227,16 +227,17 @@ def test_nothing_is_done_after(finished, name):
 
 
 def test_a_changed_formula_retrains_only_the_runs_that_used_it(finished):
-    with (finished / "sts/compressor.py").open("a") as file:
+    with (finished / "sts/vtc/sampling.py").open("a") as file:
         file.write("\nFACTOR = 2\n")
     jobs = planned(finished)
-    assert (jobs["align"], jobs["instruct"]) == (2, 3)  # vtc and v1; instruct of vtc, sts and v1
+    # align of vtc and v1; instruct of what starts from them: vtc, sts, sts_protected, v1
+    assert (jobs["align"], jobs["instruct"]) == (2, 4)
     reasons = run(finished, SMOKE, "-n", *BOTH)
     assert "Job" in reasons and "align dense" not in reasons
 
 
 def test_a_changed_formula_in_the_skipper_leaves_runs_without_lds(finished):
-    with (finished / "sts/skipper.py").open("a") as file:
+    with (finished / "sts/lds/units.py").open("a") as file:
         file.write("\nFACTOR = 2\n")
     said = run(finished, SMOKE, "-n", *BOTH)
     planned_jobs = re.findall(r"(align|instruct) (\w+), seed 0", said)
@@ -247,7 +248,7 @@ def test_a_changed_formula_in_the_skipper_leaves_runs_without_lds(finished):
 def test_a_changed_setting_reruns_what_follows_it(finished):
     edit(finished / SMOKE, "instruct: {steps: 6", "instruct: {steps: 7")
     jobs = planned(finished)
-    assert jobs["instruct"] == 6
+    assert jobs["instruct"] == 8
     assert "align" not in jobs
 
 
@@ -261,7 +262,7 @@ def test_a_changed_table_formula_makes_what_uses_it_only(finished):
 def test_one_more_seed_trains_only_that_seed(finished):
     edit(finished / SMOKE, "seeds: [0]", "seeds: [0, 1]")
     jobs = planned(finished)
-    assert (jobs["align"], jobs["instruct"], jobs["evaluate"]) == (4, 6, 6)
+    assert (jobs["align"], jobs["instruct"], jobs["evaluate"]) == (5, 8, 8)
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------
@@ -354,9 +355,10 @@ def test_the_log_of_a_failed_job_is_shown(project):
 @pytest.mark.parametrize(
     ("before", "after", "told"),
     [
-        ("keep: 0.5}", "keep: 1.5}", ["pool_50.align.vtc.keep", "1.5", "at most 1"]),
-        ("keep: 0.5}", "kept: 0.5}", ["pool_50.align.vtc.kept", "kind, keep"]),
-        ("\npool_25:", "\npool_50:", ["pool_50", "twice"]),
+        ("keep: 0.125}", "keep: 1.5}", ["uniform_12.align.vtc.keep", "1.5", "a number in (0, 1]"]),
+        ("keep: 0.125}", "kept: 0.5}", ["uniform_12.align.vtc.kept", "kind, keep"]),
+        ("rate: 0.85,", "rate: 0.95,", ["lds_85.instruct.lds.rate", "0.95", "at most 0.909"]),
+        ("\nrandom_25:", "\nuniform_25:", ["uniform_25", "twice"]),
     ],
 )
 def test_a_wrong_entry_stops_everything_with_one_clear_error(project, before, after, told):

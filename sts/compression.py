@@ -26,6 +26,7 @@ from sts.sequence import (
     pack,
     position_ids,
     put,
+    see_hooks,
     segments,
     shorter,
     take,
@@ -57,6 +58,7 @@ class Compression:
         """Collects what the vision tower's attention computes anyway, where scores are wanted."""
         with ExitStack() as stack:
             if "scores" in wants(self.vtc.kind):
+                see_hooks()
                 self.attention = self.architecture.class_attention(self.model)
                 for name in ("queries", "keys"):
                     module = self.attention.module.get_submodule(getattr(self.attention, name))

@@ -196,8 +196,8 @@ def _forward(scheme: Scheme, /, *args, **kwargs) -> object:
     inputs.update(inputs.pop("kwargs", {}))
     if inputs.get("labels") is None:
         scheme.warn_once("forward in training mode without labels: the scheme does not act")
-        scheme.skipper.let_go()
-        return scheme.original(*args, **kwargs)
+        with scheme.skipper.paused():
+            return scheme.original(*args, **kwargs)
     return scheme.training_forward(inputs)
 
 

@@ -34,6 +34,13 @@ class Batch:
     mask: Tensor
 
 
+def see_hooks() -> None:
+    """Make torch.compile see hooks that come after it: by default it leaves them out in silence."""
+    import torch._dynamo.config as dynamo  # here, as it takes a second
+
+    dynamo.skip_nnmodule_hook_guards = False
+
+
 def attended(inputs: dict[str, Any], visual: Tensor) -> Tensor:
     """Which places [B, T] hold no padding, by the outer attention mask."""
     mask = inputs.get("attention_mask")

@@ -263,8 +263,9 @@ def precision_here(block: StageConfig) -> str:
     On a processor without AVX-512 (or Arm's bf16) torch emulates bf16, 100 times slower than fp32;
     there fp32 takes its place. The weights' key follows it.
     """
-    native = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return block.precision if native else "fp32"
+    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
+        return block.precision
+    return block.precision if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 def fused_attention(block: StageConfig) -> bool:

@@ -1,6 +1,7 @@
 """LDS on the decoder layers of one model: decides once a step, then acts on every forward of it."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from sts.lds.decision import Decision, Part, decide
 from sts.lds.distributed import care_for_several_processes
 from sts.lds.measure import Measured
 from sts.lds.units import StandIn
-from sts.sequence import Batch
+from sts.sequence import Batch, see_hooks
 from sts.settings import LDS
 
 
@@ -29,6 +30,7 @@ class Skipper:
         self.decision = Decision((0.0,) * len(self.layers))
         self._step = 0
         self._hooks: list = []
+        self._paused = False
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -49,6 +51,7 @@ class Skipper:
         self._step = step
         self.let_go()
         if self.unit.hooks:
+            see_hooks()
             hang = resolve(self.unit.hooks)
             hung = [hang(self.layers[i], self._part(i)) for i in sorted(self.skipped)]
             self._hooks = [handle for handles in hung for handle in handles]
@@ -60,6 +63,19 @@ class Skipper:
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
+
+    def acts(self) -> bool:
+        """Whether hooks of the step do anything now."""
+        return not self._paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A forward that is not the scheme's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def _part(self, layer: int, micro_batch: int = 0) -> Part:
         key = (self.seed, self._step, micro_batch, "layer", layer)
@@ -73,6 +89,7 @@ class Skipper:
                 "attention_backward": self._names.attention,
                 "mlp_backward": self._names.mlp,
             },
+            acts=self.acts,
         )
 
     def stand_ins(self, micro_batch: int) -> dict[int, StandIn]:

@@ -168,9 +168,9 @@ class LDS:
         )
 
 
-def _down(limit: float) -> float:
+def _down(limit: float) -> str:
     """A limit in three digits, of which it is never said that it is not accepted."""
-    return math.floor(1000 * limit + 1e-9) / 1000
+    return f"{math.floor(1000 * limit + 1e-9) / 1000:g}"
 
 
 def _number(name: str, value: object, accepted: str, fits) -> None:

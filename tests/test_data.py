@@ -26,9 +26,9 @@ from sts.config import Config, validate
 from sts.data import registry, scenes
 from sts.data.collator import Conversations, batch_indices, batch_order, collate, split_files
 from sts.data.conversation import CHAT_TEMPLATE, encode
-from sts.settings import IGNORE_INDEX
 from sts.data.prepare import prepare
 from sts.data.registry import REGISTRY, DataError
+from sts.settings import IGNORE_INDEX
 
 MIRROR = os.environ.get("STS_DATA_MIRROR")
 SCENES = {"seed": 3, "align": 12, "instruct": 10, "test": 8}

@@ -118,9 +118,8 @@ def time_stage(
         block, (samples, order) = blocks[id], feeds[id]
         scheme = put_scheme(model, block, SEED, stage, len(samples))
         scheme.begin_step(chosen[id][point])
-        indices = order(point)[
-            : block.batch_size * block.gradient_accumulation_steps
-        ]  # of one process
+        own = block.batch_size * block.gradient_accumulation_steps  # of one process
+        indices = order(point)[:own]
         pieces = my_pieces(indices, block.gradient_accumulation_steps, accelerator)
         began = time.perf_counter()
         batches = [collate(processor, [samples[i] for i in piece]) for piece in pieces]

@@ -18,8 +18,20 @@ TEXTS = ("all", "prompt")
 CLOCKS = ("steps", "epochs")
 
 
+class _OverAStage:
+    """What VTC and LDS share: a strength S(t) and a dense tail."""
+
+    schedule: str | None
+    dense_tail: float
+
+    @property
+    def timed(self) -> bool:
+        """Whether it depends on how far the stage is."""
+        return self.schedule != "constant" or self.dense_tail > 0
+
+
 @dataclass(frozen=True)
-class VTC:
+class VTC(_OverAStage):
     """Visual token compression of one stage.
 
     kind: a key of sts.vtc.KINDS. keep: share of the visual tokens that reaches the language model,
@@ -46,14 +58,9 @@ class VTC:
         nothing = self.kind == "none" and self.keep < 1
         expect(not nothing, "VTC.keep", self.keep, "1.0 where VTC.kind is none")
 
-    @property
-    def timed(self) -> bool:
-        """Whether it depends on how far the stage is."""
-        return self.schedule != "constant" or self.dense_tail > 0
-
 
 @dataclass(frozen=True)
-class LDS:
+class LDS(_OverAStage):
     """Layer dynamic skipping of one stage: p_l(t) = rate x S(t) x D(l).
 
     policy: a key of sts.lds.POLICIES, a named choice of the parts below; a part given here takes
@@ -146,11 +153,6 @@ class LDS:
             f"epsilon={self.epsilon} the likeliest layer would be left out with probability "
             f"{likeliest:.3g}",
         )
-
-    @property
-    def timed(self) -> bool:
-        """Whether it depends on how far the stage is."""
-        return self.schedule != "constant" or self.dense_tail > 0
 
     def formula(self, num_layers: int) -> str:
         """p_l(t) with its values, in words, for a language model of `num_layers` layers."""

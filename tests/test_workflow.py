@@ -275,8 +275,8 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("whole_group", [True, False], ids=["with its jobs", "snakemake alone"])
-def test_after_kill_9_the_bare_command_goes_on(project, whole_group):
+def started(project: Path) -> subprocess.Popen:
+    """A call whose trainings take long, when the first of them is at work."""
     (project / "slow").touch()
     began = subprocess.Popen(
         call("--configfile", SMOKE), cwd=project, env=environment(), start_new_session=True,
@@ -284,6 +284,12 @@ def test_after_kill_9_the_bare_command_goes_on(project, whole_group):
     )  # fmt: skip
     logs = project / "results/smoke/logs/runs"
     wait_for(lambda: any(log.stat().st_size for log in logs.rglob("align.log")))
+    return began
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["with its jobs", "snakemake alone"])
+def test_after_kill_9_the_bare_command_goes_on(project, whole_group):
+    began = started(project)
     if whole_group:
         os.killpg(began.pid, signal.SIGKILL)
     else:
@@ -301,13 +307,7 @@ def test_after_kill_9_the_bare_command_goes_on(project, whole_group):
 
 
 def test_after_kill_9_a_call_that_cannot_run_the_jobs_clears_nothing(project, tmp_path):
-    (project / "slow").touch()
-    began = subprocess.Popen(
-        call("--configfile", SMOKE), cwd=project, env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    logs = project / "results/smoke/logs/runs"
-    wait_for(lambda: any(log.stat().st_size for log in logs.rglob("align.log")))
+    began = started(project)
     os.killpg(began.pid, signal.SIGKILL)
     began.wait()
     (project / "slow").unlink()

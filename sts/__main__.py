@@ -6,6 +6,7 @@ verb needs is imported when it runs, so that the help is there at once.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -238,9 +239,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.function(args)
+        sys.stdout.flush()
     except settings.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # its reader, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -69,7 +69,6 @@ def bench(
     result = {
         "threads": torch.get_num_threads(),
         "device": ", ".join(facts["gpus"]) or f"{facts['cores']} x {facts['cpu']}",
-        "points": fractions(first.bench.points),
         "warmup": first.bench.warmup,
         "repeats": REPEATS,
         "variants": variants,
@@ -80,11 +79,6 @@ def bench(
     return result
 
 
-def fractions(points: int) -> list[float]:
-    """Where in a stage steps are timed: the middles of `points` equal parts."""
-    return [(i + 0.5) / points for i in range(points)]
-
-
 def time_stage(
     blocks: Mapping[str, StageConfig],
     stage: str,
@@ -92,8 +86,8 @@ def time_stage(
     init: str | Path,
     plan: BenchConfig,
 ) -> dict[str, dict[str, Any]]:
-    """id -> {steps, stage_s, flops (of the stage), and at each point step_s (median seconds),
-    layers_run, visual_tokens, order (places of its timed steps among all)}."""
+    """id -> {steps, stage_s, flops (of the stage), and at each point step (its number), step_s
+    (median seconds), layers_run, visual_tokens, order (places of its timed steps among all)}."""
     first = next(iter(blocks.values()))
     accelerator = prepare_process(first.model_copy(update={"processes": 1}))
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
@@ -157,6 +151,7 @@ def time_stage(
     return {
         id: {
             **lists,
+            "step": chosen[id],
             "steps": blocks[id].steps,
             "stage_s": blocks[id].steps * fmean(lists["step_s"]),
             "flops": blocks[id].steps * fmean(lists["flops"]),

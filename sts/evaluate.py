@@ -59,6 +59,7 @@ def evaluate(
     settings, out = config.evaluate, Path(out)
     trained = json.loads(Path(run).read_text(encoding="utf-8"))
     tasks = load_tasks(settings, data)  # before the model: what is missing is said at once
+    key = config_hash(settings, trained["weights_sha256"])
     with (
         lease(),
         tracking.run(
@@ -66,7 +67,7 @@ def evaluate(
             params=settings.model_dump(),
             tags={"ablation": ablation, "seed": seed, "stage": "evaluate",
                   "config": config_hash(config), "weights": trained["weights_sha256"]},
-            directory=out.with_suffix(""),
+            directory=out.with_suffix("") / key,  # another key is another run
         ) as tracked,
     ):  # fmt: skip
         lm = load_model(trained["weights"], settings.batch_size, config.instruct.threads)

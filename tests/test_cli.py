@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -59,6 +60,14 @@ def test_config_prints_the_papers_formula_with_its_values_and_reads_back(tmp_pat
     mine = load_scale(ROOT / "workflow/config/mini.yaml")
     sts = load_ablations(ROOT / "workflow/ablations.yaml")["sts"]
     assert load_scale(tmp_path / "printed.yaml") == resolve(mine, sts)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "sts", "config", "--ablation", "sts"]
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as job:
+        job.stdout.close()
+        said = job.stderr.read()
+    assert (job.returncode, said) == (0, "")
 
 
 def test_config_prints_no_formula_where_nothing_is_skipped(capsys):

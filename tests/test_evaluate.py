@@ -209,6 +209,15 @@ def test_the_same_answers_give_the_same_bytes(measure, tmp_path):
     assert (tmp_path / "eval.json").read_bytes() == first
 
 
+def test_other_settings_are_another_mlflow_run(measure, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    longer = config.evaluate.model_copy(update={"max_new_tokens": 5})
+    for settings in (config.evaluate, config.evaluate, longer):
+        measure(lambda *_: "yes", config.model_copy(update={"evaluate": settings}))
+    runs = {file.read_text() for file in (tmp_path / "eval").glob("*/mlflow_run_id")}
+    assert len(runs) == 2
+
+
 def test_every_task_file_names_its_own_benchmark():
     files = [file for file in TASKS.glob("*.yaml") if file.stem != "_base"]
     assert len(files) >= 10

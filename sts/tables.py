@@ -192,8 +192,22 @@ def footer(
         f"Configuration: {results}/configs/{{{','.join(ablations)}}}.yaml, "
         f"SHA-256 {provenance.sha256_json(configs)[:16]}",
         f"Seeds: {seeds}",
+        *_precisions(results, ablations),
     ]
     return [*lines, f"Missing: {'; '.join(lost)}"] if lost else lines
+
+
+def _precisions(results: Path, ablations: Sequence[str]) -> list[str]:
+    """What the runs were computed in, as their manifests say: bf16 becomes fp32 on some machines."""
+    of: dict[str, dict[str, None]] = {}
+    for id in ablations:
+        for file in sorted((results / "runs" / id).glob("seed*/instruct.json")):
+            if precision := _read(file).get("precision"):
+                of.setdefault(precision, {})[id] = None
+    if len(of) > 1:
+        each = "; ".join(f"{precision} {', '.join(ids)}" for precision, ids in of.items())
+        return [f"Precision: not the same for all, so compare with care: {each}"]
+    return [f"Precision: {precision}" for precision in of]
 
 
 def _flat(row: Row) -> dict[str, Cell]:

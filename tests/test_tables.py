@@ -69,6 +69,18 @@ def test_mean_sd_average_and_controls(results):
     assert numbers(row, "colour_seeds", "blind") == pytest.approx([2, 0.2])
 
 
+def test_the_footer_says_what_the_runs_were_computed_in(results):
+    assert "Precision" not in make(results, "dense", "sts")[1]  # no manifest says it
+    for id in ("dense", "sts"):
+        write(results / "runs" / id / "seed0" / "instruct.json", {"precision": "bf16"})
+    assert "- Precision: bf16\n" in make(results, "dense", "sts")[1]
+    write(results / "runs" / "sts" / "seed1" / "instruct.json", {"precision": "fp32"})
+    said = make(results, "dense", "sts")[1]
+    assert (
+        "Precision: not the same for all, so compare with care: bf16 dense, sts; fp32 sts" in said
+    )
+
+
 def test_retention_is_paired_by_seed_with_a_t_interval(results):
     row = make(results, "dense", "sts")[0]["sts"]
     # seed 0: (1 + 0.8) / 2 = 0.9; seed 1: (0.9 + 1) / 2 = 0.95; t(0.975, 1) = 12.7062

@@ -198,7 +198,7 @@ def footer(
 
 
 def _precisions(results: Path, ablations: Sequence[str]) -> list[str]:
-    """What the runs were computed in, as their manifests say: bf16 becomes fp32 on some machines."""
+    """What the runs were computed in, by their manifests: some machines make fp32 of bf16."""
     of: dict[str, dict[str, None]] = {}
     for id in ablations:
         for file in sorted((results / "runs" / id).glob("seed*/instruct.json")):

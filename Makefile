@@ -1,7 +1,7 @@
 # `make reproduce` makes every number of the README; `make test` checks the code. Both make .venv.
 PYTHON ?= python3
 SCALE ?= mini
-AS ?= $(SCALE)
+INTO ?= $(SCALE)
 NEEDED := Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11
 BIN := .venv/bin
 RESULTS := results/$(SCALE)
@@ -17,7 +17,7 @@ help:
 	@echo "make test        the everyday tests; make test-all: the slow ones too"
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
-	@echo "make reference   the results as reference results AS=name, small files only"
+	@echo "make reference   the results as reference results INTO=name, small files only"
 	@echo "make clean       forget results and prepared data of the scale"
 
 reproduce: .venv/made-from-lock
@@ -65,12 +65,12 @@ envs/sts.yaml: requirements.lock
 	@mv $@.part $@
 
 reference:
-	rm -rf results/reference/$(AS)
-	mkdir -p results/reference/$(AS)
+	rm -rf results/reference/$(INTO)
+	mkdir -p results/reference/$(INTO)
 	cd $(RESULTS) && find tables figures bench runs configs -type f \
 	  \( -not -path 'runs/*' -o -name eval.json -o -name align.json -o -name instruct.json \
 	    -o -path 'runs/*/eval/provenance.json' \) \
-	  -exec cp --parents -t ../reference/$(AS) {} +
+	  -exec cp --parents -t ../reference/$(INTO) {} +
 
 clean:
 	rm -rf $(RESULTS) data/$(SCALE)

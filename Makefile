@@ -17,7 +17,7 @@ help:
 	@echo "make test        the everyday tests; make test-all: the slow ones too"
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
-	@echo "make reference   the results as reference results INTO=name, small files only"
+	@echo "make reference   the results as results/reference/INTO (the scale's name), small files only"
 	@echo "make clean       forget results and prepared data of the scale"
 
 reproduce: .venv/made-from-lock

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -144,3 +145,18 @@ def test_the_tests_leave_nothing_behind_but_the_folders_of_one_that_failed(outco
 
 def test_the_python_of_the_tests_is_supported():
     assert (3, 11) <= sys.version_info < (3, 14)
+
+
+@pytest.mark.parametrize(("given", "folder"), [([], "mini"), (["INTO=one_seed"], "one_seed")])
+def test_make_reference_keeps_small_files_under_the_name_asked_for(given, folder, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    small = ["tables/main.md", "bench/main.json", "figures/loss.svg", "configs/dense.yaml",
+             "runs/dense/seed0/eval.json", "runs/dense/seed0/eval/provenance.json"]  # fmt: skip
+    for name in [*small, "runs/dense/seed0/samples/colour.jsonl", "weights/k/model.safetensors"]:
+        file = tmp_path / "results/mini" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    subprocess.run(["make", "-s", "reference", *given], cwd=tmp_path, check=True)
+    kept = tmp_path / "results/reference"
+    found = {str(file.relative_to(kept)) for file in kept.rglob("*") if file.is_file()}
+    assert found == {f"{folder}/{name}" for name in small}

@@ -1,6 +1,7 @@
 # `make reproduce` makes every number of the README; `make test` checks the code. Both make .venv.
 PYTHON ?= python3
 SCALE ?= mini
+JOBS ?= 2
 INTO ?= $(SCALE)
 NEEDED := Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11
 BIN := .venv/bin
@@ -14,7 +15,7 @@ help:
 	@echo "make reproduce   data, training, evaluation, tables, figures, report (SCALE=mini, smoke)"
 	@echo "make data        only the prepared data"
 	@echo "make report      the HTML report of the results that are there"
-	@echo "make test        the everyday tests; make test-all: the slow ones too"
+	@echo "make test        the everyday tests; make test-all: the slow ones too (JOBS=2 side by side)"
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
 	@echo "make reference   the results as results/reference/INTO (the scale's name), small files only"
@@ -32,10 +33,10 @@ report: .venv/made-from-lock
 	$(SNAKEMAKE) --report $(RESULTS)/report.html
 
 test: .venv/made-from-lock
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 test-all: .venv/made-from-lock
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: .venv/made-from-lock
 	$(BIN)/ruff check .

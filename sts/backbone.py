@@ -41,6 +41,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from sts.config import Config
 from sts.data import scenes
 from sts.data.conversation import CHAT_TEMPLATE
+from sts.device import bf16_is_native
 from sts.provenance import sha256_file, sha256_json, write_json_atomic
 from sts.settings import IGNORE_INDEX
 
@@ -141,6 +142,11 @@ def projected(hidden_states: tuple[Tensor, ...]) -> Tensor:
     return F.layer_norm(hidden_states[-2][:, 1:].float(), (WIDTH,))
 
 
+def autocast() -> torch.autocast:
+    """Forward passes in bf16, on a processor that computes in it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_native())
+
+
 def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3) -> CLIPVisionModel:
     """Dense supervision: from a patch's feature, each attribute of the thing that it shows, and
     its row and column (the decoder reads places from the features, not from their order)."""
@@ -159,7 +165,7 @@ def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3)
     bar = tqdm(rows_of, "vision", total=steps, mininterval=10)
     for rows in bar:
         truth = torch.from_numpy(np.stack([row["truth"] for row in rows])).long()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             out = model(pixels(np.stack([row["image"] for row in rows])), output_hidden_states=True)
         features = projected(out.hidden_states)
         logits = patch_head(features).split(sizes, -1)
@@ -360,7 +366,7 @@ def train_language(
         length = torch.ones(batch, 1, 1)
         if done >= 1:
             length = 2 ** torch.empty(batch, 1, 1).uniform_(-1, 4, generator=errors)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits, labels = ask(model, tokenizer, table, inputs, only, noise, length)
         # the end token and the words of a caption are easy and many
         row = (inputs["labels"] != IGNORE_INDEX).nonzero()[:, 0]

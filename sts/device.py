@@ -109,3 +109,11 @@ def _lock_one(gpus: list[str], folder: Path) -> tuple[str, int]:
             log.warning("All %d GPUs are in use by other jobs; waiting for one.", len(gpus))
             waiting = True
         time.sleep(POLL_SECONDS)
+
+
+def bf16_is_native() -> bool:
+    """Whether this processor computes in bf16; one without AVX-512 emulates it, 100 times slower
+    than fp32."""
+    import torch  # here: the workflow asks for GPUs without it
+
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

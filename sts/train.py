@@ -43,7 +43,7 @@ from sts import cost, provenance, tracking
 from sts.backbone import build_llava
 from sts.config import Config, StageConfig, config_hash
 from sts.data.collator import Conversations, batch_order, collate, split_files
-from sts.device import lease
+from sts.device import bf16_is_native, lease
 from sts.lds import UNITS
 from sts.provenance import write_json_atomic
 from sts.scheme import Scheme, sparsify, unsparsify
@@ -265,7 +265,7 @@ def precision_here(block: StageConfig) -> str:
     """
     if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
         return block.precision
-    return block.precision if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return block.precision if bf16_is_native() else "fp32"
 
 
 def fused_attention(block: StageConfig) -> bool:

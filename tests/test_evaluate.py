@@ -210,6 +210,7 @@ def test_the_same_answers_give_the_same_bytes(measure, tmp_path):
 
 
 def test_other_settings_are_another_mlflow_run(measure, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("STS_TRACKING", "on")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     longer = config.evaluate.model_copy(update={"max_new_tokens": 5})
     for settings in (config.evaluate, config.evaluate, longer):

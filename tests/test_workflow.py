@@ -140,7 +140,7 @@ def test_a_stage_that_two_ablations_share_is_trained_once(finished):
     [
         ("table_main", {"table": 1, "evaluate": 4, "timing": 1, "align": 2, "instruct": 4}),
         ("table_components", {"table": 1, "evaluate": 8}),
-        ("table_compressor", {"table": 1, "evaluate": 11}),
+        ("table_compressor", {"table": 1, "evaluate": 12}),
         ("table_skipper", {"table": 1, "align": 1, "evaluate": 12}),
         ("fig_pareto", {"figure": 1, "evaluate": 4}),
         ("fig_loss", {"figure": 1}),

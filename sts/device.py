@@ -112,8 +112,11 @@ def _lock_one(gpus: list[str], folder: Path) -> tuple[str, int]:
 
 
 def bf16_is_native() -> bool:
-    """Whether this processor computes in bf16; one without AVX-512 emulates it, 100 times slower
-    than fp32."""
+    """Whether this processor computes in bf16, as far as torch can tell.
+
+    One without AVX-512 (or Arm's bf16) emulates it, 100 times slower than fp32.
+    """
     import torch  # here: the workflow asks for GPUs without it
 
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    known = torch.backends.mkldnn.is_available()
+    return not known or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -260,12 +260,9 @@ def put_scheme(
 def precision_here(block: StageConfig) -> str:
     """What the forward pass is computed in: bf16 only where the hardware computes in it.
 
-    On a processor without AVX-512 (or Arm's bf16) torch emulates bf16, 100 times slower than fp32;
-    there fp32 takes its place. The weights' key follows it.
+    Elsewhere fp32 takes its place. The weights' key follows it.
     """
-    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():
-        return block.precision
-    return block.precision if bf16_is_native() else "fp32"
+    return block.precision if torch.cuda.is_available() or bf16_is_native() else "fp32"
 
 
 def fused_attention(block: StageConfig) -> bool:

@@ -6,9 +6,10 @@ Nothing here runs without a GPU; nothing of the scheme needs one.
 import pytest
 import torch
 from test_architectures import ALIKE, CLASS_TOKEN, EVERY, FOUR, assert_same, backward
+from test_library import trainer_for
 from tiny import CASES, LAYERS
 
-from sts import LDS, VTC, SparseCallback, sparsify
+from sts import LDS, VTC, sparsify
 from sts.lds import UNITS
 from sts.vtc import KINDS, wants
 
@@ -82,25 +83,14 @@ def test_what_is_left_out_is_not_held(unit, checkpointing):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_trainer_in_bf16_with_checkpointing(unit, tmp_path):
-    from transformers import Trainer, TrainingArguments, default_data_collator
-
-    case = CASES["smolvlm"]
-    model, batch = case.build(torch.float32), case.batch([["big", 5, 6, 7], ["big", 8, 9, 10]])
-    batch["pixel_values"] = batch["pixel_values"].float()
-    samples = [{name: value[i] for name, value in batch.items()} for i in (0, 1)] * 8
     lds = LDS("layerdrop", rate=0.5, draw="fixed_count", unit=unit)
-    callback = SparseCallback(model, VTC("uniform", keep=0.25), lds)
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3,
-        logging_steps=1, report_to="none", disable_tqdm=True, bf16=True, save_strategy="no",
-        gradient_checkpointing=True,
+    trainer = trainer_for(
+        tmp_path, lds, max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3,
+        save_strategy="no", use_cpu=False, bf16=True, gradient_checkpointing=True,
     )  # fmt: skip
-    trainer = Trainer(
-        model, arguments, default_data_collator, train_dataset=samples, callbacks=[callback]
-    )
     trainer.train()
     rows = [row for row in trainer.state.log_history if "sts_layers_run" in row]
-    assert next(model.parameters()).is_cuda
+    assert next(trainer.model.parameters()).is_cuda
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert {row["sts_keep_ratio"] for row in rows} == {0.25}
     forward = LAYERS if unit == "backward" else LAYERS / 2

@@ -95,16 +95,10 @@ def trainer_for(folder: Path, lds: LDS, vtc: VTC = VISUAL, **settings) -> Traine
     # for the weights under other names than it saved them under
     samples = [{name: value[i] for name, value in batch.items()} for i in (0, 1)] * 9
     callback = SparseCallback(model, vtc, lds, seed=5)
-    settings = {"max_steps": 6, "save_steps": 3} | settings
+    usual = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2,
+             "learning_rate": 1e-3, "use_cpu": True}  # fmt: skip
     arguments = TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        **settings,
+        str(folder), logging_steps=1, report_to="none", disable_tqdm=True, **usual | settings
     )
     return Trainer(
         model, arguments, default_data_collator, train_dataset=samples, callbacks=[callback]

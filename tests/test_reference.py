@@ -1,6 +1,8 @@
 """The reference results are what the README quotes, and their tables follow from their runs."""
 
+import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from test_workflow import ROOT
@@ -20,6 +22,27 @@ def rows(file: Path) -> list[str]:
 
 def test_the_readme_quotes_the_reference_table():
     assert rows(ROOT / "README.md") == rows(REFERENCE / "tables/main.md")
+
+
+@pytest.mark.parametrize(
+    ("said", "run", "seeds"),
+    [
+        ("uniform 1/2 {}", "x_uniform_50", 2),
+        ("random 1/4 {}", "x_random_25", 2),
+        ("random 1/2 {}", "x_random_50", 2),
+        ("uniform 1/4 {}", "sts", 2),
+        ("text-guided 1/4 {}", "x_text_25", 2),
+        ("in fp32 `Dense` averaged {}", "dense", 3),
+        ("`LDS only` {}", "lds", 3),
+    ],
+)
+def test_what_the_readme_says_of_fp32_follows_from_its_runs(said, run, seeds):
+    runs = [REFERENCES / "mini_fp32/runs" / run / f"seed{seed}/eval.json" for seed in range(seeds)]
+    found = [json.loads(file.read_text())["benchmarks"].values() for file in runs]
+    average = 100 * fmean(fmean(one["score"] for one in scores) for scores in found)
+    assert said.format(f"{average:.1f}") in (ROOT / "README.md").read_text()
+    for file in runs:
+        assert json.loads((file.parent / "instruct.json").read_text())["precision"] == "fp32"
 
 
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parts[-3]}-{file.stem}")

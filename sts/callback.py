@@ -2,16 +2,20 @@
 
     trainer = Trainer(model, arguments, callbacks=[SparseCallback(model, VTC("uniform", 0.25))])
 
-Make it before the Trainer: mixed precision, DDP and FSDP then wrap the sparse forward.
+Without a model it takes the one that is trained, so that `model_init` works.
 """
 
 import math
+from dataclasses import asdict
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback
+from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from sts.scheme import attach, unsparsify
+from sts.checks import expect
+from sts.lds import UNITS
+from sts.scheme import SCHEME, Scheme, attach, model_in, unsparsify
 from sts.settings import LDS, VTC
 
 
@@ -20,28 +24,68 @@ class SparseCallback(TrainerCallback, ExportableState):
 
     The stage is the Trainer's: schedules and dense_tail are shares of `max_steps`. A decision holds
     for all micro-batches of an accumulation, evaluation in between is dense, and a resumed Trainer
-    goes on as if it had not stopped. Arguments and errors are those of `sparsify`.
+    goes on as if it had not stopped. A model that isn't the Trainer's is an error at once, and a
+    step without a sparse forward is one before the optimizer moves. Other arguments and errors are
+    those of `sparsify`; settings may be given as dicts.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        vtc: VTC | None = None,
-        lds: LDS | None = None,
+        model: nn.Module | None = None,
+        vtc: VTC | dict | None = None,
+        lds: LDS | dict | None = None,
         *,
         seed: int = 0,
+        dense_step: str = "error",
     ) -> None:
-        self.scheme = attach(model, vtc or VTC(), lds or LDS(), None, seed)
+        self.vtc = VTC(**vtc) if isinstance(vtc, dict) else vtc or VTC()
+        self.lds = LDS(**lds) if isinstance(lds, dict) else lds or LDS()
+        self.seed, self.dense_step = seed, dense_step
+        self.scheme: Scheme | None = None
+        self.stored: dict[str, Any] | None = None  # set by a Trainer that restores callbacks
+        if model is not None:
+            self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        self.scheme = attach(model, self.vtc, self.lds, None, self.seed, self.dense_step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._take(kwargs["model"])
+        self._check_ddp(args)
         self.scheme.total_steps = state.max_steps
-        batches = len(kwargs["train_dataloader"]) if self.scheme.lds.clock == "epochs" else 0
+        batches = len(kwargs["train_dataloader"]) if self.lds.clock == "epochs" else 0
         self.scheme.steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
         stored = (state.stateful_callbacks or {}).get(type(self).__name__)
+        stored = self.stored or (stored and stored["attributes"]["stored"])
         if state.global_step and stored:
-            taken = dict(stored["attributes"])
-            taken["average"] = [math.inf if x is None else x for x in taken["average"]]
-            self.scheme.load_state_dict(taken)
+            average = [math.inf if x is None else x for x in stored["average"]]
+            self.scheme.load_state_dict(stored | {"average": average})
+
+    def _take(self, model: nn.Module) -> None:
+        """See that the scheme is on the model that is trained."""
+        trained = model_in(model)
+        there = vars(trained).get(SCHEME)
+        if self.scheme is None and there and (there.vtc, there.lds) == (self.vtc, self.lds):
+            self.scheme = there  # of a callback that the Trainer replaced by this one
+        elif self.scheme is None or (self.scheme.model is trained and not self.scheme.attached):
+            self._attach(model)  # a Trainer's second train(), or the first without a model
+        elif self.scheme.model is not trained:
+            raise ValueError(
+                f"SparseCallback is on a {type(self.scheme.model).__name__} that this Trainer does "
+                "not train: give it the Trainer's model, or none where model_init makes it"
+            )
+
+    def _check_ddp(self, args: Any) -> None:
+        """DDP waits for gradients of skipped layers unless it is told that there may be none."""
+        leaves_out = self.lds.rate > 0 and not UNITS[self.lds.unit].trains_all
+        sharded = bool(args.fsdp) or args.deepspeed is not None
+        if args.world_size > 1 and leaves_out and not sharded:
+            why = (
+                f"True with LDS unit {self.lds.unit!r}, whose skipped layers have no gradient "
+                "(units samples and tokens need it not)"
+            )
+            found = args.ddp_find_unused_parameters
+            expect(found is True, "ddp_find_unused_parameters", found, why)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.scheme.begin_step(state.global_step)
@@ -62,7 +106,12 @@ class SparseCallback(TrainerCallback, ExportableState):
         unsparsify(self.scheme.model)
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json, of every checkpoint: what a measured depth has measured."""
-        kept = self.scheme.state_dict()
-        kept["average"] = [None if math.isinf(x) else x for x in kept["average"]]
-        return {"args": {}, "attributes": kept}
+        """For trainer_state.json, of every checkpoint: what a measured depth has measured, and what
+        makes such a callback anew."""
+        kept = None
+        if self.scheme is not None:
+            kept = self.scheme.state_dict()
+            kept["average"] = [None if math.isinf(x) else x for x in kept["average"]]
+        settings = {"vtc": asdict(self.vtc), "lds": asdict(self.lds)}
+        settings |= {"seed": self.seed, "dense_step": self.dense_step}
+        return {"args": settings, "attributes": {"stored": kept}}

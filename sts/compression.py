@@ -23,9 +23,11 @@ from sts.sequence import (
     Batch,
     at,
     attended,
+    last_kept,
     pack,
     position_ids,
     put,
+    runs,
     see_hooks,
     segments,
     shorter,
@@ -34,6 +36,8 @@ from sts.sequence import (
 )
 from sts.settings import IGNORE_INDEX, VTC
 from sts.vtc import compress, wants
+
+FEATURES = ("mm_encoder_outputs", "image_embeds", "image_features")  # instead of pixels
 
 
 @dataclass
@@ -68,37 +72,62 @@ class Compression:
     def _record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.seen[name] = output.detach()  # [tiles, 1 + N, width]
 
-    def __call__(self, batch: Batch, kwargs: dict[str, Any], count: int) -> tuple[dict, Tensor]:
-        """Shorten the `count` visual tokens in the inputs `kwargs` of the language model, and the
-        batch's labels and mask; the number of visual tokens that are left."""
-        check_images(batch.inputs, count)
+    def __call__(self, batch: Batch, kwargs: dict[str, Any]) -> tuple[dict, Tensor]:
+        """Shorten the visual tokens in the inputs `kwargs` of the language model, and the batch's
+        mask; the number of visual tokens that are left."""
+        count = int(batch.visual.sum())
+        check_images(batch.inputs, kwargs, count)
         full = self._carry(batch, kwargs, count)
         order, real = pack(full["keep"])
-        batch.mask = real
-        batch.labels = batch.labels.gather(1, order).masked_fill(~real, IGNORE_INDEX)
+        batch.mask, batch.shows = real, last_kept(full["keep"])
         embeddings = take(full["embeddings"], order)
-        shortened = {
+        left = full["keep"] & batch.visual
+        known = {
+            "use_cache": False,
+            "past_key_values": None,
             "inputs_embeds": embeddings,
             "attention_mask": self._shorter_mask(kwargs, embeddings, order, real),
             "position_ids": at(full["positions"], order),
         }
-        left = full["keep"] & batch.visual
-        names = self.architecture
-        if names.visual_mask and kwargs.get(names.visual_mask) is not None:
-            shortened[names.visual_mask] = left.gather(1, order) & real
-            of_visual = left[batch.visual]
-            shortened[names.visual_features] = [x[of_visual] for x in full["features"]]
-        return kwargs | shortened, left.sum()
+        others = {
+            name: self._shorter(name, value, left, batch.visual, order, real)
+            for name, value in (kwargs | full["features"]).items()
+            if name not in known
+        }
+        return others | known, left.sum()
+
+    def _shorter(
+        self, name: str, value: Any, left: Tensor, visual: Tensor, order: Tensor, real: Tensor
+    ) -> Any:
+        """Any other keyword of the language model: what it has for every token [B, T, ...] or every
+        visual token (a list of features [V, ...] that layers add). Raises ValueError for what is as
+        long as the sequence in some other way."""
+        if isinstance(value, list | tuple) and all(_of_each(x, visual) for x in value):
+            kept = left[visual]
+            return type(value)(x[kept] for x in value)
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if value.shape[:2] == visual.shape:
+            some = take(value.reshape(*value.shape[:2], -1), order)
+            some = some.reshape(*order.shape, *value.shape[2:])
+            return some & real.view(*real.shape, *[1] * (some.ndim - 2)) if _is(some) else some
+        accepted = f"nothing as long as the sequence, {visual.shape[1]} tokens, that VTC can't cut"
+        long = visual.shape[1] in value.shape or "cu_seq" in name
+        expect(not long, f"{name}.shape of the language model", list(value.shape), accepted)
+        return value
 
     def _carry(self, batch: Batch, kwargs: dict, count: int) -> dict:
         """Write the compressed tokens to the places of the tokens they stand at.
 
-        Returns embeddings [B, T, D], positions [B, T] or [axes, B, T], features (each [V, D]), and
-        keep [B, T]: true at those places and at text.
+        Returns embeddings [B, T, D], positions [B, T] or [axes, B, T], features (keyword -> list of
+        [V, D]), and keep [B, T]: true at those places and at text.
         """
         visual, embeddings = batch.visual, kwargs["inputs_embeds"]
-        names = self.architecture
-        features = list((names.visual_features and kwargs.get(names.visual_features)) or ())
+        features = {
+            name: list(value)
+            for name, value in kwargs.items()
+            if isinstance(value, list | tuple) and value and all(_of_each(x, visual) for x in value)
+        }
         positions = position_ids(kwargs)
         average = self.vtc.positions == "mean"
         positions = positions.float() if average else positions
@@ -109,7 +138,7 @@ class Compression:
         text, text_mask = self._text(batch, embeddings, text_places)
         scores = self._scores(batch, count)
         places = visual.flatten().nonzero()[:, 0]
-        for grid, index in self._images(batch, count).items():
+        for grid, index in self._images(batch).items():
             index, ends = without_newlines(grid, index.to(visual.device), self.keep)
             keep = keep.index_fill(0, places[ends.flatten()], True)
             if not grid.width:
@@ -133,15 +162,14 @@ class Compression:
             keep = keep.index_fill(0, carriers, True)
             if average:
                 by_place = put(by_place, carriers, outputs.apply(by_place[where])[real])
-            features = [
-                put(x, index.gather(1, chosen)[real], outputs.apply(x[index])[real])
-                for x in features
-            ]
+            standing = index.gather(1, chosen)[real]
+            for name, each in features.items():
+                features[name] = [put(x, standing, outputs.apply(x[index])[real]) for x in each]
         return {
             "embeddings": vectors.view_as(embeddings),
             "positions": by_place.T.reshape(*axes, *visual.shape),
             "features": features,
-            "keep": keep.view_as(visual),
+            "keep": keep.view_as(visual) & attended(batch.inputs, visual),
         }
 
     def _shorter_mask(
@@ -177,21 +205,27 @@ class Compression:
             config, embeddings, None, None, counted, allow_is_causal_skip=False
         )
 
-    def _images(self, batch: Batch, count: int) -> dict[Grid, Tensor]:
-        """Grid -> which of the `count` visual tokens are its images', [images, tokens]."""
-        grids = self.architecture.grids(self.model, batch.inputs, count)
-        sizes = [grid.tokens for grid in grids]
-        if sum(sizes) != count:
-            shown = [tuple(grid) for grid in grids]
-            raise ValueError(
-                f"input_ids hold {count} image placeholders, but the images have {sum(sizes)} "
-                f"tokens by their grids (height, width, newline) {shown}: they must be as many"
-            )
-        ranges = torch.arange(count).split(sizes)
-        return {
-            grid: torch.stack([r for g, r in zip(grids, ranges, strict=True) if g == grid])
-            for grid in dict.fromkeys(grids)
-        }
+    def _images(self, batch: Batch) -> dict[Grid, Tensor]:
+        """Grid -> which of the batch's visual tokens are its images', [images, tokens]; a frame of
+        a video is an image."""
+        makers = {"image": self.architecture.grids, "video": self.architecture.video_grids}
+        indexes: dict[Grid, list[Tensor]] = {}
+        for medium, where in batch.media.items():
+            mine = where[batch.visual].nonzero()[:, 0].cpu()
+            if not len(mine):
+                continue
+            grids = makers[medium](self.model, batch.inputs, runs(where).cpu())
+            sizes = [grid.tokens for grid in grids]
+            if sum(sizes) != len(mine):
+                shown = [tuple(grid) for grid in grids]
+                raise ValueError(
+                    f"input_ids hold {len(mine)} {medium} placeholders, but the {medium}s have "
+                    f"{sum(sizes)} tokens by their grids (height, width, newline) {shown}: they "
+                    "must be as many"
+                )
+            for grid, one in zip(grids, mine.split(sizes), strict=True):
+                indexes.setdefault(grid, []).append(one)
+        return {grid: torch.stack(each) for grid, each in indexes.items()}
 
     def _text(
         self, batch: Batch, embeddings: Tensor, text_places: Tensor
@@ -201,6 +235,7 @@ class Compression:
         if not wants(self.vtc.kind) & {"text", "text_mask"}:
             return None, None
         if self.vtc.text == "prompt":
+            expect(batch.labels is not None, "labels", None, "labels, for VTC.text='prompt'")
             text_places = text_places & (batch.labels == IGNORE_INDEX)
         order, real = pack(text_places)
         return take(embeddings.detach(), order), real
@@ -232,14 +267,25 @@ def class_attention(queries: Tensor, keys: Tensor, head_dim: int, scale: float) 
     return attention.mean(1)[:, 1:]
 
 
-def check_images(inputs: dict[str, Any], count: int) -> None:
+def check_images(inputs: dict[str, Any], kwargs: dict[str, Any], count: int) -> None:
     """Raises ValueError for what VTC can't take."""
-    if all(inputs.get(key) is None for key in ("pixel_values", "mm_encoder_outputs")):
+    seen = [name for name, value in inputs.items() if value is not None]
+    if not any("pixel" in name or name in FEATURES for name in seen):
         raise ValueError(
             f"input_ids hold {count} image placeholders, but there are no images: pass "
             "pixel_values (or mm_encoder_outputs)"
         )
-    if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("pixel_values_videos: VTC compresses images only; leave videos out")
-    if inputs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: VTC trains on whole sequences, so leave the cache out")
+    cache = kwargs.get("past_key_values")
+    seen = 0 if cache is None else cache.get_seq_length()
+    accepted = "none: VTC trains on whole sequences, so leave the cache out"
+    expect(seen == 0, "past_key_values of the length", seen, accepted)
+
+
+def _of_each(value: object, visual: Tensor) -> bool:
+    """Whether it has a row for each visual token [V, ...] of the batch."""
+    rows = isinstance(value, Tensor) and value.ndim == 2 and value.shape[:2] != visual.shape
+    return rows and len(value) == int(visual.sum())
+
+
+def _is(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool

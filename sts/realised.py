@@ -1,11 +1,11 @@
 """What the forwards of a step really did, on one rank: counted, not believed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from sts.lds.decision import Decision, left_out
-from sts.settings import IGNORE_INDEX, LDS
+from sts.settings import LDS
 
 
 class Realised:
@@ -17,22 +17,26 @@ class Realised:
         self._before = self._after = self._answers = 0
         self._work: list[dict[str, float]] = [{} for _ in range(layers)]  # share x samples
 
-    def sequence(self, embeddings: Tensor, before: Tensor, after: Tensor) -> None:
-        """What reached the language model: embeddings [B, T, D]; visual tokens before and after."""
-        self._positions += embeddings.shape[:2].numel()
+    def sequence(self, tokens: Sequence[int], before: Tensor, after: Tensor) -> None:
+        """What went through the language model: (samples, tokens of each); visual tokens that there
+        were and that were left."""
+        self._positions += tokens[0] * tokens[1]
         self._before += before
         self._after += after
 
-    def micro_batch(self, labels: Tensor, work: Mapping[int, Mapping[str, float]]) -> None:
-        """A forward with `labels` [B, T]; the work of each layer that did not do all of it."""
+    def micro_batch(
+        self, samples: int, logits: int, work: Mapping[int, Mapping[str, float]]
+    ) -> None:
+        """A forward whose head saw `logits` tokens; the work of each layer that did less than all
+        of it."""
         for layer, done in enumerate(self._work):
             shares = work.get(layer, {})
             for share in shares.keys() | done.keys():
                 before = done.get(share, float(self._samples))
-                done[share] = before + len(labels) * shares.get(share, 1.0)
+                done[share] = before + samples * shares.get(share, 1.0)
         self.micro_batches += 1
-        self._samples += len(labels)
-        self._answers += (labels[:, 1:] != IGNORE_INDEX).sum().detach()
+        self._samples += samples
+        self._answers += logits
 
     def metrics(self, lds: LDS, decision: Decision) -> dict[str, object]:
         """See Scheme.metrics."""
@@ -42,7 +46,7 @@ class Realised:
             "keep_ratio": after / before if before else 1.0,
             "visual_tokens": after / samples,
             "tokens": self._positions / samples,
-            "answer_tokens": int(self._answers) / samples,
+            "answer_tokens": self._answers / samples,
             "layers_run": sum(one.get("rows", 1.0) * one.get("tokens", 1.0) for one in work),
             "asked": list(decision.chances),
             "skipped": left_out(lds, work),

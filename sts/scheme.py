@@ -5,65 +5,102 @@
     model(**batch).loss.backward()
     unsparsify(model)            # or `with sparsify(...) as scheme:`
 
-Only a forward in training mode with labels is touched; all else goes to the model's own forward.
+It acts on forwards in training mode that record gradients, and on nothing else. All of it hangs on
+the modules as hooks, and no forward is replaced: at the language model tokens are taken out and
+layers are skipped, and the hidden states leave it as long as the sequence was. So whoever calls the
+model or its base model, with whatever loss, trains sparsely, and gets the loss that is its own.
 """
 
 import logging
 import math
 from contextlib import ExitStack
-from functools import partial, update_wrapper
+from dataclasses import dataclass, field
 from inspect import isclass, signature
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sts.architectures import architecture_of, output_class
+from sts.architectures import architecture_of
 from sts.checks import expect
 from sts.compression import Compression
 from sts.draws import keyed_seed, keyed_torch_generator
 from sts.lds.decision import Decision
 from sts.lds.skipper import Skipper
 from sts.lds.units import standing_in
-from sts.loss import answer_loss
+from sts.loss import before_targets, sees_only_answers, targets_alone
 from sts.realised import Realised
 from sts.schedule import keep_at, share_done
-from sts.sequence import Batch, attended
+from sts.sequence import Batch, attended, take
 from sts.settings import LDS, VTC
 from sts.vtc import kind_of, wants
 
 log = logging.getLogger(__name__)
 
+SCHEME = "sparse_training_scheme"  # the model's attribute that is its scheme
 WEIGHTS = "visual_token_compressor"  # the submodule of a VTC kind that has weights of its own
-PASSED_ON = ("hidden_states", "attentions", "image_hidden_states")  # of the base model's output
+DENSE_STEP = ("error", "warn")
+MEDIA = ("image", "video")
+# What the forwards of a model said, whether they see the answers alone: asked once, as it costs a
+# few tokens' logits
+_ASKED: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+
+
+@dataclass
+class Call:
+    """A forward under way. inputs: of the model, by name. alone: whether the model's head sees the
+    answers alone. restored: what the base model is to get instead of what the model's forward was
+    given. stack: what is to be undone when the language model returns."""
+
+    entered: nn.Module
+    inputs: dict[str, Any] = field(default_factory=dict)
+    alone: bool = False
+    restored: dict[str, Any] = field(default_factory=dict)
+    compression: Compression | None = None
+    batch: Batch | None = None
+    stand_ins: dict = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    counts: tuple = ()
+    stack: ExitStack = field(default_factory=ExitStack)
 
 
 class Scheme:
     """What `sparsify` puts onto a model. `begin_step` decides, forwards of that step follow."""
 
     def __init__(
-        self, model: PreTrainedModel, vtc: VTC, lds: LDS, total_steps: int | None, seed: int
+        self,
+        model: PreTrainedModel,
+        vtc: VTC,
+        lds: LDS,
+        total_steps: int | None,
+        seed: int,
+        dense_step: str,
     ) -> None:
+        expect(dense_step in DENSE_STEP, "dense_step", dense_step, f"one of {DENSE_STEP}")
         self.model, self.vtc, self.lds = model, vtc, lds
-        self.total_steps, self.seed = total_steps, seed
+        self.total_steps, self.seed, self.dense_step = total_steps, seed, dense_step
         self.steps_per_epoch: int | None = None
         self.attached = True
         self.architecture = architecture_of(model)
         self.language_model = model.get_submodule(self.architecture.language_model)
         self.skipper = Skipper(lds, self.language_model, self.architecture, seed)
-        self.original = model.forward
         self.step: int | None = None
         self.keep = 1.0
         self._realised = Realised(len(self.skipper.layers))
         self._warned: set[str] = set()
+        self._call: Call | None = None
         if "scores" in wants(vtc.kind):
             self.architecture.class_attention(model)  # fails now rather than in the first step
 
     def __enter__(self) -> "Scheme":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failure: type | None, *_: object) -> None:
         unsparsify(self.model)
+        if failure is None:
+            self.check_step()
 
     @property
     def decision(self) -> Decision:
@@ -81,7 +118,12 @@ class Scheme:
         Call it on every rank: a measured depth is averaged over them. Raises ValueError for a step
         outside the stage.
         """
+        if not self.attached:
+            raise RuntimeError("this scheme is off its model: call sparsify(model, ...) again")
+        self.check_step()
         last = math.inf if self.total_steps is None else self.total_steps - 1
+        whole = isinstance(step, int) and not isinstance(step, bool)
+        expect(whole, "step", step, "the number of the optimizer step, 0 = first")
         expect(0 <= step <= last, "step", step, f"0..{last} (total_steps={self.total_steps})")
         vtc, t = self.vtc, share_done(step, self.total_steps)
         self.keep = keep_at(t, vtc.keep, vtc.schedule, vtc.dense_tail)
@@ -91,7 +133,7 @@ class Scheme:
         self._realised = Realised(len(self.skipper.layers))
 
     def metrics(self) -> dict[str, object]:
-        """What the forwards since `begin_step` really did, on this rank.
+        """What the forwards since `begin_step` really did, on this rank; none: of no samples.
 
         keep_ratio: visual tokens that reached the language model / those there were. Means per
         sample: visual_tokens (reached), tokens (reached, padding and visual included),
@@ -100,6 +142,27 @@ class Scheme:
         layers_run: decoder layers run forward, those run in part in part.
         """
         return self._realised.metrics(self.lds, self.decision)
+
+    @property
+    def asks(self) -> bool:
+        """Whether this step is to leave anything out."""
+        return self.keep < 1 or any(self.decision.chances)
+
+    def check_step(self) -> None:
+        """Raise RuntimeError, or warn as `dense_step` says, if the step asked for something and no
+        forward of it was sparse."""
+        if self.step is None or not self.asks or self._realised.micro_batches:
+            return
+        text = (
+            f"no forward of step {self.step} was sparse: none in training mode with gradients went "
+            f"through the language model of this {type(self.model).__name__}. Is another model "
+            "trained, or a copy of it, or did something replace its modules? (dense_step='warn' "
+            "goes on)"
+        )
+        if self.dense_step == "error":
+            self.step = None  # said once
+            raise RuntimeError(text)
+        log.warning("sts: %s", text)
 
     def state_dict(self) -> dict[str, object]:
         """All that later decisions depend on besides the settings. Not a collective operation.
@@ -114,7 +177,8 @@ class Scheme:
 
     def after_backward(self) -> None:
         """For a policy that looks at gradients: between the last backward of a step and the
-        optimizer's. Others need no call."""
+        optimizer's. Others need no call, but learn here that no forward of the step was sparse."""
+        self.check_step()
         self.skipper.measured.gradients(self.skipper.layers)
 
     def warn_once(self, text: str) -> None:
@@ -123,45 +187,161 @@ class Scheme:
             log.warning("sts: %s", text)
         self._warned.add(text)
 
-    def training_forward(self, inputs: dict) -> object:
-        """The outer forward of a training step, with the loss on answer tokens only."""
+    # ---- the hooks, from the outer model inwards and back ---------------------------------------
+
+    def attach(self) -> None:
+        """Hang the scheme on its model."""
+        names, model = self.architecture, self.model
+        inner = [(self.language_model, self._enter_language_model, self._leave_language_model)]
+        if names.base:
+            inner.insert(0, (model.get_submodule(names.base), self._enter_base, self._leave_base))
+        self._handles = []
+        for module, enter, leave in ((model, self._enter_model, self._leave_model), *inner):
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+            ]
+        vars(model)[SCHEME] = self  # a plain attribute, no part of the model
+
+    def detach(self) -> None:
+        """Let go of the model."""
+        self.attached = False
+        for handle in self._handles:
+            handle.remove()
+        self.skipper.let_go()
+        self.model._modules.pop(WEIGHTS, None)
+        del vars(self.model)[SCHEME]
+
+    def _acts(self) -> bool:
+        """Whether a forward that begins now is one that trains."""
+        if not (self.model.training and torch.is_grad_enabled()):
+            return False
         if self.step is None:
             raise RuntimeError("call scheme.begin_step(step) before the forwards of each step")
-        labels, num_items = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
-        return_dict = inputs.pop("return_dict", True)
-        inputs.pop("logits_to_keep", None)
-        visual = self._visual_mask(inputs)
-        batch = Batch(inputs, visual, labels, attended(inputs, visual))
-        compression = self._compression() if self.keep < 1 else None
-        stand_ins = self.skipper.stand_ins(self._realised.micro_batches)
-        with ExitStack() as stack:
-            if compression:
-                stack.enter_context(compression.watching())
-            enter = partial(self._enter_language_model, batch, compression)
-            stack.enter_context(
-                self.language_model.register_forward_pre_hook(enter, with_kwargs=True)
-            )
-            for hook in self.skipper.measuring(batch, stand_ins):
-                stack.enter_context(hook)
-            if stand_ins:
-                layers = self.architecture.layers
-                stack.enter_context(standing_in(self.language_model, layers, stand_ins))
-            base = self.model.get_submodule(self.architecture.base)
-            outputs = base(**inputs | {"use_cache": False, "return_dict": True})
-        loss = answer_loss(self.model, outputs[0], batch.labels, num_items)
-        self._realised.micro_batch(batch.labels, self.skipper.work(stand_ins))
-        kind = output_class(self.model)
-        output = kind(loss=loss, **{k: v for k, v in outputs.items() if k in PASSED_ON})
-        return output if return_dict else output.to_tuple()
+        return True
 
-    def _visual_mask(self, inputs: dict) -> Tensor:
-        """Where the image placeholders stand, [B, T]."""
-        if inputs.get("input_ids") is None:
-            raise ValueError(
-                "input_ids=None: the scheme finds visual tokens by their placeholders, "
-                "so pass input_ids rather than inputs_embeds in training"
-            )
-        return inputs["input_ids"] == self.model.config.image_token_id
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+        """The inputs of `module` by name, with a call under way; None: the scheme does not act."""
+        if self._call and self._call.entered is module:  # left by what no hook sees, as Ctrl-C
+            self._end()
+        if self._call is None:
+            if not self._acts():
+                return None
+            self._call = Call(module)
+            if self.keep < 1:
+                self._call.compression = self._compression()
+                self._call.stack.enter_context(self._call.compression.watching())
+        if args:
+            names = list(signature(type(module).forward).parameters)[1:]  # without self
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if module is not self.model:
+            kwargs = self._restore(kwargs)
+        self._call.inputs |= kwargs if module is not self.language_model else {}
+        return kwargs
+
+    def _end(self) -> None:
+        """The call is over."""
+        call, self._call = self._call, None
+        call.stack.close()
+
+    def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """The outer forward, which may be shown the answers alone."""
+        inputs = self._begin(model, args, kwargs)
+        labels = None if inputs is None else inputs.get("labels")
+        if not isinstance(labels, Tensor) or inputs.get("shift_labels") is not None:
+            return None
+        expect(labels.ndim == 2, "labels.shape", list(labels.shape), "[batch, tokens]")
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is not None:
+            expected = list(tokens.shape[:2])
+            expect(list(labels.shape) == expected, "labels.shape", list(labels.shape), expected)
+        if not self._answers_alone(inputs):
+            return None
+        call = self._call
+        call.alone = True
+        call.restored = {name: inputs.get(name) for name in ("labels", "attention_mask")}
+        shown = inputs | targets_alone(labels)
+        shown.pop("logits_to_keep", None)
+        if self._routes(inputs):
+            # what balances experts looks at the mask, which is as long as the whole sequence
+            shown["attention_mask"] = None
+        return (), shown
+
+    def _answers_alone(self, inputs: dict[str, Any]) -> bool:
+        """Whether the loss is the same if the model's head sees the answers alone."""
+        forward = getattr(self.model.forward, "__func__", self.model.forward)
+        key = (forward, self.model.loss_function, frozenset(inputs))
+        said = _ASKED.setdefault(self.model, {})
+        if key not in said:
+            path = self.architecture.base or self.architecture.language_model
+            said[key] = sees_only_answers(self.model, path, inputs)
+            if not said[key]:
+                log.info("sts: logits are computed for every token, as this forward asks for them")
+        return said[key]
+
+    def _routes(self, inputs: dict[str, Any]) -> bool:
+        """Whether the outer forward balances experts by what their routers said."""
+        asked, config = inputs.get("output_router_logits"), self.model.config.get_text_config()
+        return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
+
+    def _enter_base(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """The base model, which may be called by itself, as TRL does."""
+        inputs = self._begin(base, args, kwargs)
+        return None if inputs is None else ((), inputs)
+
+    def _restore(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keywords as the outer forward would have given them, had it not been shown otherwise."""
+        restored, self._call.restored = self._call.restored, {}
+        if self._call.alone:
+            kwargs = {name: value for name, value in kwargs.items() if name != "shift_labels"}
+        return kwargs | {name: value for name, value in restored.items() if name in kwargs}
+
+    def _enter_language_model(
+        self, language_model: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple | None:
+        """The language model: here the embeddings hold the visual tokens."""
+        kwargs = self._begin(language_model, args, kwargs)
+        if kwargs is None:
+            return None
+        call = self._call
+        if kwargs.get("inputs_embeds") is None:
+            embed = self.model.get_input_embeddings()
+            kwargs = kwargs | {"inputs_embeds": embed(kwargs["input_ids"]), "input_ids": None}
+        media = self._media(call.inputs, kwargs["inputs_embeds"])
+        visual = torch.stack(list(media.values())).any(0)
+        mask = attended(call.inputs, visual)
+        call.batch = Batch(call.inputs, media, visual, call.inputs.get("labels"), mask)
+        before = after = visual.sum()
+        if call.compression and int(before):
+            kwargs, after = call.compression(call.batch, kwargs)
+        if not self._realised.micro_batches:
+            self.skipper.forget_zeros()
+        call.tokens = list(kwargs["inputs_embeds"].shape[:2])
+        call.counts = (before, after)
+        call.stand_ins = self.skipper.stand_ins(self._realised.micro_batches)
+        for hook in self.skipper.measuring(call.batch, call.stand_ins):
+            call.stack.enter_context(hook)
+        if call.stand_ins:
+            name = self.architecture.layers
+            call.stack.enter_context(standing_in(self.language_model, name, call.stand_ins))
+        return (), kwargs
+
+    def _media(self, inputs: dict[str, Any], embeddings: Tensor) -> dict[str, Tensor]:
+        """Where the placeholders of each medium stand, [B, T]."""
+        ids, where = inputs.get("input_ids"), {}
+        for medium in MEDIA:
+            token = getattr(self.model.config, f"{medium}_token_id", None)
+            if token is None or token in where:
+                continue
+            if ids is not None:
+                where[token] = medium, ids == token
+            elif inputs.get("inputs_embeds") is not None:  # as transformers does
+                table = self.model.get_input_embeddings()
+                one = table(torch.tensor([token], device=embeddings.device))
+                where[token] = medium, (inputs["inputs_embeds"] == one).all(-1)
+        nowhere = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        return dict(where.values()) or {"image": nowhere}
 
     def _compression(self) -> Compression:
         """VTC of the next micro-batch."""
@@ -170,35 +350,96 @@ class Scheme:
         generator = keyed_torch_generator(*key)
         return Compression(self.model, self.architecture, self.vtc, kind, self.keep, generator)
 
-    def _enter_language_model(
-        self, batch: Batch, compression: Compression | None, _: object, args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict]:
-        """Pre-hook of the language model: here the embeddings hold the visual tokens."""
-        before = after = batch.visual.sum()
-        if compression and (count := int(before)):
-            kwargs, after = compression(batch, kwargs, count)
-        self._realised.sequence(kwargs["inputs_embeds"], before, after)
-        return args, kwargs
+    def _leave_language_model(
+        self, language_model: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> Any:
+        """Back to as many hidden states as there were tokens, or those before the answers."""
+        call = self._call
+        if call is None or output is None or call.batch is None:
+            return self._left(language_model)
+        call.stack.close()
+        hidden = output[0]
+        if list(hidden.shape[:2]) != call.tokens:
+            raise RuntimeError(
+                f"{type(language_model).__name__} returned hidden states {list(hidden.shape)} for "
+                f"{call.tokens} tokens: do its decoder layers return something else than one "
+                "tensor? LDS can't stand in for them"
+            )
+        work = self.skipper.work(call.stand_ins)
+        self._realised.sequence(call.tokens, *call.counts)
+        batch, call.batch = call.batch, None
+        if call.alone:
+            places = before_targets(batch.labels.to(hidden.device)).nonzero()
+            row, place = places.unbind(1)
+            place = place if batch.shows is None else batch.shows[row, place]
+            shown = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + place)[None]
+        else:
+            shown = hidden if batch.shows is None else take(hidden, batch.shows)
+        self._realised.micro_batch(len(hidden), shown.shape[:2].numel(), work)
+        output = _with(output, shown, batch, self._routed(output, batch, call.alone))
+        self._left(language_model)
+        return output
 
-    def detach(self) -> None:
-        """Let go of the model."""
-        self.attached = False
-        self.skipper.let_go()
-        self.model._modules.pop(WEIGHTS, None)
+    def _routed(self, output: Any, batch: Batch, alone: bool) -> tuple | None:
+        """What the routers said of real tokens, a tensor [tokens, experts] a layer; None: nothing
+        to change. Raises ValueError where the loss would read it wrongly."""
+        said = None if isinstance(output, tuple) else getattr(output, "router_logits", None)
+        if not said or not self._routes(batch.inputs):
+            return None
+        as_long = all(len(x) == batch.mask.numel() for x in said if x is not None)
+        fits = as_long and (alone or batch.shows is None)
+        accepted = "unset: experts can't be balanced "
+        accepted += "over shortened sequences in this forward" if as_long else "over some tokens"
+        expect(fits, "output_router_logits", True, accepted)
+        if not alone:
+            return None
+        real = batch.mask.flatten()
+        return tuple(None if x is None else x.flatten(0, -2)[real] for x in said)
+
+    def _left(self, module: nn.Module) -> None:
+        """The call is over if it began at this module."""
+        if self._call and self._call.entered is module:
+            self._end()
+
+    def _leave_base(self, base: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._left(base)
+
+    def _leave_model(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """No logits where they would be those of the answers alone."""
+        alone = self._call is not None and self._call.alone
+        self._left(model)
+        if not alone or output is None:
+            return None
+        if isinstance(output, tuple):  # loss, logits, ...
+            return (output[0], *output[2:])
+        return type(output)(**{name: x for name, x in output.items() if name != "logits"})
 
 
-def _forward(scheme: Scheme, /, *args, **kwargs) -> object:
-    """The outer forward of a model with a scheme on it."""
-    model = scheme.model
-    if not (scheme.attached and model.training):
-        return scheme.original(*args, **kwargs)
-    inputs = signature(scheme.original).bind(*args, **kwargs).arguments
-    inputs.update(inputs.pop("kwargs", {}))
-    if inputs.get("labels") is None:
-        scheme.warn_once("forward in training mode without labels: the scheme does not act")
-        with scheme.skipper.paused():
-            return scheme.original(*args, **kwargs)
-    return scheme.training_forward(inputs)
+def _with(output: Any, hidden: Tensor, batch: Batch, routed: tuple | None) -> Any:
+    """The language model's output with other last hidden states [B, T, D]; those in between, if
+    they were asked for, for as many tokens as there were."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    between = getattr(output, "hidden_states", None)
+    if between and batch.shows is not None:
+        output.hidden_states = tuple(x if x is None else take(x, batch.shows) for x in between)
+    if routed is not None:
+        output.router_logits = routed
+    return output
+
+
+def model_in(model: nn.Module) -> nn.Module:
+    """The model itself in what PEFT, DDP, torch.compile or DeepSpeed made of it."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(
+            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
+        ):
+            model = inner
+        else:
+            return model
 
 
 def sparsify(
@@ -209,18 +450,24 @@ def sparsify(
     total_steps: int | None = None,
     steps_per_epoch: int | None = None,
     seed: int = 0,
+    dense_step: str = "error",
 ) -> Scheme:
     """Train `model` sparsely for one stage of `total_steps` optimizer steps.
 
-    Acts only in training mode with labels, where the output holds the loss and no logits: they are
-    computed on answer tokens only. `sparsify(model)` alone does just that, so that a dense run is
-    timed with the same loss. Call it before the optimizer is made, and before accelerate, DDP or
-    the like wrap the model. A VTC kind with weights of its own becomes a submodule of the model
-    until `unsparsify`. Raises ValueError for an unknown architecture, settings the model can't
-    have, total_steps or steps_per_epoch missing where a schedule or clock needs it, or a model
-    whose forward is wrapped already.
+    Acts on forwards in training mode with gradients. With labels the output holds the loss and no
+    logits, which are computed before answer tokens only, if the model's own forward has the same
+    loss then. `sparsify(model)` alone does just that, so that a dense run is timed with the same
+    loss. PEFT, accelerate, DDP, FSDP2 or TRL may come before or after it; a VTC kind with weights
+    of its own, which becomes a submodule of the model until `unsparsify`, comes before the
+    optimizer and all of them. dense_step: `error` or `warn` where no forward of a step was sparse.
+    Raises ValueError for a model that can't be carried, settings that it can't have, total_steps or
+    steps_per_epoch missing where a schedule or clock needs it, or a model that has a scheme.
     """
-    vtc, lds = vtc or VTC(), lds or LDS()
+    vtc, lds = VTC() if vtc is None else vtc, LDS() if lds is None else lds
+    expect(isinstance(vtc, VTC), "vtc", vtc, "a VTC(...), before the LDS(...)")
+    expect(isinstance(lds, LDS), "lds", lds, "an LDS(...), after the VTC(...)")
+    for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
+        expect(value is None or _whole(value), name, value, "a number of optimizer steps")
     expect(
         (total_steps is None and not (vtc.timed or lds.timed)) or (total_steps or 0) > 0,
         "total_steps",
@@ -233,41 +480,46 @@ def sparsify(
         steps_per_epoch,
         f"the number of optimizer steps of an epoch, for LDS.clock={lds.clock!r}",
     )
-    scheme = attach(model, vtc, lds, total_steps, seed)
+    scheme = attach(model, vtc, lds, total_steps, seed, dense_step)
     scheme.steps_per_epoch = steps_per_epoch
     return scheme
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def attach(
-    model: PreTrainedModel, vtc: VTC, lds: LDS, total_steps: int | None, seed: int
+    model: nn.Module, vtc: VTC, lds: LDS, total_steps: int | None, seed: int, dense_step: str
 ) -> Scheme:
     """`sparsify` for callers that set the scheme's total_steps and steps_per_epoch themselves,
     before the first step."""
-    if "forward" in vars(model):
+    expect(_whole(seed), "seed", seed, "a whole number")
+    expect(isinstance(model, nn.Module), "model", type(model).__name__, "a model of transformers")
+    wrapped, model = model, model_in(model)
+    if SCHEME in vars(model):
         raise ValueError(
-            f"{type(model).__name__}.forward is already wrapped: call unsparsify(model) before a "
-            "second sparsify, and sparsify before accelerator.prepare or a device map"
+            f"{type(model).__name__} has a scheme already: call unsparsify(model) before a second "
+            "sparsify"
         )
-    scheme = Scheme(model, vtc, lds, total_steps, seed)
+    scheme = Scheme(model, vtc, lds, total_steps, seed, dense_step)
     kind = kind_of(vtc.kind)
     if isclass(kind):
+        expect(wrapped is model, "model", type(wrapped).__name__, _BEFORE.format(vtc.kind))
         weight = model.get_input_embeddings().weight
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_seed(seed, WEIGHTS))
             model.add_module(WEIGHTS, kind(weight.shape[1]).to(weight))
-    # Not a closure: a deep copy of the model must get a scheme of its own.
-    model.forward = update_wrapper(partial(_forward, scheme), scheme.original)
+    scheme.attach()
     return scheme
 
 
-def unsparsify(model: PreTrainedModel) -> None:
+_BEFORE = "the model itself: VTC kind {!r} has weights of its own, so sparsify before wrapping it"
+
+
+def unsparsify(model: nn.Module) -> None:
     """Give back the model as it was. Raises ValueError where no scheme is on it."""
-    forward = vars(model).get("forward")
-    inner = forward
-    while inner is not None and getattr(inner, "func", None) is not _forward:
-        inner = getattr(inner, "__wrapped__", None)
-    if inner is None:
-        raise ValueError(f"{type(model).__name__} has no scheme: sparsify(model) puts one on it")
-    inner.args[0].detach()
-    if inner is forward:
-        del model.forward  # else another wrapper (accelerate's autocast) now calls the original
+    inner = model_in(model)
+    if SCHEME not in vars(inner):
+        raise ValueError(f"{type(inner).__name__} has no scheme: sparsify(model) puts one on it")
+    vars(inner)[SCHEME].detach()

@@ -23,15 +23,19 @@ WRONG_ATTENTION = (
 class Batch:
     """A micro-batch on its way through the model.
 
-    inputs: of the outer forward, without labels. visual: the image placeholders, [B, T]. labels
-    [B, T] and mask [B, T] (which tokens are no padding) are those of the sequence that the language
-    model gets, so VTC shortens them.
+    inputs: of the outer forward, without labels. media: where the placeholders of `image` and of
+    `video` stand, [B, T] each; visual: of either.
+    labels: [B, T], where the forward got any. mask: which tokens are no padding, of the sequence
+    that the language model gets: VTC shortens it. shows: for each of the T places the token of that
+    sequence whose hidden state it has afterwards, [B, T]; None: its own, nothing was shortened.
     """
 
     inputs: dict[str, Any]
+    media: dict[str, Tensor]
     visual: Tensor
-    labels: Tensor
+    labels: Tensor | None
     mask: Tensor
+    shows: Tensor | None = None
 
 
 def see_hooks() -> None:
@@ -83,6 +87,19 @@ def put(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """`target` [M, C] with `values` [..., C] at `places` [...]."""
     values = values.reshape(-1, target.shape[1]).to(target.dtype)
     return target.index_copy(0, places.flatten(), values)
+
+
+def runs(where: Tensor) -> Tensor:
+    """How many places [B, T] follow one another wherever some do, row by row, [runs]."""
+    flat = torch.nn.functional.pad(where, (1, 1)).int().flatten()  # a run ends with its row
+    steps = flat.diff()
+    return (steps == -1).nonzero()[:, 0] - (steps == 1).nonzero()[:, 0]
+
+
+def last_kept(keep: Tensor) -> Tensor:
+    """For every place [B, T] where among the kept ones the last one up to it is (the first one, if
+    none was before)."""
+    return (keep.cumsum(1) - 1).clamp(min=0)
 
 
 def pack(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 from transformers import (
@@ -44,7 +45,6 @@ from sts.bench import rotated, typical_steps
 from sts.checks import expect
 from sts.config import STAGES
 from sts.lds import POLICIES
-from sts.loss import answer_loss
 from sts.scheme import sparsify, unsparsify
 from sts.settings import IGNORE_INDEX, LDS, VTC
 from sts.vtc import KINDS
@@ -315,9 +315,11 @@ def _checkpoint(model: PreTrainedModel, on: bool) -> None:
 def _step(model: PreTrainedModel, inputs: dict[str, Tensor], bare: bool) -> None:
     """Forward and backward."""
     if bare:
-        base = model.get_submodule(architecture_of(model).base)
         others = {key: value for key, value in inputs.items() if key != "labels"}
-        loss = answer_loss(model, base(**others, use_cache=False)[0], inputs["labels"])
+        hidden = model.base_model(**others, use_cache=False)[0]
+        targets = inputs["labels"][:, 1:]
+        logits = model.get_output_embeddings()(hidden[:, :-1][targets != IGNORE_INDEX])
+        loss = cross_entropy(logits.float(), targets[targets != IGNORE_INDEX])
     else:
         loss = model(**inputs).loss
     loss.backward()

@@ -1,29 +1,22 @@
-"""Where each Hugging Face architecture keeps what the scheme touches: one short entry each.
+"""Where Hugging Face architectures keep what the scheme touches.
 
-A file holds a family: `ARCHITECTURES`, whose keys are `model.config.model_type` of the
-image-text-to-text class (the one with the head). A new architecture is one entry, or one file with
-such a dict; tests/test_architectures.py runs over all of them.
+Most image-text-to-text models have the common shape and need no entry: base model, language model
+and decoder layers are found, and the grids of their images too (see _base.py). A file here holds
+what a family has otherwise: `ARCHITECTURES`, whose keys are `model.config.model_type` of the class
+with the language head. REFUSED says which types can't be carried, and why. tests/test_breadth.py
+runs over all types that transformers has.
 """
 
 import pkgutil
+from dataclasses import replace
 from importlib import import_module
-from inspect import signature
-from typing import get_args
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from sts.architectures._base import Architecture, ClassAttention, Grid
+from sts.architectures._refused import REFUSED
 
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "ClassAttention",
-    "Grid",
-    "architecture_of",
-    "output_class",
-]
+__all__ = ["ARCHITECTURES", "REFUSED", "Architecture", "ClassAttention", "Grid", "architecture_of"]
 
 
 def _families() -> list[dict[str, Architecture]]:
@@ -42,20 +35,66 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """The entry of `model`. Raises ValueError, saying what an entry needs, for an unknown one."""
+    """Where `model` keeps its parts, by its entry or found, with every path filled in.
+
+    Raises ValueError for a model that can't be carried, saying why, and for one whose parts are not
+    where an entry says or where models usually have them.
+    """
     name = getattr(getattr(model, "config", None), "model_type", None)
-    entry = ARCHITECTURES.get(name)
-    headed = getattr(model, "get_output_embeddings", lambda: None)() is not None
-    if not (entry and headed and _has(model, entry.language_model)):
+    if name in REFUSED:
+        raise ValueError(f"{_named(model)} can't be trained with STS: {REFUSED[name]}")
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    config = getattr(model, "config", None)
+    sees = name in ARCHITECTURES or getattr(config, "vision_config", None) is not None
+    if head is None or not sees:
         raise ValueError(
-            f"{type(model).__name__} (model_type={name!r}) is not a known image-text-to-text model "
-            f"with a language head; known: {', '.join(ARCHITECTURES)}. Pass the model itself, "
-            "not a wrapper around it (DDP, FSDP, PEFT), or add an entry: "
-            f"sts.architectures.ARCHITECTURES[{name!r}] = Architecture(grids=...), where `grids` "
-            "says how the visual tokens of a batch lie, and the other fields say where base model, "
-            "language model and decoder layers are if not at model, model.language_model, layers"
+            f"{_named(model)} is not an image-text-to-text model with a language head. Pass the "
+            "one that has it (of AutoModelForImageTextToText)"
         )
-    return entry
+    entry = ARCHITECTURES.get(name, Architecture())
+    base = model.base_model_prefix if entry.base is None else entry.base
+    language_model = entry.language_model or _path_of(model, _decoder(model))
+    layers = entry.layers or _layers_of(model, language_model)
+    if entry.base is None and not language_model.startswith(f"{base}."):
+        base = ""
+    if not layers or (base and not _has(model, base)):
+        raise ValueError(
+            f"{_named(model)}: no list of decoder layers where most models have one. Add an entry: "
+            f"sts.architectures.ARCHITECTURES[{name!r}] = Architecture(base=..., "
+            "language_model=..., layers=...), paths in the model (sts/architectures/_base.py)"
+        )
+    return replace(entry, base=base, language_model=language_model, layers=layers)
+
+
+def _named(model: nn.Module) -> str:
+    name = getattr(getattr(model, "config", None), "model_type", None)
+    return f"{type(model).__name__} (model_type={name!r})"
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The innermost of what calls itself a decoder: a language model without its head."""
+    part = model.get_decoder()
+    while hasattr(part, "get_decoder") and part.get_decoder() is not part:
+        part = part.get_decoder()
+    return part
+
+
+def _path_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _layers_of(model: nn.Module, path: str) -> str | None:
+    """The attribute of a language model that is a list of as many layers as its config says."""
+    if not _has(model, path):
+        return None
+    language_model = model.get_submodule(path)
+    config = getattr(language_model, "config", model.config).get_text_config()
+    lists = [
+        name
+        for name, module in language_model.named_children()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    return lists[0] if len(lists) == 1 else None
 
 
 def _has(model: nn.Module, path: str) -> bool:
@@ -63,10 +102,3 @@ def _has(model: nn.Module, path: str) -> bool:
         return model.get_submodule(path) is not None
     except AttributeError:
         return False
-
-
-def output_class(model: PreTrainedModel) -> type[ModelOutput]:
-    """What the outer forward says that it returns."""
-    annotation = signature(type(model).forward).return_annotation
-    (found,) = [a for a in get_args(annotation) or [annotation] if a is not tuple]
-    return found

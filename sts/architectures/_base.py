@@ -23,7 +23,7 @@ class Grid(NamedTuple):
 
 
 Inputs = dict[str, Any]  # of the outer forward
-Grids = Callable[[PreTrainedModel, Inputs, int], list[Grid]]
+Grids = Callable[[PreTrainedModel, Inputs, Tensor], list[Grid]]
 
 
 class ClassAttention(NamedTuple):
@@ -46,7 +46,7 @@ def no_class_token(tower: nn.Module) -> str:
 
 
 def without_class_token(model: PreTrainedModel) -> ClassAttention:
-    base = model.get_submodule("model")
+    base = model.base_model
     raise ValueError(no_class_token(getattr(base, "vision_tower", base)))
 
 
@@ -54,41 +54,62 @@ def a_patch_a_token(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> T
     return scores.flatten()
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """One entry. Paths are relative to the outer model.
+# ---- grids: (outer model, outer inputs, runs) -> the grids of the images, or of the frames of the
+# videos, in the order in which their tokens stand in the batch. runs: how many placeholders stand
+# in a row in each place where there are some, [runs]; all of them the same image's or its tiles'.
 
-    grids: (outer model, outer inputs, number of image placeholders) -> the grids of the images, in
-        the order in which their tokens stand in the batch.
-    class_attention: outer model -> the attention that rates patches; raises ValueError without one.
-    token_scores: (outer model, outer inputs, scores [tiles, patches]) -> one per visual token, [V].
-    base: the model without head; its first output is the last hidden state [batch, tokens, dim].
-    language_model: takes inputs_embeds, attention_mask and position_ids by keyword.
-    layers: attribute of the language model with its decoder layers, each called with the hidden
-        state [batch, tokens, dim] first and returning the next one.
-    attention, mlp: attributes of a decoder layer, its two sublayers.
-    visual_mask, visual_features: further keywords of the language model: where the visual tokens
-        are, [batch, tokens]; lists of features [V, dim] that layers add to them (deepstack).
-    """
 
-    grids: Grids
-    class_attention: Callable[[PreTrainedModel], ClassAttention] = without_class_token
-    token_scores: Callable[[PreTrainedModel, Inputs, Tensor], Tensor] = a_patch_a_token
-    base: str = "model"
-    language_model: str = "model.language_model"
-    layers: str = "layers"
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    visual_mask: str | None = None
-    visual_features: str | None = None
+def of_runs(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+    """A square where a run of placeholders is one, else a sequence; for models of unknown grids."""
+    return [_square(n) or Grid(1, n) for n in runs.tolist()]
+
+
+def _square(tokens: int) -> Grid | None:
+    side = round(tokens**0.5)
+    return Grid(side, side) if side * side == tokens else None
+
+
+def by_grid_thw(name: str) -> Grids:
+    """By (frames, rows, columns) of patches, as `inputs[name]` [images, 3] has them, of which
+    `merge` x `merge` became a token: as many as explain the number of placeholders."""
+
+    def grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+        sizes = torch.as_tensor(inputs[name])
+        patches, tokens = int(sizes.prod(1).sum()), int(runs.sum())
+        merge = round((patches / max(tokens, 1)) ** 0.5)
+        return [
+            Grid(height // merge, width // merge)
+            for frames, height, width in sizes.tolist()
+            for _ in range(frames)
+        ]
+
+    return grids
+
+
+def found(medium: str) -> Grids:
+    """Of `image` or `video`, where an entry doesn't say: by the sizes that the processor gave if
+    they are such of patches, else by runs of placeholders."""
+
+    def grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+        name = f"{medium}_grid_thw"
+        if inputs.get(name) is not None:
+            made = by_grid_thw(name)(model, inputs, runs)
+            if sum(grid.tokens for grid in made) == int(runs.sum()):
+                return made
+        return of_runs(model, inputs, runs)
+
+    return grids
+
+
+of_images, of_videos = found("image"), found("video")
 
 
 def square_tiles(side_of: Callable[[Any], int]) -> Grids:
     """As many tiles of side x side tokens as there are placeholders for; `side_of` the config."""
 
-    def grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+    def grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
         side = side_of(model.config)
-        return [Grid(side, side)] * (count // (side * side))
+        return [Grid(side, side)] * (int(runs.sum()) // (side * side))
 
     return grids
 
@@ -97,7 +118,7 @@ def sized_grids(config_merge: Callable[[Any], int]) -> Grids:
     """By `image_sizes` (pixels) of towers that take any size (Pixtral); `config_merge`: patches
     merged along each side."""
 
-    def grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+    def grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
         side = model.config.vision_config.patch_size * config_merge(model.config)
         sizes = torch.as_tensor(inputs["image_sizes"]) // side
         return [Grid(height, width) for height, width in sizes.tolist()]
@@ -112,3 +133,30 @@ def vit_side(config: Any) -> int:
 
 def _first(size: int | list[int]) -> int:
     return size if isinstance(size, int) else size[0]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where a model keeps what the scheme touches. Paths are relative to the outer model, and those
+    that are None are found where most models have them.
+
+    grids, video_grids: see above; without them they are found.
+    class_attention: outer model -> the attention that rates patches; raises ValueError without one.
+    token_scores: (outer model, outer inputs, scores [tiles, patches]) -> one per visual token, [V].
+    base: the model without head; its first output is the last hidden state [batch, tokens, dim].
+        Empty where the outer model calls its language model itself.
+    language_model: takes inputs_embeds, attention_mask and position_ids by keyword.
+    layers: attribute of the language model with its decoder layers, each called with the hidden
+        state [batch, tokens, dim] first and returning the next one.
+    attention, mlp: attributes of a decoder layer, its two sublayers.
+    """
+
+    grids: Grids = of_images
+    video_grids: Grids = of_videos
+    class_attention: Callable[[PreTrainedModel], ClassAttention] = without_class_token
+    token_scores: Callable[[PreTrainedModel, Inputs, Tensor], Tensor] = a_patch_a_token
+    base: str | None = None
+    language_model: str | None = None
+    layers: str | None = None
+    attention: str = "self_attn"
+    mlp: str = "mlp"

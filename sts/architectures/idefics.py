@@ -2,9 +2,6 @@
 
 from sts.architectures._base import Architecture, square_tiles, vit_side
 
-_IDEFICS = Architecture(
-    grids=square_tiles(lambda config: vit_side(config) // config.scale_factor),
-    language_model="model.text_model",
-)
+_IDEFICS = Architecture(grids=square_tiles(lambda config: vit_side(config) // config.scale_factor))
 
 ARCHITECTURES = {"idefics3": _IDEFICS, "smolvlm": _IDEFICS}

@@ -17,11 +17,11 @@ from sts.architectures._base import (
 )
 
 
-def _llava_grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+def _llava_grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Of a tower for squares, or of Pixtral's for any size."""
     sized = model.config.vision_config.model_type == "pixtral"
     grids = sized_grids(lambda config: 1) if sized else square_tiles(vit_side)
-    return grids(model, inputs, count)
+    return grids(model, inputs, runs)
 
 
 def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float) -> list[Tensor]:
@@ -42,7 +42,8 @@ def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float)
     ]
     extra = {}
     if hasattr(config, "vision_aspect_ratio"):
-        extra["vision_aspect_ratio"] = inputs.get("vision_aspect_ratio", config.vision_aspect_ratio)
+        asked = inputs.get("vision_aspect_ratio")  # None: as the config says
+        extra["vision_aspect_ratio"] = asked or config.vision_aspect_ratio
     else:
         extra["vision_feature_select_strategy"] = "full"  # only for a warning
     if len(tiles) != sum(counts):  # features that don't vary: the grid is all that is asked for
@@ -53,7 +54,7 @@ def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float)
     return packed
 
 
-def _anyres_grids(model: PreTrainedModel, inputs: Inputs, count: int) -> list[Grid]:
+def _anyres_grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """A tile that shows the whole image, then the rows of the image in full resolution, each ended
     by a newline; a single tile is followed by one newline."""
     side = vit_side(model.config)

@@ -40,7 +40,7 @@ class Part:
     """A layer's part in a decision, for what stands in for it.
 
     generator: () -> a torch.Generator of this layer and micro-batch. sublayers: share -> the name
-    of the layer's module whose backward it is. acts: whether a forward is one of the scheme's.
+    of the layer's module whose backward it is.
     """
 
     chance: float
@@ -49,7 +49,6 @@ class Part:
     rescale: bool
     generator: Callable[[], Any]
     sublayers: Mapping[str, str] = field(default_factory=dict)
-    acts: Callable[[], bool] = bool
 
 
 def chances(

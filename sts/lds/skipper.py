@@ -1,7 +1,6 @@
 """LDS on the decoder layers of one model: decides once a step, then acts on every forward of it."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ class Skipper:
         self.decision = Decision((0.0,) * len(self.layers))
         self._step = 0
         self._hooks: list = []
-        self._paused = False
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -64,19 +62,6 @@ class Skipper:
             handle.remove()
         self._hooks = []
 
-    def acts(self) -> bool:
-        """Whether hooks of the step do anything now."""
-        return not self._paused
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """A forward that is not the scheme's."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
     def _part(self, layer: int, micro_batch: int = 0) -> Part:
         key = (self.seed, self._step, micro_batch, "layer", layer)
         return Part(
@@ -89,8 +74,16 @@ class Skipper:
                 "attention_backward": self._names.attention,
                 "mlp_backward": self._names.mlp,
             },
-            acts=self.acts,
         )
+
+    def forget_zeros(self) -> None:
+        """What is skipped in this step must have no gradient rather than one of zeros, which
+        `zero_grad(set_to_none=False)` leaves: momentum and weight decay would move it."""
+        for index, share in self.decision.off:
+            sublayer = self._part(index).sublayers.get(share, "")
+            for parameter in self.layers[index].get_submodule(sublayer).parameters():
+                if parameter.grad is not None and not parameter.grad.any():
+                    parameter.grad = None
 
     def stand_ins(self, micro_batch: int) -> dict[int, StandIn]:
         """What is called instead of a layer in this micro-batch, by layer."""
@@ -111,6 +104,16 @@ class Skipper:
         return self.measured.hooks(self.layers, mask_of)
 
     def work(self, stand_ins: Mapping[int, StandIn]) -> dict[int, dict[str, float]]:
-        """What the layers did in the forward that is done, those that did not do all of it."""
-        off = {layer: dict.fromkeys(self.decision.of(layer), 0.0) for layer in self.skipped}
-        return off | {layer: stand_in.work for layer, stand_in in stand_ins.items()}
+        """What the layers did in the forward that is done, those that did not do all of it.
+
+        Raises RuntimeError where the model's loop did not call what stood in for a layer.
+        """
+        unseen = [layer for layer, stand_in in stand_ins.items() if stand_in.work is None]
+        if unseen:
+            raise RuntimeError(
+                f"{type(self._language_model).__name__} did not call its layers {unseen} out of "
+                f"`{self._names.layers}`, so LDS could not skip them"
+            )
+        if stand_ins:
+            return {layer: stand_in.work for layer, stand_in in stand_ins.items()}
+        return {layer: dict.fromkeys(self.decision.of(layer), 0.0) for layer in self.skipped}

@@ -7,11 +7,11 @@ way. Shapes: B rows of a micro-batch, T tokens of a row, D model width.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from sts.lds.decision import Part
 from sts.sequence import of_rows, of_tokens, replaced, take
@@ -20,12 +20,12 @@ from sts.sequence import of_rows, of_tokens, replaced, take
 class StandIn:
     """Stands in for a decoder layer; what it doesn't define is the layer's own.
 
-    work: the shares of the layer's work that its last call did, where less than 1.
+    work: the shares of the layer's work that its last call did, where less than 1; None: no call.
     """
 
     def __init__(self, layer: nn.Module, part: Part) -> None:
         self._layer, self._part = layer, part
-        self.work: dict[str, float] = {}
+        self.work: dict[str, float] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -35,11 +35,30 @@ class StandIn:
         return mask
 
 
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """A layer runs on a part of what there is: transformers is not to collect that."""
+    token = output_capturing._active_collector.set(None)
+    try:
+        yield
+    finally:
+        output_capturing._active_collector.reset(token)
+
+
+def record(layer: nn.Module, before: Tensor, after: Tensor) -> None:
+    """What a layer made of all there is, for the hooks by which transformers collects hidden
+    states, if they were asked for."""
+    for hook in layer._forward_hooks.values():
+        if getattr(hook, "__module__", None) == output_capturing.__name__:
+            hook(layer, (before,), after)
+
+
 class Identity(StandIn):
     """The layer does not run: the hidden state [B, T, D] goes through."""
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.work = {"rows": 0.0}
+        record(self._layer, hidden, hidden)
         return hidden
 
 
@@ -47,6 +66,7 @@ class Rescaled(StandIn):
     """What the layer adds, divided by the chance that it runs (stochastic depth, 1603.09382)."""
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.work = {}
         out = self._layer(hidden, *args, **kwargs)
         return hidden + (out - hidden) / (1 - self._part.chance)
 
@@ -68,10 +88,13 @@ class SomeRows(StandIn):
         self.work = {"rows": len(rows) / len(hidden)}
         kwargs = {name: of_rows(name, value, rows) for name, value in kwargs.items()}
         some = hidden.index_select(0, rows)
-        out = self._layer(some, *args, **kwargs)
+        with unrecorded():
+            out = self._layer(some, *args, **kwargs)
         if self._part.rescale:
             out = some + (out - some) * (len(hidden) / len(rows))
-        return hidden.index_copy(0, rows, out)
+        after = hidden.index_copy(0, rows, out)
+        record(self._layer, hidden, after)
+        return after
 
     def seen(self, mask: Tensor) -> Tensor:
         return mask if self._rows is None else mask[self._rows]
@@ -89,7 +112,11 @@ class SomeTokens(StandIn):
         chosen = draws.topk(count, dim=1).indices.sort(dim=1).values.to(hidden.device)
         self._tokens, self.work = chosen, {"tokens": count / length}
         kwargs = {name: of_tokens(name, value, chosen) for name, value in kwargs.items()}
-        return replaced(hidden, chosen, self._layer(take(hidden, chosen), *args, **kwargs))
+        with unrecorded():
+            out = self._layer(take(hidden, chosen), *args, **kwargs)
+        after = replaced(hidden, chosen, out)
+        record(self._layer, hidden, after)
+        return after
 
     def seen(self, mask: Tensor) -> Tensor:
         return mask if self._tokens is None else mask.gather(1, self._tokens)
@@ -134,15 +161,13 @@ def without_backward(layer: nn.Module, part: Part) -> list:
     """The backward of attention or MLP: what they add is a constant to it, and the graph that they
     recorded is let go at once. A norm that comes after them still has a gradient of its own."""
     return [
-        layer.get_submodule(part.sublayers[share]).register_forward_hook(
-            partial(_constant, part.acts)
-        )
+        layer.get_submodule(part.sublayers[share]).register_forward_hook(_constant)
         for share in sorted(part.off)
     ]
 
 
-def _constant(acts: Callable[[], bool], module: nn.Module, args: tuple, output: Any) -> Any:
-    if not (module.training and acts()):
+def _constant(module: nn.Module, args: tuple, output: Any) -> Any:
+    if not module.training:
         return output
     if isinstance(output, tuple):
         return tuple(x.detach() if isinstance(x, Tensor) else x for x in output)

@@ -1,0 +1,564 @@
+"""Tiny random models of families whose images come as patches and grids; see tiny.py."""
+
+from collections.abc import Callable
+
+import torch
+import transformers as hf
+from tiny import (
+    LAYERS,
+    MROPE,
+    PATCH,
+    QWEN,
+    QWEN_GRIDS,
+    QWEN_VISION,
+    VOCAB,
+    Case,
+    builder,
+    noise,
+    text,
+    vit,
+)
+
+FEW = {"big": [(3, 4, False)], "small": [(2, 2, False)]}
+MERGED = QWEN["images"]  # of QWEN_GRIDS, 2 x 2 patches a token
+
+AUDIO = {  # a tower that no batch uses
+    "num_mel_bins": 8,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "d_model": 16,
+    "max_source_positions": 16,
+    "output_dim": 24,
+}
+OMNI = {
+    "video_token_id": 61,
+    "audio_token_id": 62,
+    "audio_start_token_id": 58,
+    "vision_start_token_id": 59,
+}
+
+
+def grids(*shape: int, **more: Callable) -> Callable:
+    """Patches of all images, each of a shape, and (frames, rows, columns) of each image."""
+
+    def inputs(names: list[list[str]]) -> dict:
+        every = [QWEN_GRIDS[name] for row in names for name in row]
+        return {
+            "pixel_values": noise(sum(h * w for h, w in every), *shape),
+            "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
+            **{name: of_images(len(every)) for name, of_images in more.items()},
+        }
+
+    return inputs
+
+
+def eager(build: Callable) -> Callable:
+    """Experts one by one: PyTorch's grouped product takes no float64."""
+
+    def made(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
+        model = build(dtype)
+        model.set_experts_implementation("eager")
+        return model
+
+    return made
+
+
+def single(build: Callable) -> Callable:
+    """Inkling 2's routers compute in float32 and take no weights of another type."""
+
+    def made(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
+        model = eager(build)(dtype)
+        for layer in model.model.language_model.layers:
+            layer.mlp.gate.float()
+        return model
+
+    return made
+
+
+def few(*shape: int, grid: bool) -> Callable:
+    """Inkling's: pixels of each token, the channels last, and each image's rows and columns."""
+
+    def inputs(names: list[list[str]]) -> dict:
+        every = [FEW[name][0][:2] for row in names for name in row]
+        pixels = {"pixel_values": noise(sum(h * w for h, w in every), *shape)}
+        return pixels | (
+            {"image_grid_thw": torch.tensor([(1, h, w) for h, w in every])} if grid else {}
+        )
+
+    return inputs
+
+
+CASES = {
+    "paddleocr_vl": Case(
+        builder(
+            hf.PaddleOCRVLForConditionalGeneration,
+            hf.PaddleOCRVLConfig,
+            lambda: vit(hf.PaddleOCRVisionConfig).to_dict(),
+            lambda: text(hf.PaddleOCRTextConfig, rope_parameters=dict(MROPE)).to_dict(),
+        ),
+        MERGED,
+        grids(3, PATCH, PATCH),
+        QWEN["of_ids"],
+    ),
+    "video_llama_3": Case(
+        builder(
+            hf.VideoLlama3ForConditionalGeneration,
+            hf.VideoLlama3Config,
+            lambda: hf.VideoLlama3VisionConfig(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                patch_size=PATCH,
+            ),
+            lambda: text(hf.Qwen2Config),
+            video_token_id=61,
+        ),
+        MERGED,
+        grids(
+            3 * PATCH * PATCH,
+            image_merge_sizes=lambda n: torch.full((n,), 2),
+        ),
+    ),
+    "ernie4_5_vl_moe": Case(  # a dense layer, then experts for text and others for images
+        eager(
+            builder(
+                hf.Ernie4_5_VLMoeForConditionalGeneration,
+                hf.Ernie4_5_VLMoeConfig,
+                lambda: {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32},
+                lambda: text(
+                    hf.Ernie4_5_VLMoeTextConfig,
+                    rope_parameters=dict(MROPE),
+                    moe_intermediate_size=[16, 8],
+                    moe_num_experts=4,
+                    moe_k=2,
+                    moe_num_shared_experts=1,
+                    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1),
+                ).to_dict(),
+                video_token_id=61,
+            )
+        ),
+        MERGED,
+        grids(3 * PATCH * PATCH),
+        lambda ids, attended, visual: {
+            "mm_token_type_ids": visual.long(),
+            "moe_mm_token_type_ids": visual.long(),
+        },
+    ),
+    # A token more at the beginning, at the end and after each row. One part of the positions is
+    # the number of the image in the batch: a row's loss depends on how many images precede it.
+    "hunyuan_vl": Case(
+        builder(
+            hf.HunYuanVLForConditionalGeneration,
+            hf.HunYuanVLConfig,
+            lambda: hf.HunYuanVLVisionConfig(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                patch_size=PATCH,
+                max_image_size=16,
+                out_hidden_size=24,
+                text_hidden_size=24,
+            ),
+            lambda: text(
+                hf.HunYuanVLTextConfig, rope_parameters={**MROPE, "mrope_section": [1, 1, 1, 1]}
+            ),
+        ),
+        {
+            name: [(1, 1, False), *((h, w, True) for h, w, _ in grid), (1, 1, False)]
+            for name, grid in MERGED.items()
+        },
+        grids(3 * PATCH * PATCH),
+        QWEN["of_ids"],
+    ),
+    "kimi_k25": Case(  # DeepSeek's latent attention and experts with shared ones
+        eager(
+            builder(
+                hf.Kimi_K25ForConditionalGeneration,
+                hf.Kimi_K25Config,
+                lambda: hf.Kimi_K25VisionConfig(
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    patch_size=PATCH,
+                    pos_emb_height=4,
+                    pos_emb_width=4,
+                ),
+                lambda: text(
+                    hf.DeepseekV3Config,
+                    num_key_value_heads=3,
+                    head_dim=4,
+                    q_lora_rank=8,
+                    kv_lora_rank=8,
+                    qk_rope_head_dim=4,
+                    qk_nope_head_dim=8,
+                    v_head_dim=8,
+                    moe_intermediate_size=16,
+                    n_routed_experts=4,
+                    num_experts_per_tok=2,
+                    n_group=1,
+                    topk_group=1,
+                    first_k_dense_replace=1,
+                ),
+                projection_hidden_size=16,
+                video_token_id=61,
+            )
+        ),
+        MERGED,
+        grids(3, PATCH, PATCH),
+    ),
+    "hyperclovax_vision_v2": Case(
+        builder(
+            hf.HyperCLOVAXVisionV2ForConditionalGeneration,
+            hf.HyperCLOVAXVisionV2Config,
+            lambda: {
+                **QWEN_VISION,
+                "model_type": "qwen2_5_vl_vision",
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "out_hidden_size": 24,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            lambda: text(hf.HyperCLOVAXConfig, residual_multiplier=0.7),
+            video_token_id=61,
+        ),
+        MERGED,
+        grids(3 * 2 * PATCH * PATCH),
+    ),
+    "lfm3_vl": Case(  # convolutions between attention of two reaches, in tower and decoder
+        builder(
+            hf.Lfm3VlForConditionalGeneration,
+            hf.Lfm3VlConfig,
+            lambda: hf.Lfm3VlVisionConfig(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                patch_size=PATCH,
+                layer_types=["conv", "full_attention"],
+            ),
+            lambda: text(
+                hf.Lfm3Config,
+                sliding_window=8,
+                conv_L_cache=3,
+                layer_types=["conv", "full_attention", "conv", "sliding_attention"],
+            ),
+            projector_hidden_size=32,
+            video_token_id=61,
+        ),
+        MERGED,
+        grids(3 * 2 * PATCH * PATCH),
+    ),
+    "cohere_compass": Case(  # no positions in full attention; features into the first two layers
+        builder(
+            hf.CohereCompassForConditionalGeneration,
+            hf.CohereCompassConfig,
+            lambda: {
+                **QWEN_VISION,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "out_hidden_size": 24,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0, 1],
+            },
+            lambda: text(
+                hf.CohereCompassTextConfig,
+                sliding_window=8,
+                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+                rope_parameters={"sliding_attention": dict(MROPE), "full_attention": None},
+            ).to_dict(),
+            video_token_id=61,
+        ),
+        **QWEN,
+    ),
+    "muse_glimmer": Case(  # the last layer has no positions and attends to all
+        builder(
+            hf.MuseGlimmerForConditionalGeneration,
+            hf.MuseGlimmerConfig,
+            lambda: hf.MuseGlimmerVisionConfig(
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                patch_size=PATCH,
+                pos_emb_height=4,
+                pos_emb_width=4,
+            ),
+            lambda: text(hf.MuseGlimmerTextConfig, sliding_window=8),
+            out_hidden_size=64,
+            projector_hidden_size=32,
+            video_token_id=61,
+        ),
+        MERGED,
+        grids(3 * 2 * PATCH * PATCH),
+    ),
+    # The model finds images by a token before them, which the rows lack: positions as in text.
+    "qwen2_5_omni_thinker": Case(
+        builder(
+            hf.Qwen2_5OmniThinkerForConditionalGeneration,
+            hf.Qwen2_5OmniThinkerConfig,
+            lambda: {
+                **QWEN_VISION,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "out_hidden_size": 24,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            lambda: text(
+                hf.Qwen2_5OmniTextConfig,
+                rope_parameters=dict(MROPE),
+                use_sliding_window=True,
+                sliding_window=8,
+                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+            ).to_dict(),
+            audio_config={**AUDIO},
+            **OMNI,
+        ),
+        MERGED,
+        grids(3 * 2 * PATCH * PATCH),
+    ),
+    "qwen3_omni_moe_thinker": Case(  # positions as in text, too; a dense layer among experts
+        eager(
+            builder(
+                hf.Qwen3OmniMoeThinkerForConditionalGeneration,
+                hf.Qwen3OmniMoeThinkerConfig,
+                lambda: {
+                    **QWEN_VISION,
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "out_hidden_size": 24,
+                    "num_position_embeddings": 16,
+                    "deepstack_visual_indexes": [0, 1],
+                },
+                lambda: text(
+                    hf.Qwen3OmniMoeTextConfig,
+                    rope_parameters=dict(MROPE),
+                    moe_intermediate_size=16,
+                    num_experts=4,
+                    num_experts_per_tok=2,
+                    mlp_only_layers=[1],
+                ).to_dict(),
+                audio_config={**AUDIO, "downsample_hidden_size": 8},
+                **OMNI,
+            )
+        ),
+        MERGED,
+        grids(3 * 2 * PATCH * PATCH),
+    ),
+    # Half of the layers attend to the best blocks of 4 keys, which begin at the first column:
+    # the loss of a left-padded batch is another one.
+    "minimax_m3_vl": Case(
+        eager(
+            builder(
+                hf.MiniMaxM3SparseForConditionalGeneration,
+                hf.MiniMaxM3VLConfig,
+                lambda: hf.MiniMaxM3VLVisionConfig(
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    patch_size=PATCH,
+                ),
+                lambda: text(
+                    hf.MiniMaxM3VLTextConfig,
+                    intermediate_size=16,
+                    dense_intermediate_size=48,
+                    shared_intermediate_size=16,
+                    num_local_experts=4,
+                    num_experts_per_tok=2,
+                    rope_parameters={
+                        "rope_type": "default",
+                        "rope_theta": 10000.0,
+                        "partial_rotary_factor": 0.5,
+                    },
+                    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1),
+                    layer_types=["full_attention", "minimax_m3_sparse"] * (LAYERS // 2),
+                    index_n_heads=1,
+                    index_head_dim=8,
+                    index_block_size=4,
+                    index_topk_blocks=2,
+                ),
+                projector_hidden_size=32,
+                video_token_id=61,
+            )
+        ),
+        MERGED,
+        grids(3 * 2 * PATCH * PATCH),
+    ),
+    # Convolutions in every layer; every second layer begins a block of residuals. Much is computed
+    # in float32 whatever the weights are.
+    "inkling2": Case(
+        single(
+            builder(
+                hf.Inkling2ForConditionalGeneration,
+                hf.Inkling2Config,
+                lambda: hf.Inkling2VisionConfig(
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    patch_size=PATCH,
+                    posemb_grid_size=4,
+                    projection_hidden_dim=32,
+                    text_hidden_size=24,
+                ),
+                lambda: text(
+                    hf.Inkling2TextConfig,
+                    intermediate_size=16,
+                    swa_num_attention_heads=3,
+                    swa_num_key_value_heads=1,
+                    swa_head_dim=8,
+                    sliding_window_size=8,
+                    d_rel=4,
+                    rel_extent=16,
+                    n_layers_per_attn_res_block=2,
+                    n_routed_experts=4,
+                    num_experts_per_tok=2,
+                    unpadded_vocab_size=VOCAB,
+                    layer_types=["hybrid_sliding", "hybrid"] * (LAYERS // 2),
+                ),
+            )
+        ),
+        FEW,
+        few(2 * PATCH, 2 * PATCH, 3, grid=True),
+    ),
+    # Convolutions in every layer, half of which attend to 8 tokens. Tokens are patches row by row,
+    # but nothing in a batch says how many make a row: one row.
+    "inkling_mm_model": Case(
+        eager(
+            builder(
+                hf.InklingForConditionalGeneration,
+                hf.InklingConfig,
+                lambda: hf.InklingVisionConfig(num_hidden_layers=3, patch_size=2),
+                lambda: text(
+                    hf.InklingTextConfig,
+                    moe_intermediate_size=16,
+                    swa_num_attention_heads=3,
+                    swa_num_key_value_heads=1,
+                    swa_head_dim=8,
+                    sliding_window_size=8,
+                    d_rel=4,
+                    rel_extent=16,
+                    n_routed_experts=4,
+                    num_experts_per_tok=2,
+                    n_shared_experts=1,
+                    logits_mup_width_multiplier=1.0,
+                    layer_types=["hybrid_sliding", "hybrid"] * (LAYERS // 2),
+                    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1),
+                ),
+                audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
+                audio_token_id=62,
+            )
+        ),
+        {name: [(1, h * w, False)] for name, [(h, w, _)] in FEW.items()},
+        few(2, 2, 2, 3, grid=False),
+    ),
+    "dots3_note": Case(  # half of the layers attend to the 8 best keys, half to the last 8
+        eager(
+            builder(
+                hf.Dots3NoteForConditionalGeneration,
+                hf.Dots3NoteConfig,
+                lambda: hf.Dots3NoteVisionConfig(
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    patch_size=PATCH,
+                    mlp_layer_types=["dense", "sparse"],
+                    moe_intermediate_size=16,
+                    num_local_experts=4,
+                    adapter_in_dim=16,
+                    adapter_out_dim=24,
+                ),
+                lambda: text(
+                    hf.Dots3NoteTextConfig,
+                    num_key_value_heads=3,
+                    head_dim=12,
+                    q_lora_rank=8,
+                    kv_lora_rank=8,
+                    qk_rope_head_dim=4,
+                    qk_nope_head_dim=8,
+                    v_head_dim=8,
+                    swa_num_attention_heads=3,
+                    swa_num_key_value_heads=3,
+                    swa_head_dim=12,
+                    swa_q_lora_rank=8,
+                    swa_kv_lora_rank=8,
+                    swa_qk_nope_head_dim=8,
+                    swa_v_head_dim=8,
+                    moe_intermediate_size=16,
+                    shared_experts_intermediate_size=16,
+                    n_routed_experts=4,
+                    num_experts_per_tok=2,
+                    index_topk=8,
+                    index_head_dim=8,
+                    index_n_heads=8,
+                    sliding_window=8,
+                    layer_types=["indexed_attention", "sliding_attention"] * (LAYERS // 2),
+                ),
+                audio_config={
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "max_position_embeddings": 16,
+                    "feature_size": 8,
+                    "downsample_hidden_size": 8,
+                    "adapter_input_size": 16,
+                    "adapter_out_dim": 24,
+                },
+                video_token_id=61,
+                audio_token_id=62,
+            )
+        ),
+        MERGED,
+        grids(3 * PATCH * PATCH),
+    ),
+    "muse_spark": Case(  # the last layer has no positions and attends to all; experts
+        eager(
+            builder(
+                hf.MuseSparkForConditionalGeneration,
+                hf.MuseSparkConfig,
+                lambda: hf.MuseSparkVisionConfig(
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    patch_size=PATCH,
+                    pos_emb_height=4,
+                    pos_emb_width=4,
+                ),
+                lambda: text(
+                    hf.MuseSparkTextConfig,
+                    sliding_window=8,
+                    moe_intermediate_size=16,
+                    moe_hidden_size=16,
+                    num_local_experts=4,
+                    num_experts_per_tok=2,
+                    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1),
+                ),
+                audio_config={
+                    "patch_sizes": [2, 2],
+                    "hidden_sizes": [8, 8],
+                    "depths": [1, 1],
+                    "num_hidden_layers": 2,
+                    "out_hidden_size": 24,
+                },
+                out_hidden_size=64,
+                projector_hidden_size=32,
+                video_token_id=61,
+                audio_token_id=62,
+            )
+        ),
+        MERGED,
+        grids(3 * 2 * PATCH * PATCH),
+    ),
+}
+
+CANNOT: dict[str, str] = {}

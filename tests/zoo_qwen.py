@@ -1,0 +1,191 @@
+"""Tiny random models of the Qwen 3, GLM-V, EXAONE 4.5 and Cosmos 3 families; see tiny.py."""
+
+from collections.abc import Callable
+
+import torch
+import transformers as hf
+from tiny import MROPE, PATCH, QWEN, QWEN_GRIDS, QWEN_VISION, Case, builder, noise, text
+
+VISION = {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 24}
+QWEN3_VISION = {**VISION, "num_position_embeddings": 16}
+DEEPSTACK_VISION = {**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]}
+GLM_VISION = {**VISION, "image_size": 16}  # 4 x 4 position embeddings, interpolated
+# rotary embedding on half of a head; the published models have it on a quarter or a half
+HALF = {"head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 0.5}}
+LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+
+
+def alternating(first: str, second: str) -> list[str]:
+    return [first, second, first, second]
+
+
+def build(name: str, vision: Callable, text_config: str, more: dict, **outer) -> Callable:
+    return builder(
+        getattr(hf, f"{name}ForConditionalGeneration"),
+        getattr(hf, f"{name}Config"),
+        vision,
+        lambda: text(
+            getattr(hf, text_config), **{"rope_parameters": dict(MROPE), **more}
+        ).to_dict(),
+        experts_implementation="eager",  # PyTorch's grouped product of experts has no float64
+        **outer,
+    )
+
+
+def qwen(name: str, vision: dict, text_config: str, **more) -> Case:
+    """A type whose pixel inputs and placeholders are Qwen2-VL's."""
+    return Case(build(name, lambda: dict(vision), text_config, more), **QWEN)
+
+
+def flattened(names: list[list[str]]) -> dict:
+    """Cosmos 3 Edge's: as Qwen's, but a patch has one frame only."""
+    every = [QWEN_GRIDS[name] for row in names for name in row]
+    return {
+        "pixel_values": noise(sum(h * w for h, w in every), PATCH * PATCH * 3),
+        "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
+    }
+
+
+CASES = {
+    "qwen3_vl_moe": qwen(
+        "Qwen3VLMoe",
+        DEEPSTACK_VISION,
+        "Qwen3VLMoeTextConfig",
+        **EXPERTS,
+        num_experts=4,
+        mlp_only_layers=[0],
+    ),
+    "qwen3_5": qwen(
+        "Qwen3_5",
+        QWEN3_VISION,
+        "Qwen3_5TextConfig",
+        **HALF,
+        **LINEAR,
+        layer_types=alternating("linear_attention", "full_attention"),
+    ),
+    "glm4v": qwen("Glm4v", GLM_VISION, "Glm4vTextConfig"),
+    "glm46v": qwen("Glm46V", GLM_VISION, "Glm4vTextConfig"),
+    "glm4v_moe": qwen(
+        "Glm4vMoe",
+        GLM_VISION,
+        "Glm4vMoeTextConfig",
+        **HALF,
+        **EXPERTS,
+        n_routed_experts=4,
+        first_k_dense_replace=1,
+    ),
+    "glm_ocr": qwen("GlmOcr", GLM_VISION, "GlmOcrTextConfig"),
+    "qwen3_5_moe": qwen(
+        "Qwen3_5Moe",
+        QWEN3_VISION,
+        "Qwen3_5MoeTextConfig",
+        **HALF,
+        **LINEAR,
+        **EXPERTS,
+        num_experts=4,
+        shared_expert_intermediate_size=16,
+        layer_types=alternating("linear_attention", "full_attention"),
+    ),
+    "cosmos3_omni": qwen("Cosmos3Omni", DEEPSTACK_VISION, "Qwen3VLTextConfig"),
+    "cosmos3_edge": Case(
+        build(
+            "Cosmos3Edge",
+            lambda: {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "patch_size": PATCH,
+                "num_patches": 16,
+                "spatial_merge_size": 2,
+            },
+            "Cosmos3EdgeTextConfig",
+            # its own check wants three sections that sum to half of a head
+            {"rope_parameters": dict(MROPE)},
+            projector_hidden_size=32,
+        ),
+        **{**QWEN, "inputs": flattened},
+    ),
+    "exaone4_5": Case(  # plain positions: neither the model nor its processor has token types
+        build(
+            "Exaone4_5_",
+            lambda: {
+                **VISION,
+                "num_key_value_heads": 1,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+            "Exaone4Config",
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                "sliding_window": 8,
+                "layer_types": alternating("sliding_attention", "full_attention"),
+            },
+        ),
+        QWEN["images"],
+        QWEN["inputs"],
+    ),
+    "qwen4_exp": qwen(
+        "Qwen4Exp",
+        QWEN3_VISION,
+        "Qwen4ExpTextConfig",
+        **HALF,
+        **LINEAR,
+        **EXPERTS,
+        num_experts=4,
+        shared_expert_intermediate_size=16,
+        layer_types=alternating("linear_attention", "indexed_attention"),
+        hc_count=2,
+        hc_lowrank=8,
+        # embeddings of n-grams of token ids, added before the third layer
+        ple_layer_ids=[3],
+        ple_embed_dim=16,
+        heads_per_ngram=2,
+        ngram_vocab_size_base=50,
+        make_ngram_vocab_size_divisible_by=8,
+        split_ngram_parts=1,
+        # a query attends to 4 blocks of 2 tokens and the odd last one; a block's score is a sum of
+        # ReLUs over the heads, so that blocks would tie at 0 were the heads few; the choice passes
+        # no gradient on, so that the indexers' parameters get none
+        indexer_n_heads=16,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+    ),
+    "glm5_next": Case(
+        build(
+            "Glm5Next",
+            lambda: {**GLM_VISION, "projection_intermediate_size": 32},
+            "Glm5NextTextConfig",
+            {
+                **EXPERTS,
+                "rope_parameters": None,  # it has no positions at all
+                "num_key_value_heads": 3,
+                "n_routed_experts": 4,
+                "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+                "layer_types": alternating("linear_attention", "indexed_attention"),
+                "q_lora_rank": 8,
+                "kv_lora_rank": 8,
+                "v_head_dim": 8,
+                "qk_nope_head_dim": 8,
+                "linear_head_dim": 8,
+                "linear_num_heads": 2,
+                "hc_mult": 2,
+                # as for qwen4_exp above
+                "index_topk": 8,
+                "index_kpool": 2,
+                "index_head_dim": 8,
+                "index_n_heads": 16,
+            },
+        ),
+        **QWEN,
+    ),
+}
+CANNOT = {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sts.architectures import head_of
 from sts.draws import keyed_torch_generator
 from sts.settings import IGNORE_INDEX
 
@@ -75,7 +76,7 @@ def sees_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any])
     not change at all with those that are before no target, and not by more than rounding when they
     are left out.
     """
-    weight = model.get_output_embeddings().weight
+    weight = head_of(model).weight
     width = model.config.get_text_config().hidden_size
     labels = torch.tensor(ASKED, device=weight.device)
     places = before_targets(labels)

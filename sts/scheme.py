@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sts.architectures import architecture_of
+from sts.architectures import NO_LDS, NO_VTC, architecture_of
 from sts.checks import expect
 from sts.compression import Compression
 from sts.draws import keyed_seed, keyed_torch_generator
@@ -91,6 +91,11 @@ class Scheme:
         self._realised = Realised(len(self.skipper.layers))
         self._warned: set[str] = set()
         self._call: Call | None = None
+        name = model.config.model_type
+        can = name not in NO_VTC or vtc.keep == 1
+        expect(can, "VTC.keep", vtc.keep, f"1.0 for {name!r}: {NO_VTC.get(name)}")
+        can = name not in NO_LDS or lds.rate == 0
+        expect(can, "LDS.rate", lds.rate, f"0.0 for {name!r}: {NO_LDS.get(name)}")
         if "scores" in wants(vtc.kind):
             self.architecture.class_attention(model)  # fails now rather than in the first step
 

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens of a row, V visual tokens in the batch, M places of a flattened batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,34 +169,47 @@ def segments(positions: Tensor) -> Tensor | None:
     return starts.cumsum(-1) if starts.any() else None
 
 
-# ---- a decoder layer's keyword arguments for some of the tokens, or of the rows ------------------
+# ---- a decoder layer's arguments for some of the tokens, or of the rows --------------------------
 
 
-def of_tokens(name: str, value: object, index: Tensor) -> object:
-    """A decoder layer's keyword argument for the tokens `index` [B, k] of each row."""
-    if value is None:
-        return None
-    if name == "position_embeddings":  # two tensors [..., B or 1, T, head_dim]
-        return tuple(at(x.movedim(-1, 0), index).movedim(0, -1) for x in value)
-    if name == "position_ids":  # [..., B or 1, T]
+def of_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
+    """A decoder layer's argument for the tokens `index` [B, k] of each row of `length`."""
+    if isinstance(value, dict):
+        return {key: of_tokens(name, x, index, length) for key, x in value.items()}
+    if name == "position_embeddings":  # tensors [..., B or 1, T, head_dim]
+        return _each(lambda x: at(x.movedim(-1, 0), index).movedim(0, -1), value)
+    if name == "position_ids" and value is not None:  # [..., B or 1, T]
         return at(value, index)
-    if name == "attention_mask":
+    if name == "attention_mask" and value is not None:
         value = _tensor(value, "tokens")
         return at(value, index) if value.ndim == 2 else of_queries_and_keys(value, index)
-    return value
+    if not isinstance(value, Tensor) or length not in value.shape:
+        return value
+    fits = value.shape[:2] == (len(index), length)
+    expect(fits, f"{name}.shape of a decoder layer", list(value.shape), "[batch, tokens, ...]")
+    some = take(value.reshape(len(index), length, -1), index)
+    return some.reshape(*index.shape, *value.shape[2:])
 
 
-def of_rows(name: str, value: object, rows: Tensor) -> object:
-    """A decoder layer's keyword argument for the rows [k] of a batch."""
-    if value is None:
-        return None
-    if name == "position_embeddings":  # two tensors [..., B or 1, T, head_dim]
-        return tuple(_rows(x, -3, rows) for x in value)
-    if name == "position_ids":  # [..., B or 1, T]
+def of_rows(name: str, value: Any, rows: Tensor, batch: int) -> Any:
+    """A decoder layer's argument for the rows [k] of a batch of `batch`."""
+    if isinstance(value, dict):
+        return {key: of_rows(name, x, rows, batch) for key, x in value.items()}
+    if name == "position_embeddings":  # tensors [..., B or 1, T, head_dim]
+        return _each(lambda x: _rows(x, -3, rows), value)
+    if name == "position_ids" and value is not None:  # [..., B or 1, T]
         return _rows(value, -2, rows)
-    if name == "attention_mask":  # [B or 1, T] or [B or 1, 1, T, T]
+    if name == "attention_mask" and value is not None:  # [B or 1, T] or [B or 1, 1, T, T]
         return _rows(_tensor(value, "samples"), 0, rows)
-    return value
+    mine = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
+    return value.index_select(0, rows) if mine else value
+
+
+def _each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Of a tensor, or of each in a tuple of them."""
+    if isinstance(value, tuple):
+        return tuple(function(x) for x in value)
+    return None if value is None else function(value)
 
 
 def _rows(x: Tensor, dim: int, rows: Tensor) -> Tensor:

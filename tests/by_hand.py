@@ -56,8 +56,14 @@ def of_language_model(model, batch):
 @contextmanager
 def doing_nothing(layers, off) -> Iterator[None]:
     """The layers `off` hand on what they get."""
+
+    def nothing(hidden, *args, **kwargs):
+        if "prev_topk_indices" in kwargs:  # GLM 5 and Mistral Large 4 hand it on too
+            return hidden, kwargs["prev_topk_indices"]
+        return hidden
+
     for index in off:
-        layers[index].forward = lambda hidden, *args, **kwargs: hidden
+        layers[index].forward = nothing
     yield
     for index in off:
         del layers[index].forward
@@ -147,6 +153,31 @@ def left_by_hand(case, names, visual, vectors, text, choose) -> list[tuple[list[
     return left
 
 
+def softcapped(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap)
+
+
+def head(model, hidden: Tensor) -> Tensor:
+    """Logits, with what the outer forward of these types does to them after the head."""
+    linear = model.get_output_embeddings() or model.language_model.get_output_embeddings()
+    logits, text = linear(hidden), model.config.get_text_config()
+    match model.config.model_type:
+        case "granite4_vision" | "granite_docling":
+            return logits / text.logits_scaling
+        case "gemma3n" | "mistral_large4" | "inkling2":
+            return softcapped(logits, text.final_logit_softcapping)
+        case "muse_glimmer" | "muse_spark":
+            return softcapped(logits * text.output_multiplier, text.final_logit_softcapping)
+    cap = getattr(text, "final_logit_softcapping", None)  # Gemma's, where it is set
+    return logits if cap is None else softcapped(logits, cap)
+
+
+def of_row(mask: Tensor, row: int, places: list[int]) -> Tensor:
+    """Of a mask [B, T] or [B, 1, T, T]."""
+    one = mask[row : row + 1][..., places]
+    return one if mask.ndim == 2 else one[:, :, places]
+
+
 KNOWN = ("inputs_embeds", "position_ids", "attention_mask")
 
 
@@ -184,13 +215,18 @@ def by_hand(model, case, rows, batch, choose: Choice | None = None, off=None, po
         }
         if isinstance(mask, dict):
             inputs["attention_mask"] = {
-                kind: one if one is None else one[row : row + 1][:, :, places][..., places]
+                kind: None if one is None else of_row(one, row, places)
                 for kind, one in mask.items()
             }
         elif mask is not None and mask.ndim == 4:
-            inputs["attention_mask"] = mask[row : row + 1][:, :, places][..., places]
+            inputs["attention_mask"] = of_row(mask, row, places)
         for name, value in full.items():
-            if isinstance(value, list) and value:  # features of the visual tokens
+            if isinstance(value, dict) and name not in KNOWN:  # of some layers
+                inputs[name] = {
+                    layer: features[visual_before : visual_before + len(visual)]
+                    for layer, features in value.items()
+                }
+            elif isinstance(value, list) and value:  # features of the visual tokens
                 inputs[name] = [
                     torch.stack(
                         [
@@ -211,7 +247,7 @@ def by_hand(model, case, rows, batch, choose: Choice | None = None, off=None, po
         labels = batch["labels"][row][places]
         for i in range(1, len(places)):
             if labels[i] != -100:
-                logits = model.get_output_embeddings()(hidden[0, i - 1])
+                logits = head(model, hidden[0, i - 1])
                 total = total - logits.float().log_softmax(-1)[labels[i]]
                 count += 1
     loss = total / count

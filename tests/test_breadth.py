@@ -1,9 +1,11 @@
 """STS on every image-text-to-text type of transformers: like the sequence that was shortened by
 hand, and the model without its layers, or refused with its reason."""
 
+import re
+
 import pytest
 import torch
-from by_hand import assert_same, backward, by_hand, decoder_layers, pooled
+from by_hand import KEEP, assert_same, backward, by_hand, decoder_layers, pooled
 from tiny import LAYERS
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES,
@@ -11,10 +13,15 @@ from transformers.models.auto.modeling_auto import (
 from zoo import ZOO
 
 from sts import LDS, VTC, sparsify
-from by_hand import KEEP
+from sts.architectures import NO_LDS, NO_VTC, REFUSED
+from sts.lds.units import kept_rows
 
 ROWS = [[3, "big", 5, "small", 6, 7, 8], [9, 10, 11, 12], ["small", 14, 15, 16]]
-EVERY = pytest.mark.parametrize("name", sorted(ZOO))
+NO_PARTS = ("gemma3n", "gemma4", "glm5_next", "minimax_m3_vl", "mistral_large4")
+CARRIED = sorted(set(ZOO) - set(REFUSED))
+EVERY = pytest.mark.parametrize("name", CARRIED)
+FOR_VTC = pytest.mark.parametrize("name", sorted(set(CARRIED) - set(NO_VTC)))
+FOR_LDS = pytest.mark.parametrize("name", sorted(set(CARRIED) - set(NO_LDS)))
 
 
 @EVERY
@@ -25,7 +32,7 @@ def test_an_idle_scheme_is_the_model_itself(name):
     assert_same(backward(model, batch), expected)
 
 
-@EVERY
+@FOR_VTC
 def test_vtc_is_the_sequence_shortened_by_hand(name):
     case = ZOO[name]
     model, batch = case.build(), case.batch(ROWS)
@@ -36,7 +43,7 @@ def test_vtc_is_the_sequence_shortened_by_hand(name):
     assert scheme.metrics()["keep_ratio"] < 0.6
 
 
-@EVERY
+@FOR_LDS
 def test_lds_is_the_model_without_those_layers(name):
     case = ZOO[name]
     model, batch = case.build(), case.batch(ROWS)
@@ -51,4 +58,65 @@ def test_lds_is_the_model_without_those_layers(name):
         model.eval()  # the scheme doesn't act
         assert_same(found, by_hand(model, case, ROWS, batch, None, [off] * 3))
         model.train()
-    assert ever >= {0, LAYERS - 1}  # none is protected
+    stored = name in ("gemma3n", "gemma4")  # later layers read what the first two store
+    assert ever >= ({2, 3} if stored else {0, LAYERS - 1})  # none is protected
+
+
+@FOR_LDS
+@pytest.mark.parametrize("unit", ["samples", "tokens"])
+def test_a_part_of_a_layer_is_that_part_or_refused(name, unit):
+    """Samples: as each row through its own layers. Tokens: finite, and each layer sees some."""
+    case = ZOO[name]
+    model, batch = case.build(), case.batch(ROWS)
+    lds = LDS("layerdrop", rate=0.5, unit=unit, draw="fixed_count")
+    if name in NO_PARTS:
+        with pytest.raises(ValueError, match=f"LDS.unit={unit!r}"):
+            sparsify(model, lds=lds)
+        return
+    scheme = sparsify(model, lds=lds, seed=4)
+    scheme.begin_step(0)
+    found, work = backward(model, batch), scheme.metrics()["work"]
+    assert torch.isfinite(found[0]) and all(
+        {"samples": "rows", "tokens": "tokens"}[unit] in one for one in work
+    )
+    if unit == "tokens":
+        return
+    parts = [scheme.skipper._part(layer) for layer in range(LAYERS)]  # as drawn in this micro-batch
+    kept = [kept_rows(3, part).tolist() for part in parts]
+    off = [[layer for layer in range(LAYERS) if row not in kept[layer]] for row in range(3)]
+    model.eval()
+    assert_same(found, by_hand(model, case, ROWS, batch, off=off))
+
+
+@FOR_LDS
+def test_dropbp_changes_no_output(name):
+    case = ZOO[name]
+    model, batch = case.build(), case.batch(ROWS)
+    if name in ("nemotron_h_omni", "blip-2"):
+        with pytest.raises(ValueError, match=r"LDS.unit='backward'.*no attention and MLP"):
+            sparsify(model, lds=LDS("dropbp", rate=0.4))
+        return
+    expected, dense = backward(model, batch)
+    scheme = sparsify(model, lds=LDS("dropbp", rate=0.7), seed=1)
+    scheme.begin_step(0)
+    loss, grads = backward(model, batch)
+    torch.testing.assert_close(loss, expected)
+    assert scheme.decision.off and dense.keys() - grads.keys()
+    for layer, share in scheme.decision.off:
+        part = scheme.skipper._part(layer).sublayers[share]
+        sublayer = decoder_layers(model)[layer].get_submodule(part)
+        assert all(p.grad is None for p in sublayer.parameters())
+
+
+def test_every_type_of_transformers_is_carried_or_refused_with_its_reason():
+    assert set(ZOO) - {"pixtral"} | set(REFUSED) == set(TYPES)  # Pixtral 12B is a LLaVA
+    for name, case in ZOO.items():
+        if name in REFUSED:
+            with pytest.raises(ValueError, match=re.escape(REFUSED[name])):
+                sparsify(case.build())
+        if name in NO_VTC:
+            with pytest.raises(ValueError, match=re.escape(NO_VTC[name])):
+                sparsify(case.build(), VTC("uniform", keep=0.25))
+        if name in NO_LDS:
+            with pytest.raises(ValueError, match=re.escape(NO_LDS[name])):
+                sparsify(case.build(), lds=LDS("layerdrop", rate=0.5))

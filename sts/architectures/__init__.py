@@ -14,9 +14,19 @@ from importlib import import_module
 from torch import nn
 
 from sts.architectures._base import Architecture, ClassAttention, Grid
-from sts.architectures._refused import REFUSED
+from sts.architectures._refused import NO_LDS, NO_VTC, REFUSED
 
-__all__ = ["ARCHITECTURES", "REFUSED", "Architecture", "ClassAttention", "Grid", "architecture_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "NO_LDS",
+    "NO_VTC",
+    "REFUSED",
+    "Architecture",
+    "ClassAttention",
+    "Grid",
+    "architecture_of",
+    "head_of",
+]
 
 
 def _families() -> list[dict[str, Architecture]]:
@@ -43,7 +53,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     name = getattr(getattr(model, "config", None), "model_type", None)
     if name in REFUSED:
         raise ValueError(f"{_named(model)} can't be trained with STS: {REFUSED[name]}")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_of(model)
     config = getattr(model, "config", None)
     sees = name in ARCHITECTURES or getattr(config, "vision_config", None) is not None
     if head is None or not sees:
@@ -52,7 +62,7 @@ def architecture_of(model: nn.Module) -> Architecture:
             "one that has it (of AutoModelForImageTextToText)"
         )
     entry = ARCHITECTURES.get(name, Architecture())
-    base = model.base_model_prefix if entry.base is None else entry.base
+    base = (model.base_model_prefix or "") if entry.base is None else entry.base
     language_model = entry.language_model or _path_of(model, _decoder(model))
     layers = entry.layers or _layers_of(model, language_model)
     if entry.base is None and not language_model.startswith(f"{base}."):
@@ -69,6 +79,14 @@ def architecture_of(model: nn.Module) -> Architecture:
 def _named(model: nn.Module) -> str:
     name = getattr(getattr(model, "config", None), "model_type", None)
     return f"{type(model).__name__} (model_type={name!r})"
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The language head, the outer model's or that of the language model in it."""
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    head = model.get_output_embeddings()
+    return model.get_decoder().get_output_embeddings() if head is None else head
 
 
 def _decoder(model: nn.Module) -> nn.Module:

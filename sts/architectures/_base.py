@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -69,61 +70,47 @@ def _square(tokens: int) -> Grid | None:
     return Grid(side, side) if side * side == tokens else None
 
 
-def by_grid_thw(name: str) -> Grids:
-    """By (frames, rows, columns) of patches, as `inputs[name]` [images, 3] has them, of which
-    `merge` x `merge` became a token: as many as explain the number of placeholders."""
-
-    def grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
-        sizes = torch.as_tensor(inputs[name])
-        patches, tokens = int(sizes.prod(1).sum()), int(runs.sum())
-        merge = round((patches / max(tokens, 1)) ** 0.5)
-        return [
-            Grid(height // merge, width // merge)
-            for frames, height, width in sizes.tolist()
-            for _ in range(frames)
-        ]
-
-    return grids
+# What processors call the sizes of each image, [images, 2 or 3]: (frames,) rows and columns, in
+# patches or in pixels
+SIZES = {
+    "image": ("image_grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes", "image_sizes"),
+    "video": ("video_grid_thw", "target_sizes_videos"),
+}
 
 
-def found(medium: str) -> Grids:
+def of_sizes(sizes: Tensor, tokens: int) -> list[Grid]:
+    """By sizes [images, 2 or 3] of which step x step became one token: by the step that explains
+    the number of `tokens`."""
+    step = max(1, round((int(sizes.prod(1).sum()) / max(tokens, 1)) ** 0.5))
+    rows = [(*[1] * (3 - len(size)), *size) for size in sizes.tolist()]
+    return [Grid(h // step, w // step) for frames, h, w in rows for _ in range(frames)]
+
+
+def found(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Of `image` or `video`, where an entry doesn't say: by the sizes that the processor gave if
-    they are such of patches, else by runs of placeholders."""
-
-    def grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
-        name = f"{medium}_grid_thw"
+    they explain the number of tokens, else by runs of placeholders."""
+    tokens = int(runs.sum())
+    for name in SIZES[medium]:
         if inputs.get(name) is not None:
-            made = by_grid_thw(name)(model, inputs, runs)
-            if sum(grid.tokens for grid in made) == int(runs.sum()):
+            made = of_sizes(torch.as_tensor(inputs[name]), tokens)
+            if sum(grid.tokens for grid in made) == tokens:
                 return made
-        return of_runs(model, inputs, runs)
-
-    return grids
+    return of_runs(model, inputs, runs)
 
 
-of_images, of_videos = found("image"), found("video")
+of_images, of_videos = partial(found, "image"), partial(found, "video")
 
 
 def square_tiles(side_of: Callable[[Any], int]) -> Grids:
     """As many tiles of side x side tokens as there are placeholders for; `side_of` the config."""
-
-    def grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
-        side = side_of(model.config)
-        return [Grid(side, side)] * (int(runs.sum()) // (side * side))
-
-    return grids
+    return partial(_square_tiles, side_of)  # not a closure: a model with a scheme can be pickled
 
 
-def sized_grids(config_merge: Callable[[Any], int]) -> Grids:
-    """By `image_sizes` (pixels) of towers that take any size (Pixtral); `config_merge`: patches
-    merged along each side."""
-
-    def grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
-        side = model.config.vision_config.patch_size * config_merge(model.config)
-        sizes = torch.as_tensor(inputs["image_sizes"]) // side
-        return [Grid(height, width) for height, width in sizes.tolist()]
-
-    return grids
+def _square_tiles(
+    side_of: Callable[[Any], int], model: PreTrainedModel, inputs: Inputs, runs: Tensor
+) -> list[Grid]:
+    side = side_of(model.config)
+    return [Grid(side, side)] * (int(runs.sum()) // (side * side))
 
 
 def vit_side(config: Any) -> int:
@@ -148,7 +135,11 @@ class Architecture:
     language_model: takes inputs_embeds, attention_mask and position_ids by keyword.
     layers: attribute of the language model with its decoder layers, each called with the hidden
         state [batch, tokens, dim] first and returning the next one.
-    attention, mlp: attributes of a decoder layer, its two sublayers.
+    attention, mlp: attributes that a decoder layer may have for its two sublayers.
+    returned: (hidden state, the layer's keywords) -> what a layer returns that changes nothing,
+        where that is not the hidden state alone: a tuple, of which it is the first.
+    always: layer -> whether it always runs, since others read what it stores.
+    partial: whether a layer can run on some of the samples or tokens.
     """
 
     grids: Grids = of_images
@@ -158,5 +149,8 @@ class Architecture:
     base: str | None = None
     language_model: str | None = None
     layers: str | None = None
-    attention: str = "self_attn"
-    mlp: str = "mlp"
+    attention: tuple[str, ...] = ("self_attn", "linear_attn", "conv")
+    mlp: tuple[str, ...] = ("mlp", "feed_forward")
+    returned: Callable[[Tensor, dict[str, Any]], Any] | None = None
+    always: Callable[[nn.Module], bool] | None = None
+    partial: bool = True

@@ -1,5 +1,7 @@
 """InternVL: square tiles, and a pixel shuffle that makes one token of several patches."""
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -26,9 +28,13 @@ def _shuffled_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> 
     return F.avg_pool2d(scores.unflatten(1, (1, side, side)), merged).flatten()
 
 
+def _side(config: Any) -> int:
+    return round(vit_side(config) * config.downsample_ratio)
+
+
 ARCHITECTURES = {
     "internvl": Architecture(
-        grids=square_tiles(lambda config: round(vit_side(config) * config.downsample_ratio)),
+        grids=square_tiles(_side),
         class_attention=_internvl_attention,
         token_scores=_shuffled_scores,
     ),

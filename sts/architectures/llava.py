@@ -1,5 +1,7 @@
 """LLaVA and its kin: square images, images of any size (Pixtral 12B), or tiles of them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,17 +13,9 @@ from sts.architectures._base import (
     Grid,
     Inputs,
     no_class_token,
-    sized_grids,
     square_tiles,
     vit_side,
 )
-
-
-def _llava_grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
-    """Of a tower for squares, or of Pixtral's for any size."""
-    sized = model.config.vision_config.model_type == "pixtral"
-    grids = sized_grids(lambda config: 1) if sized else square_tiles(vit_side)
-    return grids(model, inputs, runs)
 
 
 def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float) -> list[Tensor]:
@@ -86,7 +80,12 @@ def _anyres_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Te
     return torch.cat(_pack(model, inputs, scores[..., None], newline=0.0)).flatten()
 
 
-_LLAVA = Architecture(grids=_llava_grids, class_attention=_clip_attention)
+def _side(config: Any) -> int:
+    return vit_side(config) // config.downsample_factor
+
+
+_LLAVA = Architecture(class_attention=_clip_attention)
+_TILES = Architecture(grids=square_tiles(_side))
 
 ARCHITECTURES = {
     "llava": _LLAVA,
@@ -94,5 +93,10 @@ ARCHITECTURES = {
     "llava_next": Architecture(
         grids=_anyres_grids, class_attention=_clip_attention, token_scores=_anyres_scores
     ),
+    "llava_next_video": Architecture(
+        grids=_anyres_grids, class_attention=_clip_attention, token_scores=_anyres_scores
+    ),
     "llava_onevision": Architecture(grids=_anyres_grids),
+    "aya_vision": _TILES,
+    "cohere2_vision": _TILES,
 }

@@ -4,7 +4,7 @@ A decision is a pure function of (settings, seed, step, measured): the same on e
 micro-batch and after a resume, and no other random stream moves.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ class Part:
     """A layer's part in a decision, for what stands in for it.
 
     generator: () -> a torch.Generator of this layer and micro-batch. sublayers: share -> the name
-    of the layer's module whose backward it is.
+    of the layer's module whose backward it is. returned: see Architecture.
     """
 
     chance: float
@@ -49,6 +49,7 @@ class Part:
     rescale: bool
     generator: Callable[[], Any]
     sublayers: Mapping[str, str] = field(default_factory=dict)
+    returned: Callable[[Any, dict[str, Any]], Any] | None = None
 
 
 def chances(
@@ -75,9 +76,12 @@ def decide(
     seed: int,
     step: int,
     measured: Sequence[float] | None = None,
+    always: Collection[int] = (),
 ) -> Decision:
-    """The decision for optimizer step `step`, at t of the stage. At least one layer always runs."""
+    """The decision for optimizer step `step`, at t of the stage. At least one layer always runs,
+    and those that the architecture says."""
     asked, unit = chances(lds, num_layers, t, measured), UNITS[lds.unit]
+    asked = tuple(0.0 if layer in always else chance for layer, chance in enumerate(asked))
     if not (unit.drawn_by_step and any(asked)):
         return Decision(asked)
     free = range(lds.protect_first, num_layers - lds.protect_last)

@@ -1,11 +1,12 @@
 """LDS on the decoder layers of one model: decides once a step, then acts on every forward of it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
 
 from sts.architectures import Architecture
+from sts.checks import expect
 from sts.draws import keyed_torch_generator
 from sts.lds import DEPTHS, UNITS, resolve
 from sts.lds.decision import Decision, Part, decide
@@ -25,10 +26,27 @@ class Skipper:
         self.lds, self.unit, self.seed = lds, UNITS[lds.unit], seed
         self._language_model, self._names = language_model, architecture
         lds.check_layers(len(self.layers))
+        if lds.rate:
+            self._check_unit()
+        always = architecture.always or (lambda layer: False)
+        self._always = frozenset(i for i, layer in enumerate(self.layers) if always(layer))
         self.measured = Measured(DEPTHS[lds.depth], len(self.layers), lds.ema)
         self.decision = Decision((0.0,) * len(self.layers))
         self._step = 0
         self._hooks: list = []
+
+    def _check_unit(self) -> None:
+        """Raise ValueError for a unit that the model's layers can't do."""
+        parts = self._names.partial or self.unit.drawn_by_step
+        accepted = (
+            "a unit of whole layers: those of this model share what they compute of all tokens"
+        )
+        expect(parts, "LDS.unit", self.lds.unit, accepted)
+        for layer in self.layers if "mlp_backward" in self.unit.lowers else ():
+            names = (self._names.attention, self._names.mlp)
+            whole = all(any(hasattr(layer, name) for name in each) for each in names)
+            accepted = f"another: {type(layer).__name__} has no attention and MLP of its own"
+            expect(whole, "LDS.unit", self.lds.unit, accepted)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -45,7 +63,9 @@ class Skipper:
         if self.measured.any:
             self.measured.fold(next(self.layers.parameters()).device)
         measured = self.measured.average
-        self.decision = decide(self.lds, len(self.layers), t, self.seed, step, measured)
+        self.decision = decide(
+            self.lds, len(self.layers), t, self.seed, step, measured, self._always
+        )
         self._step = step
         self.let_go()
         if self.unit.hooks:
@@ -62,6 +82,10 @@ class Skipper:
             handle.remove()
         self._hooks = []
 
+    def _first(self, layer: int, names: Sequence[str]) -> str:
+        """The first of the names that is an attribute of a layer."""
+        return next((name for name in names if hasattr(self.layers[layer], name)), "")
+
     def _part(self, layer: int, micro_batch: int = 0) -> Part:
         key = (self.seed, self._step, micro_batch, "layer", layer)
         return Part(
@@ -70,9 +94,10 @@ class Skipper:
             draw=self.lds.draw,
             rescale=self.lds.rescale,
             generator=partial(keyed_torch_generator, *key),
+            returned=self._names.returned,
             sublayers={
-                "attention_backward": self._names.attention,
-                "mlp_backward": self._names.mlp,
+                "attention_backward": self._first(layer, self._names.attention),
+                "mlp_backward": self._first(layer, self._names.mlp),
             },
         )
 

@@ -59,7 +59,7 @@ class Identity(StandIn):
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.work = {"rows": 0.0}
         record(self._layer, hidden, hidden)
-        return hidden
+        return self._part.returned(hidden, kwargs) if self._part.returned else hidden
 
 
 class Rescaled(StandIn):
@@ -86,7 +86,9 @@ class SomeRows(StandIn):
             self.work = {}
             return self._layer(hidden, *args, **kwargs)
         self.work = {"rows": len(rows) / len(hidden)}
-        kwargs = {name: of_rows(name, value, rows) for name, value in kwargs.items()}
+        size = len(hidden)
+        args = [of_rows("", value, rows, size) for value in args]
+        kwargs = {name: of_rows(name, value, rows, size) for name, value in kwargs.items()}
         some = hidden.index_select(0, rows)
         with unrecorded():
             out = self._layer(some, *args, **kwargs)
@@ -111,7 +113,8 @@ class SomeTokens(StandIn):
         draws = torch.rand(rows, length, generator=self._part.generator())
         chosen = draws.topk(count, dim=1).indices.sort(dim=1).values.to(hidden.device)
         self._tokens, self.work = chosen, {"tokens": count / length}
-        kwargs = {name: of_tokens(name, value, chosen) for name, value in kwargs.items()}
+        args = [of_tokens("an argument", value, chosen, length) for value in args]
+        kwargs = {name: of_tokens(name, value, chosen, length) for name, value in kwargs.items()}
         with unrecorded():
             out = self._layer(take(hidden, chosen), *args, **kwargs)
         after = replaced(hidden, chosen, out)

@@ -1,0 +1,73 @@
+"""Types that are like no other: separators among the placeholders, or parts in other places."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sts.architectures._base import (
+    Architecture,
+    Grid,
+    Inputs,
+    of_sizes,
+    square_tiles,
+    vit_side,
+)
+
+
+def _with_row_ends(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+    """Emu 3: every row of an image ends in one more token."""
+    sizes = torch.as_tensor(inputs["image_sizes"]) // model.model.vqmodel.vision_spatial_factor
+    return [Grid(h, w, newline=True) for h, w in sizes.tolist()]
+
+
+def _between_two(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+    """HunYuan: the rows of an image end in one more token, and one stands before and one after."""
+    merge = model.config.vision_config.spatial_merge_size
+    return [
+        grid
+        for _, height, width in torch.as_tensor(inputs["image_grid_thw"]).tolist()
+        for grid in (Grid(1, 1), Grid(height // merge, width // merge, newline=True), Grid(1, 1))
+    ]
+
+
+def _overview_and_crops(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+    """Molmo 2: (rows, columns) of the overview and of the crops, of each image."""
+    sizes = torch.as_tensor(inputs["image_grids"]).reshape(-1, 2)
+    return of_sizes(sizes, int(sizes.prod(1).sum()))
+
+
+def _as_many_tiles(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+    """Perception LM: pixel_values [images, tiles, 3, H, W], every tile a square of tokens."""
+    tiles = inputs["pixel_values"].shape[:2].numel()
+    side = round((int(runs.sum()) / tiles) ** 0.5)
+    return [Grid(side, side)] * tiles
+
+
+def _side(config: Any) -> int:
+    return vit_side(config) // config.vision_config.scale_factor
+
+
+def _with_indices(hidden: Tensor, given: dict[str, Any]) -> tuple:
+    """A layer hands on which keys an earlier one chose."""
+    return hidden, given.get("prev_topk_indices")
+
+
+ARCHITECTURES = {
+    "emu3": Architecture(grids=_with_row_ends),
+    "hunyuan_vl": Architecture(grids=_between_two),
+    "molmo2": Architecture(grids=_overview_and_crops),
+    "perception_lm": Architecture(grids=_as_many_tiles),
+    "granite_docling": Architecture(grids=square_tiles(_side)),
+    # no vision tower: patches are embedded as they are
+    "fuyu": Architecture(),
+    # their outer models merge the images and call a language model with a head of its own
+    "llama4": Architecture(language_model="language_model.model"),
+    "nemotron_h_omni": Architecture(),
+    # a layer returns more than the hidden state
+    "glm5_next": Architecture(returned=_with_indices, partial=False),
+    "mistral_large4": Architecture(returned=_with_indices, partial=False),
+    # its sparse attention reads position ids as places of the sequence
+    "minimax_m3_vl": Architecture(partial=False),
+}

@@ -170,7 +170,7 @@ def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:
     skipper = scheme.skipper
 
     def left_out(step: int) -> float:
-        scheme.begin_step(step)
+        scheme.decide(step)
         decision, unit = skipper.decision, skipper.unit
         drawn = len(decision.off) / len(unit.lowers)
         return drawn if unit.drawn_by_step else sum(decision.chances)

@@ -87,6 +87,7 @@ class Scheme:
         self.language_model = model.get_submodule(self.architecture.language_model)
         self.skipper = Skipper(lds, self.language_model, self.architecture, seed)
         self.step: int | None = None
+        self._begun = False
         self.keep = 1.0
         self._realised = Realised(len(self.skipper.layers))
         self._warned: set[str] = set()
@@ -121,20 +122,24 @@ class Scheme:
         """Fix what optimizer step `step` (0 = first) keeps and skips.
 
         Call it on every rank: a measured depth is averaged over them. Raises ValueError for a step
-        outside the stage.
+        outside the stage, RuntimeError if the step before was to be sparse and was not.
         """
+        self.check_step()
+        self.decide(step)
+        self._begun = True
+
+    def decide(self, step: int) -> None:
+        """`begin_step` for looking at decisions alone: no forward has to follow."""
         if not self.attached:
             raise RuntimeError("this scheme is off its model: call sparsify(model, ...) again")
-        self.check_step()
+        expect(_whole(step), "step", step, "the number of the optimizer step, 0 = first")
         last = math.inf if self.total_steps is None else self.total_steps - 1
-        whole = isinstance(step, int) and not isinstance(step, bool)
-        expect(whole, "step", step, "the number of the optimizer step, 0 = first")
         expect(0 <= step <= last, "step", step, f"0..{last} (total_steps={self.total_steps})")
         vtc, t = self.vtc, share_done(step, self.total_steps)
         self.keep = keep_at(t, vtc.keep, vtc.schedule, vtc.dense_tail)
         t = share_done(step, self.total_steps, self.lds.clock, self.steps_per_epoch)
         self.skipper.begin_step(step, t, self.warn_once)
-        self.step = step
+        self.step, self._begun = step, False
         self._realised = Realised(len(self.skipper.layers))
 
     def metrics(self) -> dict[str, object]:
@@ -156,8 +161,9 @@ class Scheme:
     def check_step(self) -> None:
         """Raise RuntimeError, or warn as `dense_step` says, if the step asked for something and no
         forward of it was sparse."""
-        if self.step is None or not self.asks or self._realised.micro_batches:
+        if not (self._begun and self.asks) or self._realised.micro_batches:
             return
+        self._begun = False  # said once
         text = (
             f"no forward of step {self.step} was sparse: none in training mode with gradients went "
             f"through the language model of this {type(self.model).__name__}. Is another model "
@@ -165,7 +171,6 @@ class Scheme:
             "goes on)"
         )
         if self.dense_step == "error":
-            self.step = None  # said once
             raise RuntimeError(text)
         log.warning("sts: %s", text)
 

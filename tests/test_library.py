@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 from sts.lds import DEPTHS, Depth
-from sts.scheme import Scheme
+from sts.scheme import SCHEME, Scheme
 from sts.vtc import KINDS, Outputs
 from sts.vtc.sampling import uniform
 
@@ -87,7 +87,7 @@ def test_context_manager_gives_the_model_back_even_after_an_error():
         assert model(**batch).logits is None
         raise ZeroDivisionError
     assert torch.equal(model(**batch).loss, before)
-    assert "forward" not in vars(model)
+    assert SCHEME not in vars(model)
 
 
 def trainer_for(folder: Path, lds: LDS, vtc: VTC = VISUAL, **settings) -> Trainer:
@@ -137,7 +137,7 @@ def resumed_like_the_whole(folder: Path, lds: LDS, vtc: VTC = VISUAL) -> Trainer
         whole.model.state_dict().items(), again.model.state_dict().values(), strict=True
     ):
         assert torch.equal(found, expected), name
-    assert "forward" not in vars(whole.model)  # given back at the end
+    assert SCHEME not in vars(whole.model)  # given back at the end
     return whole
 
 
@@ -299,4 +299,4 @@ def test_a_pickled_model_keeps_its_scheme():
     twin = pickle.loads(pickle.dumps(model))  # as torch.save(model) does
     assert torch.equal(twin(**batch).loss, model(**batch).loss)
     unsparsify(twin)
-    assert "forward" not in vars(twin) and "forward" in vars(model)
+    assert SCHEME not in vars(twin) and SCHEME in vars(model)

@@ -5,17 +5,21 @@ test_architectures.py.
 """
 
 import copy
-import logging
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from tiny import CASES, IMAGE, LAYERS
 from torch import nn
+from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 from sts import LDS, VTC, sparsify, unsparsify
+from sts.architectures import ARCHITECTURES
+from sts.architectures._base import square_tiles
+from sts.scheme import SCHEME
 from sts.vtc import KINDS, Outputs
 from sts.vtc.pooling import avgpool2d
 
@@ -88,12 +92,42 @@ def test_the_language_model_gets_a_shorter_sequence(kind):
     assert metrics["answer_tokens"] == 2
 
 
-def test_what_is_dropped_is_never_a_target():
-    model, batch = build(), CASE.batch(MIXED)
-    batch["labels"] = batch["input_ids"].clone()  # careless: placeholders and padding are targets
-    scheme = begun(model, POOLED)
+@pytest.mark.parametrize("num_items", [None, 40])
+def test_careless_labels_keep_their_scale(num_items):
+    """Placeholders and padding are targets, as in a collator that copies input_ids: a token that
+    was dropped is predicted by the last one that was kept before it, so that none is lost."""
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    batch["labels"] = batch["input_ids"].clone()
+    extra = {} if num_items is None else {"num_items_in_batch": num_items}
+    scheme = begun(model, VTC("uniform", keep=0.25))
+    found = backward(model, batch, **extra)
+    assert scheme.metrics()["answer_tokens"] == 19
+    unsparsify(model)
+
+    seen = {}
+    language_model = model.model.language_model
+    catch = language_model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model.zero_grad()
     model(**batch)
-    assert scheme.metrics()["answer_tokens"] == ((13 - 1) + (4 - 1) + (7 - 1)) / 3
+    catch.remove()
+    kept = [0, 2, 8, 10, 16, 17, 18, 19]  # every second row and column of 4 x 4, and the text
+    losses = []
+    for row in range(2):
+        real = [t for t in kept if batch["attention_mask"][row, t]]
+        hidden = language_model(
+            inputs_embeds=seen["inputs_embeds"][row : row + 1, real],
+            position_ids=torch.tensor([real]),
+            attention_mask=torch.ones(1, len(real), dtype=torch.long),
+        )[0][0]
+        for target in range(1, 20):
+            before = max(t for t in real if t < target)
+            scores = model.lm_head(hidden[real.index(before)]).float().log_softmax(-1)
+            losses.append(-scores[batch["labels"][row, target]])
+    loss = torch.stack(losses).sum() / (num_items or len(losses))
+    loss.backward()
+    assert_same(found, (loss.detach(), gradients(model)), **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -172,10 +206,11 @@ def test_a_kind_with_weights_is_a_submodule_of_the_model_while_it_is_sparse(monk
 
 def test_no_logits_on_visual_tokens():
     model, batch, shapes = build(), CASE.batch(ONE_IMAGE), []
-    model.lm_head.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     begun(model)
+    model(**batch)  # in the first forward the head is asked with a few tokens more
+    model.lm_head.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     output = model(**batch)
-    assert shapes == [(4, 64)] and output.logits is None
+    assert shapes == [(1, 4, 64)] and output.logits is None
     assert type(output).__name__ == "LlavaCausalLMOutputWithPast"
 
 
@@ -242,7 +277,7 @@ def test_lds_equals_a_model_without_those_layers(checkpointing, vtc, frozen):
     assert len(scheme.skipped) == 2
     thin = without_layers(thin, scheme.skipped)
     begun(thin, vtc)
-    expected, expected_grads = backward(thin, batch)
+    expected, expected_grads = backward(thin, batch, use_cache=False)
     for i, layer in enumerate(layers_of(model)):
         # On a submodule: hooks on the layer itself stay outside of HF's checkpointed region.
         layer.mlp.register_forward_pre_hook(lambda m, a, i=i: calls.append(i))
@@ -298,11 +333,18 @@ def test_rescaling_divides_what_a_layer_adds_by_its_chance_to_run():
     assert_same(found, backward(model, row), **TOLERANCE)
 
 
-def test_hidden_states_asked_for_while_skipping_do_not_break_later_ones():
+@EVERY_UNIT
+@pytest.mark.parametrize("vtc", [None, POOLED], ids=["all tokens", "vtc"])
+def test_hidden_states_are_those_of_every_layer_and_token(lds, vtc):
     model, batch = build(), CASE.batch(ONE_IMAGE)
-    begun(model, lds=HALF)
-    states = model(**batch, output_hidden_states=True).hidden_states
-    assert len(states) == LAYERS - 2 + 1
+    scheme = begun(model, vtc, lds, seed=1)
+    output = model(**batch, output_hidden_states=True)
+    states = output.hidden_states
+    assert [state.shape for state in states] == [(2, 20, 24)] * (LAYERS + 1)
+    for layer in range(LAYERS - 1):  # after the last one comes the norm
+        unmoved = torch.equal(states[layer], states[layer + 1])
+        assert unmoved == (lds.unit == "layer" and layer in scheme.skipped)
+    unsparsify(model)
     assert len(model.eval()(**batch, output_hidden_states=True).hidden_states) == LAYERS + 1
 
 
@@ -324,8 +366,7 @@ def test_block_influence_learns_which_layers_do_nothing_and_resumes():
             state = copy.deepcopy(scheme.state_dict())
         scheme.begin_step(step)
         skipped.append(scheme.skipped)
-        with torch.no_grad():
-            model(**batch)
+        model(**batch)
     average = scheme.skipper.measured.average
     assert average[1] < 1e-6 < min(average[0], *average[2:])
     counts = [sum(layer in s for s in skipped) for layer in range(LAYERS)]
@@ -337,8 +378,7 @@ def test_block_influence_learns_which_layers_do_nothing_and_resumes():
     for step in range(20, 60):
         resumed.begin_step(step)
         assert resumed.skipped == skipped[step]
-        with torch.no_grad():
-            model(**batch)
+        model(**batch)
     assert resumed.skipper.measured.average == average
 
 
@@ -350,7 +390,7 @@ def test_the_papers_scheme_follows_its_formula_over_the_stage():
     vtc = VTC("uniform", keep=0.25, schedule="falling_linear", dense_tail=0.2)
     scheme, left_out, keep = sparsify(build(), vtc, lds, total_steps=1000), 0, []
     for step in range(1000):
-        scheme.begin_step(step)
+        scheme.decide(step)
         metrics = scheme.metrics()
         t = step / 1000
         expected = [0.6 * (1 - t) ** 2 * (1 + 0.5 * (2 * i - 3) / 3) for i in range(LAYERS)]
@@ -361,7 +401,7 @@ def test_the_papers_scheme_follows_its_formula_over_the_stage():
     assert keep[400] == pytest.approx(1 - 0.75 * 0.6)
     assert left_out == pytest.approx(LAYERS * 0.6 * 1000 / 3, rel=0.1)
     with pytest.raises(ValueError, match=r"step=1000.*0\.\.999"):
-        scheme.begin_step(1000)
+        scheme.decide(1000)
 
 
 def test_with_the_clock_in_epochs_chances_move_once_an_epoch():
@@ -369,7 +409,7 @@ def test_with_the_clock_in_epochs_chances_move_once_an_epoch():
     scheme = sparsify(build(), lds=lds, total_steps=12, steps_per_epoch=4)
     asked = []
     for step in range(12):
-        scheme.begin_step(step)
+        scheme.decide(step)
         asked.append(scheme.metrics()["asked"][0])
     assert asked == pytest.approx([0.6 * (1 - step // 4 / 3) ** 2 for step in range(12)])
 
@@ -521,39 +561,36 @@ def test_layers_are_whole_again_after_an_error(lds):
     assert layers_of(model) is layers
 
 
-def test_training_forward_without_labels_is_the_plain_one_and_says_so(caplog):
-    model, batch = build(), CASE.batch(ONE_IMAGE)
-    del batch["labels"]
-    expected = model(**batch).logits
-    begun(model, CLASS_TOKEN, HALF)
-    with caplog.at_level(logging.WARNING, logger="sts"):
-        assert torch.equal(model(**batch).logits, expected)
-        model(**batch)
-    assert [r.message for r in caplog.records].count(
-        "sts: forward in training mode without labels: the scheme does not act"
-    ) == 1
-
-
-@EVERY_UNIT
-def test_training_without_labels_has_every_gradient(lds):
-    model, batch = build(), CASE.batch(ONE_IMAGE)
-    del batch["labels"]
-    model(**batch).logits.sum().backward()
-    expected = gradients(model)
+@pytest.mark.parametrize("lds", list(UNITS.values())[:4], ids=list(UNITS)[:4])
+@pytest.mark.parametrize("vtc", [None, POOLED], ids=["all tokens", "vtc"])
+def test_a_loss_of_ones_own_from_the_logits_is_that_of_the_model(lds, vtc):
+    """No labels reach the forward, as with label smoothing: logits are as many as tokens."""
+    model, batch = build(), CASE.batch(MIXED)
+    scheme = begun(model, vtc, lds, seed=1)
+    expected, metrics = backward(model, batch), scheme.metrics()
+    labels = batch.pop("labels")
+    scheme.begin_step(0)
     model.zero_grad()
-    begun(model, CLASS_TOKEN, lds, seed=1)
-    model(**batch).logits.sum().backward()
-    assert_same((torch.zeros(()), gradients(model)), (torch.zeros(()), expected), **EXACT)
+    logits = model(**batch).logits
+    assert logits.shape[:2] == labels.shape
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    loss.backward()
+    assert_same((loss.detach(), gradients(model)), expected, **TOLERANCE)
+    again = scheme.metrics()
+    assert again.pop("answer_tokens") == labels.shape[1] and metrics.pop("answer_tokens") == 2
+    assert again == metrics
 
 
 @EVERY_UNIT
-def test_a_forward_without_labels_in_between_does_not_change_the_step(lds):
+def test_a_forward_without_gradients_is_the_plain_one_and_no_part_of_the_step(lds):
     model, batch = build(), CASE.batch(ONE_IMAGE)
+    with torch.no_grad():
+        plain = model(**batch).logits
     scheme = begun(model, CLASS_TOKEN, lds, seed=1)
     expected = backward(model, batch)
     scheme.begin_step(0)
     with torch.no_grad():
-        model(**{name: value for name, value in batch.items() if name != "labels"})
+        assert torch.equal(model(**batch).logits, plain)
     assert_same(backward(model, batch), expected, **EXACT)
 
 
@@ -574,7 +611,7 @@ def test_a_copy_of_a_sparse_model_has_a_scheme_of_its_own():
             parameter.zero_()
     assert twin(**batch).loss != model(**batch).loss
     unsparsify(twin)
-    assert "forward" not in vars(twin) and "forward" in vars(model)
+    assert SCHEME not in vars(twin) and SCHEME in vars(model)
 
 
 def test_saves_and_loads_like_the_plain_model(tmp_path):
@@ -598,8 +635,8 @@ def test_accelerate_autocast_on_top(lds):
     prepared = accelerator.prepare(model)
     loss = prepared(**batch).loss
     accelerator.backward(loss)
-    assert dtypes == [torch.bfloat16] and loss.dtype == torch.float32
-    with pytest.raises(ValueError, match="already wrapped"):
+    assert set(dtypes) == {torch.bfloat16} and loss.dtype == torch.float32
+    with pytest.raises(ValueError, match="has a scheme already"):
         sparsify(model)
     unsparsify(accelerator.unwrap_model(prepared))
     assert prepared(**batch).logits.shape == (2, 20, 64)
@@ -638,9 +675,9 @@ def test_global_random_streams_do_not_move(lds):
             lambda: sparsify(build(), lds=LDS("sts", rate=0.5, clock="epochs"), total_steps=9),
             "steps_per_epoch=None.*epochs",
         ),
-        (lambda: sparsify(LlamaForCausalLM(build().config.text_config)), "'llama'.*llava.*entry"),
-        (lambda: sparsify(nn.Linear(2, 2)), "Linear.*not a known"),
-        (lambda: sparsify(build().model), "LlavaModel.*not a known"),
+        (lambda: sparsify(LlamaForCausalLM(build().config.text_config)), "'llama'.*not an image"),
+        (lambda: sparsify(nn.Linear(2, 2)), "Linear.*not an image-text-to-text"),
+        (lambda: sparsify(build().model), "LlavaModel.*not an image-text-to-text"),
         (lambda: unsparsify(build()), "no scheme"),
     ],
 )
@@ -652,7 +689,7 @@ def test_what_a_model_cannot_have_is_an_error(make, named):
 def test_sparsify_twice_is_an_error():
     model = build()
     sparsify(model)
-    with pytest.raises(ValueError, match=r"already wrapped.*unsparsify"):
+    with pytest.raises(ValueError, match=r"a scheme already.*unsparsify"):
         sparsify(model)
 
 
@@ -677,12 +714,6 @@ def without(batch, *keys, **more):
             r"position_ids.shape=\[1, 3\].*\[2, 20\]",
         ),
         (lambda b: without(b, attention_mask=torch.ones(2, 3)), r"attention_mask.shape=\[2, 3\]"),
-        (
-            lambda b: without(
-                b, "input_ids", "pixel_values", inputs_embeds=torch.zeros(2, 20, 24).double()
-            ),
-            "input_ids=None",
-        ),
     ],
 )
 def test_bad_batches_are_errors(change, named):
@@ -692,11 +723,20 @@ def test_bad_batches_are_errors(change, named):
         model(**change(CASE.batch(ONE_IMAGE)))
 
 
-def test_visual_tokens_that_are_no_grid_are_an_error():
+def test_grids_that_are_not_the_visual_tokens_are_an_error(monkeypatch):
+    tiles = replace(ARCHITECTURES["llava"], grids=square_tiles(lambda config: 4))
+    monkeypatch.setitem(ARCHITECTURES, "llava", tiles)
     model, batch = build(), CASE.batch([["big", IMAGE, 5, 6]])  # strategy full: a class token too
     begun(model, POOLED)
     with pytest.raises(ValueError, match=r"17 image placeholders.*16 tokens.*\(4, 4, False\)"):
         model(**batch, vision_feature_select_strategy="full")
+
+
+def test_visual_tokens_of_no_known_grid_are_a_sequence():
+    model, batch = build(), CASE.batch([["big", IMAGE, 5, 6]])
+    scheme = begun(model, VTC("avgpool1d", keep=0.25))
+    model(**batch, vision_feature_select_strategy="full").loss.backward()
+    assert scheme.metrics()["visual_tokens"] == 4
 
 
 def test_state_of_another_model_is_an_error():

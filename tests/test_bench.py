@@ -150,7 +150,7 @@ def llava():
 
 def left_out(scheme, step: int) -> float:
     """Layers that a step leaves out: drawn or, where each micro-batch draws, in the mean."""
-    scheme.begin_step(step)
+    scheme.decide(step)
     if scheme.lds.unit in ("samples", "tokens"):
         return sum(scheme.decision.chances)
     return len(scheme.decision.off) / (2 if scheme.lds.unit == "backward" else 1)

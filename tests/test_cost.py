@@ -86,7 +86,10 @@ def build(name, attention="sdpa", stage="instruct"):
     model.set_attn_implementation(attention)
     model.requires_grad_(stage == "instruct").model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
-    return model.train()
+    with sparsify(model.train()) as scheme:  # its forward is asked once what it sees, no part of it
+        scheme.begin_step(0)
+        model(**batch_for(model))
+    return model
 
 
 def batch_for(model):

@@ -9,6 +9,7 @@ asked once.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ def sees_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any])
     places = before_targets(labels)
     given = {k: v for k, v in kwargs.items() if _belongs_to_no_batch(v)}
     given |= {"input_ids": labels.clamp(min=1), "attention_mask": torch.ones_like(labels)}
-    given |= {"output_router_logits": False} if "output_router_logits" in kwargs else {}
+    if "output_router_logits" in signature(type(model).forward).parameters:
+        given["output_router_logits"] = False  # of a base model that said nothing
 
     def ask(hidden: Tensor, **targets: Tensor) -> tuple[float, bool]:
         with in_the_place_of(model, path, Shown(hidden)):

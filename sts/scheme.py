@@ -330,6 +330,9 @@ class Scheme:
         call.tokens = list(kwargs["inputs_embeds"].shape[:2])
         call.counts = (before, after)
         call.stand_ins = self.skipper.stand_ins(self._realised.micro_batches)
+        parts = call.stand_ins and not self.skipper.unit.drawn_by_step
+        accepted = f"unset for LDS unit {self.lds.unit!r}: experts see other tokens in each layer"
+        expect(not (parts and self._routes(call.inputs)), "output_router_logits", True, accepted)
         for hook in self.skipper.measuring(call.batch, call.stand_ins):
             call.stack.enter_context(hook)
         if call.stand_ins:
@@ -396,11 +399,8 @@ class Scheme:
         said = None if isinstance(output, tuple) else getattr(output, "router_logits", None)
         if not said or not self._routes(batch.inputs):
             return None
-        as_long = all(len(x) == batch.mask.numel() for x in said if x is not None)
-        fits = as_long and (alone or batch.shows is None)
-        accepted = "unset: experts can't be balanced "
-        accepted += "over shortened sequences in this forward" if as_long else "over some tokens"
-        expect(fits, "output_router_logits", True, accepted)
+        accepted = "unset: experts can't be balanced over shortened sequences in this forward"
+        expect(alone or batch.shows is None, "output_router_logits", True, accepted)
         if not alone:
             return None
         real = batch.mask.flatten()

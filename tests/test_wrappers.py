@@ -1,0 +1,402 @@
+"""STS under what other libraries make of a model, in any order that their documentation shows: the
+layers that they call are counted from outside, and the loss is the one of a plain loop.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import tiny_processor
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny import CASES, LAYERS
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments, default_data_collator
+from trl import SFTConfig, SFTTrainer
+
+from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
+from sts.scheme import SCHEME
+
+ROWS = [["big", 5, 6, 7, 8], ["big", 9, 10, 11, 12]]
+VISUAL = VTC("uniform", keep=0.25)
+HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
+
+
+def tiny(name="smolvlm"):
+    model, batch = CASES[name].build(torch.float32), CASES[name].batch(ROWS)
+    return model, batch | {"pixel_values": batch["pixel_values"].float()}
+
+
+def samples(batch, times=4):
+    return [{name: value[i] for name, value in batch.items()} for i in (0, 1)] * times
+
+
+class Calls:
+    """How many tokens each decoder layer saw, call by call."""
+
+    def __init__(self, model) -> None:
+        self.seen: list[tuple[int, int]] = []
+        layers = model.get_decoder().layers
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(self._record(index))
+
+    def _record(self, index):
+        return lambda module, args: self.seen.append((index, args[0].shape[1]))
+
+    def are_sparse(self, steps: int) -> bool:
+        """Two of the layers in each step, on 8 tokens: 4 visual ones of 16, and 4 of text."""
+        return len(self.seen) == 2 * steps and {tokens for _, tokens in self.seen} == {8}
+
+
+def in_a_loop(model, batch, steps=4):
+    """Losses of the plain loop that the Trainers below should have."""
+    scheme = sparsify(model, VISUAL, HALF, total_steps=steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(steps):
+        scheme.begin_step(step)
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def settings(kind, folder, **more):
+    usual = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "remove_unused_columns": False,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    return kind(str(folder), **usual | more)
+
+
+def losses_of(trainer):
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def sft(model, batch, folder, callbacks=(), **more):
+    """TRL's, which replaces the model's forward by one with a loss of its own."""
+    return SFTTrainer(
+        model,
+        settings(SFTConfig, folder, dataset_kwargs={"skip_prepare_dataset": True}, **more),
+        data_collator=default_data_collator,
+        train_dataset=Dataset.from_list(
+            [{k: v.tolist() for k, v in sample.items()} for sample in samples(batch)]
+        ).with_format("torch"),
+        processing_class=tiny_processor().tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize("order", ["callback first", "callback without a model", "callback last"])
+def test_trl(order, tmp_path):
+    model, batch = tiny()
+    expected = in_a_loop(copy.deepcopy(model), batch)
+    calls = Calls(model)
+    if order == "callback first":
+        trainer = sft(model, batch, tmp_path, [SparseCallback(model, VISUAL, HALF)])
+    elif order == "callback without a model":
+        trainer = sft(model, batch, tmp_path, [SparseCallback(None, VISUAL, HALF)])
+    else:
+        trainer = sft(model, batch, tmp_path)
+        trainer.add_callback(SparseCallback(trainer.model, VISUAL, HALF))
+    assert losses_of(trainer) == pytest.approx(expected, rel=1e-3)
+    assert calls.are_sparse(4)
+    ran = [row["sts_layers_run"] for row in trainer.state.log_history if "loss" in row]
+    assert [float(x) for x in ran] == [2.0] * 4
+    assert SCHEME not in vars(model)
+
+
+def test_trl_on_top_of_lora(tmp_path):
+    model, batch = tiny()
+    calls = Calls(model)
+    lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=r".*text_model.*(q_proj|v_proj)")
+    trainer = sft(get_peft_model(model, lora), batch, tmp_path)
+    trainer.add_callback(SparseCallback(None, VISUAL, HALF))
+    trainer.train()
+    assert calls.are_sparse(4)
+
+
+@pytest.mark.parametrize("order", ["sparsify first", "peft first", "sparsify the wrapped"])
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_lora_with_a_task_type(order, task):
+    model, batch = tiny()
+    lora = LoraConfig(r=4, task_type=task, target_modules=r".*text_model.*(q_proj|v_proj)")
+    calls = Calls(model)
+    if order == "sparsify first":
+        scheme = sparsify(model, VISUAL, HALF)
+        wrapped = get_peft_model(model, lora)
+    else:
+        wrapped = get_peft_model(model, lora)
+        scheme = sparsify(wrapped if "wrapped" in order else wrapped.get_base_model(), VISUAL, HALF)
+    wrapped.train()
+    for step in range(3):
+        scheme.begin_step(step)
+        wrapped(**batch).loss.backward()
+        assert scheme.metrics()["layers_run"] == 2
+    assert calls.are_sparse(3)
+    unsparsify(wrapped)
+    assert SCHEME not in vars(model)
+
+
+def test_lds_alone_with_soft_prompts():
+    """They reach the model as inputs_embeds, and its labels are longer than the batch's."""
+    model, batch = tiny("llava")
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=24)
+    wrapped = get_peft_model(model, prompts).train()
+    text = {k: v for k, v in batch.items() if k != "pixel_values"}
+    text["input_ids"] = text["input_ids"].clamp(max=20)  # no placeholders
+    expected = wrapped(**text).loss
+    with sparsify(wrapped) as scheme:
+        scheme.begin_step(0)
+        assert wrapped(**text).loss.item() == pytest.approx(expected.item())
+    scheme = sparsify(wrapped, lds=HALF)
+    scheme.begin_step(0)
+    wrapped(**text).loss.backward()
+    assert scheme.metrics()["layers_run"] == 2 and scheme.metrics()["tokens"] == 23
+    assert wrapped.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+
+
+def test_vtc_finds_the_placeholders_of_inputs_embeds():
+    model, batch = tiny("llava")
+    scheme = sparsify(model, VISUAL)
+    scheme.begin_step(0)
+    expected = model(**batch).loss
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    scheme.begin_step(0)
+    assert model(inputs_embeds=embeds, **batch).loss == expected
+    assert scheme.metrics()["keep_ratio"] == 0.25
+
+
+@pytest.mark.parametrize("first", ["sparsify", "accelerate"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(first, precision):
+    model, batch = tiny()
+    AcceleratorState._reset_state(True)  # other tests leave theirs behind
+    accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    calls = Calls(model)
+    if first == "sparsify":
+        scheme = sparsify(model, VISUAL, HALF)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if first == "accelerate":
+        scheme = sparsify(accelerator.unwrap_model(prepared, keep_fp32_wrapper=True), VISUAL, HALF)
+    for step in range(2):
+        scheme.begin_step(step)
+        for _ in range(2):
+            with accelerator.accumulate(prepared):
+                loss = prepared(**batch).loss
+                assert loss.dtype == torch.float32
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert scheme.metrics()["layers_run"] == 2
+    assert calls.are_sparse(4)
+    unsparsify(accelerator.unwrap_model(prepared))
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("first", ["sparsify", "liger"])
+def test_liger(first, monkeypatch):
+    """Its forward computes the loss from hidden states, in kernels of its own."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("liger_kernel", reason="not in the lock: pip install liger-kernel")
+    from liger_kernel.transformers import apply_liger_kernel_to_llava
+
+    model, batch = tiny("llava")
+    expected = in_a_loop(copy.deepcopy(model), batch)
+    calls = Calls(model)
+    kernels = {"rms_norm": False, "swiglu": False, "rope": False, "layer_norm": False}
+    if first == "sparsify":
+        scheme = sparsify(model, VISUAL, HALF, total_steps=4)
+        apply_liger_kernel_to_llava(model=model, fused_linear_cross_entropy=True, **kernels)
+    else:
+        apply_liger_kernel_to_llava(model=model, fused_linear_cross_entropy=True, **kernels)
+        scheme = sparsify(model, VISUAL, HALF, total_steps=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(4):
+        scheme.begin_step(step)
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert calls.are_sparse(4)
+
+
+# ---- a Trainer -----------------------------------------------------------------------------------
+
+
+def plain(model, batch, folder, callbacks=(), **more):
+    return Trainer(
+        model,
+        settings(TrainingArguments, folder, **more),
+        default_data_collator,
+        train_dataset=samples(batch),
+        callbacks=list(callbacks),
+    )
+
+
+def test_a_trainer_has_the_losses_of_a_loop(tmp_path):
+    model, batch = tiny()
+    expected = in_a_loop(copy.deepcopy(model), batch)
+    calls = Calls(model)
+    trainer = plain(model, batch, tmp_path, [SparseCallback(model, VISUAL, HALF)])
+    assert losses_of(trainer) == pytest.approx(expected, rel=1e-4)
+    assert calls.are_sparse(4)
+
+
+def test_label_smoothing(tmp_path):
+    """No labels reach the forward: the Trainer smooths the logits of all tokens."""
+    model, batch = tiny()
+    calls, reference = Calls(model), copy.deepcopy(model)
+    smooth = {"label_smoothing_factor": 0.2, "max_steps": 1}
+    trainer = plain(model, batch, tmp_path, [SparseCallback(model, VISUAL, HALF)], **smooth)
+    found = losses_of(trainer)
+    assert calls.are_sparse(1)
+    scheme = sparsify(reference, VISUAL, HALF, total_steps=1)
+    scheme.begin_step(0)
+    labels = batch.pop("labels")
+    scores = reference(**batch).logits.log_softmax(-1)
+    where = labels != -100  # the Trainer of transformers 5.23 does not shift them for such a class
+    picked = -scores[where].gather(1, labels[where][:, None]).mean()
+    assert found == pytest.approx([0.8 * picked.item() - 0.2 * scores[where].mean().item()])
+
+
+def test_a_second_train_is_sparse_too(tmp_path):
+    model, batch = tiny()
+    calls = Calls(model)
+    trainer = plain(model, batch, tmp_path, [SparseCallback(model, VISUAL, HALF)])
+    trainer.train()
+    trainer.train()
+    assert calls.are_sparse(8)
+
+
+def test_model_init_makes_the_model_that_is_sparse(tmp_path):
+    made, batch = [], tiny()[1]
+
+    def init():
+        made.append(tiny()[0])
+        made[-1].calls = Calls(made[-1])
+        return made[-1]
+
+    arguments = settings(TrainingArguments, tmp_path)
+    trainer = Trainer(
+        None,
+        arguments,
+        default_data_collator,
+        train_dataset=samples(batch),
+        model_init=init,
+        callbacks=[SparseCallback(None, VISUAL, HALF)],
+    )
+    trainer.train()
+    assert trainer.model.calls.are_sparse(4)
+
+
+def test_a_callback_on_another_model_is_an_error(tmp_path):
+    model, batch = tiny()
+    other = tiny()[0]
+    trainer = plain(model, batch, tmp_path, [SparseCallback(other, VISUAL, HALF)])
+    with pytest.raises(ValueError, match="this Trainer does not train"):
+        trainer.train()
+
+
+def test_a_trainer_that_restores_callbacks_goes_on_as_if_it_had_not_stopped(tmp_path):
+    lds = LDS("block_influence", rate=0.5, ema=0.5)
+    keys = {"save_strategy": "steps", "save_steps": 2}
+
+    def trained(folder: Path, **resume):
+        model, batch = tiny()
+        restore = {"restore_callback_states_from_checkpoint": bool(resume)}
+        callbacks = [SparseCallback(model, VISUAL, lds, seed=5)]
+        trainer = plain(model, batch, folder, callbacks, **keys, **restore)
+        trainer.train(**resume)
+        assert SCHEME not in vars(trainer.model)
+        return trainer.model.state_dict()
+
+    whole = trained(tmp_path / "whole")
+    again = trained(tmp_path / "again", resume_from_checkpoint=tmp_path / "whole/checkpoint-2")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+
+
+# ---- a step that is not sparse -------------------------------------------------------------------
+
+
+def test_a_step_without_a_sparse_forward_is_an_error_or_a_warning(caplog):
+    model, batch = tiny()
+    for setting in ((VISUAL, None), (None, HALF)):
+        scheme = sparsify(model, *setting)
+        scheme.begin_step(0)
+        copy.deepcopy(model).train()(**batch).loss.backward()  # another one is trained
+        with pytest.raises(RuntimeError, match=r"no forward of step 0 was sparse.*dense_step"):
+            scheme.begin_step(1)
+        scheme.begin_step(2)
+        with pytest.raises(RuntimeError, match="no forward of step 2 was sparse"):
+            scheme.after_backward()
+        unsparsify(model)
+    with pytest.raises(RuntimeError, match="no forward of step 0"), sparsify(model, VISUAL) as one:
+        one.begin_step(0)
+        model.eval()(**batch)
+    scheme = sparsify(model.train(), VISUAL, dense_step="warn")
+    scheme.begin_step(0)
+    scheme.begin_step(1)
+    assert "no forward of step 0 was sparse" in caplog.text
+    unsparsify(model)
+    idle = sparsify(model)
+    idle.begin_step(0)
+    idle.begin_step(1)  # asked for nothing
+
+
+def test_what_replaces_the_forward_later_is_sparse_all_the_same():
+    model, batch = tiny()
+    labels = batch.pop("labels")
+    scheme = sparsify(model, VISUAL, HALF)
+
+    def forward(**inputs):
+        hidden = model.model(**inputs).last_hidden_state
+        logits = model.lm_head(hidden)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+    model.forward = forward
+    calls = Calls(model)
+    scheme.begin_step(0)
+    loss = model(**batch)
+    del model.forward
+    assert calls.are_sparse(1) and scheme.metrics()["layers_run"] == 2
+    scheme.begin_step(0)
+    torch.testing.assert_close(model(**batch, labels=labels).loss, loss)
+
+
+def test_metrics_count_what_was_called_and_nothing_else():
+    model, batch = tiny()
+    scheme = sparsify(model, VISUAL, HALF)
+    scheme.begin_step(0)
+    assert scheme.metrics()["tokens"] == scheme.metrics()["visual_tokens"] == 0
+    decoder = model.get_decoder()
+    layers = list(decoder.layers)
+    decoder.forward = lambda inputs_embeds, **_: (inputs_embeds,)  # calls no layer
+    with pytest.raises(RuntimeError, match=r"did not call its layers \[.*LDS could not skip"):
+        model(**batch)
+    del decoder.forward
+    assert list(decoder.layers) == layers and len(layers) == LAYERS
+    model(**batch).loss.backward()
+    assert scheme.metrics()["layers_run"] == 2

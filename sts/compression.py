@@ -78,6 +78,8 @@ class Compression:
         count = int(batch.visual.sum())
         check_images(batch.inputs, kwargs, count)
         full = self._carry(batch, kwargs, count)
+        if full["keep"][batch.visual].all():
+            return kwargs, batch.visual.sum()  # as where strides leave all of a grid
         order, real = pack(full["keep"])
         batch.mask, batch.shows = real, last_kept(full["keep"])
         embeddings = take(full["embeddings"], order)

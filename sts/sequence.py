@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sts.architectures import Grid
 from sts.checks import expect
@@ -73,10 +74,34 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, _flat(x, index)).unflatten(0, index.shape)
 
 
+class _Placed(torch.autograd.Function):
+    """`index_copy` along the first axis. torch's keeps `values` for the backward, for nothing but
+    their shape; with checkpointing that is as much as a layer's input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return x.index_copy(0, index, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        return (
+            grad.index_fill(0, index, 0) if ctx.needs_input_grad[0] else None,
+            None,
+            grad.index_select(0, index) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def placed(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """x [M, ...] with `values` [k, ...] at the places `index` [k]."""
+    return _Placed.apply(x, index, values)
+
+
 def replaced(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """x [B, T, D] with `values` [B, k, D] at the places `index` [B, k] of each row."""
-    flat = x.flatten(0, 1).index_copy(0, _flat(x, index), values.flatten(0, 1))
-    return flat.view_as(x)
+    return placed(x.flatten(0, 1), _flat(x, index), values.flatten(0, 1)).view_as(x)
 
 
 def _flat(x: Tensor, index: Tensor) -> Tensor:
@@ -87,7 +112,7 @@ def _flat(x: Tensor, index: Tensor) -> Tensor:
 def put(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """`target` [M, C] with `values` [..., C] at `places` [...]."""
     values = values.reshape(-1, target.shape[1]).to(target.dtype)
-    return target.index_copy(0, places.flatten(), values)
+    return placed(target, places.flatten(), values)
 
 
 def runs(where: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from sts.lds.decision import Part
-from sts.sequence import of_rows, of_tokens, replaced, take
+from sts.sequence import of_rows, of_tokens, placed, replaced, take
 
 
 class StandIn:
@@ -94,7 +94,7 @@ class SomeRows(StandIn):
             out = self._layer(some, *args, **kwargs)
         if self._part.rescale:
             out = some + (out - some) * (len(hidden) / len(rows))
-        after = hidden.index_copy(0, rows, out)
+        after = placed(hidden, rows, out)
         record(self._layer, hidden, after)
         return after
 

@@ -1,11 +1,30 @@
 """Kinds whose outputs mix the neighbours of a cell. None is the paper's: alternatives beside it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sts.vtc import Outputs
 from sts.vtc._shared import cell_bounds, cell_centres, count_of, crossings, pooled_grid
+
+
+class _Pooled(torch.autograd.Function):
+    """Adaptive average pooling of [B, C, H, W]. torch's keeps its input for the backward, for
+    nothing but its shape."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, cells: tuple[int, int]) -> Tensor:
+        ctx.shape = image.shape
+        return F.adaptive_avg_pool2d(image, cells)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shaped = grad.new_empty(1).expand(ctx.shape)
+        return torch.ops.aten._adaptive_avg_pool2d_backward(grad.contiguous(), shaped), None
 
 
 def _centres(tokens: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
@@ -24,7 +43,7 @@ def avgpool2d(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs:
 
     def apply(x: Tensor) -> Tensor:
         image = x.transpose(1, 2).unflatten(2, (height, width))
-        return F.adaptive_avg_pool2d(image, cells).flatten(2).transpose(1, 2)
+        return _Pooled.apply(image, cells).flatten(2).transpose(1, 2)
 
     return Outputs(_centres(tokens, grid, cells), apply)
 
@@ -35,7 +54,8 @@ def avgpool1d(tokens: Tensor, keep: float) -> Outputs:
     count = count_of(tokens, keep)
 
     def apply(x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool1d(x.transpose(1, 2), count).transpose(1, 2)
+        line = x.transpose(1, 2).unsqueeze(2)  # as torch's 1-D pooling does
+        return _Pooled.apply(line, (1, count)).squeeze(2).transpose(1, 2)
 
     return Outputs(_centres(tokens, (1, tokens.shape[1]), (1, count)), apply)
 
@@ -51,10 +71,27 @@ def pixel_shuffle(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outp
     cells = pooled_grid(*grid, keep)
 
     def apply(x: Tensor) -> Tensor:
+        return _Shuffled.apply(x, grid, cells)
+
+    return Outputs(_centres(tokens, grid, cells), apply)
+
+
+class _Shuffled(torch.autograd.Function):
+    """The channels of x [B, N, C] that `_neighbours` names; the index, twice as large as what it
+    takes from an image, is made again for the backward rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+        ctx.shape, ctx.grid, ctx.cells = x.shape, grid, cells
         source = _neighbours(grid, cells, x.shape[2]).to(x.device)
         return x.gather(1, source.expand(len(x), -1, -1))
 
-    return Outputs(_centres(tokens, grid, cells), apply)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        source = _neighbours(ctx.grid, ctx.cells, grad.shape[2]).to(grad.device)
+        source = source.expand(len(grad), -1, -1)
+        return grad.new_zeros(ctx.shape).scatter_add(1, source, grad), None, None
 
 
 def _neighbours(grid: tuple[int, int], cells: tuple[int, int], channels: int) -> Tensor:

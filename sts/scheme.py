@@ -79,6 +79,10 @@ class Scheme:
         dense_step: str,
     ) -> None:
         expect(dense_step in DENSE_STEP, "dense_step", dense_step, f"one of {DENSE_STEP}")
+        asks = vtc.kind == "none" or vtc.keep < 1
+        expect(asks, "VTC.keep", vtc.keep, f"less than 1: VTC.kind={vtc.kind!r} does nothing else")
+        asks = lds.policy == "none" or lds.rate > 0
+        expect(asks, "LDS.rate", lds.rate, f"more than 0: LDS.policy={lds.policy!r} does nothing")
         self.model, self.vtc, self.lds = model, vtc, lds
         self.total_steps, self.seed, self.dense_step = total_steps, seed, dense_step
         self.steps_per_epoch: int | None = None
@@ -182,7 +186,11 @@ class Scheme:
         return {"step": self.step, **self.skipper.measured.state_dict()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take up a `state_dict`; call `begin_step` next. Raises ValueError for another depth."""
+        """Take up a `state_dict`; call `begin_step` next. Raises ValueError for another depth, or
+        what is no such state."""
+        names = {"step", "average", "sums"}
+        fits = isinstance(state, dict) and names <= state.keys()
+        expect(fits, "state", state, f"a state_dict() of a scheme, with {', '.join(sorted(names))}")
         self.skipper.measured.load_state_dict(state)
 
     def after_backward(self) -> None:
@@ -258,9 +266,12 @@ class Scheme:
         """The outer forward, which may be shown the answers alone."""
         inputs = self._begin(model, args, kwargs)
         labels = None if inputs is None else inputs.get("labels")
-        if not isinstance(labels, Tensor) or inputs.get("shift_labels") is not None:
+        if labels is None or inputs.get("shift_labels") is not None:
             return None
+        kind = type(labels).__name__
+        expect(isinstance(labels, Tensor), "labels", kind, "a tensor [batch, tokens]")
         expect(labels.ndim == 2, "labels.shape", list(labels.shape), "[batch, tokens]")
+        expect(labels.dtype == torch.long, "labels.dtype", str(labels.dtype), "torch.int64")
         tokens = inputs.get("input_ids")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is not None:
@@ -474,8 +485,7 @@ def sparsify(
     steps_per_epoch missing where a schedule or clock needs it, or a model that has a scheme.
     """
     vtc, lds = VTC() if vtc is None else vtc, LDS() if lds is None else lds
-    expect(isinstance(vtc, VTC), "vtc", vtc, "a VTC(...), before the LDS(...)")
-    expect(isinstance(lds, LDS), "lds", lds, "an LDS(...), after the VTC(...)")
+    _check_kinds(vtc, lds)
     for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
         expect(value is None or _whole(value), name, value, "a number of optimizer steps")
     expect(
@@ -495,6 +505,12 @@ def sparsify(
     return scheme
 
 
+def _check_kinds(vtc: object, lds: object) -> None:
+    vtc, lds = (type(x).__name__ if isinstance(x, nn.Module) else x for x in (vtc, lds))
+    expect(isinstance(vtc, VTC), "vtc", vtc, "a VTC(...), before the LDS(...)")
+    expect(isinstance(lds, LDS), "lds", lds, "an LDS(...), after the VTC(...)")
+
+
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -504,6 +520,7 @@ def attach(
 ) -> Scheme:
     """`sparsify` for callers that set the scheme's total_steps and steps_per_epoch themselves,
     before the first step."""
+    _check_kinds(vtc, lds)
     expect(_whole(seed), "seed", seed, "a whole number")
     expect(isinstance(model, nn.Module), "model", type(model).__name__, "a model of transformers")
     wrapped, model = model, model_in(model)

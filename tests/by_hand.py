@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from tiny import IMAGE
+from tiny import is_visual
 from torch import Tensor
 
 from sts.architectures import architecture_of
@@ -142,12 +142,11 @@ def left_by_hand(case, names, visual, vectors, text, choose) -> list[tuple[list[
         stride = width + newline
         lines = [visual[start + y * stride :][:stride] for y in range(height)]
         patches = [place for line in lines for place in line[:width]]
-        for sources, target in choose(height, width, vectors[patches], text):
+        for sources, target in choose(height, width, vectors[patches], text) if width else ():
             left.append(([patches[source] for source in sources], patches[target]))
-        if newline:
-            ends = [
-                lines[middle(ys)][-1] for ys in cells(height, pooled_grid(height, width, KEEP)[0])
-            ]
+        if newline:  # width 0: nothing but such a token
+            rows = pooled_grid(height, width, KEEP)[0] if width else height
+            ends = [lines[middle(ys)][-1] for ys in cells(height, rows)]
             left += [([end], end) for end in ends]
         start += height * stride
     return left
@@ -195,14 +194,16 @@ def by_hand(model, case, rows, batch, choose: Choice | None = None, off=None, po
     for row, items in enumerate(rows):
         ids = batch["input_ids"][row]
         attended = batch["attention_mask"][row].bool()
-        visual = (ids == IMAGE).nonzero()[:, 0].tolist()
+        visual = is_visual(ids).nonzero()[:, 0].tolist()
         means = {place: [place] for place in visual}
         if choose:
             names = [x for x in items if isinstance(x, str)]
-            text = every[row][attended & (ids != IMAGE)].detach()
+            text = every[row][attended & ~is_visual(ids)].detach()
             left = left_by_hand(case, names, visual, every[row].detach(), text, choose)
             means = {place: sources for sources, place in left}
-        places = [t for t in range(len(ids)) if attended[t] and (ids[t] != IMAGE or t in means)]
+        places = [
+            t for t in range(len(ids)) if attended[t] and (not is_visual(ids[t]) or t in means)
+        ]
         vectors = [every[row, means.get(t, [t])].mean(0) for t in places]
         mine = where[..., min(row, where.shape[-2] - 1), :]
         at = [mine[..., t] for t in places]

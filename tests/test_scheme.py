@@ -14,7 +14,6 @@ import torch
 from tiny import CASES, IMAGE, LAYERS
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
 
 from sts import LDS, VTC, sparsify, unsparsify
 from sts.architectures import ARCHITECTURES
@@ -654,50 +653,6 @@ def test_global_random_streams_do_not_move(lds):
 
 
 # --- bad input -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("make", "named"),
-    [
-        (lambda: sparsify(build(), lds=LDS("layerdrop", rate=0.5, protect_first=5)), "5.*layers"),
-        (
-            lambda: sparsify(build(), lds=LDS("layerdrop", rate=0.5, protect_last=4)),
-            "protect_first.*4.*fewer",
-        ),
-        (lambda: sparsify(build(), lds=LDS("layerdrop", rate=0.95)), "rate=0.95.*at most 0.75"),
-        (
-            lambda: sparsify(build(), VTC("uniform", keep=0.5, dense_tail=0.1)),
-            "total_steps=None.*number of",
-        ),
-        (lambda: sparsify(build(), lds=LDS("sts", rate=0.5)), "total_steps=None.*number of"),
-        (lambda: sparsify(build(), total_steps=0), "total_steps=0.*number of"),
-        (
-            lambda: sparsify(build(), lds=LDS("sts", rate=0.5, clock="epochs"), total_steps=9),
-            "steps_per_epoch=None.*epochs",
-        ),
-        (lambda: sparsify(LlamaForCausalLM(build().config.text_config)), "'llama'.*not an image"),
-        (lambda: sparsify(nn.Linear(2, 2)), "Linear.*not an image-text-to-text"),
-        (lambda: sparsify(build().model), "LlavaModel.*not an image-text-to-text"),
-        (lambda: unsparsify(build()), "no scheme"),
-    ],
-)
-def test_what_a_model_cannot_have_is_an_error(make, named):
-    with pytest.raises(ValueError, match=named):
-        make()
-
-
-def test_sparsify_twice_is_an_error():
-    model = build()
-    sparsify(model)
-    with pytest.raises(ValueError, match=r"a scheme already.*unsparsify"):
-        sparsify(model)
-
-
-def test_forward_before_begin_step_is_an_error():
-    model = build()
-    sparsify(model)
-    with pytest.raises(RuntimeError, match="begin_step"):
-        model(**CASE.batch(ONE_IMAGE))
 
 
 def without(batch, *keys, **more):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import transformers as hf
 
-IMAGE, PAD, VOCAB, LAYERS, ANSWER = 60, 0, 64, 4, 2
+IMAGE, VIDEO, PAD, VOCAB, LAYERS, ANSWER = 60, 61, 0, 64, 4, 2
 PATCH = 4
 
 
@@ -32,10 +32,14 @@ class Case:
     def tokens(self, name: str) -> int:
         return sum(h * (w + newline) for h, w, newline in self.images[name])
 
+    def placeholders(self, name: str) -> list[int]:
+        """A name that begins with `clip` is a video's."""
+        return [VIDEO if name.startswith("clip") else IMAGE] * self.tokens(name)
+
     def batch(self, rows: list[list], side: str = "right") -> dict:
         """Padded on one side; the last ANSWER tokens of a row are its answer."""
         ids = [
-            [t for x in row for t in ([IMAGE] * self.tokens(x) if isinstance(x, str) else [x])]
+            [t for x in row for t in (self.placeholders(x) if isinstance(x, str) else [x])]
             for row in rows
         ]
         length = max(map(len, ids))
@@ -52,8 +56,12 @@ class Case:
         batch = {name: torch.tensor(values) for name, values in columns.items()}
         names = [[x for x in row if isinstance(x, str)] for row in rows]
         pixels = self.inputs(names) if any(names) else {}
-        visual = batch["input_ids"] == IMAGE
+        visual = is_visual(batch["input_ids"])
         return batch | pixels | self.of_ids(batch["input_ids"], batch["attention_mask"], visual)
+
+
+def is_visual(ids: torch.Tensor) -> torch.Tensor:
+    return (ids == IMAGE) | (ids == VIDEO)
 
 
 def noise(*shape: int) -> torch.Tensor:

@@ -95,6 +95,10 @@ def found(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> 
             made = of_sizes(torch.as_tensor(inputs[name]), tokens)
             if sum(grid.tokens for grid in made) == tokens:
                 return made
+    frames = inputs.get("pixel_values_videos") if medium == "video" else None
+    if frames is not None and frames.ndim == 5 and tokens % frames.shape[:2].numel() == 0:
+        count = frames.shape[:2].numel()  # [videos, frames, channels, height, width]
+        runs = torch.full((count,), tokens // count)
     return of_runs(model, inputs, runs)
 
 

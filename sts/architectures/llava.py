@@ -80,6 +80,13 @@ def _anyres_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Te
     return torch.cat(_pack(model, inputs, scores[..., None], newline=0.0)).flatten()
 
 
+def _pooled_frames(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+    """LLaVA-OneVision: frames at half the resolution, and a newline after the last of a video."""
+    videos, frames = inputs["pixel_values_videos"].shape[:2]
+    side = -(-vit_side(model.config) // 2)
+    return ([Grid(side, side)] * frames + [Grid(1, 0, newline=True)]) * videos
+
+
 def _side(config: Any) -> int:
     return vit_side(config) // config.downsample_factor
 
@@ -96,7 +103,7 @@ ARCHITECTURES = {
     "llava_next_video": Architecture(
         grids=_anyres_grids, class_attention=_clip_attention, token_scores=_anyres_scores
     ),
-    "llava_onevision": Architecture(grids=_anyres_grids),
+    "llava_onevision": Architecture(grids=_anyres_grids, video_grids=_pooled_frames),
     "aya_vision": _TILES,
     "cohere2_vision": _TILES,
 }

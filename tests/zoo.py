@@ -1,6 +1,7 @@
 """A tiny random model of every image-text-to-text type that there can be one of."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import tiny
 import transformers as hf
@@ -9,6 +10,14 @@ import zoo_llava
 import zoo_others
 import zoo_qwen
 import zoo_tiles
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as TYPES,
+)
+
+from sts.architectures import ARCHITECTURES, NO_LDS, NO_VTC, REFUSED, Architecture
+
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+NO_BACKWARD = ("blip-2", "nemotron_h_omni")  # layers without an attention and an MLP of their own
 
 ZOO: dict[str, tiny.Case] = {}
 for _module in (tiny, zoo_llava, zoo_qwen, zoo_grids, zoo_tiles, zoo_others):
@@ -48,3 +57,62 @@ def _same_class(name: str, config: type) -> tiny.Case:
 ZOO["glmga"] = _same_class("glm46v", hf.GlmgaConfig)
 ZOO["pp_chart2table"] = _same_class("got_ocr2", hf.PPChart2TableConfig)
 ZOO["shieldgemma2"] = _same_class("gemma3", hf.ShieldGemma2Config)
+
+
+HEAD = """# Architectures
+
+Of all {all} image-text-to-text types of transformers {version}, {carried} are carried, {both} of them with both
+VTC and LDS; {refused} are refused with the reason. `PYTHONPATH=. python tests/zoo.py` writes this page, and
+`tests/test_breadth.py` checks it. That file tests every carried type with tiny random weights of its real
+class: the loss and every gradient of VTC against the sequence shortened by hand, of LDS against the model
+without those layers, of unit `samples` against each row through its own layers, and of an idle scheme against
+the model itself; units `tokens` and `backward` are run on all, and are against a reference on the 14 types
+of `tests/test_architectures.py`. No full-size weights were at hand.
+
+Where images lie is found (by the sizes that the processor gives, else by runs of placeholders: a square, or
+a sequence) or said by an entry in `sts/architectures/`.
+
+| model_type | class | VTC | LDS, units | where images lie |
+|---|---|---|---|---|
+"""  # noqa: E501
+REASONS = """- Types without units `samples` and `tokens` hand on or share what a layer computes of all tokens;
+  those without `backward` have layers without an attention and an MLP of their own.
+- `gemma3n`, `gemma4`: layers whose keys and values others read always run.
+
+Refused, and why:
+
+| model_type | class | reason |
+|---|---|---|
+"""  # noqa: E501
+
+
+def table() -> str:
+    """docs/architectures.md: what is carried and tested, and what is refused and why."""
+    carried = sorted(name for name in TYPES if name not in REFUSED)
+    both = [name for name in carried if name not in NO_VTC and name not in NO_LDS]
+    text = HEAD.format(
+        all=len(TYPES),
+        version=hf.__version__,
+        carried=len(carried),
+        both=len(both),
+        refused=len(REFUSED),
+    )
+    for name in carried:
+        entry = ARCHITECTURES.get(name, Architecture())
+        units = ["layer"]
+        units += ["samples", "tokens"] if entry.partial else []
+        units += [] if name in NO_BACKWARD else ["backward"]
+        vtc = "no" if name in NO_VTC else "yes"
+        lds = "no" if name in NO_LDS else "all" if len(units) == 4 else ", ".join(units)
+        where = "found" if entry.grids is Architecture().grids else "an entry says"
+        text += f"| `{name}` | {TYPES[name]} | {vtc} | {lds} | {where} |\n"
+    text += "\nHalf carried, and why:\n\n"
+    text += "".join(f"- `{name}`, no VTC: {why}.\n" for name, why in NO_VTC.items())
+    text += "".join(f"- `{name}`, no LDS: {why}.\n" for name, why in NO_LDS.items())
+    text += REASONS
+    rows = sorted(REFUSED.items())
+    return text + "".join(f"| `{name}` | {TYPES[name]} | {why} |\n" for name, why in rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(table(), encoding="utf-8")

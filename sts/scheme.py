@@ -101,6 +101,9 @@ class Scheme:
         expect(can, "VTC.keep", vtc.keep, f"1.0 for {name!r}: {NO_VTC.get(name)}")
         can = name not in NO_LDS or lds.rate == 0
         expect(can, "LDS.rate", lds.rate, f"0.0 for {name!r}: {NO_LDS.get(name)}")
+        token = getattr(model.config, "image_token_id", None)
+        known = isinstance(token, int) or vtc.keep == 1
+        expect(known, "config.image_token_id", token, "the id of image placeholders, for VTC")
         if "scores" in wants(vtc.kind):
             self.architecture.class_attention(model)  # fails now rather than in the first step
 
@@ -356,7 +359,7 @@ class Scheme:
         ids, where = inputs.get("input_ids"), {}
         for medium in MEDIA:
             token = getattr(self.model.config, f"{medium}_token_id", None)
-            if token is None or token in where:
+            if not isinstance(token, int) or token in where:
                 continue
             if ids is not None:
                 where[token] = medium, ids == token

@@ -33,7 +33,15 @@ from sts import LDS, VTC, sparsify, unsparsify
 from sts.architectures import ARCHITECTURES, architecture_of
 from sts.vtc import FAMILIES, KINDS
 
-EVERY = pytest.mark.parametrize("name", sorted(CASES))
+# One of each mechanism; the others, each of which is like one of these, are in test_breadth.py daily
+EVERYDAY = ("llava", "llava_next", "pixtral", "qwen3_vl", "smolvlm", "paligemma", "gemma3")
+EVERY = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow)
+        for name in sorted(CASES)
+    ],
+)
 SIDES = pytest.mark.parametrize("side", ["right", "left"])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 MIXED = "several images, none, and of two sizes"

@@ -60,6 +60,7 @@ def test_lds_is_the_model_without_those_layers(name):
 
 
 @FOR_LDS
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
 def test_a_part_of_a_layer_is_that_part_or_refused(name, unit):
     """Samples: as each row through its own layers. Tokens: finite, and each layer sees some."""
@@ -86,6 +87,7 @@ def test_a_part_of_a_layer_is_that_part_or_refused(name, unit):
 
 
 @FOR_LDS
+@pytest.mark.slow
 def test_dropbp_changes_no_output(name):
     case = ZOO[name]
     model, batch = case.build(), case.batch(ROWS)

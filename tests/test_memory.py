@@ -63,7 +63,12 @@ NEW, OLD = {"use_reentrant": False}, {"use_reentrant": True}
 @pytest.mark.parametrize("frozen", [True, False], ids=["align", "instruct"])
 @pytest.mark.parametrize(
     ("checkpointing", "dtype"),
-    [(None, torch.float32), (NEW, torch.float32), (OLD, torch.float32), (NEW, torch.bfloat16)],
+    [
+        (None, torch.float32),
+        (NEW, torch.float32),
+        (OLD, torch.float32),
+        pytest.param(NEW, torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_no_setting_holds_more_than_the_plain_model(dtype, frozen, checkpointing):
     model, batch = CASE.build(dtype), CASE.batch(ROWS)

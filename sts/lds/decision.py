@@ -40,7 +40,8 @@ class Part:
     """A layer's part in a decision, for what stands in for it.
 
     generator: () -> a torch.Generator of this layer and micro-batch. sublayers: share -> the name
-    of the layer's module whose backward it is. returned: see Architecture.
+    of the layer's module whose backward it is. returned: see Architecture. did: the shares that
+    hooks did leave out in the forward under way, which they note here.
     """
 
     chance: float
@@ -50,6 +51,7 @@ class Part:
     generator: Callable[[], Any]
     sublayers: Mapping[str, str] = field(default_factory=dict)
     returned: Callable[[Any, dict[str, Any]], Any] | None = None
+    did: set[str] = field(default_factory=set)
 
 
 def chances(

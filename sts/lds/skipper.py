@@ -34,6 +34,7 @@ class Skipper:
         self.decision = Decision((0.0,) * len(self.layers))
         self._step = 0
         self._hooks: list = []
+        self._hung: dict[int, Part] = {}
 
     def _check_unit(self) -> None:
         """Raise ValueError for a unit that the model's layers can't do."""
@@ -71,7 +72,8 @@ class Skipper:
         if self.unit.hooks:
             see_hooks()
             hang = resolve(self.unit.hooks)
-            hung = [hang(self.layers[i], self._part(i)) for i in sorted(self.skipped)]
+            self._hung = {i: self._part(i) for i in sorted(self.skipped)}
+            hung = [hang(self.layers[i], part) for i, part in self._hung.items()]
             self._hooks = [handle for handles in hung for handle in handles]
         if self.decision.off:
             care_for_several_processes(self.layers, self.skipped, warn)
@@ -80,7 +82,7 @@ class Skipper:
         """Remove the hooks of the step."""
         for handle in self._hooks:
             handle.remove()
-        self._hooks = []
+        self._hooks, self._hung = [], {}
 
     def _first(self, layer: int, names: Sequence[str]) -> str:
         """The first of the names that is an attribute of a layer."""
@@ -112,6 +114,8 @@ class Skipper:
 
     def stand_ins(self, micro_batch: int) -> dict[int, StandIn]:
         """What is called instead of a layer in this micro-batch, by layer."""
+        for part in self._hung.values():
+            part.did.clear()
         if self.unit.stand_in is None or not any(self.decision.chances):
             return {}
         make = resolve(self.unit.stand_in)
@@ -141,4 +145,4 @@ class Skipper:
             )
         if stand_ins:
             return {layer: stand_in.work for layer, stand_in in stand_ins.items()}
-        return {layer: dict.fromkeys(self.decision.of(layer), 0.0) for layer in self.skipped}
+        return {layer: dict.fromkeys(part.did, 0.0) for layer, part in self._hung.items()}

@@ -7,6 +7,7 @@ way. Shapes: B rows of a micro-batch, T tokens of a row, D model width.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,14 +165,17 @@ def without_backward(layer: nn.Module, part: Part) -> list:
     """The backward of attention or MLP: what they add is a constant to it, and the graph that they
     recorded is let go at once. A norm that comes after them still has a gradient of its own."""
     return [
-        layer.get_submodule(part.sublayers[share]).register_forward_hook(_constant)
+        layer.get_submodule(part.sublayers[share]).register_forward_hook(
+            partial(_constant, part, share)
+        )
         for share in sorted(part.off)
     ]
 
 
-def _constant(module: nn.Module, args: tuple, output: Any) -> Any:
+def _constant(part: Part, share: str, module: nn.Module, args: tuple, output: Any) -> Any:
     if not module.training:
         return output
+    part.did.add(share)
     if isinstance(output, tuple):
         return tuple(x.detach() if isinstance(x, Tensor) else x for x in output)
     return output.detach()

@@ -212,11 +212,13 @@ class Compression:
         a video is an image."""
         makers = {"image": self.architecture.grids, "video": self.architecture.video_grids}
         indexes: dict[Grid, list[Tensor]] = {}
+        visual = batch.visual.cpu()  # what follows is counted there, so that one wait is all
         for medium, where in batch.media.items():
-            mine = where[batch.visual].nonzero()[:, 0].cpu()
+            there = where.cpu()
+            mine = there[visual].nonzero()[:, 0]
             if not len(mine):
                 continue
-            grids = makers[medium](self.model, batch.inputs, runs(where).cpu())
+            grids = makers[medium](self.model, batch.inputs, runs(there))
             sizes = [grid.tokens for grid in grids]
             if sum(sizes) != len(mine):
                 shown = [tuple(grid) for grid in grids]

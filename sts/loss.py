@@ -27,14 +27,15 @@ ASKED = ((-100, 1, -100, -100, 1, -100), (-100, -100, 2, 3, 1, 2))
 EXTRAS = ("loss", "logits", "aux_loss")  # all that an output may hold that was shown the answers
 
 
-def before_targets(labels: Tensor) -> Tensor:
-    """Which tokens [B, T] stand right before a target of `labels` [B, T]."""
-    return nn.functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+def before_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [A] and places [A] of the tokens that stand right before a target of `labels` [B, T]."""
+    return (labels[:, 1:] != IGNORE_INDEX).nonzero().unbind(1)
 
 
-def targets_alone(labels: Tensor) -> dict[str, Tensor]:
-    """Keywords that go with the hidden states before the targets of `labels` [B, T]: [1, A]."""
-    targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX][None]
+def targets_alone(labels: Tensor, row: Tensor, place: Tensor) -> dict[str, Tensor]:
+    """Keywords that go with the hidden states at (row, place) [A], before the targets of `labels`
+    [B, T]: [1, A]."""
+    targets = labels[row, place + 1][None]
     return {"labels": targets, "shift_labels": targets}
 
 
@@ -98,10 +99,11 @@ def sees_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any])
             generator = keyed_torch_generator("answers alone", draw)
             hidden, other = torch.randn(2, *labels.shape, width, generator=generator)
             hidden = (3 * hidden).to(weight.device, dtype)
-            other = torch.where(places[..., None], hidden, (9 * other).to(hidden))
+            other = (9 * other).to(hidden)
+            other[places] = hidden[places]
             whole, _ = ask(hidden, labels=labels)
             moved, _ = ask(other, labels=labels)
-            alone, more = ask(hidden[places][None], **targets_alone(labels))
+            alone, more = ask(hidden[places][None], **targets_alone(labels, *places))
             if more or not (_near(whole, moved, 1e-6) and _near(whole, alone, close["rel"])):
                 return False
         return True

@@ -51,13 +51,15 @@ _ASKED: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
 @dataclass
 class Call:
     """A forward under way. inputs: of the model, by name. alone: whether the model's head sees the
-    answers alone. restored: what the base model is to get instead of what the model's forward was
-    given. stack: what is to be undone when the language model returns."""
+    answers alone, which then are after (rows, places). restored: what the base model is to get
+    instead of what the model's forward was given. stack: what is to be undone when the language
+    model returns."""
 
     entered: nn.Module
     inputs: dict[str, Any] = field(default_factory=dict)
     alone: bool = False
     restored: dict[str, Any] = field(default_factory=dict)
+    places: tuple[Tensor, ...] = ()
     compression: Compression | None = None
     batch: Batch | None = None
     stand_ins: dict = field(default_factory=dict)
@@ -90,6 +92,7 @@ class Scheme:
         self.architecture = architecture_of(model)
         self.language_model = model.get_submodule(self.architecture.language_model)
         self.skipper = Skipper(lds, self.language_model, self.architecture, seed)
+        self._text_config = model.config.get_text_config()
         self.step: int | None = None
         self._begun = False
         self.keep = 1.0
@@ -285,7 +288,8 @@ class Scheme:
         call = self._call
         call.alone = True
         call.restored = {name: inputs.get(name) for name in ("labels", "attention_mask")}
-        shown = inputs | targets_alone(labels)
+        call.places = before_targets(labels)
+        shown = inputs | targets_alone(labels, *call.places)
         shown.pop("logits_to_keep", None)
         if self._routes(inputs):
             # what balances experts looks at the mask, which is as long as the whole sequence
@@ -306,8 +310,10 @@ class Scheme:
 
     def _routes(self, inputs: dict[str, Any]) -> bool:
         """Whether the outer forward balances experts by what their routers said."""
-        asked, config = inputs.get("output_router_logits"), self.model.config.get_text_config()
-        return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
+        asked = inputs.get("output_router_logits")
+        if asked is None:
+            asked = getattr(self._text_config, "output_router_logits", False)
+        return bool(asked)
 
     def _enter_base(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """The base model, which may be called by itself, as TRL does."""
@@ -332,8 +338,13 @@ class Scheme:
         if kwargs.get("inputs_embeds") is None:
             embed = self.model.get_input_embeddings()
             kwargs = kwargs | {"inputs_embeds": embed(kwargs["input_ids"]), "input_ids": None}
+        if kwargs.get("past_key_values") is None and call.inputs.get("position_ids") is None:
+            # A cache is of no use here. Where positions are given it stays: without one,
+            # transformers reads restarts among them as packed sequences.
+            kwargs = kwargs | {"use_cache": False}
         media = self._media(call.inputs, kwargs["inputs_embeds"])
-        visual = torch.stack(list(media.values())).any(0)
+        image, *video = media.values()
+        visual = image | video[0] if video else image
         mask = attended(call.inputs, visual)
         call.batch = Batch(call.inputs, media, visual, call.inputs.get("labels"), mask)
         before = after = visual.sum()
@@ -355,7 +366,7 @@ class Scheme:
         return (), kwargs
 
     def _media(self, inputs: dict[str, Any], embeddings: Tensor) -> dict[str, Tensor]:
-        """Where the placeholders of each medium stand, [B, T]."""
+        """Where the placeholders of each medium that has any stand, [B, T]."""
         ids, where = inputs.get("input_ids"), {}
         for medium in MEDIA:
             token = getattr(self.model.config, f"{medium}_token_id", None)
@@ -367,8 +378,10 @@ class Scheme:
                 table = self.model.get_input_embeddings()
                 one = table(torch.tensor([token], device=embeddings.device))
                 where[token] = medium, (inputs["inputs_embeds"] == one).all(-1)
+        if where:
+            return dict(where.values())
         nowhere = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return dict(where.values()) or {"image": nowhere}
+        return {"image": nowhere}
 
     def _compression(self) -> Compression:
         """VTC of the next micro-batch."""
@@ -396,8 +409,7 @@ class Scheme:
         self._realised.sequence(call.tokens, *call.counts)
         batch, call.batch = call.batch, None
         if call.alone:
-            places = before_targets(batch.labels.to(hidden.device)).nonzero()
-            row, place = places.unbind(1)
+            row, place = (x.to(hidden.device) for x in call.places)
             place = place if batch.shows is None else batch.shows[row, place]
             shown = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + place)[None]
         else:

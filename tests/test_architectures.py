@@ -33,7 +33,7 @@ from sts import LDS, VTC, sparsify, unsparsify
 from sts.architectures import ARCHITECTURES, architecture_of
 from sts.vtc import FAMILIES, KINDS
 
-# One of each mechanism; the others, each of which is like one of these, are in test_breadth.py daily
+# One of each mechanism; the others are like one of these, and daily in test_breadth.py
 EVERYDAY = ("llava", "llava_next", "pixtral", "qwen3_vl", "smolvlm", "paligemma", "gemma3")
 EVERY = pytest.mark.parametrize(
     "name",

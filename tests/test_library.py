@@ -261,9 +261,9 @@ def test_lora_on_top(first):
     ("compiled", "vtc", "lds"),
     [
         ("layers", VISUAL, HALF),
-        ("layers", VTC("cls_topk", keep=0.25), HALF),
-        ("layers", VISUAL, LDS("layerskip", rate=0.9)),
-        ("layers", VISUAL, LDS("random_ltd", rate=0.5)),
+        pytest.param("layers", VTC("cls_topk", keep=0.25), HALF, marks=pytest.mark.slow),
+        pytest.param("layers", VISUAL, LDS("layerskip", rate=0.9), marks=pytest.mark.slow),
+        pytest.param("layers", VISUAL, LDS("random_ltd", rate=0.5), marks=pytest.mark.slow),
         ("layers", VISUAL, LDS("dropbp", rate=0.5)),
         pytest.param("whole", VISUAL, HALF, marks=pytest.mark.slow),
     ],

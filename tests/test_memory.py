@@ -66,7 +66,7 @@ NEW, OLD = {"use_reentrant": False}, {"use_reentrant": True}
     [
         (None, torch.float32),
         (NEW, torch.float32),
-        (OLD, torch.float32),
+        pytest.param(OLD, torch.float32, marks=pytest.mark.slow),
         pytest.param(NEW, torch.bfloat16, marks=pytest.mark.slow),
     ],
 )

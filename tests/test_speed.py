@@ -66,6 +66,7 @@ def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
         assert row(result, "dense", stage, True)["held_mb"] < dense["held_mb"]
 
 
+@pytest.mark.slow
 def test_other_architectures_and_a_table(tmp_path, capsys):
     out = tmp_path / "qwen.json"
     status = main(

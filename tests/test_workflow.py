@@ -469,6 +469,7 @@ def test_a_bare_call_after_one_with_conda_says_what_is_missing_and_deletes_nothi
     assert "Nothing to be done" in said
 
 
+@pytest.mark.slow
 def test_calls_that_run_no_job_need_no_packages(finished, tmp_path):
     variables = without(tmp_path, "torch")
     assert "torch" in run(finished, SMOKE, "--forceall", ok=False, **variables)

@@ -78,8 +78,10 @@ class Compression:
         count = int(batch.visual.sum())
         check_images(batch.inputs, kwargs, count)
         full = self._carry(batch, kwargs, count)
-        if full["keep"][batch.visual].all():
-            return kwargs, batch.visual.sum()  # as where strides leave all of a grid
+        if full["keep"][batch.visual].all():  # as where strides leave all of a grid
+            changed = {"inputs_embeds": full["embeddings"]} | full["features"]
+            changed |= {"position_ids": full["positions"]} if self.vtc.positions == "mean" else {}
+            return kwargs | changed, batch.visual.sum()
         order, real = pack(full["keep"])
         batch.mask, batch.shows = real, last_kept(full["keep"])
         embeddings = take(full["embeddings"], order)
@@ -160,8 +162,10 @@ class Compression:
             chosen, real = outputs.positions, outputs.real
             real = torch.ones_like(chosen, dtype=torch.bool) if real is None else real
             carriers = where.gather(1, chosen)[real]
-            vectors = put(vectors, carriers, tokens[real])
             keep = keep.index_fill(0, carriers, True)
+            if outputs.selects and outputs.tokens is None:  # they are there already
+                continue
+            vectors = put(vectors, carriers, tokens[real])
             if average:
                 by_place = put(by_place, carriers, outputs.apply(by_place[where])[real])
             standing = index.gather(1, chosen)[real]

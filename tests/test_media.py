@@ -9,6 +9,7 @@ from tiny import CASES, IMAGE, PATCH, VIDEO, noise
 from zoo import ZOO
 
 from sts import LDS, VTC, SparseCallback, sparsify
+from sts.vtc import KINDS, Outputs
 
 POOLED = VTC("avgpool2d", keep=KEEP)
 
@@ -149,3 +150,20 @@ def test_ddp_in_a_trainer_is_told_of_gradients_that_are_not_there():
     callback = SparseCallback(None, lds=LDS("layerdrop", rate=0.5, unit="samples"))
     Arguments.ddp_find_unused_parameters = False
     callback._check_ddp(Arguments)
+
+
+def doubled(tokens, keep):
+    """A kind that keeps every place and changes what is there."""
+    everything = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+    return Outputs(everything, lambda x: 2 * x)
+
+
+def test_a_kind_that_keeps_every_place_still_does_what_it_does(monkeypatch):
+    monkeypatch.setitem(KINDS, "doubled", doubled)
+    model, batch = CASES["llava"].build(), CASES["llava"].batch([["big", 5, 6, 7]])
+    projector = model.model.multi_modal_projector
+    double = projector.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = backward(model, batch)
+    double.remove()
+    sparsify(model, VTC("doubled", keep=0.5)).begin_step(0)
+    assert_same(backward(model, batch), expected)

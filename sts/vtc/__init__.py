@@ -50,12 +50,14 @@ class Outputs(NamedTuple):
     apply: [B, N, C] -> [B, k, C], what the kind does to any features laid out like the tokens.
     tokens: the outputs [B, k, D] if they are not `apply(tokens)` (a kind with weights of its own).
     real: [B, k], bool: which outputs count, where samples keep different numbers; None: all do.
+    selects: the outputs are the tokens at `positions` and nothing else.
     """
 
     positions: Tensor
     apply: Callable[[Tensor], Tensor]
     tokens: Tensor | None = None
     real: Tensor | None = None
+    selects: bool = False
 
 
 def none(tokens: Tensor, keep: float) -> Outputs:

@@ -67,7 +67,7 @@ def select(positions: Tensor) -> Outputs:
         chosen = x.flatten(0, 1).index_select(0, (start + positions).flatten())
         return chosen.view(*positions.shape, x.shape[2])
 
-    return Outputs(positions, apply)
+    return Outputs(positions, apply, selects=True)
 
 
 def merge(owner: Tensor) -> Outputs:

@@ -560,5 +560,3 @@ CASES = {
         grids(3 * 2 * PATCH * PATCH),
     ),
 }
-
-CANNOT: dict[str, str] = {}

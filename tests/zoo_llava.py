@@ -322,5 +322,3 @@ CASES = {
         two_sizes,
     ),
 }
-
-CANNOT = {}

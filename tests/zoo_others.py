@@ -457,22 +457,3 @@ CASES = {
     ),
 }
 ENCODER_DECODER = "Visual tokens are the encoder's; the decoder reads them by cross-attention"
-CANNOT = {
-    "blip": "Visual tokens are encoder_hidden_states of the text decoder's cross-attention.",
-    "diffusion_gemma": "No labels and no loss: its decoder denoises a canvas of text in both"
-    " directions and reads the prompt with its visual tokens from the encoder's cache.",
-    "evolla": "Proteins, no images; layers with an adapter read them by cross-attention.",
-    "florence2": f"{ENCODER_DECODER} (BART).",
-    "git": "Visual tokens stand in the decoder's sequence, but without placeholders: the forward"
-    " puts them before every row and its loss drops that fixed number of logits.",
-    "idefics": "Visual tokens are the keys and values of gated cross-attention layers.",
-    "mistral4": "Maps to Mistral4ForCausalLM, which takes no pixels: a text model.",
-    "mllama": "Visual tokens are the keys and values of cross-attention layers.",
-    "pi0": "The loss is the squared error of robot actions; the language model is only called for"
-    " its cache of keys and values.",
-    "pix2struct": f"{ENCODER_DECODER}.",
-    "pp_formulanet": f"{ENCODER_DECODER} (MBart).",
-    "t5gemma2": f"{ENCODER_DECODER} merged with its self-attention.",
-    "udop": f"{ENCODER_DECODER} (T5).",
-    "vision-encoder-decoder": f"{ENCODER_DECODER}.",
-}

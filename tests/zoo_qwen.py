@@ -188,4 +188,3 @@ CASES = {
         **QWEN,
     ),
 }
-CANNOT = {}

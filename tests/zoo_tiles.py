@@ -21,8 +21,6 @@ from tiny import (
     vit,
 )
 
-CANNOT = {}
-
 
 def padded(sizes: dict[str, tuple[int, int]]) -> Callable:
     """Idefics2's: [rows, images, 3, height, width] and its mask, both zeros where there is none."""

@@ -246,6 +246,8 @@ class Scheme:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any] | None:
         """The inputs of `module` by name, with a call under way; None: the scheme does not act."""
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError("nn.DataParallel copies the model to threads: use DDP (torchrun)")
         if self._call and self._call.entered is module:  # left by what no hook sees, as Ctrl-C
             self._end()
         if self._call is None:

@@ -120,6 +120,13 @@ def test_a_wrong_use_is_an_error_that_says_what_is_right(wrong):
         wrong()
 
 
+def test_data_parallel_is_refused():
+    model, _ = begun(SOME)
+    replica = model._replicate_for_data_parallel()  # as nn.DataParallel makes them
+    with pytest.raises(RuntimeError, match="DataParallel.*use DDP"):
+        replica(**CASES["llava"].batch(ROWS))
+
+
 def test_a_forward_before_a_step_and_a_step_after_unsparsify_are_errors():
     model = build()
     scheme = sparsify(model, SOME)

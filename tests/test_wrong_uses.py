@@ -123,7 +123,7 @@ def test_a_wrong_use_is_an_error_that_says_what_is_right(wrong):
 def test_data_parallel_is_refused():
     model, _ = begun(SOME)
     replica = model._replicate_for_data_parallel()  # as nn.DataParallel makes them
-    with pytest.raises(RuntimeError, match="DataParallel.*use DDP"):
+    with pytest.raises(RuntimeError, match=r"DataParallel.*use DDP"):
         replica(**CASES["llava"].batch(ROWS))
 
 

@@ -18,17 +18,17 @@ from transformers.masking_utils import create_causal_mask
 
 from sts.architectures import Architecture, ClassAttention, Grid
 from sts.checks import expect
+from sts.modules import see_hooks
 from sts.sequence import (
     WRONG_ATTENTION,
     Batch,
     at,
-    attended,
     last_kept,
+    of_each_token,
     pack,
     position_ids,
     put,
     runs,
-    see_hooks,
     segments,
     shorter,
     take,
@@ -72,53 +72,34 @@ class Compression:
     def _record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.seen[name] = output.detach()  # [tiles, 1 + N, width]
 
-    def __call__(self, batch: Batch, kwargs: dict[str, Any]) -> tuple[dict, Tensor]:
-        """Shorten the visual tokens in the inputs `kwargs` of the language model, and the batch's
-        mask; the number of visual tokens that are left."""
-        count = int(batch.visual.sum())
+    def __call__(self, batch: Batch, kwargs: dict[str, Any], count: int) -> tuple[dict, Tensor]:
+        """Shorten the `count` visual tokens in the inputs `kwargs` of the language model, and the
+        batch's mask; the number of visual tokens that are left."""
         check_images(batch.inputs, kwargs, count)
         full = self._carry(batch, kwargs, count)
-        if full["keep"][batch.visual].all():  # as where strides leave all of a grid
+        left = full["keep"] & batch.visual
+        of_visual = left[batch.visual]
+        if of_visual.all():  # as where strides leave all of a grid
             changed = {"inputs_embeds": full["embeddings"]} | full["features"]
             changed |= {"position_ids": full["positions"]} if self.vtc.positions == "mean" else {}
-            return kwargs | changed, batch.visual.sum()
+            return kwargs | changed, left.sum()
         order, real = pack(full["keep"])
         batch.mask, batch.shows = real, last_kept(full["keep"])
         embeddings = take(full["embeddings"], order)
-        left = full["keep"] & batch.visual
-        known = {
+        shortened = {
             "use_cache": False,
             "past_key_values": None,
             "inputs_embeds": embeddings,
             "attention_mask": self._shorter_mask(kwargs, embeddings, order, real),
             "position_ids": at(full["positions"], order),
         }
+        shortened |= {name: [x[of_visual] for x in each] for name, each in full["features"].items()}
         others = {
-            name: self._shorter(name, value, left, batch.visual, order, real)
-            for name, value in (kwargs | full["features"]).items()
-            if name not in known
+            name: _shorter(name, value, order, real, batch.visual.shape[1])
+            for name, value in kwargs.items()
+            if name not in shortened
         }
-        return others | known, left.sum()
-
-    def _shorter(
-        self, name: str, value: Any, left: Tensor, visual: Tensor, order: Tensor, real: Tensor
-    ) -> Any:
-        """Any other keyword of the language model: what it has for every token [B, T, ...] or every
-        visual token (a list of features [V, ...] that layers add). Raises ValueError for what is as
-        long as the sequence in some other way."""
-        if isinstance(value, list | tuple) and all(_of_each(x, visual) for x in value):
-            kept = left[visual]
-            return type(value)(x[kept] for x in value)
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return value
-        if value.shape[:2] == visual.shape:
-            some = take(value.reshape(*value.shape[:2], -1), order)
-            some = some.reshape(*order.shape, *value.shape[2:])
-            return some & real.view(*real.shape, *[1] * (some.ndim - 2)) if _is(some) else some
-        accepted = f"nothing as long as the sequence, {visual.shape[1]} tokens, that VTC can't cut"
-        long = visual.shape[1] in value.shape or "cu_seq" in name
-        expect(not long, f"{name}.shape of the language model", list(value.shape), accepted)
-        return value
+        return others | shortened, left.sum()
 
     def _carry(self, batch: Batch, kwargs: dict, count: int) -> dict:
         """Write the compressed tokens to the places of the tokens they stand at.
@@ -130,14 +111,16 @@ class Compression:
         features = {
             name: list(value)
             for name, value in kwargs.items()
-            if isinstance(value, list | tuple) and value and all(_of_each(x, visual) for x in value)
+            if isinstance(value, list | tuple)
+            and value
+            and all(_of_visual(x, visual, count) for x in value)
         }
         positions = position_ids(kwargs)
         average = self.vtc.positions == "mean"
         positions = positions.float() if average else positions
         axes = positions.shape[:-2]
         by_place = positions.reshape(-1, visual.numel()).T  # [B * T, axes]
-        text_places = attended(batch.inputs, visual) & ~visual
+        text_places = batch.mask & ~visual
         vectors, keep = embeddings.flatten(0, 1), text_places.flatten()
         text, text_mask = self._text(batch, embeddings, text_places)
         scores = self._scores(batch, count)
@@ -175,7 +158,7 @@ class Compression:
             "embeddings": vectors.view_as(embeddings),
             "positions": by_place.T.reshape(*axes, *visual.shape),
             "features": features,
-            "keep": keep.view_as(visual) & attended(batch.inputs, visual),
+            "keep": keep.view_as(visual) & batch.mask,
         }
 
     def _shorter_mask(
@@ -243,8 +226,9 @@ class Compression:
         if not wants(self.vtc.kind) & {"text", "text_mask"}:
             return None, None
         if self.vtc.text == "prompt":
-            expect(batch.labels is not None, "labels", None, "labels, for VTC.text='prompt'")
-            text_places = text_places & (batch.labels == IGNORE_INDEX)
+            labels = batch.inputs.get("labels")
+            expect(labels is not None, "labels", None, "labels, for VTC.text='prompt'")
+            text_places = text_places & (labels == IGNORE_INDEX)
         order, real = pack(text_places)
         return take(embeddings.detach(), order), real
 
@@ -289,11 +273,16 @@ def check_images(inputs: dict[str, Any], kwargs: dict[str, Any], count: int) -> 
     expect(seen == 0, "past_key_values of the length", seen, accepted)
 
 
-def _of_each(value: object, visual: Tensor) -> bool:
-    """Whether it has a row for each visual token [V, ...] of the batch."""
+def _of_visual(value: object, visual: Tensor, count: int) -> bool:
+    """Whether it has a row for each of the `count` visual tokens [V, ...] of the batch."""
     rows = isinstance(value, Tensor) and value.ndim == 2 and value.shape[:2] != visual.shape
-    return rows and len(value) == int(visual.sum())
+    return rows and len(value) == count
 
 
-def _is(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool
+def _shorter(name: str, value: Any, order: Tensor, real: Tensor, length: int) -> Any:
+    """Any other keyword of the language model, at the places `order` [B, T'], which are `real`."""
+    expect("cu_seq" not in name or value is None, name, value, "none: VTC can't cut it")
+    some = of_each_token(f"{name}.shape of the language model", value, order, length)
+    if some is value or some.dtype != torch.bool:
+        return some
+    return some & real.view(*real.shape, *[1] * (some.ndim - 2))

@@ -7,8 +7,6 @@ asked once.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel
 
 from sts.architectures import head_of
 from sts.draws import keyed_torch_generator
+from sts.modules import in_the_place_of
 from sts.settings import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
@@ -54,19 +53,6 @@ class Shown(nn.Module):
 
     def __getattr__(self, name: str) -> None:
         return None  # whatever else an output may have
-
-
-@contextmanager
-def in_the_place_of(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
-    """The model with `module` where its submodule `path` is."""
-    parent, _, name = path.rpartition(".")
-    modules = model.get_submodule(parent)._modules
-    real = modules[name]
-    modules[name] = module
-    try:
-        yield
-    finally:
-        modules[name] = real
 
 
 @torch.no_grad()

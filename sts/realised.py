@@ -17,18 +17,19 @@ class Realised:
         self._before = self._after = self._answers = 0
         self._work: list[dict[str, float]] = [{} for _ in range(layers)]  # share x samples
 
-    def sequence(self, tokens: Sequence[int], before: Tensor, after: Tensor) -> None:
-        """What went through the language model: (samples, tokens of each); visual tokens that there
-        were and that were left."""
-        self._positions += tokens[0] * tokens[1]
-        self._before += before
-        self._after += after
-
     def micro_batch(
-        self, samples: int, logits: int, work: Mapping[int, Mapping[str, float]]
+        self,
+        tokens: Sequence[int],
+        visual: Sequence[Tensor],
+        logits: int,
+        work: Mapping[int, Mapping[str, float]],
     ) -> None:
-        """A forward whose head saw `logits` tokens; the work of each layer that did less than all
-        of it."""
+        """A forward of (samples, tokens of each) with (before, after) visual tokens, whose head saw
+        `logits` tokens; the work of each layer that did less than all of it."""
+        samples = tokens[0]
+        self._positions += samples * tokens[1]
+        self._before += visual[0]
+        self._after += visual[1]
         for layer, done in enumerate(self._work):
             shares = work.get(layer, {})
             for share in shares.keys() | done.keys():

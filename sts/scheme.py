@@ -52,8 +52,8 @@ _ASKED: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
 class Call:
     """A forward under way. inputs: of the model, by name. alone: whether the model's head sees the
     answers alone, which then are after (rows, places). restored: what the base model is to get
-    instead of what the model's forward was given. stack: what is to be undone when the language
-    model returns."""
+    instead of what the model's forward was given. tokens, visual: see Realised. stack: what is to
+    be undone when the language model returns."""
 
     entered: nn.Module
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Call:
     batch: Batch | None = None
     stand_ins: dict = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
-    counts: tuple = ()
+    visual: tuple[Tensor, ...] = ()
     stack: ExitStack = field(default_factory=ExitStack)
 
 
@@ -262,7 +262,8 @@ class Scheme:
             kwargs = dict(zip(names, args, strict=False)) | kwargs
         if module is not self.model:
             kwargs = self._restore(kwargs)
-        self._call.inputs |= kwargs if module is not self.language_model else {}
+        if module is not self.language_model:
+            self._call.inputs |= kwargs
         return kwargs
 
     def _end(self) -> None:
@@ -348,14 +349,14 @@ class Scheme:
         image, *video = media.values()
         visual = image | video[0] if video else image
         mask = attended(call.inputs, visual)
-        call.batch = Batch(call.inputs, media, visual, call.inputs.get("labels"), mask)
+        call.batch = Batch(call.inputs, media, visual, mask)
         before = after = visual.sum()
-        if call.compression and int(before):
-            kwargs, after = call.compression(call.batch, kwargs)
+        if call.compression and (count := int(before)):
+            kwargs, after = call.compression(call.batch, kwargs, count)
         if not self._realised.micro_batches:
             self.skipper.forget_zeros()
         call.tokens = list(kwargs["inputs_embeds"].shape[:2])
-        call.counts = (before, after)
+        call.visual = (before, after)
         call.stand_ins = self.skipper.stand_ins(self._realised.micro_batches)
         parts = call.stand_ins and not self.skipper.unit.drawn_by_step
         accepted = f"unset for LDS unit {self.lds.unit!r}: experts see other tokens in each layer"
@@ -408,7 +409,6 @@ class Scheme:
                 "tensor? LDS can't stand in for them"
             )
         work = self.skipper.work(call.stand_ins)
-        self._realised.sequence(call.tokens, *call.counts)
         batch, call.batch = call.batch, None
         if call.alone:
             row, place = (x.to(hidden.device) for x in call.places)
@@ -416,7 +416,7 @@ class Scheme:
             shown = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + place)[None]
         else:
             shown = hidden if batch.shows is None else take(hidden, batch.shows)
-        self._realised.micro_batch(len(hidden), shown.shape[:2].numel(), work)
+        self._realised.micro_batch(call.tokens, call.visual, shown.shape[:2].numel(), work)
         output = _with(output, shown, batch, self._routed(output, batch, call.alone))
         self._left(language_model)
         return output

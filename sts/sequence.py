@@ -25,26 +25,17 @@ WRONG_ATTENTION = (
 class Batch:
     """A micro-batch on its way through the model.
 
-    inputs: of the outer forward, without labels. media: where the placeholders of `image` and of
-    `video` stand, [B, T] each; visual: of either.
-    labels: [B, T], where the forward got any. mask: which tokens are no padding, of the sequence
-    that the language model gets: VTC shortens it. shows: for each of the T places the token of that
+    inputs: of the outer forward. media: where the placeholders of `image` and of `video` stand,
+    [B, T] each; visual: of either. mask: which tokens are no padding, of the sequence that the
+    language model gets: VTC shortens it. shows: for each of the T places the token of that
     sequence whose hidden state it has afterwards, [B, T]; None: its own, nothing was shortened.
     """
 
     inputs: dict[str, Any]
     media: dict[str, Tensor]
     visual: Tensor
-    labels: Tensor | None
     mask: Tensor
     shows: Tensor | None = None
-
-
-def see_hooks() -> None:
-    """Make torch.compile see hooks that come after it: by default it leaves them out in silence."""
-    import torch._dynamo.config as dynamo  # here, as it takes a second
-
-    dynamo.skip_nnmodule_hook_guards = False
 
 
 def attended(inputs: dict[str, Any], visual: Tensor) -> Tensor:
@@ -67,7 +58,7 @@ def at(x: Tensor, index: Tensor) -> Tensor:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, T, D] at the places `index` [B, k] of each row: [B, k, D].
+    """x [B, T, ...] at the places `index` [B, k] of each row: [B, k, ...].
 
     Backward keeps indexes of [B, k]; those of gather or take_along_dim would be [B, k, D].
     """
@@ -194,6 +185,16 @@ def segments(positions: Tensor) -> Tensor | None:
     return starts.cumsum(-1) if starts.any() else None
 
 
+def of_each_token(name: str, value: Any, index: Tensor, length: int) -> Any:
+    """An argument that may hold something for every token, [B, T, ...], at the places `index`
+    [B, k] of each row of `length`. Raises ValueError for what is as long in some other way."""
+    if not isinstance(value, Tensor) or length not in value.shape:
+        return value
+    fits = value.shape[:2] == (len(index), length)
+    expect(fits, name, list(value.shape), f"[batch, tokens, ...] or no axis of {length} tokens")
+    return take(value, index)
+
+
 # ---- a decoder layer's arguments for some of the tokens, or of the rows --------------------------
 
 
@@ -208,12 +209,7 @@ def of_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
     if name == "attention_mask" and value is not None:
         value = _tensor(value, "tokens")
         return at(value, index) if value.ndim == 2 else of_queries_and_keys(value, index)
-    if not isinstance(value, Tensor) or length not in value.shape:
-        return value
-    fits = value.shape[:2] == (len(index), length)
-    expect(fits, f"{name}.shape of a decoder layer", list(value.shape), "[batch, tokens, ...]")
-    some = take(value.reshape(len(index), length, -1), index)
-    return some.reshape(*index.shape, *value.shape[2:])
+    return of_each_token(f"{name}.shape of a decoder layer", value, index, length)
 
 
 def of_rows(name: str, value: Any, rows: Tensor, batch: int) -> Any:

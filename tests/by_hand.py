@@ -9,6 +9,7 @@ import torch
 from tiny import is_visual
 from torch import Tensor
 
+from sts import LDS, sparsify
 from sts.architectures import architecture_of
 from sts.vtc import Outputs
 from sts.vtc._shared import pooled_grid
@@ -254,3 +255,21 @@ def by_hand(model, case, rows, batch, choose: Choice | None = None, off=None, po
     loss = total / count
     loss.backward()
     return loss.detach(), gradients(model)
+
+
+def skipping_is_by_hand(case, rows, vtc=None, choose: Choice | None = None) -> set[int]:
+    """Asserts for three steps that what LDS skips might as well not be there, and has no gradient;
+    the layers that were ever skipped."""
+    model, batch = case.build(), case.batch(rows)
+    lds = LDS("sts", rate=0.6, epsilon=0.5)
+    scheme, ever = sparsify(model, vtc, lds, total_steps=8, seed=3), set()
+    for step in (0, 1, 2):
+        scheme.begin_step(step)
+        found, off = backward(model, batch), scheme.skipped
+        ever |= off
+        for layer in off:
+            assert all(p.grad is None for p in decoder_layers(model)[layer].parameters())
+        model.eval()  # the scheme doesn't act
+        assert_same(found, by_hand(model, case, rows, batch, choose, [off] * len(rows)))
+        model.train()
+    return ever

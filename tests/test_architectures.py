@@ -20,6 +20,7 @@ from by_hand import (
     of_language_model,
     pooled,
     positive,
+    skipping_is_by_hand,
     strided,
     the_positive,
 )
@@ -321,20 +322,7 @@ def influence_by_hand(before, after, real) -> float:
 @EVERY
 @pytest.mark.parametrize("vtc", [None, VTC("avgpool2d", keep=KEEP)], ids=["all tokens", "vtc"])
 def test_skipped_layers_might_as_well_not_be_there(name, vtc):
-    case = CASES[name]
-    model, batch = case.build(), case.batch(ROWS[MIXED])
-    lds = LDS("sts", rate=0.6, epsilon=0.5)
-    scheme, ever = sparsify(model, vtc, lds, total_steps=8, seed=3), set()
-    choose = pooled if vtc else None
-    for step in (0, 1, 2):
-        scheme.begin_step(step)
-        found, off = backward(model, batch), scheme.skipped
-        ever |= off
-        for layer in off:
-            assert all(p.grad is None for p in decoder_layers(model)[layer].parameters())
-        model.eval()  # the scheme doesn't act
-        assert_same(found, by_hand(model, case, ROWS[MIXED], batch, choose, [off] * 3))
-        model.train()
+    ever = skipping_is_by_hand(CASES[name], ROWS[MIXED], vtc, pooled if vtc else None)
     assert ever >= {0, LAYERS - 1}  # none is protected
 
 

@@ -5,7 +5,15 @@ import re
 
 import pytest
 import torch
-from by_hand import KEEP, assert_same, backward, by_hand, decoder_layers, pooled
+from by_hand import (
+    KEEP,
+    assert_same,
+    backward,
+    by_hand,
+    decoder_layers,
+    pooled,
+    skipping_is_by_hand,
+)
 from tiny import LAYERS
 from zoo import NO_BACKWARD, PAGE, TYPES, ZOO, table
 
@@ -42,19 +50,7 @@ def test_vtc_is_the_sequence_shortened_by_hand(name):
 
 @FOR_LDS
 def test_lds_is_the_model_without_those_layers(name):
-    case = ZOO[name]
-    model, batch = case.build(), case.batch(ROWS)
-    lds = LDS("sts", rate=0.6, epsilon=0.5)
-    scheme, ever = sparsify(model, lds=lds, total_steps=8, seed=3), set()
-    for step in (0, 1, 2):
-        scheme.begin_step(step)
-        found, off = backward(model, batch), scheme.skipped
-        ever |= off
-        for layer in off:
-            assert all(p.grad is None for p in decoder_layers(model)[layer].parameters())
-        model.eval()  # the scheme doesn't act
-        assert_same(found, by_hand(model, case, ROWS, batch, None, [off] * 3))
-        model.train()
+    ever = skipping_is_by_hand(ZOO[name], ROWS)
     stored = name in ("gemma3n", "gemma4")  # later layers read what the first two store
     assert ever >= ({2, 3} if stored else {0, LAYERS - 1})  # none is protected
 

@@ -51,9 +51,9 @@ class Calls:
         return len(self.seen) == 2 * steps and {tokens for _, tokens in self.seen} == {8}
 
 
-def in_a_loop(model, batch, steps=4):
+def in_a_loop(model, batch, steps=4, scheme=None):
     """Losses of the plain loop that the Trainers below should have."""
-    scheme = sparsify(model, VISUAL, HALF, total_steps=steps)
+    scheme = scheme or sparsify(model, VISUAL, HALF, total_steps=steps)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for step in range(steps):
@@ -230,15 +230,7 @@ def test_liger(first, monkeypatch):
     else:
         apply_liger_kernel_to_llava(model=model, fused_linear_cross_entropy=True, **kernels)
         scheme = sparsify(model, VISUAL, HALF, total_steps=4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for step in range(4):
-        scheme.begin_step(step)
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = in_a_loop(model, batch, scheme=scheme)
     assert losses == pytest.approx(expected, rel=1e-3)
     assert calls.are_sparse(4)
 

@@ -50,11 +50,11 @@ def architecture_of(model: nn.Module) -> Architecture:
     Raises ValueError for a model that can't be carried, saying why, and for one whose parts are not
     where an entry says or where models usually have them.
     """
-    name = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    name = getattr(config, "model_type", None)
     if name in REFUSED:
         raise ValueError(f"{_named(model)} can't be trained with STS: {REFUSED[name]}")
     head = head_of(model)
-    config = getattr(model, "config", None)
     sees = name in ARCHITECTURES or getattr(config, "vision_config", None) is not None
     if head is None or not sees:
         raise ValueError(

@@ -55,6 +55,10 @@ def a_patch_a_token(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> T
     return scores.flatten()
 
 
+def never(layer: nn.Module) -> bool:
+    return False
+
+
 # ---- grids: (outer model, outer inputs, runs) -> the grids of the images, or of the frames of the
 # videos, in the order in which their tokens stand in the batch. runs: how many placeholders stand
 # in a row in each place where there are some, [runs]; all of them the same image's or its tiles'.
@@ -156,5 +160,5 @@ class Architecture:
     attention: tuple[str, ...] = ("self_attn", "linear_attn", "conv")
     mlp: tuple[str, ...] = ("mlp", "feed_forward")
     returned: Callable[[Tensor, dict[str, Any]], Any] | None = None
-    always: Callable[[nn.Module], bool] | None = None
+    always: Callable[[nn.Module], bool] = never
     partial: bool = True

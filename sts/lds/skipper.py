@@ -13,7 +13,8 @@ from sts.lds.decision import Decision, Part, decide
 from sts.lds.distributed import care_for_several_processes
 from sts.lds.measure import Measured
 from sts.lds.units import StandIn
-from sts.sequence import Batch, see_hooks
+from sts.modules import see_hooks
+from sts.sequence import Batch
 from sts.settings import LDS
 
 
@@ -28,8 +29,9 @@ class Skipper:
         lds.check_layers(len(self.layers))
         if lds.rate:
             self._check_unit()
-        always = architecture.always or (lambda layer: False)
-        self._always = frozenset(i for i, layer in enumerate(self.layers) if always(layer))
+        self._always = frozenset(
+            i for i, layer in enumerate(self.layers) if architecture.always(layer)
+        )
         self.measured = Measured(DEPTHS[lds.depth], len(self.layers), lds.ema)
         self.decision = Decision((0.0,) * len(self.layers))
         self._step = 0

@@ -6,7 +6,7 @@ way. Shapes: B rows of a micro-batch, T tokens of a row, D model width.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from sts.lds.decision import Part
+from sts.modules import in_the_place_of
 from sts.sequence import of_rows, of_tokens, placed, replaced, take
 
 
@@ -201,14 +202,9 @@ class _Layers(nn.ModuleList):
         return self._view[index]
 
 
-@contextmanager
 def standing_in(
     language_model: nn.Module, attribute: str, stand_ins: dict[int, StandIn]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """The language model with stand-ins for some of its layers."""
-    layers = getattr(language_model, attribute)
-    language_model._modules[attribute] = _Layers(layers, stand_ins)
-    try:
-        yield
-    finally:
-        language_model._modules[attribute] = layers
+    layers = _Layers(getattr(language_model, attribute), stand_ins)
+    return in_the_place_of(language_model, attribute, layers)

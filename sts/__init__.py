@@ -8,7 +8,7 @@
         model(**batch).loss.backward()
 
 In a `transformers` Trainer: `Trainer(model, ..., callbacks=[SparseCallback(model, vtc=...)])`.
-Names load on first use, so `import sts.config` costs no torch import.
+Names load on first use, so `import sts.pipeline.config` costs no torch import.
 """
 
 from importlib import import_module

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sts import config as settings
+from sts.pipeline import config as settings
 
 MINI = Path("workflow/config/mini.yaml")
 ABLATIONS = Path("workflow/ablations.yaml")
@@ -19,14 +19,14 @@ ABLATIONS = Path("workflow/ablations.yaml")
 
 def prepare(args: argparse.Namespace) -> None:
     """Make a data set ready: rows as Parquet, a manifest, a report of rejected rows."""
-    from sts.data import prepare
+    from sts.pipeline.data import prepare
 
     prepare.prepare(config=settings.load_scale(args.config), name=args.dataset, out=args.out)
 
 
 def backbone(args: argparse.Namespace) -> None:
     """Write the manifest of the vision tower and the language model that every run starts from."""
-    from sts import backbone
+    from sts.mini import backbone
 
     config = settings.load_scale(args.config)
     if args.rebuild:
@@ -37,7 +37,7 @@ def backbone(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
-    from sts import train
+    from sts.pipeline import train
 
     config = settings.load_scale(args.config)
     run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
@@ -46,7 +46,7 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure a trained run on every benchmark, with and without the image."""
-    from sts import evaluate
+    from sts.pipeline import evaluate
 
     config = settings.load_scale(args.config)
     run = {"ablation": args.ablation, "seed": args.seed, "run": args.run}
@@ -57,8 +57,6 @@ def bench(args: argparse.Namespace) -> None:
     """Time variants, interleaved, with the machine to themselves: the trainings of several
     configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
     if args.shape:
-        from sts import speed
-
         try:
             speed.speed(
                 args.shape, args.settings, args.out, stages=args.stages, batch=args.batch,
@@ -68,7 +66,7 @@ def bench(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise settings.ConfigError("command line", "--shape", args.shape, str(error)) from error
         return
-    from sts import bench
+    from sts.pipeline import bench
 
     for name in ("configs", "data", "init"):
         if not getattr(args, name):
@@ -79,7 +77,7 @@ def bench(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """Write a table as CSV, Markdown and LaTeX from result files."""
-    from sts import tables
+    from sts.pipeline import tables
 
     sources = dict(zip(args.ablations, args.sources or [], strict=bool(args.sources)))
     tables.table(args.name, args.results, args.ablations, args.out_stem, _labels(args), sources)
@@ -87,7 +85,7 @@ def table(args: argparse.Namespace) -> None:
 
 def figure(args: argparse.Namespace) -> None:
     """Write a figure as SVG and PNG from result files."""
-    from sts import figures
+    from sts.pipeline import figures
 
     figures.figure(args.name, args.results, args.ablations, args.out_stem, _labels(args))
 
@@ -98,21 +96,21 @@ def _labels(args: argparse.Namespace) -> dict[str, str]:
 
 def summary(args: argparse.Namespace) -> None:
     """Say in a few lines what was found and where to look."""
-    from sts import tables
+    from sts.pipeline import tables
 
     tables.summary(args.results)
 
 
 def estimate(args: argparse.Namespace) -> None:
     """Say what a run will cost before anything is trained: jobs, FLOPs, time, disk, memory."""
-    from sts import estimate
+    from sts.pipeline import estimate
 
     estimate.estimate(args.configfile, args.ablations, args.json)
 
 
 def reap(args: argparse.Namespace) -> None:
     """Close MLflow runs whose process has died."""
-    from sts import tracking
+    from sts.pipeline import tracking
 
     for name in tracking.reap():
         print(name)
@@ -120,7 +118,7 @@ def reap(args: argparse.Namespace) -> None:
 
 def close(args: argparse.Namespace) -> None:
     """End the MLflow run of this call of the pipeline (STS_INVOCATION)."""
-    from sts import tracking
+    from sts.pipeline import tracking
 
     tracking.close_invocation(args.status, args.artifacts)
 

@@ -30,8 +30,8 @@ def tiny_processor():
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from sts.data import scenes
-    from sts.data.conversation import CHAT_TEMPLATE
+    from sts.mini import scenes
+    from sts.pipeline.data.conversation import CHAT_TEMPLATE
 
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
     words = [*special, *sorted({"user", "assistant", ":", "\n", *scenes.vocabulary()})]
@@ -89,7 +89,7 @@ def prepared(tmp_path_factory) -> Path:
     import datasets
     from PIL import Image
 
-    from sts.data import scenes
+    from sts.mini import scenes
 
     folder = tmp_path_factory.mktemp("data")
     columns = datasets.Features(

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from sts import backbone
-from sts.config import load_scale
-from sts.data import scenes
+from sts.mini import backbone, scenes
+from sts.pipeline.config import load_scale
 
 MINI = Path(__file__).parent.parent / "workflow" / "config" / "mini.yaml"
 

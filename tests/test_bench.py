@@ -13,10 +13,11 @@ from statistics import fmean
 import pytest
 from tiny import CASES
 
-from sts import LDS, estimate, sparsify
-from sts.bench import REPEATS, bench, rotated, typical_steps
-from sts.config import BenchConfig, Config, StageConfig, load_ablations
+from sts import LDS, sparsify
 from sts.lds.decision import decide, expected_work
+from sts.pipeline import estimate
+from sts.pipeline.bench import REPEATS, bench, rotated, typical_steps
+from sts.pipeline.config import BenchConfig, Config, StageConfig, load_ablations
 from sts.settings import VTC
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from subprocess import PIPE
 import pytest
 
 from sts.__main__ import main, parser
-from sts.config import load_ablations, load_scale, resolve
+from sts.pipeline.config import load_ablations, load_scale, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (

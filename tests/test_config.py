@@ -9,8 +9,8 @@ import yaml
 from pydantic import BaseModel
 
 from sts import LDS, VTC
-from sts import config as settings
-from sts.config import ConfigError, load_ablations, load_scale, load_yaml, resolve
+from sts.pipeline import config as settings
+from sts.pipeline.config import ConfigError, load_ablations, load_scale, load_yaml, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
@@ -319,7 +319,7 @@ def test_a_training_follows_the_code_that_it_uses(tmp_path, mini):
 
 
 def test_the_registry_is_read_as_it_is():
-    from sts.data.registry import REGISTRY
+    from sts.pipeline.data.registry import REGISTRY
 
     assert settings.registered("data/registry.py", "REGISTRY") == tuple(REGISTRY)
 
@@ -355,4 +355,4 @@ def test_the_page_on_ablations_does_what_it_says(tmp_path, mini):
     config = resolve(mini, load_ablations(file)[id])
     assert config != mini
     for words in re.findall(r"`(\w+)`", PAGE.read_text().partition("## Accepted values")[2]):
-        assert words in (ROOT / "sts/config.py").read_text() + ABLATIONS.read_text(), words
+        assert words in (ROOT / "sts/pipeline/config.py").read_text() + ABLATIONS.read_text(), words

@@ -9,7 +9,7 @@ from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 from transformers import PreTrainedTokenizerFast as Fast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sts.data.conversation import CHAT_TEMPLATE, encode, image_tokens, render
+from sts.pipeline.data.conversation import CHAT_TEMPLATE, encode, image_tokens, render
 from sts.settings import IGNORE_INDEX
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]

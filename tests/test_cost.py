@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from sts import LDS, VTC, sparsify
-from sts.cost import flop_parts, parameters, peak_memory, shape_of, step_flops
 from sts.lds.decision import Decision
 from sts.lds.units import without_backward
+from sts.pipeline.cost import flop_parts, parameters, peak_memory, shape_of, step_flops
 
 SHAPES = {
     "wide": {
@@ -296,5 +296,5 @@ def test_unknown_stage_is_an_error(function, more):
 
 
 def test_needs_no_torch():
-    code = "import sys, sts.cost; sys.exit('torch' in sys.modules)"
+    code = "import sys, sts.pipeline.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

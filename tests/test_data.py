@@ -22,12 +22,19 @@ from datasets import Dataset
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sts.config import Config, validate
-from sts.data import registry, scenes
-from sts.data.collator import Conversations, batch_indices, batch_order, collate, split_files
-from sts.data.conversation import CHAT_TEMPLATE, encode
-from sts.data.prepare import prepare
-from sts.data.registry import REGISTRY, DataError
+from sts.mini import scenes
+from sts.pipeline.config import Config, validate
+from sts.pipeline.data import registry
+from sts.pipeline.data.collator import (
+    Conversations,
+    batch_indices,
+    batch_order,
+    collate,
+    split_files,
+)
+from sts.pipeline.data.conversation import CHAT_TEMPLATE, encode
+from sts.pipeline.data.prepare import prepare
+from sts.pipeline.data.registry import REGISTRY, DataError
 from sts.settings import IGNORE_INDEX
 
 MIRROR = os.environ.get("STS_DATA_MIRROR")

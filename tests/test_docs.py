@@ -10,7 +10,7 @@ import pytest
 import yaml
 from test_workflow import SMOKE, make_project, planned, run
 
-from sts.config import load_ablations, load_scale, resolve
+from sts.pipeline.config import load_ablations, load_scale, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 

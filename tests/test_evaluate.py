@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from lm_eval.api.model import LM
 
-from sts import evaluate as module
-from sts.backbone import build_llava
-from sts.config import validate
-from sts.data.prepare import prepare
-from sts.evaluate import TASKS, evaluate, guesses, load_tasks
+from sts.mini.backbone import build_llava
+from sts.pipeline import evaluate as module
+from sts.pipeline.config import validate
+from sts.pipeline.data.prepare import prepare
+from sts.pipeline.evaluate import TASKS, evaluate, guesses, load_tasks
 
 BENCHMARKS = ["existence", "colour"]
 GREY = 128

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.contour import ContourSet
 from PIL import Image
 
-from sts import figures
+from sts.pipeline import figures
 from sts.vtc import KINDS
 
 IDS = ["dense", "sts"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sts import provenance
+from sts.pipeline import provenance
 
 CODE = """
 def area(radius):

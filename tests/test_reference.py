@@ -7,8 +7,8 @@ from statistics import fmean
 import pytest
 from test_workflow import ROOT
 
-from sts import tables
-from sts.config import load_ablations
+from sts.pipeline import tables
+from sts.pipeline.config import load_ablations
 
 REFERENCES = ROOT / "results" / "reference"
 REFERENCE = REFERENCES / "mini"

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sts.data import scenes
+from sts.mini import scenes
 
 
 def digest(rows: list[dict]) -> str:

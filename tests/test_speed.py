@@ -7,7 +7,7 @@ import pytest
 from sts import LDS, VTC
 from sts.__main__ import main
 from sts.lds import POLICIES
-from sts.speed import SHAPES, parse_setting, speed
+from sts.pipeline.shape_bench import SHAPES, parse_setting, speed
 from sts.vtc import KINDS
 
 COMPRESSED, SKIPPED = "avgpool2d@0.25", "layerdrop@0.5:draw=fixed_count"

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from sts import tables
+from sts.pipeline import tables
 
 SCORES = {  # id -> seed -> (colour, text)
     "dense": {0: (0.8, 0.5), 1: (1.0, 0.4)},
@@ -172,7 +172,7 @@ def test_the_first_method_is_the_baseline_wherever_it_stands(results):
 def test_every_source_that_an_ablation_may_name_has_a_head():
     from typing import get_args
 
-    from sts.config import _Entry
+    from sts.pipeline.config import _Entry
 
     assert set(get_args(_Entry.model_fields["source"].annotation)) == set(tables.SOURCES)
 

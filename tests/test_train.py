@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from sts import train as training
 from sts import vtc
-from sts.config import Config, StageConfig
-from sts.train import lr_factor, my_pieces, read_history, train
+from sts.pipeline import train as training
+from sts.pipeline.config import Config, StageConfig
+from sts.pipeline.train import lr_factor, my_pieces, read_history, train
 
 STEPS, LAYERS = 4, 6
 HALF = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count"}  # three of the layers
@@ -249,8 +249,8 @@ def _killed_once(results: Path, backbone: Path, prepared: Path, settings: Config
     """Train in a process of its own, slowly, and kill -9 it after its first checkpoint."""
     script = textwrap.dedent("""
         import sys, time
-        from sts import train
-        from sts.config import Config
+        from sts.pipeline import train
+        from sts.pipeline.config import Config
         taken = train.optimizer_step
         def slow(*args):
             time.sleep(0.3)
@@ -296,7 +296,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(run, monkeypatch):
 def test_two_trainings_of_one_key_do_not_write_over_each_other(tmp_path):
     folder = tmp_path / "key"
     script = (
-        "import sys, time, pathlib; from sts.train import locked\n"
+        "import sys, time, pathlib; from sts.pipeline.train import locked\n"
         "with locked(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(1)"
     )
     holder = subprocess.Popen(
@@ -449,7 +449,7 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path, backbone, prepared, 
     settings = config(lds=HALF, batch_size=2, processes=2)
     script = tmp_path / "two.py"
     script.write_text(
-        "import sys\nfrom sts.config import Config\nfrom sts.train import train\n"
+        "import sys\nfrom sts.pipeline.config import Config\nfrom sts.pipeline.train import train\n"
         "train(Config.model_validate_json(sys.argv[1]), 'dense', 0, 'instruct', "
         "[sys.argv[2]], sys.argv[3], sys.argv[4])\n"
     )

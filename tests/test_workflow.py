@@ -201,7 +201,7 @@ NO_OPS = {
         os.utime(f) for f in [*p.rglob("*.py"), *p.rglob("results/**/*.json")]
     ],
     "a comment and a docstring": lambda p: edit(
-        p / "sts/train.py", "def train(", "# a remark\n'''More words.'''\ndef train("
+        p / "sts/pipeline/train.py", "def train(", "# a remark\n'''More words.'''\ndef train("
     ),
     "a blank line in the Snakefile": lambda p: edit(
         p / "workflow/rules/train.smk", "rule align:", "\n# a remark\n\nrule align:"
@@ -253,7 +253,7 @@ def test_a_changed_setting_reruns_what_follows_it(finished):
 
 
 def test_a_changed_table_formula_makes_what_uses_it_only(finished):
-    with (finished / "sts/tables.py").open("a") as file:
+    with (finished / "sts/pipeline/tables.py").open("a") as file:
         file.write("\nDIGITS = 2\n")
     pareto = 1  # reads its numbers as the tables do
     assert planned(finished) == {"table": 2, "figure": pareto, "table_components": 1, "all": 1}
@@ -523,7 +523,7 @@ def test_snakefiles_pass_lint_and_format():
 
 
 def test_the_workflow_needs_only_what_snakemake_depends_on(project):
-    code = "import sts.config, sts.device, sts.provenance, sys; print(*sys.modules)"
+    code = "import sts.pipeline.config, sts.pipeline.device, sts.pipeline.provenance, sys; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True
     ).stdout.split()

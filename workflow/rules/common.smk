@@ -17,9 +17,9 @@ from pathlib import Path
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from sts import config as settings
-from sts.device import gpu_count
-from sts.provenance import fingerprint, missing_packages
+from sts.pipeline import config as settings
+from sts.pipeline.device import gpu_count
+from sts.pipeline.provenance import fingerprint, missing_packages
 
 
 def typed(value):

@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 
-from sts import cost, provenance
-from sts.backbone import build_llava
-from sts.config import STAGES, BenchConfig, Config, StageConfig
-from sts.data.collator import collate
-from sts.device import lease
-from sts.scheme import Scheme, unsparsify
-from sts.train import (
+from sts.mini.backbone import build_llava
+from sts.pipeline import cost, provenance
+from sts.pipeline.config import STAGES, BenchConfig, Config, StageConfig
+from sts.pipeline.data.collator import collate
+from sts.pipeline.device import lease
+from sts.pipeline.train import (
     freeze,
     load_data,
     make_optimizer,
@@ -37,6 +36,7 @@ from sts.train import (
     progress,
     put_scheme,
 )
+from sts.scheme import Scheme, unsparsify
 
 REPEATS = 3  # timed steps of a variant at a point; their median counts
 SEED = 0  # of data order, projector and layer draws

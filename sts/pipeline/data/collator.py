@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from sts.data.conversation import expand, image_id, image_tokens, tokenise
+from sts.pipeline.data.conversation import expand, image_id, image_tokens, tokenise
 from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time

@@ -19,10 +19,10 @@ from datasets import Image as ImageColumn
 from PIL import Image
 from tqdm import tqdm
 
-from sts.config import Config, DataConfig
-from sts.data.conversation import IMAGE_TOKEN, ROLES
-from sts.data.registry import BROKEN_IMAGE, DataError, Rows, load
-from sts.provenance import sha256_json, write_json_atomic
+from sts.pipeline.config import Config, DataConfig
+from sts.pipeline.data.conversation import IMAGE_TOKEN, ROLES
+from sts.pipeline.data.registry import BROKEN_IMAGE, DataError, Rows, load
+from sts.pipeline.provenance import sha256_json, write_json_atomic
 
 CHUNK = 1000  # rows of a Parquet row group
 TEXT = Value("string")

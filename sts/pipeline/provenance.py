@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-CODE = Path(__file__).resolve().parent
+CODE = Path(__file__).resolve().parents[1]
 
 
 def fingerprint(*files: str | Path) -> str:

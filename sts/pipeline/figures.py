@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from sts import tables
+from sts.pipeline import tables
 
 STAGES = {"align": "Align", "instruct": "Instruct"}
 # Okabe and Ito's palette: told apart with any colour vision

@@ -33,9 +33,9 @@ from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from sts import provenance, tracking
-from sts.config import Config, EvaluateConfig, config_hash
-from sts.device import lease
+from sts.pipeline import provenance, tracking
+from sts.pipeline.config import Config, EvaluateConfig, config_hash
+from sts.pipeline.device import lease
 
 TASKS = Path(__file__).parent / "tasks"
 BLIND = "_blind"

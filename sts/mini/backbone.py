@@ -38,11 +38,11 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sts.config import Config
-from sts.data import scenes
-from sts.data.conversation import CHAT_TEMPLATE
-from sts.device import bf16_is_native
-from sts.provenance import sha256_file, sha256_json, write_json_atomic
+from sts.mini import scenes
+from sts.pipeline.config import Config
+from sts.pipeline.data.conversation import CHAT_TEMPLATE
+from sts.pipeline.device import bf16_is_native
+from sts.pipeline.provenance import sha256_file, sha256_json, write_json_atomic
 from sts.settings import IGNORE_INDEX
 
 SHIPPED = Path("data/backbones/mini")

@@ -59,7 +59,7 @@ def render(processor: ProcessorMixin, conversation: Sequence[dict]) -> tuple[str
     if "{% generation %}" not in template:
         raise ValueError(
             "the processor's chat template has no {% generation %} blocks, so the answers can't be "
-            "found. Set processor.chat_template = sts.data.conversation.CHAT_TEMPLATE"
+            "found. Set processor.chat_template = sts.pipeline.data.conversation.CHAT_TEMPLATE"
         )
     texts, spans = render_jinja_template(
         [messages(conversation)],

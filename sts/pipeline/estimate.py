@@ -2,7 +2,7 @@
 
     python -m sts estimate --configfile workflow/config/mini.yaml
 
-Jobs are counted, FLOPs and memory are computed from shapes (sts/cost.py), and time is FLOPs over a
+Jobs are counted, FLOPs and memory are computed from shapes (sts/pipeline/cost.py), and time is FLOPs over a
 speed that is measured here and now: a few training steps where the model is small, one large matrix
 product where it is not. All but the number of jobs is an estimate; nothing is downloaded.
 """
@@ -30,10 +30,11 @@ from transformers import (
     PretrainedConfig,
 )
 
-from sts import cost
-from sts.backbone import language_config, make_tokenizer, vision_config
-from sts.bench import REPEATS
-from sts.config import (
+from sts.lds.decision import expected_work
+from sts.mini.backbone import language_config, make_tokenizer, vision_config
+from sts.pipeline import cost
+from sts.pipeline.bench import REPEATS
+from sts.pipeline.config import (
     STAGES,
     Ablation,
     Config,
@@ -42,10 +43,7 @@ from sts.config import (
     load_scale,
     resolve,
 )
-from sts.lds.decision import expected_work
-from sts.schedule import keep_at
-from sts.settings import IGNORE_INDEX, LDS, VTC
-from sts.train import (
+from sts.pipeline.train import (
     freeze,
     fused_attention,
     global_batch,
@@ -55,6 +53,8 @@ from sts.train import (
     prepare_process,
     put_scheme,
 )
+from sts.schedule import keep_at
+from sts.settings import IGNORE_INDEX, LDS, VTC
 
 GROUPS = ("main",)  # tables of the bare command
 FIGURES = 4

@@ -28,7 +28,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from sts import provenance
+from sts.pipeline import provenance
 
 FLUSH_SECONDS = 10.0
 COST = 0.01  # a write that took t seconds is followed by t / COST seconds without one

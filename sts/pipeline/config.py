@@ -28,10 +28,10 @@ from pydantic import (
 from sts import lds as skipping
 from sts import vtc as compressing
 from sts.checks import NotAccepted, expect
-from sts.provenance import sha256_json
+from sts.pipeline.provenance import sha256_json
 from sts.settings import LDS, VTC
 
-CODE = Path(__file__).resolve().parent
+CODE = Path(__file__).resolve().parents[1]
 MINI = CODE.parent / "workflow" / "config" / "mini.yaml"
 GROUPS = Literal["main", "components", "compressor", "skipper", "real"]
 STAGES = ("align", "instruct")
@@ -207,9 +207,9 @@ class StageConfig(Block):
 
     def sources(self) -> list[Path]:
         """The source files whose formulas a training with these values uses."""
-        files = ["train.py", "scheme.py", "loss.py", "backbone.py"]
+        files = ["pipeline/train.py", "scheme.py", "loss.py", "mini/backbone.py"]
         files += ["architectures/_base.py", "architectures/llava.py"]
-        files += ["data/collator.py", "data/conversation.py"]
+        files += ["pipeline/data/collator.py", "pipeline/data/conversation.py"]
         own: set[Path | None] = set()
         if self.vtc.kind != "none":
             files += ["compression.py", "sequence.py", "schedule.py", "draws.py"]
@@ -309,12 +309,16 @@ class Ablation:
 
 def dataset_of(benchmark: str) -> str:
     """Name of the data set that holds a benchmark: its own if there is one, else `scenes`."""
-    return benchmark if benchmark in registered("data/registry.py", "REGISTRY") else "scenes"
+    return (
+        benchmark if benchmark in registered("pipeline/data/registry.py", "REGISTRY") else "scenes"
+    )
 
 
 def benchmarks() -> tuple[str, ...]:
     """Names of the benchmarks: every task file of the package that does not begin with _."""
-    return tuple(sorted(f.stem for f in (CODE / "tasks").glob("*.yaml") if f.stem[0] != "_"))
+    return tuple(
+        sorted(f.stem for f in (CODE / "pipeline" / "tasks").glob("*.yaml") if f.stem[0] != "_")
+    )
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -426,7 +430,7 @@ def config_hash(*parts: BaseModel | Mapping | list | str) -> str:
 
 def _contradictions(config: Config) -> Iterator[tuple[str, Any, str]]:
     """(key, value, accepted) of values that are fine alone but not together."""
-    sets = (*registered("data/registry.py", "REGISTRY"), *config.data.custom)
+    sets = (*registered("pipeline/data/registry.py", "REGISTRY"), *config.data.custom)
     for stage in STAGES:
         block = config.stage(stage)
         for name in block.data:

@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 from scipy.stats import t as student
 
-from sts import provenance
+from sts.pipeline import provenance
 
 MISSING, UNDEFINED = "missing", "n/a"
 SOURCES = {

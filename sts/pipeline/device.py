@@ -78,7 +78,9 @@ def lease(listing: str | None = None, folder: str | Path | None = None) -> Itera
         return
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        raise RuntimeError("CUDA runs already: enter sts.device.lease() before torch uses a GPU")
+        raise RuntimeError(
+            "CUDA runs already: enter sts.pipeline.device.lease() before torch uses a GPU"
+        )
     folder = Path(folder or Path(tempfile.gettempdir()) / f"sts-gpu-{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
     gpu, lock = _lock_one(gpus, folder)

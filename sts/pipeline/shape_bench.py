@@ -39,12 +39,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from sts import provenance
 from sts.architectures import architecture_of
-from sts.bench import rotated, typical_steps
 from sts.checks import expect
-from sts.config import STAGES
 from sts.lds import POLICIES
+from sts.pipeline import provenance
+from sts.pipeline.bench import rotated, typical_steps
+from sts.pipeline.config import STAGES
 from sts.scheme import sparsify, unsparsify
 from sts.settings import IGNORE_INDEX, LDS, VTC
 from sts.vtc import KINDS

@@ -39,13 +39,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sts import cost, provenance, tracking
-from sts.backbone import build_llava
-from sts.config import Config, StageConfig, config_hash
-from sts.data.collator import Conversations, batch_order, collate, split_files
-from sts.device import bf16_is_native, lease
 from sts.lds import UNITS
-from sts.provenance import write_json_atomic
+from sts.mini.backbone import build_llava
+from sts.pipeline import cost, provenance, tracking
+from sts.pipeline.config import Config, StageConfig, config_hash
+from sts.pipeline.data.collator import Conversations, batch_order, collate, split_files
+from sts.pipeline.device import bf16_is_native, lease
+from sts.pipeline.provenance import write_json_atomic
 from sts.scheme import Scheme, sparsify, unsparsify
 from sts.settings import IGNORE_INDEX
 
@@ -563,7 +563,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
 def summary(folder: Path, stage: str, block: StageConfig) -> dict[str, Any]:
     """What the manifest tells of finished weights. FLOPs are computed here from what each step
-    realised, so that a better formula in sts/cost.py needs no new training."""
+    realised, so that a better formula in sts/pipeline/cost.py needs no new training."""
     history = read_history(folder)
     shape = cost.shape_of(AutoConfig.from_pretrained(folder))
     layers = shape.layers

@@ -1,0 +1,1 @@
+"""The mini scale: generated scenes, and stand-ins for CLIP and Vicuna that read them."""

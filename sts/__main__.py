@@ -58,7 +58,7 @@ def bench(args: argparse.Namespace) -> None:
     configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
     if args.shape:
         try:
-            speed.speed(
+            shape_bench.speed(
                 args.shape, args.settings, args.out, stages=args.stages, batch=args.batch,
                 checkpointing=[choice == "on" for choice in args.checkpointing], text=args.text,
                 layers=args.layers, width=args.width, repeats=args.repeats,

@@ -8,7 +8,7 @@ BIN := .venv/bin
 RESULTS := results/$(SCALE)
 SNAKEMAKE := $(BIN)/snakemake $(if $(filter mini,$(SCALE)),,--configfile workflow/config/$(SCALE).yaml)
 
-.PHONY: help reproduce data report test test-all lint lock reference clean
+.PHONY: help reproduce data report test test-all lint schemas lock reference clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make report      the HTML report of the results that are there"
 	@echo "make test        the everyday tests; make test-all: the slow ones too (JOBS=2 side by side)"
 	@echo "make lint        style of Python and Snakemake files"
+	@echo "make schemas     JSON schemas of scales and ablations, for editors"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
 	@echo "make reference   the results as results/reference/INTO (the scale's name), small files only"
 	@echo "make clean       forget results and prepared data of the scale"
@@ -44,6 +45,9 @@ lint: .venv/made-from-lock
 	$(BIN)/snakefmt --check --compact-diff Snakefile workflow
 	$(BIN)/snakemake --lint
 
+schemas: .venv/made-from-lock
+	$(BIN)/python -m sts.pipeline.schemas
+
 .venv/made-from-lock: requirements.lock
 	@command -v $(firstword $(PYTHON)) > /dev/null || { echo "$(PYTHON) was not found; $(NEEDED)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
@@ -69,7 +73,7 @@ reference:
 	rm -rf results/reference/$(INTO)
 	mkdir -p results/reference/$(INTO)
 	cd $(RESULTS) && find tables figures bench runs configs -type f \
-	  \( -not -path 'runs/*' -o -name eval.json -o -name align.json -o -name instruct.json \
+	  \( -not -path 'runs/*' -o -regex 'runs/[^/]*/[^/]*/[^/]*\.json' \
 	    -o -path 'runs/*/eval/provenance.json' \) \
 	  -exec cp --parents -t ../reference/$(INTO) {} +
 

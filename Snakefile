@@ -8,11 +8,15 @@ min_version("9.17")
 configfile: "workflow/config/mini.yaml"
 
 
+report: "workflow/report/overview.rst"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/progress.smk"
 
 
 if workflow.is_main_process and not workflow.output_settings.dryrun:
@@ -22,17 +26,18 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:
 onstart:
     check_environment()
     write_configs()
+    show_progress()
 
 
 onsuccess:
+    end_progress()
     close_tracking("FINISHED")
     if Path(f"{RESULTS}/tables/main.md").exists():
-        print(
-            f"Results: {RESULTS}/tables/main.md, {RESULTS}/figures; report: `{report_command()}`"
-        )
+        print(f"Results: {RESULTS}/tables, {RESULTS}/figures; report: `{report_command()}`")
 
 
 onerror:
+    end_progress()
     show_failed_logs(log)
     close_tracking("FAILED")
 

@@ -26,13 +26,15 @@ def prepare(args: argparse.Namespace) -> None:
 
 def backbone(args: argparse.Namespace) -> None:
     """Write the manifest of the vision tower and the language model that every run starts from."""
-    from sts.mini import backbone
+    from sts.pipeline.model import SHIPPED, write_manifest
 
-    config = settings.load_scale(args.config)
-    if args.rebuild:
-        model = config.model.model_copy(update={"backbone": "rebuild"})
-        config = config.model_copy(update={"model": model})
-    backbone.main(config, args.out)
+    model, folder = settings.load_scale(args.config).model, SHIPPED
+    if args.rebuild or model.backbone == "rebuild":
+        from sts.mini.backbone import rebuilt
+
+        model = model.model_copy(update={"backbone": "rebuild"})
+        folder = rebuilt(model, args.out.parent)
+    write_manifest(model, args.out, folder)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -40,6 +42,9 @@ def train(args: argparse.Namespace) -> None:
     from sts.pipeline import train
 
     config = settings.load_scale(args.config)
+    if args.stage not in config.stages:
+        known = f"one of {', '.join(config.stages)}, the stages of {args.config}"
+        raise settings.ConfigError("command line", "--stage", args.stage, known)
     run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
     train.train(config, **run, data=args.data, init=args.init, out=args.out)
 
@@ -57,6 +62,8 @@ def bench(args: argparse.Namespace) -> None:
     """Time variants, interleaved, with the machine to themselves: the trainings of several
     configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
     if args.shape:
+        from sts.pipeline import shape_bench
+
         try:
             shape_bench.speed(
                 args.shape, args.settings, args.out, stages=args.stages, batch=args.batch,
@@ -75,8 +82,15 @@ def bench(args: argparse.Namespace) -> None:
     bench.bench(configs, data=args.data, init=args.init, out=args.out)
 
 
+def tokens(args: argparse.Namespace) -> None:
+    """Compress the first picture of a data set by every compressor: which tokens each keeps."""
+    from sts.pipeline import kept_tokens
+
+    kept_tokens.kept_tokens(args.backbone, args.data, args.out)
+
+
 def table(args: argparse.Namespace) -> None:
-    """Write a table as CSV, Markdown and LaTeX from result files."""
+    """Write a table as CSV, Markdown, LaTeX and HTML from result files."""
     from sts.pipeline import tables
 
     sources = dict(zip(args.ablations, args.sources or [], strict=bool(args.sources)))
@@ -96,9 +110,9 @@ def _labels(args: argparse.Namespace) -> dict[str, str]:
 
 def summary(args: argparse.Namespace) -> None:
     """Say in a few lines what was found and where to look."""
-    from sts.pipeline import tables
+    from sts.pipeline import findings
 
-    tables.summary(args.results)
+    findings.summary(args.results)
 
 
 def estimate(args: argparse.Namespace) -> None:
@@ -133,8 +147,8 @@ def config(args: argparse.Namespace) -> None:
             args.ablations, "--ablation", args.ablation, f"one of {', '.join(resolved)}"
         )
     shown = resolved[args.ablation] if args.ablation else scale
-    for stage in settings.STAGES:
-        lds = shown.stage(stage).lds
+    for stage, block in shown.stages.items():
+        lds = block.lds
         if lds.rate:
             print(f"# {stage}.lds, t = share of the stage done: {lds.formula(shown.model.layers)}")
     print(settings.dump(shown), end="")
@@ -189,13 +203,13 @@ def parser() -> argparse.ArgumentParser:
     add("--rebuild", action="store_true", help="train them anew, beside OUT")
     add = verb(train)
     run(add)
-    add("--stage", required=True, choices=settings.STAGES)
+    add("--stage", required=True, metavar="NAME", help="one of the configuration's stages")
     data(add)
-    paths(add, init="backbone manifest for align, align.json for instruct", out=out)
+    paths(add, init="backbone manifest for the first stage, else that of the one before", out=out)
     add = verb(evaluate)
     run(add)
     data(add)
-    paths(add, run="manifest of the trained run (instruct.json)", out=out)
+    paths(add, run="manifest of the trained run's last stage", out=out)
     add = verb(bench)
     text = "resolved configurations, named by ablation; the first is the baseline"
     add("--configs", type=Path, nargs="+", metavar="FILE", help=text)
@@ -206,13 +220,15 @@ def parser() -> argparse.ArgumentParser:
     text = "such as uniform@0.25, layerdrop@0.5:unit=samples, or joined by + (default: %(default)s)"
     both = ["uniform@0.25", "sts@0.6:epsilon=0.5", "uniform@0.25+sts@0.6:epsilon=0.5"]
     add("--settings", nargs="+", default=both, metavar="SETTING", help=text)
-    add("--stages", nargs="+", default=settings.STAGES, choices=settings.STAGES)
+    add("--stages", nargs="+", default=("align", "instruct"), choices=("align", "instruct"))
     add("--checkpointing", nargs="+", default=["off"], choices=("off", "on"))
     add("--batch", type=int, default=2, help="samples a step (default: %(default)s)")
     add("--text", type=int, default=64, help="text tokens a sample (default: %(default)s)")
     add("--layers", type=int, help="that many of the shape's (default: all; few without a GPU)")
     add("--width", type=float, help="that share of the width (default: 1; 1/8 without a GPU)")
     add("--repeats", type=int, default=7, help="timed steps a setting (default: %(default)s)")
+    manifests = {"backbone": "backbone manifest", "data": "manifest of a prepared data set"}
+    paths(verb(tokens), **manifests, out=out)
     add = verb(table)
     shown(add)
     add("--sources", nargs="+", metavar="WHOSE", help="whose method each is, in the same order")

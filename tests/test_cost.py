@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -17,7 +18,16 @@ from transformers import (
 from sts import LDS, VTC, sparsify
 from sts.lds.decision import Decision
 from sts.lds.units import without_backward
-from sts.pipeline.cost import flop_parts, parameters, peak_memory, shape_of, step_flops
+from sts.pipeline.cost import (
+    flop_parts,
+    parameters,
+    peak_memory,
+    shape_of,
+    step_flops,
+    trained_parameters,
+)
+from sts.pipeline.model import freeze
+from sts.pipeline.shape_bench import FUSED_ON_CPU
 
 SHAPES = {
     "wide": {
@@ -48,7 +58,19 @@ SHAPES = {
         "vocab": 512,
     },
 }
-BATCH, TEXT, ANSWERS = 3, 10, 4
+BATCH, TEXT, ANSWERS, RANK = 3, 10, 4, 5
+ALIGN, INSTRUCT = ("projector",), ("projector", "language_model")  # as the paper trains
+TRAINED = {
+    "align": ALIGN,
+    "instruct": INSTRUCT,
+    "language": ("language_model",),
+    "tower": ("vision_tower",),
+    "tower and projector": ("vision_tower", "projector"),
+    "all": ("vision_tower", "projector", "language_model"),
+    "lora": ("lora",),
+    "lora and projector": ("lora", "projector"),
+    "lora and tower": ("lora", "vision_tower"),
+}
 SETTINGS = {
     "dense": {},
     "vtc": {"vtc": VTC(kind="avgpool2d", keep=0.25)},
@@ -60,7 +82,7 @@ SETTINGS = {
 }
 
 
-def build(name, attention="sdpa", stage="instruct"):
+def build(name, trains=INSTRUCT, attention="sdpa", checkpointing=False):
     shape = SHAPES[name]
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -84,12 +106,24 @@ def build(name, attention="sdpa", stage="instruct"):
     )
     model = LlavaForConditionalGeneration(config)
     model.set_attn_implementation(attention)
-    model.requires_grad_(stage == "instruct").model.vision_tower.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(True)
-    with sparsify(model.train()) as scheme:  # its forward is asked once what it sees, no part of it
+    freeze(model, [part for part in trains if part != "lora"])
+    if "lora" in trains:
+        adapt(model)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    with sparsify(model) as scheme:  # its forward is asked once what it sees, no part of it
         scheme.begin_step(0)
         model(**batch_for(model))
     return model
+
+
+def adapt(model):
+    """Adapters on every linear layer of the decoder, beside what is trained already."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    linear = r".*language_model\.layers\..*_proj"
+    inject_adapter_in_model(LoraConfig(r=RANK, target_modules=linear), model)
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def batch_for(model):
@@ -113,37 +147,27 @@ def sparse(model, setting):
     return scheme
 
 
-def settings_of(metrics, stage):
+def settings_of(metrics, trains):
     return {
         "batch": BATCH,
         "visual_tokens": metrics["visual_tokens"],
         "text_tokens": metrics["tokens"] - metrics["visual_tokens"],
         "answer_tokens": metrics["answer_tokens"],
-        "stage": stage,
+        "trains": trains,
+        "lora_rank": RANK,
     }
 
 
-# On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
-FUSED_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
-    ),
-}
+WAYS = [("sdpa", False), ("sdpa", True), ("eager", False)]  # attention, checkpointing
+CASES = [(name, trains, setting) for name in SHAPES for trains in TRAINED for setting in SETTINGS]
 
 
-@pytest.mark.parametrize(
-    ("attention", "checkpointing"), [("sdpa", False), ("sdpa", True), ("eager", False)]
-)
-@pytest.mark.parametrize("setting", sorted(SETTINGS))
-@pytest.mark.parametrize("stage", ["align", "instruct"])
-@pytest.mark.parametrize("name", sorted(SHAPES))
-def test_flops_agree_with_torch_within_one_percent(name, stage, setting, attention, checkpointing):
-    model = build(name, attention, stage)
-    if checkpointing:
-        model.model.language_model.activation_checkpointing_enable()
+@pytest.mark.parametrize(("attention", "checkpointing"), WAYS)
+@pytest.mark.parametrize(("name", "trains", "setting"), CASES)
+def test_flops_agree_with_torch_within_one_percent(
+    name, trains, setting, attention, checkpointing
+):
+    model = build(name, TRAINED[trains], attention, checkpointing)
     scheme = sparse(model, setting)
     counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
     with counter:
@@ -151,7 +175,7 @@ def test_flops_agree_with_torch_within_one_percent(name, stage, setting, attenti
     metrics = scheme.metrics()
     expected = step_flops(
         shape_of(model.config),
-        **settings_of(metrics, stage),
+        **settings_of(metrics, TRAINED[trains]),
         work=metrics["work"],
         checkpointing=checkpointing,
         fused_attention=attention == "sdpa",

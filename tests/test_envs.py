@@ -1,5 +1,6 @@
 """One lock: pip, conda and the package's own requirements agree."""
 
+import ast
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -59,11 +61,66 @@ def test_there_is_one_environment_and_every_rule_that_runs_a_verb_uses_it():
             assert ("shell:" in rule) == ('"../../envs/sts.yaml"' in rule), rule
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ASKED = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+
+
+def asked_for(*extras: str) -> dict[str, Requirement]:
+    """What the package and these extras ask for, by name."""
+    needs = [Requirement(text) for extra in ("", *extras) for text in ASKED[extra]]
+    return {need.name.lower().replace("_", "-"): need for need in needs}
+
+
 def test_the_lock_meets_what_the_package_asks_for():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for text in project["dependencies"] + project["optional-dependencies"]["pipeline"]:
-        need = Requirement(text)
-        assert need.specifier.contains(version(need.name.lower().replace("_", "-"))), text
+    needs = asked_for("pipeline", "dev")
+    del needs["pre-commit"]  # a habit of who likes it; nothing here imports it
+    for name, need in needs.items():
+        assert need.specifier.contains(version(name)), need
+
+
+FLOORS = {  # folders -> the extras whose packages their files may import
+    ("sts/[!_]*.py", "sts/vtc/*.py", "sts/lds/*.py", "sts/architectures/*.py"): (),
+    ("sts/**/*.py",): ("pipeline",),
+    ("tests/*.py", "examples/*.py"): ("pipeline", "dev"),
+}
+IF_THERE = {"deepspeed", "liger_kernel"}  # their users have them; not in the lock
+
+
+def imports(file: Path) -> set[str]:
+    """Names of the modules that a file imports anywhere."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module)
+    return {name.partition(".")[0] for name in found}
+
+
+def test_what_a_floor_imports_is_what_its_extra_asks_for():
+    packages = metadata.packages_distributions()
+    own = {"sts", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
+    for patterns, extras in FLOORS.items():
+        names = set().union(*(imports(file) for glob in patterns for file in ROOT.glob(glob)))
+        for name in names - sys.stdlib_module_names - own - IF_THERE:
+            known = {package.lower().replace("_", "-") for package in packages[name]}
+            assert known & asked_for(*extras).keys(), f"{patterns} import {name}: of {known}"
+
+
+def test_a_wheel_holds_the_whole_package_and_nothing_else(tmp_path):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "sts", tmp_path / "sts", ignore=ignored)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/__init__.py").touch()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "from setuptools import build_meta; build_meta.build_wheel('made')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "made").glob("*.whl")
+    held = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = [file for file in (tmp_path / "sts").rglob("*") if file.is_file()]
+    assert held == {str(file.relative_to(tmp_path)) for file in files}
+    assert "sts/py.typed" in held
 
 
 def test_the_tests_run_on_the_lock():
@@ -105,6 +162,15 @@ def test_make_refuses_a_python_that_will_not_do_and_says_so(version, tmp_path):
     assert said == f"{found}; Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11"
     assert len(more) == 1 and more[0].startswith("make")  # that it stops
     assert not (tmp_path / ".venv").exists()
+
+
+def test_make_alone_explains_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert set(targets.split()) == set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    said = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
+    explained = re.findall(r"\bmake ([\w-]+)", said.stdout)
+    assert sorted([*explained, "help"]) == sorted(targets.split())
 
 
 LITTERING = """
@@ -151,8 +217,11 @@ def test_the_python_of_the_tests_is_supported():
 def test_make_reference_keeps_small_files_under_the_name_asked_for(given, folder, tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     small = ["tables/main.md", "bench/main.json", "figures/loss.svg", "configs/dense.yaml",
-             "runs/dense/seed0/eval.json", "runs/dense/seed0/eval/provenance.json"]  # fmt: skip
-    for name in [*small, "runs/dense/seed0/samples/colour.jsonl", "weights/k/model.safetensors"]:
+             "runs/dense/seed0/eval.json", "runs/dense/seed0/eval/provenance.json",
+             "runs/dense/seed0/a_stage.json"]  # fmt: skip
+    large = ["samples/colour.jsonl", "eval/key/mlflow.json"]
+    large = [f"runs/dense/seed0/{name}" for name in large] + ["weights/k/model.safetensors"]
+    for name in [*small, *large]:
         file = tmp_path / "results/mini" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()

@@ -19,23 +19,21 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from transformers import PreTrainedModel
 
-from sts.mini.backbone import build_llava
 from sts.pipeline import cost, provenance
-from sts.pipeline.config import STAGES, BenchConfig, Config, StageConfig
+from sts.pipeline.bar import bar_of
+from sts.pipeline.config import BenchConfig, Config, StageConfig
 from sts.pipeline.data.collator import collate
 from sts.pipeline.device import lease
-from sts.pipeline.train import (
-    freeze,
-    load_data,
-    make_optimizer,
-    measure,
-    my_pieces,
-    optimizer_step,
-    prepare_process,
-    progress,
-    put_scheme,
-)
+from sts.pipeline.feed import load_data, my_pieces
+from sts.pipeline.history import measure
+from sts.pipeline.lora import add_adapters
+from sts.pipeline.model import build_llava, freeze
+from sts.pipeline.step import make_optimizer, optimizer_step, prepare_process
+from sts.pipeline.train import derived_seed, put_scheme
 from sts.scheme import Scheme, unsparsify
 
 REPEATS = 3  # timed steps of a variant at a point; their median counts
@@ -45,8 +43,8 @@ SEED = 0  # of data order, projector and layer draws
 def bench(
     configs: Mapping[str, Config], data: Sequence[str | Path], init: str | Path, out: str | Path
 ) -> dict[str, Any]:
-    """Time optimizer steps of every variant (id -> configuration) at points of both stages; write
-    and return the result.
+    """Time optimizer steps of every variant (id -> configuration) at points of its stages; write and
+    return the result. Stages of one name are timed side by side.
 
     A stage's time is its number of steps times the mean over the points of a step's median seconds;
     its FLOPs come from the very steps that were timed. data: manifests of prepared data sets; init:
@@ -58,14 +56,15 @@ def bench(
         raise ValueError(f"bench: points and warmup must be the same in {', '.join(configs)}")
     variants: dict[str, dict[str, Any]] = {id: {} for id in configs}
     with lease():
-        for stage in STAGES:
-            blocks = {id: config.stage(stage) for id, config in configs.items()}
+        for stage in dict.fromkeys(name for config in configs.values() for name in config.stages):
+            blocks = {id: c.stage(stage) for id, c in configs.items() if stage in c.stages}
             for id, found in time_stage(blocks, stage, data, init, first.bench).items():
                 variants[id][stage] = found
         facts = provenance.hardware()
     for found in variants.values():
-        found["time_s"] = sum(found[stage]["stage_s"] for stage in STAGES)
-        found["flops"] = {stage: found[stage].pop("flops") for stage in STAGES}
+        stages = list(found.items())
+        found["time_s"] = sum(timed["stage_s"] for _, timed in stages)
+        found["flops"] = {stage: timed.pop("flops") for stage, timed in stages}
     result = {
         "threads": torch.get_num_threads(),
         "device": ", ".join(facts["gpus"]) or f"{facts['cores']} x {facts['cpu']}",
@@ -91,18 +90,19 @@ def time_stage(
     first = next(iter(blocks.values()))
     accelerator = prepare_process(first.model_copy(update={"processes": 1}))
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
-    model, processor = build_llava(init, SEED)
-    freeze(model, stage)
-    shape = cost.shape_of(model.config)
-    # one model and one optimizer for all, at learning rate 0: every step starts from equal weights
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, first))
+    trained = {}  # one model for all that train the same parts, each loaded when first asked for
+    for block in blocks.values():
+        if (what := _trained(block)) not in trained:
+            trained[what] = _prepared(block, init, accelerator)
+    processor, shape = next(iter(trained.values()))[2:]
+    seed = derived_seed(SEED, f"{stage}/order")
     feeds = {
-        id: load_data(of_stage(data, block), stage, block, processor, SEED)
-        for id, block in blocks.items()
+        id: load_data(of_stage(data, block), block, processor, seed) for id, block in blocks.items()
     }
     on_gpu = accelerator.device.type == "cuda"
     chosen = {}
     for id, block in blocks.items():
+        model = trained[_trained(block)][0]
         scheme = put_scheme(model, block, SEED, stage, len(feeds[id][0]))
         chosen[id] = typical_steps(scheme, block.steps, plan.points)
         unsparsify(model)
@@ -110,6 +110,7 @@ def time_stage(
     def step(id: str, point: int) -> tuple[float, dict[str, Any]]:
         """(seconds, what it did) of one step of a variant on batch number `point`."""
         block, (samples, order) = blocks[id], feeds[id]
+        model, optimizer, *_ = trained[_trained(block)]
         scheme = put_scheme(model, block, SEED, stage, len(samples))
         scheme.begin_step(chosen[id][point])
         own = block.batch_size * block.gradient_accumulation_steps  # of one process
@@ -121,18 +122,18 @@ def time_stage(
         if on_gpu:  # there other processes load while the GPU works, so loading takes no time
             torch.cuda.synchronize()
             began = time.perf_counter()
-        optimizer_step(accelerator, wrapped, optimizer, batches, block, 0.0, scheme)
+        optimizer_step(accelerator, model, optimizer, batches, block, 0.0, scheme)
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        row = measure(scheme, shape, stage, block, [samples.has_image[i] for i in indices])
+        row = measure(scheme, shape, block, [samples.has_image[i] for i in indices])
         unsparsify(model)
         return seconds, row
 
     place = count()
     names = ("step_s", "flops", "layers_run", "visual_tokens", "order")
     found: dict[str, dict[str, list]] = {id: {name: [] for name in names} for id in blocks}
-    bar = progress(f"bench {stage}", 0, plan.points * (plan.warmup + REPEATS) * len(blocks))
+    bar = bar_of(f"bench {stage}", 0, plan.points * (plan.warmup + REPEATS) * len(blocks))
     for point in range(plan.points):
         timed: dict[str, list] = {id: [] for id in blocks}
         for repeat in range(-plan.warmup, REPEATS):
@@ -158,6 +159,25 @@ def time_stage(
         }
         for id, lists in found.items()
     }
+
+
+def _trained(block: StageConfig) -> str:
+    """What of a model is trained, as a key."""
+    return json.dumps([sorted(block.trains), block.lora.rank if "lora" in block.trains else 0])
+
+
+def _prepared(
+    block: StageConfig, init: str | Path, accelerator: Accelerator
+) -> tuple[PreTrainedModel, AcceleratedOptimizer, Any, cost.Shape]:
+    """Model, optimizer, processor and shape. At learning rate 0 every step starts from equal
+    weights, so the steps of all variants may share them."""
+    model, processor = build_llava(init, SEED)
+    freeze(model, [part for part in block.trains if part != "lora"])
+    shape = cost.shape_of(model.config)
+    if "lora" in block.trains:
+        add_adapters(model, block.lora, SEED)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
+    return model, optimizer, processor, shape
 
 
 def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:

@@ -6,12 +6,11 @@ checked before anything runs; a `ConfigError` names the file, the key, the value
 accepted. Only pydantic and yaml are needed, so that the workflow can read it in any environment.
 """
 
-import ast
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -19,22 +18,30 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
+    Tag,
     ValidationError,
 )
 
-from sts import lds as skipping
-from sts import vtc as compressing
 from sts.checks import NotAccepted, expect
+from sts.pipeline import benchmarks
 from sts.pipeline.provenance import sha256_json
 from sts.settings import LDS, VTC
 
 CODE = Path(__file__).resolve().parents[1]
 MINI = CODE.parent / "workflow" / "config" / "mini.yaml"
+SETS = (CODE / "mini" / "sets", CODE / "pipeline" / "data" / "sets")  # folders of data sets
 GROUPS = Literal["main", "components", "compressor", "skipper", "real"]
-STAGES = ("align", "instruct")
+SPLITS = ("align", "instruct")  # captions, conversations
+BACKBONE = "backbone"  # what the first stage starts from
+RESERVED = (
+    BACKBONE,
+    "evaluate",
+    "eval",
+)  # no names of stages: they have files and keys of their own
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -53,24 +60,22 @@ def _scientific(value: Any) -> Any:
     return value
 
 
-def registered(file: str, table: str) -> tuple[str, ...]:
-    """Keys of the dict literal `table` in a source file of the package, read without importing it.
-
-    So a new data set is accepted as soon as its registry names it, and the workflow needs no
-    `datasets` to know that.
-    """
-    for node in ast.parse((CODE / file).read_text(encoding="utf-8")).body:
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
-        names = [target.id for target in targets if isinstance(target, ast.Name)]
-        if table in names and isinstance(node.value, ast.Dict):
-            return tuple(ast.literal_eval(key) for key in node.value.keys)
-    raise LookupError(f"{CODE / file} has no dict literal {table}")
+def datasets() -> dict[str, Path]:
+    """Name -> file of every data set of the package: what is in `SETS` and doesn't begin with _."""
+    files = [file for folder in SETS for file in sorted(folder.glob("*.py"))]
+    return {file.stem: file for file in files if file.stem[0] != "_"}
 
 
 Number = Annotated[float, BeforeValidator(_scientific)]
 Share = Annotated[Number, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Index = Annotated[int, Ge(0)]
+Rate = Annotated[Number, Gt(0)]
+Part = Literal["projector", "language_model", "vision_tower", "lora"]
+RateOfParts = Annotated[
+    Annotated[Rate, Tag("[one]")] | Annotated[dict[Part, Rate], Tag("[parts]")],
+    Discriminator(lambda value: "[parts]" if isinstance(value, Mapping) else "[one]"),
+]
 
 
 def _settings(kind: type) -> Any:
@@ -101,6 +106,42 @@ class Block(BaseModel):
 
 
 BlockT = TypeVar("BlockT", bound=Block)
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Marks a key by the value at which it does nothing: there it is left out of the identity, so
+    that a new key retrains nothing. A default that changes from it does."""
+
+    value: Any
+
+
+def identity(part: Any) -> Any:
+    """What a result depends on of a block of a configuration: plain values, without those that are
+    neutral."""
+    if isinstance(part, Mapping):
+        return {key: identity(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [identity(one) for one in part]
+    if isinstance(part, BaseModel):
+        marks = {name: field.metadata for name, field in type(part).model_fields.items()}
+        neutral = {
+            name: item.value
+            for name, items in marks.items()
+            for item in items
+            if isinstance(item, Neutral)
+        }
+    elif is_dataclass(part):
+        marks = {field.name: field.metadata for field in fields(part)}
+        neutral = {name: mark["neutral"] for name, mark in marks.items() if "neutral" in mark}
+    else:
+        return part
+    values = {name: getattr(part, name) for name in marks}
+    return {
+        name: identity(value)
+        for name, value in values.items()
+        if name not in neutral or value != neutral[name]
+    }
 
 
 class ScenesConfig(Block):
@@ -163,32 +204,49 @@ class ModelConfig(Block):
     """CPU threads of a rebuild."""
 
 
+class LoraConfig(Block):
+    """Low-rank adapters on the linear layers of the language model's decoder, merged at the end."""
+
+    rank: Count = 16
+    """Rank of an adapter."""
+    alpha: Annotated[Number, Gt(0)] = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    """Of an adapter's input."""
+
+
 class StageConfig(Block):
     """One training stage."""
 
+    trains: Annotated[list[Part], Field(min_length=1)]
+    """Parts that are trained, the others are frozen; every stage says it."""
+    init: str | None = None
+    """Stage it comes right after, or `backbone`: it comes first; null: in the order of the list."""
     data: Annotated[list[str], Field(min_length=1)] = ["scenes"]
     """Names of the data sets, mixed."""
+    split: Literal["align", "instruct"] | None = None
+    """Split of the data sets: captions or conversations; null: that of the stage's name."""
     steps: Count = 200
     """Optimizer steps."""
     batch_size: Count = 32
     """Samples of one forward pass on one process."""
-    gradient_accumulation_steps: Count = 1
+    gradient_accumulation_steps: Annotated[Count, Neutral(1)] = 1
     """Forward passes of one optimizer step."""
-    processes: Count = 1
+    processes: Annotated[Count, Neutral(1)] = 1
     """Data-parallel processes (GPUs) of one training."""
-    lr: Annotated[Number, Gt(0)] = 1.0e-3
-    """Peak learning rate; cosine schedule."""
-    warmup_ratio: Annotated[Number, Ge(0), Lt(1)] = 0.03
+    lr: RateOfParts = 1.0e-3
+    """Peak learning rate, one for all or one for each part that is trained; cosine schedule."""
+    warmup_ratio: Annotated[Number, Ge(0), Lt(1), Neutral(0.0)] = 0.03
     """Share of the steps over which the learning rate rises."""
-    weight_decay: Annotated[Number, Ge(0)] = 0.0
+    weight_decay: Annotated[Number, Ge(0), Neutral(0.0)] = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: Annotated[Number, Gt(0)] = 1.0
     """Norm that gradients are clipped to."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the forward pass; bf16 by autocast, and fp32 on a CPU that does not compute in bf16."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, Neutral(False)] = False
     """Recompute activations in the backward pass to save memory."""
-    group_by_length: bool = True
+    group_by_length: Annotated[bool, Neutral(False)] = True
     """Batches of samples of similar length and the same modality."""
     max_length: Count = 2048
     """Tokens of a sample; longer ones are cut."""
@@ -196,31 +254,33 @@ class StageConfig(Block):
     """Steps between checkpoints; the trained weights don't depend on it."""
     threads: Count = 1
     """CPU threads of one training; fixed, so that weights don't depend on the number of cores."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters, where `lora` is among the parts that are trained."""
     vtc: VTCSettings = VTC()
     """Visual token compression."""
     lds: LDSSettings = LDS()
     """Layer skipping."""
 
-    def identity(self) -> dict[str, Any]:
-        """The values that the trained weights depend on."""
-        return self.model_dump(exclude={"checkpoint_every"})
+    @property
+    def compresses(self) -> bool:
+        """Whether VTC acts."""
+        return self.vtc.kind != "none" and self.vtc.keep < 1
 
-    def sources(self) -> list[Path]:
-        """The source files whose formulas a training with these values uses."""
-        files = ["pipeline/train.py", "scheme.py", "loss.py", "mini/backbone.py"]
-        files += ["architectures/_base.py", "architectures/llava.py"]
-        files += ["pipeline/data/collator.py", "pipeline/data/conversation.py"]
-        own: set[Path | None] = set()
-        if self.vtc.kind != "none":
-            files += ["compression.py", "sequence.py", "schedule.py", "draws.py"]
-            files += ["vtc/_shared.py"]
-            own.add(compressing.source_of(self.vtc.kind))
-        if self.lds.policy != "none":
-            files += ["sequence.py", "schedule.py", "draws.py"]
-            files += [f"lds/{part}.py" for part in ("decision", "parts", "skipper")]
-            files += ["lds/units.py", "lds/measure.py"]
-            own |= {skipping.source_of(name) for name in (self.lds.depth, self.lds.unit)}
-        return sorted({CODE / file for file in files} | (own - {None}))
+    @property
+    def skips(self) -> bool:
+        """Whether LDS acts."""
+        return self.lds.rate > 0
+
+    def identity(self) -> dict[str, Any]:
+        """The values that the trained weights depend on. What a stage starts from is not among
+        them: its bytes are hashed beside them."""
+        idle = {
+            "vtc": not self.compresses,
+            "lds": not self.skips,
+            "lora": "lora" not in self.trains,
+        }
+        left_out = {"init", "checkpoint_every", *(name for name, off in idle.items() if off)}
+        return {key: value for key, value in identity(self).items() if key not in left_out}
 
 
 class EvaluateConfig(Block):
@@ -229,13 +289,15 @@ class EvaluateConfig(Block):
     benchmarks: Annotated[list[str], Field(min_length=1)] = [
         "existence", "colour", "shape", "counting", "relation", "text", "chart", "composition",
     ]  # fmt: skip
-    """Names of the benchmarks."""
+    """Names of benchmarks: files of sts/pipeline/tasks, image tasks or groups of lm-eval."""
+    metrics: Annotated[dict[str, str], Neutral({})] = {}
+    """Benchmark -> metric that is its score, where it is not the first one of its task."""
     batch_size: Count = 64
-    """Fixed: scores move with it."""
+    """Questions answered at once; a part of the result's identity."""
     blind: bool = True
     """Also answer every question with a grey image."""
     max_new_tokens: Count = 4
-    """Longest answer."""
+    """Longest answer to our own questions; lm-eval's tasks have their own limits."""
     limit: Count | None = None
     """At most this many questions of each benchmark, always the same ones; null: all."""
 
@@ -260,22 +322,35 @@ class Config(Block):
     """Sources and preparation."""
     model: ModelConfig = ModelConfig()
     """Vision tower and language model."""
-    align: StageConfig = StageConfig()
-    """First stage: projector only, captions."""
-    instruct: StageConfig = StageConfig()
-    """Second stage: projector and language model, questions and answers."""
+    stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
+    """Name -> training stage, one after the other; null takes a stage out."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Benchmarks."""
     bench: BenchConfig = BenchConfig()
     """Timing."""
 
     def stage(self, name: str) -> StageConfig:
-        """The block of the stage `align` or `instruct`."""
-        return {"align": self.align, "instruct": self.instruct}[name]
+        """The block of a stage. Raises KeyError for one that there is not."""
+        return self.stages[name]
+
+    @property
+    def last(self) -> str:
+        """Name of the last stage, whose weights are evaluated."""
+        return list(self.stages)[-1]
+
+    def before(self, name: str) -> str:
+        """The stage that a stage starts from; BACKBONE for the first."""
+        names = [BACKBONE, *self.stages]
+        return names[names.index(name) - 1]
+
+    def training_data(self) -> list[str]:
+        """Names of the data sets that are trained on, each once."""
+        return list(dict.fromkeys(name for block in self.stages.values() for name in block.data))
 
     def evaluation_data(self) -> list[str]:
-        """Names of the data sets that hold the benchmarks, each once."""
-        return list(dict.fromkeys(dataset_of(name) for name in self.evaluate.benchmarks))
+        """Names of the prepared data sets that hold the benchmarks, each once."""
+        found = map(benchmarks.dataset_of, self.evaluate.benchmarks)
+        return list(dict.fromkeys(filter(None, found)))
 
 
 class _Entry(Block):
@@ -289,8 +364,9 @@ class _Entry(Block):
     """Instead of the scale's."""
     steps_share: Annotated[Number, Gt(0), Le(1)] = 1.0
     """Share of the scale's steps that each stage trains: a control with less training."""
-    overrides: dict[Literal["align", "instruct", "evaluate"], dict[str, Any]] = {}
-    """The values that differ from the scale's."""
+    overrides: dict[str, dict[str, Any] | None] = {}
+    """The values that differ from the scale's, of `evaluate` or of a stage; null takes a stage out,
+    and a name that the scale has not adds a stage."""
 
 
 @dataclass(frozen=True)
@@ -304,21 +380,7 @@ class Ablation:
     source: str
     seeds: list[int] | None
     steps_share: float
-    overrides: dict[str, dict[str, Any]]
-
-
-def dataset_of(benchmark: str) -> str:
-    """Name of the data set that holds a benchmark: its own if there is one, else `scenes`."""
-    return (
-        benchmark if benchmark in registered("pipeline/data/registry.py", "REGISTRY") else "scenes"
-    )
-
-
-def benchmarks() -> tuple[str, ...]:
-    """Names of the benchmarks: every task file of the package that does not begin with _."""
-    return tuple(
-        sorted(f.stem for f in (CODE / "pipeline" / "tasks").glob("*.yaml") if f.stem[0] != "_")
-    )
+    overrides: dict[str, dict[str, Any] | None]
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -387,12 +449,14 @@ def load_ablations(path: str | Path) -> dict[str, Ablation]:
 def resolve(config: Config, ablation: Ablation) -> Config:
     """The scale's configuration with the ablation's values in place. Raises ConfigError."""
     base = config.model_dump(by_alias=True)
-    for stage in STAGES:
-        base[stage]["steps"] = max(1, round(base[stage]["steps"] * ablation.steps_share))
-        lds = ablation.overrides.get(stage, {}).get("lds")
+    delta: dict[str, Any] = {"stages": dict(ablation.overrides)}
+    if "evaluate" in ablation.overrides:
+        delta["evaluate"] = delta["stages"].pop("evaluate")
+    for name, block in base["stages"].items():
+        block["steps"] = max(1, round(block["steps"] * ablation.steps_share))
+        lds = (delta["stages"].get(name) or {}).get("lds")
         if isinstance(lds, Mapping) and "policy" in lds:
-            base[stage]["lds"] = {}  # its parts are that policy's, not those of the scale's
-    delta = dict(ablation.overrides)
+            block["lds"] = {}  # its parts are that policy's, not those of the scale's
     if ablation.seeds:
         delta["seeds"] = ablation.seeds
     merged = deep_merge(base, delta)
@@ -411,10 +475,56 @@ def deep_merge(base: Mapping, delta: Mapping) -> dict:
 
 def validate(content: Mapping, file: str | Path, prefix: str = "") -> Config:
     """A checked configuration; `file` and `prefix` (the ablation) are what an error names."""
-    config = _parse(Config, content, file, prefix)
-    for key, value, accepted in _contradictions(config):
-        raise ConfigError(file, ".".join(filter(None, (prefix, key))), value, accepted)
-    return config
+    kept = content
+    if isinstance(content.get("stages"), Mapping):
+        stages = {name: block for name, block in content["stages"].items() if block is not None}
+        kept = {**content, "stages": stages}
+    config = _parse(Config, kept, file, prefix)
+    for key, value, accepted in (*_disorder(config.stages), *_contradictions(config)):
+        raise ConfigError(file, _key(prefix, key), value, accepted)
+    return config.model_copy(update={"stages": _in_order(config.stages)})
+
+
+def _disorder(stages: Mapping[str, StageConfig]) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, accepted) of stages whose order can't be told."""
+    for name, block in stages.items():
+        others = [other for other in stages if other != name]
+        if name in RESERVED or not NAME.fullmatch(name):
+            taken = f", none of {', '.join(RESERVED)}"
+            yield "stages", name, "lower case letters, digits and _, a letter first" + taken
+        if block.init not in (None, BACKBONE, *others):
+            yield f"stages.{name}.init", block.init, f"one of {', '.join((BACKBONE, *others))}"
+        same = [other for other in others if stages[other].init == block.init]
+        if block.init and same:
+            yield (
+                f"stages.{name}.init",
+                block.init,
+                f"another: stages.{same[0]} comes right after it",
+            )
+    placed = _in_order(stages)
+    for name, block in stages.items():
+        if name not in placed:
+            yield f"stages.{name}.init", block.init, "a stage that does not come after this one"
+
+
+def _in_order(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
+    """The stages as they are trained; `init` is said by the order then, and `split` by the name
+    where it was not given."""
+    waiting = {block.init: name for name, block in stages.items() if block.init}
+    order: list[str] = []
+    for listed in (BACKBONE, *(name for name, block in stages.items() if not block.init)):
+        next_one: str | None = listed
+        while next_one:
+            order.append(next_one)
+            next_one = waiting.pop(next_one, None)
+    filled = {
+        name: {"init": None, "split": stages[name].split or _split_of(name)} for name in order[1:]
+    }
+    return {name: stages[name].model_copy(update=values) for name, values in filled.items()}
+
+
+def _split_of(name: str) -> str | None:
+    return name if name in SPLITS else None
 
 
 def dump(config: Config) -> str:
@@ -423,29 +533,50 @@ def dump(config: Config) -> str:
 
 
 def config_hash(*parts: BaseModel | Mapping | list | str) -> str:
-    """16 hex digits of the given parts of a configuration."""
-    plain = [part.model_dump() if isinstance(part, BaseModel) else part for part in parts]
-    return sha256_json(plain)[:16]
+    """16 hex digits of what the given parts of a configuration say, neutral values left out."""
+    return sha256_json([identity(part) for part in parts])[:16]
 
 
 def _contradictions(config: Config) -> Iterator[tuple[str, Any, str]]:
     """(key, value, accepted) of values that are fine alone but not together."""
-    sets = (*registered("pipeline/data/registry.py", "REGISTRY"), *config.data.custom)
-    for stage in STAGES:
-        block = config.stage(stage)
+    sets = (*datasets(), *config.data.custom)
+    for stage, block in config.stages.items():
+        key = f"stages.{stage}"
+        if not (block.split or _split_of(stage)):
+            yield f"{key}.split", None, f"one of {', '.join(SPLITS)}: the stage's name says neither"
         for name in block.data:
             if name not in sets:
-                yield f"{stage}.data", name, f"one of {', '.join(sets)}"
-            custom = config.data.custom.get(name)
-            if custom and custom.split != stage:
-                yield f"data.custom.{name}.split", custom.split, f"{stage}: {stage}.data names it"
+                yield f"{key}.data", name, f"one of {', '.join(sets)}"
+            custom, split = config.data.custom.get(name), block.split or _split_of(stage)
+            if custom and split and custom.split != split:
+                yield f"data.custom.{name}.split", custom.split, f"{split}: {key}.data names it"
+        if len(set(block.trains)) < len(block.trains):
+            yield f"{key}.trains", block.trains, "every part once"
+        if {"lora", "language_model"} <= set(block.trains):
+            yield (
+                f"{key}.trains",
+                block.trains,
+                "lora or language_model: adapters train in its place",
+            )
+        if isinstance(block.lr, dict) and set(block.lr) != set(block.trains):
+            yield f"{key}.lr", block.lr, f"a number, or one for each of {', '.join(block.trains)}"
         try:
             block.lds.check_layers(config.model.layers)
         except NotAccepted as error:
-            yield f"{stage}.{_in_block(error.name)}", error.value, error.accepted
+            yield f"{key}.{_in_block(error.name)}", error.value, error.accepted
     for name in config.evaluate.benchmarks:
-        if name not in benchmarks():
-            yield "evaluate.benchmarks", name, f"one of {', '.join(benchmarks())}"
+        asked = benchmarks.dataset_of(name)
+        if not benchmarks.known(name):
+            yield "evaluate.benchmarks", name, f"one of {benchmarks.accepted()}"
+        elif asked and asked not in sets:
+            yield (
+                "evaluate.benchmarks",
+                name,
+                f"a task file whose dataset is one of {', '.join(sets)}, not {asked}",
+            )
+    for name, metric in config.evaluate.metrics.items():
+        if not benchmarks.known(name):
+            yield f"evaluate.metrics.{name}", metric, f"a key that is {benchmarks.accepted()}"
     if config.model.backbone == "pretrained":
         for key in ("vision", "language"):
             if getattr(config.model, key) is None:
@@ -464,13 +595,21 @@ def _parse(model: type[BlockT], content: Any, file: str | Path, prefix: str) -> 
         return model.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if str(part) not in _TAGS)
     wrong = problem.get("ctx", {}).get("error")
     if isinstance(wrong, NotAccepted):  # of a block that is the library's: VTC.keep
-        block = ".".join(str(part) for part in (prefix, *problem["loc"]) if part)
-        _, _, key = wrong.name.partition(".")
-        raise ConfigError(file, ".".join(filter(None, (block, key))), wrong.value, wrong.accepted)
-    key = ".".join(str(part) for part in (prefix, *problem["loc"]) if part not in ("", "[key]"))
-    raise ConfigError(file, key, problem["input"], _accepted(model, problem))
+        _, _, last = wrong.name.partition(".")
+        whole = _key(prefix, ".".join(filter(None, (key, last))))
+        raise ConfigError(file, whole, wrong.value, wrong.accepted)
+    raise ConfigError(file, _key(prefix, key), problem["input"], _accepted(model, problem))
+
+
+_TAGS = ("", "[key]", "[one]", "[parts]")  # what pydantic puts into a key that nobody wrote
+
+
+def _key(prefix: str, key: str) -> str:
+    """A key as it stands in the file: an ablation (`prefix`) names its stages without `stages`."""
+    return f"{prefix}.{key.removeprefix('stages.')}" if prefix else key
 
 
 def _accepted(model: type[Block], problem: Mapping) -> str:
@@ -481,6 +620,9 @@ def _accepted(model: type[Block], problem: Mapping) -> str:
         fields = {f.alias or name: f for name, f in getattr(owner, "model_fields", {}).items()}
         if problem["type"] == "extra_forbidden" and part == last:
             return f"the keys {', '.join(fields)}"
+        if get_origin(owner) is dict:  # `part` is a name of the user's
+            owner = get_args(owner)[1]
+            continue
         field = fields.get(part, field)
         owner = field.annotation if field else owner
     if problem["type"] == "missing":

@@ -43,8 +43,8 @@ from sts.pipeline.config import (
     load_scale,
     resolve,
 )
+from sts.pipeline.model import freeze
 from sts.pipeline.train import (
-    freeze,
     fused_attention,
     global_batch,
     make_optimizer,
@@ -337,7 +337,7 @@ def training_rate(model: LlavaConfig, stage: str, block: StageConfig, budget: fl
         torch.manual_seed(0)
         built = LlavaForConditionalGeneration(model)
         batch = synthetic_batch(model, stage, block)
-    freeze(built, stage)
+    freeze(built, block.trains)
     scheme = put_scheme(built, block, 0, stage, global_batch(block))
     wrapped, optimizer = accelerator.prepare(built, make_optimizer(built, block))
     batches = [batch] * block.gradient_accumulation_steps

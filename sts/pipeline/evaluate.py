@@ -4,13 +4,16 @@
         --run results/mini/runs/sts/seed0/instruct.json --data data/mini/scenes/manifest.json \
         --out results/mini/runs/sts/seed0/eval.json
 
-score     share of answers that match, from lm-eval's `hf-multimodal`
+score     the benchmark's metric over the answers of lm-eval's `hf-multimodal`: for our own the
+          share that match
 blind     the same model and questions with every image turned grey: what the words give away
 majority  the most frequent answer of each question form: no question-only guess that knows forms
           does better
 chance    a uniform guess among the answers of each form
 """
 
+import contextlib
+import copy
 import gc
 import json
 import logging
@@ -18,8 +21,9 @@ import os
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +31,26 @@ import lm_eval
 import lm_eval.api.task
 import lm_eval.evaluator
 import torch
+from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.tasks import TaskManager
+from PIL import Image
 from tqdm import tqdm
+from transformers import set_seed
 
-from sts.pipeline import provenance, tracking
-from sts.pipeline.config import Config, EvaluateConfig, config_hash
+from sts.pipeline import benchmarks, provenance, tracking
+from sts.pipeline.config import Config, ConfigError, EvaluateConfig, config_hash
+from sts.pipeline.data.source import DataError, mirror_folder
 from sts.pipeline.device import lease
 
-TASKS = Path(__file__).parent / "tasks"
+GREY = (128, 128, 128)
 BLIND = "_blind"
-SCORE, STDERR = "exact_match,none", "exact_match_stderr,none"  # lm-eval's "metric,filter"
+FEWSHOT_SEED = 1234  # lm-eval's own
+
+Benchmark = Task | Group
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -52,13 +63,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the weights of the run manifest `run`; write and return the result `out`.
 
-    data: manifests of prepared data sets; the first that has a benchmark's split gives it. Every
-    answer goes to samples/<benchmark>.jsonl beside `out`, time and place to eval/provenance.json.
-    Raises FileNotFoundError if a manifest, a benchmark's split or the weights are missing.
+    data: manifests of the prepared data sets that the benchmarks ask. Every answer goes to
+    samples/<benchmark>.jsonl beside `out`, time and place to eval/provenance.json. Raises
+    FileNotFoundError if a manifest, a split or the weights are missing, DataError if the data of
+    lm-eval's tasks can't be had, ConfigError for a benchmark or a metric that there is not.
     """
     settings, out = config.evaluate, Path(out)
     trained = json.loads(Path(run).read_text(encoding="utf-8"))
-    tasks = load_tasks(settings, data)  # before the model: what is missing is said at once
+    # before the model: what is missing is said at once
+    asked = load_benchmarks(settings, data, config.data.mirror)
+    metrics = {name: metric_of(name, item, settings) for name, item in asked.items()}
+    if settings.blind:
+        asked |= {name + BLIND: blind(item) for name, item in asked.items()}
+        metrics |= {name + BLIND: metric for name, metric in metrics.items()}
     key = config_hash(settings, trained["weights_sha256"])
     with (
         lease(),
@@ -70,9 +87,10 @@ def evaluate(
             directory=out.with_suffix("") / key,  # another key is another run
         ) as tracked,
     ):  # fmt: skip
-        lm = load_model(trained["weights"], settings.batch_size, config.instruct.threads)
+        threads = config.stage(config.last).threads
+        lm = load_model(trained["weights"], settings.batch_size, threads)
         began, cpu_began = time.monotonic(), time.process_time()
-        scores, samples = answer(lm, tasks, settings.limit)
+        scores, samples = answer(lm, asked, metrics, settings.limit)
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         for name, rows in samples.items():
             write_jsonl(out.parent / "samples" / f"{name}.jsonl", rows)
@@ -81,6 +99,7 @@ def evaluate(
             "seed": seed,
             "weights_sha256": trained["weights_sha256"],
             "lm_eval": lm_eval.__version__,
+            "batch_size": settings.batch_size,
             "benchmarks": {
                 name: summary(name, scores, samples[name]) for name in settings.benchmarks
             },
@@ -98,24 +117,122 @@ def evaluate(
     return result
 
 
-def load_tasks(settings: EvaluateConfig, data: Sequence[str | Path]) -> dict[str, Task]:
-    """lm-eval's tasks by name of the benchmark, those with grey images as <benchmark>_blind.
+# ---- what is asked ----------------------------------------------------------------------------
 
-    Raises FileNotFoundError if the data of a benchmark are missing.
+
+def load_benchmarks(
+    settings: EvaluateConfig, data: Sequence[str | Path], mirror: str | None = None
+) -> dict[str, Benchmark]:
+    """lm-eval's task, or group of tasks, of each benchmark, with its questions.
+
+    mirror: folder with copies of hub data sets, `<owner>/<name>` each; STS_DATA_MIRROR wins over
+    it. Raises FileNotFoundError if prepared data are missing, DataError if those that lm-eval
+    fetches can't be had, ConfigError if there is no such benchmark or none that shows images.
     """
     # it warns of defaults of its own choice, once for each task
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = {}
-    for ending in ["", BLIND] if settings.blind else [""]:
-        metadata = {"data": [str(manifest) for manifest in data], "blind": ending == BLIND}
-        # without lm-eval's own tasks: indexing them takes long
-        manager = TaskManager(include_defaults=False, metadata=metadata)
-        for name in settings.benchmarks:
-            [task] = manager.load(str(TASKS / f"{name}.yaml"))["tasks"].values()
-            limit = {"max_gen_toks": settings.max_new_tokens}
-            task.set_config("generation_kwargs", limit, update=True)
-            tasks[name + ending] = task
-    return tasks
+    metadata = {"manifests": [str(Path(manifest).absolute()) for manifest in data]}
+    found = {}
+    for name in settings.benchmarks:
+        file = benchmarks.file_of(name)
+        if file is None:
+            raise _refused("benchmarks", name, f"one of {benchmarks.accepted()}")
+        # of that folder alone: indexing all of lm-eval's tasks takes long
+        manager = TaskManager(include_defaults=False, include_path=file.parent, metadata=metadata)
+        found[name] = _load(name, manager, file, mirror_folder(mirror))
+        for task in tasks_of(found[name]):
+            task.set_fewshot_seed(FEWSHOT_SEED)
+            if name in benchmarks.ours():
+                limit = {"max_gen_toks": settings.max_new_tokens}
+                task.set_config("generation_kwargs", limit, update=True)
+    return found
+
+
+def _load(name: str, manager: TaskManager, file: Path, mirror: Path | None) -> Benchmark:
+    content = benchmarks.read(file)
+    inner = content.get("group") or content["task"]
+    described = list(_described(manager, inner))
+    for task in described:
+        if not task.get("doc_to_image") or task.get("output_type") != "generate_until":
+            accepted = "tasks that show images and ask for words: doc_to_image and output_type: "
+            raise _refused("benchmarks", name, f"{accepted}generate_until in {file}")
+    sets = dict.fromkeys(task["dataset_path"] for task in described if "dataset_path" in task)
+    copied = mirror and all((mirror / path).is_dir() for path in sets)
+    try:
+        # `datasets` takes a folder of the set's name where we stand, before it asks the hub
+        with contextlib.chdir(mirror if sets and copied else "."):
+            loaded = manager.load(inner)
+    except (OSError, ValueError, RuntimeError) as error:
+        if not sets:  # the error is our own: prepared data
+            raise
+        [path, *_] = sets
+        raise DataError(
+            f"benchmark {name}: its data set {', '.join(sets)} can't be had: {error}. Go online; "
+            "or set HF_HOME to the folder of a cache that it was loaded into; or copy it with `hf "
+            f"download {path} --repo-type dataset --local-dir MIRROR/{path}` and set "
+            "STS_DATA_MIRROR (or data.mirror) to that MIRROR; or take it out of "
+            "evaluate.benchmarks"
+        ) from error
+    return next(iter((loaded["groups"] or loaded["tasks"]).values()))
+
+
+def _described(manager: TaskManager, name: str) -> Iterator[Mapping[str, Any]]:
+    """What the files of a task, or of all tasks of a group, say."""
+    entry = manager.task_index.get(name)
+    content = entry.cfg if entry else {}
+    if "group" not in content:
+        yield content
+        return
+    for part in content["task"]:
+        yield from _described(
+            manager, part if isinstance(part, str) else part.get("group") or part["task"]
+        )
+
+
+def tasks_of(benchmark: Benchmark) -> list[Task]:
+    """The tasks that a benchmark consists of."""
+    return benchmark.get_all_tasks() if isinstance(benchmark, Group) else [benchmark]
+
+
+def metric_of(name: str, benchmark: Benchmark, settings: EvaluateConfig) -> str:
+    """The metric that is a benchmark's score: what `evaluate.metrics` says, else the first one.
+
+    Raises ConfigError if the task or group has no such metric, or a lower value of it is better:
+    what is kept of the baseline's score would be the wrong way round.
+    """
+    if isinstance(benchmark, Group):
+        known = [item.metric for item in benchmark.aggregate_metric_list or []]
+    else:
+        known = list(benchmark.aggregation())
+    if not known:
+        raise _refused("benchmarks", name, "a group with an aggregate, or the tasks in it by name")
+    metric = settings.metrics.get(name, known[0])
+    if metric not in known:
+        raise _refused(f"metrics.{name}", metric, f"one of {', '.join(known)}")
+    if not all(task.higher_is_better().get(metric, True) for task in tasks_of(benchmark)):
+        raise _refused(f"metrics.{name}", metric, "a metric of which a higher value is better")
+    return metric
+
+
+def blind(benchmark: Benchmark) -> Benchmark:
+    """The same questions with grey images of the same sizes."""
+    if isinstance(benchmark, Group):
+        grey = Group(benchmark.name, benchmark.alias, benchmark.aggregate_metric_list)
+        for task in tasks_of(benchmark):
+            grey.add(blind(task))
+        return grey
+    twin = copy.copy(benchmark)
+    twin.doc_to_image = lambda doc: [
+        Image.new("RGB", image.size, GREY) for image in benchmark.doc_to_image(doc)
+    ]
+    return twin
+
+
+def _refused(key: str, value: str, accepted: str) -> ConfigError:
+    return ConfigError("the configuration", f"evaluate.{key}", value, accepted)
+
+
+# ---- asking -----------------------------------------------------------------------------------
 
 
 def load_model(weights: str | Path, batch_size: int, threads: int) -> LM:
@@ -133,57 +250,106 @@ def load_model(weights: str | Path, batch_size: int, threads: int) -> LM:
 
 
 def answer(
-    lm: LM, tasks: Mapping[str, Task], limit: int | None = None
+    lm: LM,
+    asked: Mapping[str, Benchmark],
+    metrics: Mapping[str, str],
+    limit: int | None = None,
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Let a model answer all questions at once, so that batches are full whatever the task.
 
-    limit: of a task with more questions, so many drawn by a fixed seed. Returns ({name: {score,
-    stderr, version}}, {name: [{id, question, form, target, output, correct}]}).
+    limit: of a benchmark with more questions, so many drawn by a fixed seed. Returns ({name:
+    {score, stderr, version, metric, share}}, {name: [{id, question, form, target, output,
+    correct}]}).
     """
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
     lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
+    # known by both names, as one task may be asked by two benchmarks
+    tasks = {(name, task.task_name): task for name, b in asked.items() for task in tasks_of(b)}
+    places = drawn(tasks, limit) if limit else None
+    set_seed(0)  # MMMU's task guesses where it finds no letter in the answer
     gc.freeze()  # `hf-multimodal` collects garbage after every batch: half of the time otherwise
     try:
         found = lm_eval.evaluate(
             lm=lm,
-            task_dict={"tasks": dict(tasks)},
-            samples=limit and {n: _drawn(len(t.eval_docs), limit) for n, t in tasks.items()},
+            task_dict={"tasks": {id: tasks[id] for id in places or tasks}},
+            samples=places,
             apply_chat_template=True,
             bootstrap_iters=1,  # the error of a mean has a formula; 0 would leave it out
         )
     finally:
         gc.unfreeze()
-    scores = {
-        name: {
-            "score": float(found["results"][name][SCORE]),
-            "stderr": found["results"][name][STDERR],
-            "version": found["versions"][name],
+    scores, samples = {}, {}
+    for name, benchmark in asked.items():
+        ids = [id for id in found["samples"] if id[0] == name]
+        of_tasks = {task: found["results"][name, task] for _, task in ids}
+        if isinstance(benchmark, Group):
+            values, version = benchmark.aggregate(of_tasks), benchmark.version
+        else:
+            [values], version = of_tasks.values(), benchmark.VERSION
+        # lm-eval's key is "metric,filter"; of more filters the first counts
+        key = next(key for key in values if key.startswith(f"{metrics[name]},"))
+        metric, _, filtered = key.partition(",")
+        rows = [
+            _row(tasks[id], sample, metric)
+            for id in ids
+            for sample in found["samples"][id]
+            if sample["filter"] == filtered
+        ]
+        scores[name] = {
+            "score": float(values[key]),
+            "stderr": values[f"{metric}_stderr,{filtered}"],
+            "version": version,
+            "metric": metric,
+            "share": all(map(_is_share, [values[key], *(row["correct"] for row in rows)])),
         }
-        for name in tasks
-    }
-    return scores, {name: [_row(s) for s in found["samples"][name]] for name in tasks}
+        samples[name] = rows
+    return scores, samples
 
 
-def _drawn(count: int, limit: int) -> list[int]:
-    """The places of the questions that are asked, of `count`."""
-    return sorted(random.Random(count).sample(range(count), min(limit, count)))
+def drawn(tasks: Mapping[tuple[str, str], Task], limit: int) -> dict[tuple[str, str], list[int]]:
+    """(benchmark, task) -> places of the questions that are asked: `limit` of each benchmark, drawn
+    by a fixed seed. A task of which none is asked is left out."""
+    every = defaultdict(list)
+    for id, task in tasks.items():
+        every[id[0]] += [(id, place) for place in range(len(task.eval_docs))]
+    places = defaultdict(list)
+    for questions in every.values():
+        count = len(questions)
+        for index in sorted(random.Random(count).sample(range(count), min(limit, count))):
+            id, place = questions[index]
+            places[id].append(place)
+    return dict(places)
 
 
-def _row(sample: Mapping[str, Any]) -> dict[str, Any]:
-    doc = sample["doc"]
+def _row(task: Task, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    doc, value = sample["doc"], sample[metric]
     return {
-        "id": doc["id"],
-        "question": doc["question"],
-        "form": doc["form"],
+        "id": doc.get("id", f"{task.task_name}/{sample['doc_id']}"),
+        "question": doc["question"] if "form" in doc else task.doc_to_text(doc),
+        "form": doc.get("form"),
         "target": sample["target"],
         "output": sample["filtered_resps"][0],
-        "correct": bool(sample["exact_match"]),
+        "correct": bool(value) if value in (0, 1) else value,
     }
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= value <= 1
+
+
+# ---- what came out ----------------------------------------------------------------------------
 
 
 def summary(name: str, scores: Mapping[str, Mapping], rows: Sequence[Mapping]) -> dict[str, Any]:
-    """One benchmark's entry of the result; `blind` is None if it was not measured."""
-    majority, chance = guesses((row["form"], row["target"]) for row in rows)
+    """One benchmark's entry of the result. `blind` is None if it was not measured, `majority` and
+    `chance` are if the questions have no forms."""
+    if not scores[name]["share"]:
+        log.warning(
+            "%s: %s is not a share of 0 to 1 but kept as it is: compare it with nothing but itself",
+            name, scores[name]["metric"],
+        )  # fmt: skip
+    formed = all(row["form"] is not None for row in rows)
+    majority, chance = guesses((r["form"], r["target"]) for r in rows) if formed else (None, None)
     return {
         **scores[name],
         "blind": scores[name + BLIND]["score"] if name + BLIND in scores else None,

@@ -4,7 +4,7 @@
         --out-stem results/mini/figures/pareto
 
 pareto   accuracy against training time, one point a method
-loss     training loss of both stages
+loss     training loss of every stage
 layers   decoder layers run over training, and which layers one run skipped
 tokens   the visual tokens that each compressor keeps, over a sample image
 
@@ -12,6 +12,8 @@ A new figure is a function and its entry in FIGURES. The same results give the s
 byte.
 """
 
+import base64
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +33,6 @@ from PIL import Image
 
 from sts.pipeline import tables
 
-STAGES = {"align": "Align", "instruct": "Instruct"}
 # Okabe and Ito's palette: told apart with any colour vision
 COLOURS = ["#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
 MARKERS = "osD^vPX"
@@ -48,7 +49,6 @@ STYLE = {
     "svg.hashsalt": "sts",  # else the ids in the file are random
 }
 SMOOTH = 0.05  # share of a stage that one plotted point averages
-KEEP = 0.25  # share of the visual tokens in `tokens`
 BINS = 40  # columns of the heat map
 ASKED = (0.1, 0.3, 0.5, 0.7, 0.9)  # chances whose lines are drawn over it
 
@@ -61,28 +61,25 @@ def figure(
     ablations: Sequence[str],
     out_stem: str | Path,
     labels: Labels | None = None,
-    data: str | Path | None = None,
 ) -> None:
     """Draw figure `name` of FIGURES and write `out_stem`.svg and .png.
 
-    `labels` gives the methods' names, by default their ids. `data` is the manifest of a prepared
-    data set whose first picture `tokens` shows, by default that of `scenes` at the same scale.
-    Raises KeyError for an unknown figure, FileNotFoundError naming the result that is missing.
+    `labels` gives the methods' names, by default their ids. Raises KeyError for an unknown figure,
+    FileNotFoundError naming the result that is missing.
     """
     if name not in FIGURES:
         raise KeyError(f"figure {name!r}: expected one of {', '.join(FIGURES)}")
     results, stem = Path(results), Path(out_stem)
     names = {id: (labels or {}).get(id, id) for id in ablations}
-    data = Path(data or Path("data", results.name, "scenes", "manifest.json"))
     stem.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        drawn = FIGURES[name](results, names, data)
+        drawn = FIGURES[name](results, names)
         drawn.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
         drawn.savefig(stem.with_suffix(".png"), metadata={"Software": None})
         plt.close(drawn)
 
 
-def pareto(results: Path, names: Labels, data: Path) -> Figure:
+def pareto(results: Path, names: Labels) -> Figure:
     """Mean score over benchmarks against time relative to the first method."""
     ids = list(names)
     rows = tables.compare(tables.scores(results, ids), results, ids, "main")
@@ -106,90 +103,80 @@ def pareto(results: Path, names: Labels, data: Path) -> Figure:
     return drawn
 
 
-def loss(results: Path, names: Labels, data: Path) -> Figure:
-    """Smoothed training loss, mean over seeds; the band is their standard deviation."""
-    drawn, every = plt.subplots(1, len(STAGES), figsize=(7.2, 3.2))
-    for axes, (stage, title) in zip(every, STAGES.items(), strict=True):
+def loss(results: Path, names: Labels) -> Figure:
+    """Smoothed training loss of each stage, mean over seeds; the band is their standard
+    deviation. A method is drawn in the stages that it has."""
+    stages = {id: tables.stages(results, id) for id in names}
+    every = list(dict.fromkeys(stage for own in stages.values() for stage in own))
+    drawn, shown = plt.subplots(1, len(every), figsize=(3.6 * len(every), 3.2), squeeze=False)
+    for axes, stage in zip(shown[0], every, strict=True):
         for id, style in _styles(names):
-            _curve(axes, _histories(results, id, stage), "loss", style, band=True)
-        axes.set(title=title, xlabel="optimizer step", yscale="log")
+            if stage in stages[id]:
+                _curve(axes, _histories(results, id, stage), "loss", style, band=True)
+        axes.set(title=_title(stage), xlabel="optimizer step", yscale="log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    every[0].set_ylabel("training loss")
-    _legend_below(drawn, every[0])
+    shown[0, 0].set_ylabel("training loss")
+    _legend_below(drawn, shown[0])
     return drawn
 
 
-def layers(results: Path, names: Labels, data: Path) -> Figure:
-    """Layers run, mean over seeds; and of one method, layer by layer, the share that was skipped
-    with the chances that its formula asked for as lines over it."""
-    drawn, (axes, heat) = plt.subplots(1, 2, figsize=(7.2, 3.2), width_ratios=[1, 1.15])
-    shown = None
-    for id, style in _styles(names):
-        runs = _histories(results, id, "instruct")
-        _curve(axes, runs, "layers_run", style)
-        if any(any(row["skipped"]) for row in runs[0]):
-            shown = (id, runs)
-    if shown is None:
-        raise ValueError(f"{results}: none of {', '.join(names)} skips layers in instruct")
-    id, runs = shown
-    steps = min(len(run) for run in runs)
-    skipped, asked = (_by_layer(runs, key, steps) for key in ("skipped", "asked"))
-    image = heat.imshow(
-        skipped, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=1,
-        interpolation="nearest", extent=(0, steps, -0.5, len(skipped) - 0.5),
-    )  # fmt: skip
-    middles = (np.arange(asked.shape[1]) + 0.5) * steps / asked.shape[1]
-    levels = [level for level in ASKED if asked.min() < level < asked.max()]
-    if levels and min(asked.shape) > 1:  # else there is no line to draw
-        lines = heat.contour(
-            middles, np.arange(len(asked)), asked, levels=levels, colors="w", linewidths=0.9
-        )
-        heat.clabel(lines, fmt="%.1f", fontsize=7)
-    heat.grid(False)
-    heat.set(title="Layers skipped (lines: the chance asked for)")
-    heat.set(xlabel="optimizer step", ylabel="decoder layer")
-    heat.set_yticks(range(0, len(skipped), max(1, len(skipped) // 8)))
-    drawn.colorbar(image, ax=heat, label="share skipped, mean over seeds")
-    axes.set(title="Instruct", xlabel="optimizer step", ylabel="decoder layers run")
-    axes.set_ylim(0, None)
-    _legend_below(drawn, axes)
+def layers(results: Path, names: Labels) -> Figure:
+    """A row for each stage in which layers were skipped: layers run, mean over seeds; and of one
+    method, layer by layer, the share that was skipped with the chances that its formula asked for
+    as lines over it."""
+    every: dict[str, dict[str, list]] = {}  # stage -> method -> the histories of its seeds
+    for id in names:
+        for stage in tables.stages(results, id):
+            every.setdefault(stage, {})[id] = _histories(results, id, stage)
+    skipping = {
+        stage: next(id for id in reversed(runs) if _skips(runs[id]))
+        for stage, runs in every.items()
+        if any(map(_skips, runs.values()))
+    }
+    if not skipping:
+        raise ValueError(f"{results}: none of {', '.join(names)} skips layers")
+    size = (7.2, 3.2 * len(skipping))
+    drawn, shown = plt.subplots(
+        len(skipping), 2, figsize=size, width_ratios=[1, 1.15], squeeze=False
+    )
+    for (axes, heat), (stage, id) in zip(shown, skipping.items(), strict=True):
+        for each, style in _styles(names):
+            if each in every[stage]:
+                _curve(axes, every[stage][each], "layers_run", style)
+        _heat(drawn, heat, every[stage][id])
+        axes.set(title=_title(stage), xlabel="optimizer step", ylabel="decoder layers run")
+        axes.set_ylim(0, None)
+    _legend_below(drawn, shown[:, 0])
     return drawn
 
 
-def tokens(results: Path, names: Labels, data: Path) -> Figure:
-    """Each compressor's tokens over the first picture of `data`, at a quarter of the tokens.
+def tokens(results: Path, names: Labels) -> Figure:
+    """Each compressor's tokens over a picture (tokens.json, see kept_tokens.py).
 
-    Averaging kinds show the area of each output, selecting kinds the patches that are left. Scores
-    and similarities are those of the frozen vision tower's class token and features. Kinds that
-    look at text are left out: it is compared with projected tokens, of which there are none here;
-    so are those with weights, which nothing has trained.
+    Averaging kinds show the area of each output, selecting kinds the patches that are left.
     """
-    import torch  # the other figures do without
-
-    from sts.vtc import KINDS, compress, kind_of, wants
-
-    picture = _picture(data)
-    seen, grid, features, scores = _look(results, picture)
-    drawable = [kind for kind in KINDS if "text" not in wants(kind)]
-    kinds = [kind for kind in drawable if kind != "none" and not isinstance(kind_of(kind), type)]
-    drawn, every = plt.subplots(1, 1 + len(kinds), figsize=(1.8 * (1 + len(kinds)), 2.2))
-    for axes, kind in zip(every, ["none", *kinds], strict=True):
-        generator = torch.Generator().manual_seed(0)
-        keep = 1.0 if kind == "none" else KEEP
-        _, outputs = compress(kind, features, keep, grid, scores=scores, generator=generator)
-        # [1, outputs, tokens, 1, channels]: of which tokens an output is made
-        whole = lambda x, apply=outputs.apply: apply(x).sum(2)  # noqa: E731
-        holds = torch.autograd.functional.jacobian(whole, features[..., :8])
-        holds = holds[0, :, 0].abs().sum(-1)
-        _draw_tokens(axes, seen, holds.numpy().reshape(-1, *grid))
-        axes.set_title(f"{kind}: {len(holds)} tokens")
+    file = results / "tokens.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such result; run snakemake first")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    with Image.open(io.BytesIO(base64.b64decode(found["picture"]))) as picture:
+        seen = np.asarray(picture) / 255
+    kinds, grid = found["kinds"], found["grid"]
+    drawn, every = plt.subplots(1, len(kinds), figsize=(1.8 * len(kinds), 2.2))
+    for axes, (kind, outputs) in zip(np.atleast_1d(every), kinds.items(), strict=True):
+        held = np.zeros((len(outputs), grid[0] * grid[1]))
+        for row, output in zip(held, outputs, strict=True):
+            for token, weight in output:
+                row[token] = weight
+        _draw_tokens(axes, seen, held.reshape(-1, *grid))
+        axes.set_title(f"{kind}: {len(outputs)} tokens")
         axes.set_axis_off()
     return drawn
 
 
-FIGURES: dict[str, Callable[[Path, Labels, Path], Figure]] = {
+FIGURES: dict[str, Callable[[Path, Labels], Figure]] = {
     "pareto": pareto,
     "loss": loss,
     "layers": layers,
@@ -222,6 +209,10 @@ def _history(results: Path, manifest: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def _skips(runs: list[list[dict[str, Any]]]) -> bool:
+    return any(any(row["skipped"]) for row in runs[0])
+
+
 def _by_layer(runs: list[list[dict]], key: str, steps: int) -> np.ndarray:
     """[layers, bins]: `key` of each layer, mean over runs and over the steps of a bin."""
     values = np.mean([[row[key] for row in run[:steps]] for run in runs], axis=0).T
@@ -248,47 +239,39 @@ def _curve(axes: Axes, runs: list[list[dict]], key: str, style: dict, band: bool
         axes.fill_between(middle, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
 
 
-def _legend_below(drawn: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=2)
+def _heat(drawn: Figure, heat: Axes, runs: list[list[dict]]) -> None:
+    """The share that was skipped of each layer, in colours, and the chances asked for, as lines."""
+    steps = min(len(run) for run in runs)
+    skipped, asked = (_by_layer(runs, key, steps) for key in ("skipped", "asked"))
+    image = heat.imshow(
+        skipped, aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=1,
+        interpolation="nearest", extent=(0, steps, -0.5, len(skipped) - 0.5),
+    )  # fmt: skip
+    middles = (np.arange(asked.shape[1]) + 0.5) * steps / asked.shape[1]
+    levels = [level for level in ASKED if asked.min() < level < asked.max()]
+    if levels and min(asked.shape) > 1:  # else there is no line to draw
+        lines = heat.contour(
+            middles, np.arange(len(asked)), asked, levels=levels, colors="w", linewidths=0.9
+        )
+        heat.clabel(lines, fmt="%.1f", fontsize=7)
+    heat.grid(False)
+    heat.set(title="Layers skipped (lines: the chance asked for)")
+    heat.set(xlabel="optimizer step", ylabel="decoder layer")
+    heat.set_yticks(range(0, len(skipped), max(1, len(skipped) // 8)))
+    drawn.colorbar(image, ax=heat, label="share skipped, mean over seeds")
 
 
-def _picture(data: Path) -> Image.Image:
-    """The first picture of the first training split of a data manifest."""
-    from datasets import load_dataset
-
-    if not data.exists():
-        raise FileNotFoundError(f"{data}: no prepared data set to take a picture from")
-    splits = json.loads(data.read_text(encoding="utf-8"))["splits"]
-    split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
-    file = data.parent / splits[split]["file"]
-    rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-    return next(row["image"] for row in rows if row["image"] is not None)
+def _title(stage: str) -> str:
+    return stage.replace("_", " ").capitalize()
 
 
-def _look(results: Path, picture: Image.Image) -> tuple[np.ndarray, tuple[int, int], Any, Any]:
-    """What the vision tower makes of a picture: (what it sees [height, width, 3] in 0..1, its grid
-    of patches, their features [1, patches, dim], attention that its class token pays each patch [1,
-    patches])."""
-    import torch
-    from transformers import CLIPVisionModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    file = results / "backbone" / "manifest.json"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no backbone yet; run snakemake first")
-    parts = json.loads(file.read_text(encoding="utf-8"))
-    prepare = CLIPImageProcessorPil.from_pretrained(parts["processor"] or parts["vision"])
-    tower = CLIPVisionModel.from_pretrained(parts["vision"], attn_implementation="eager").eval()
-    pixels = prepare(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        out = tower(pixels, output_attentions=True, output_hidden_states=True)
-    attentions = out.attentions
-    feature = parts.get("vision_feature_layer", -2) % (len(attentions) + 1)
-    scores = attentions[max(feature - 1, 0)].mean(1)[:, 0, 1:]  # hidden state i is of layer i - 1
-    side = tower.config.image_size // tower.config.patch_size
-    seen = pixels[0].permute(1, 2, 0).numpy() * prepare.image_std + prepare.image_mean
-    return seen.clip(0, 1), (side, side), out.hidden_states[feature][:, 1:], scores
+def _legend_below(drawn: Figure, every: np.ndarray) -> None:
+    """One legend for axes that show some of the same methods."""
+    found: dict[str, Any] = {}
+    for axes in every:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    drawn.legend(found.values(), found.keys(), loc="outside lower center", ncols=2)
 
 
 def _draw_tokens(axes: Axes, seen: np.ndarray, weights: np.ndarray) -> None:

@@ -111,6 +111,11 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON file. Raises FileNotFoundError naming it."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def write_json_atomic(path: str | Path, value: Any) -> None:
     """Write JSON so that the same value gives the same bytes and no reader sees half a file.
 

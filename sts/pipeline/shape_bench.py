@@ -39,12 +39,11 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from sts.architectures import architecture_of
 from sts.checks import expect
 from sts.lds import POLICIES
 from sts.pipeline import provenance
 from sts.pipeline.bench import rotated, typical_steps
-from sts.pipeline.config import STAGES
+from sts.pipeline.model import freeze
 from sts.scheme import sparsify, unsparsify
 from sts.settings import IGNORE_INDEX, LDS, VTC
 from sts.vtc import KINDS
@@ -52,6 +51,8 @@ from sts.vtc import KINDS
 IMAGE_TOKEN, ANSWERED = 3, 0.5  # id of the placeholder; share of the text that is an answer
 ALWAYS = ("plain", "bare", "dense")
 WARMUP = 2
+# what each stage of the paper's recipe trains
+STAGES = {"align": ("projector",), "instruct": ("projector", "language_model")}
 STAGE = 1000  # optimizer steps that a schedule is spread over
 # On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
 FUSED_ON_CPU = {
@@ -209,16 +210,6 @@ def parse_setting(text: str) -> tuple[VTC, LDS]:
     return vtc, lds
 
 
-def freeze(model: PreTrainedModel, stage: str) -> None:
-    """The vision tower is frozen, in `align` the language model too; what joins them is trained."""
-    entry = architecture_of(model)
-    model.requires_grad_(stage == "instruct")
-    for name, parameter in model.named_parameters():
-        if not name.startswith((entry.language_model, "lm_head")):
-            joins = any(part in name for part in ("projector", "merger", "connector"))
-            parameter.requires_grad_(joins)
-
-
 def made_up_batch(shape: Decoder, batch: int, text: int) -> dict[str, Tensor]:
     """Samples of one picture and `text` tokens, the last half of which are the answer."""
     generator = torch.Generator().manual_seed(0)
@@ -238,7 +229,7 @@ def speed(
     settings: Sequence[str],
     out: str | Path,
     *,
-    stages: Sequence[str] = STAGES,
+    stages: Sequence[str] = tuple(STAGES),
     checkpointing: Sequence[bool] = (False,),
     batch: int = 2,
     text: int = 64,
@@ -278,7 +269,7 @@ def speed(
     total = len(stages) * len(checkpointing) * len(variants) * (WARMUP + repeats + 1)
     with tqdm(total=total, desc=f"bench {name}", mininterval=5) as bar:
         for stage in stages:
-            freeze(model, stage)
+            freeze(model, STAGES[stage])
             for saves_memory in checkpointing:
                 _checkpoint(model, saves_memory)
                 timed = _time(model, inputs, variants, repeats, bar)

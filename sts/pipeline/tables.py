@@ -1,4 +1,5 @@
-"""Tables from result files: CSV at full precision, Markdown, LaTeX, and numbers for `dvc metrics`.
+"""Tables from result files: CSV at full precision, Markdown, LaTeX, a page of HTML with what was
+found, and numbers for `dvc metrics`.
 
     python -m sts table --name main --results results/mini --ablations dense vtc lds sts \
         --out-stem results/mini/tables/main
@@ -8,6 +9,7 @@ The first method is the baseline. A cell is a number, `missing` (its job has no 
 nothing missing counts as 0.
 """
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Any
 import pandas as pd
 import yaml
 from scipy.stats import t as student
+from tabulate import DataRow, TableFormat
 
-from sts.pipeline import provenance
+from sts.pipeline import findings, provenance
 
 MISSING, UNDEFINED = "missing", "n/a"
 SOURCES = {
@@ -40,6 +43,23 @@ NOTE = (
     "benchmarks of score / score of {base}, paired by seed, with a 95 % t interval over seeds. "
     "Time, FLOPs: of training, relative to {base}. Realisation: (1 - time) / (1 - FLOPs)."
 )
+# Markdown as a person writes it: tabulate's own formats fill each cell to its column's width.
+MARKDOWN = TableFormat(
+    lineabove=None,
+    linebelowheader=lambda widths, _: "| :-- |" + " --: |" * (len(widths) - 1),
+    linebetweenrows=None,
+    linebelow=None,
+    headerrow=DataRow("| ", " | ", " |"),
+    datarow=DataRow("| ", " | ", " |"),
+    padding=0,
+    with_header_hide=None,
+)
+PAGE_STYLE = [
+    {"selector": "", "props": "border-collapse: collapse; font: 12px sans-serif"},
+    {"selector": "th, td", "props": "padding: 3px 7px; text-align: right; white-space: nowrap"},
+    {"selector": "th", "props": "border-bottom: 1px solid; text-align: right"},
+    {"selector": "th:first-child, td:first-child", "props": "text-align: left"},
+]
 
 Cell = float | str
 Row = dict[str, Any]
@@ -53,7 +73,7 @@ def table(
     labels: Mapping[str, str] | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `out_stem`.csv, .md, .tex and .json from the result files of `ablations`.
+    """Write `out_stem`.csv, .md, .tex, .html and .json from the result files of `ablations`.
 
     `labels` gives the methods' names in the table, by default their ids; `sources` (a key of
     SOURCES each) under which head they stand there, in the order of SOURCES. Times and FLOPs come
@@ -68,14 +88,32 @@ def table(
     names = {id: (labels or {}).get(id, id) for id in ablations}
     notes = footer(results, ablations, found, names)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {"ablation": id, "method": names[id], "source": sources.get(id), **_flat(row)}
+    lines = pd.DataFrame(
+        {
+            "ablation": id,
+            "method": names[id],
+            "source": sources.get(id),
+            "relative_to": ablations[0],
+            **_flat(row),
+        }
         for id, row in rows.items()
-    ]
-    pd.DataFrame(lines).to_csv(stem.with_suffix(".csv"), index=False, na_rep=UNDEFINED)
-    head, body = _printed(rows, found, names, sources)
-    stem.with_suffix(".md").write_text(_markdown(name, head, body, notes), encoding="utf-8")
-    stem.with_suffix(".tex").write_text(_latex(head, body, notes), encoding="utf-8")
+    )
+    lines.to_csv(stem.with_suffix(".csv"), index=False, na_rep=UNDEFINED)
+    grid, heads = _printed(rows, found, names, sources)
+    texts = {
+        ".md": _markdown(name, grid, heads, notes),
+        ".tex": _latex(grid, heads, notes),
+        ".html": _html(
+            name,
+            grid,
+            heads,
+            notes,
+            findings.asked(configuration(results, ablations[0])),
+            findings.findings(lines),
+        ),
+    }
+    for suffix, text in texts.items():
+        stem.with_suffix(suffix).write_text(text, encoding="utf-8")
     provenance.write_json_atomic(stem.with_suffix(".json"), _metrics(rows))
 
 
@@ -90,7 +128,7 @@ def scores(results: str | Path, ablations: Sequence[str]) -> pd.DataFrame:
         runs = Path(results) / "runs" / id
         files = {int(f.parent.name[4:]): f for f in runs.glob("seed*/eval.json")}
         evaluations = {seed: _read(file)["benchmarks"] for seed, file in files.items()}
-        asked = _config(results, id)
+        asked = configuration(results, id)
         seeds = asked.get("seeds") or sorted(evaluations)
         known = dict.fromkeys(b for found in evaluations.values() for b in found)
         benchmarks = asked.get("evaluate", {}).get("benchmarks") or list(known)
@@ -112,6 +150,7 @@ def compare(
     """id -> row of cells: each benchmark, average, blind, retention and the cost ratios.
 
     A score is {"mean", "sd", "seeds"}, the retention {"mean", "low", "high"}; or it is `missing`.
+    Blind is `n/a` where an evaluation has a score without one.
     """
     benchmarks = list(dict.fromkeys(found["benchmark"]))
     timed = _bench(results, group)
@@ -123,10 +162,11 @@ def compare(
 
     rows = {}
     for id in ablations:
-        seen = of(id, "score")
+        seen, blind = of(id, "score"), of(id, "blind")
         row: Row = {name: _spread(seen[name]) for name in benchmarks}
         row["average"] = _spread(seen.mean(axis=1, skipna=False))
-        row["blind"] = _spread(of(id, "blind").mean(axis=1, skipna=False))
+        left_out = (seen.notna() & blind.isna()).any(axis=None)
+        row["blind"] = UNDEFINED if left_out else _spread(blind.mean(axis=1, skipna=False))
         row["retention"] = _retention(seen, of(ablations[0], "score"))
         rows[id] = row | _cost(timed, id, ablations[0])
     return rows
@@ -181,7 +221,7 @@ def footer(
     gone = found[found["score"].isna()].groupby(["ablation", "seed"], sort=False)["benchmark"]
     lost = [f"{id} seed {seed} ({', '.join(group)})" for (id, seed), group in gone]
     lost += [f"{id} (all)" for id in ablations if id not in set(found["ablation"])]
-    configs = {id: _config(results, id) for id in ablations}
+    configs = {id: configuration(results, id) for id in ablations}
     git = provenance.git()
     commit = (git["commit"] or f"unknown ({git['note']})") + " with edits" * bool(git["dirty"])
     seeds = ", ".join(str(seed) for seed in sorted(set(found["seed"])))
@@ -198,10 +238,11 @@ def footer(
 
 
 def _precisions(results: Path, ablations: Sequence[str]) -> list[str]:
-    """What the runs were computed in, by their manifests: some machines make fp32 of bf16."""
+    """What the last stages were computed in, by manifest: some machines make fp32 of bf16."""
     of: dict[str, dict[str, None]] = {}
     for id in ablations:
-        for file in sorted((results / "runs" / id).glob("seed*/instruct.json")):
+        *_, last = stages(results, id)
+        for file in sorted((results / "runs" / id).glob(f"seed*/{last}.json")):
             if precision := _read(file).get("precision"):
                 of.setdefault(precision, {})[id] = None
     if len(of) > 1:
@@ -232,23 +273,32 @@ def _printed(
     found: pd.DataFrame,
     names: Mapping[str, str],
     sources: Mapping[str, str],
-) -> tuple[list[str], list[list[str]]]:
-    """Column heads and rounded cells, with the reference lines majority and chance at the end. A
-    row of empty cells but for the first is a head over the rows that follow."""
+) -> tuple[pd.DataFrame, list[int]]:
+    """Rounded cells, with the reference lines majority and chance at the end, and which rows are
+    heads over those that follow."""
     keys = list(next(iter(rows.values())))
     head = ["Method", *(COLUMNS.get(key, key.replace("_", " ").capitalize()) for key in keys)]
-    body, last = [], None
+    body, heads, last = [], [], None
     for id, row in rows.items():
         if sources.get(id) != last:
             last = sources.get(id)
+            heads.append(len(body))
             body.append([SOURCES[last], *[""] * len(keys)])
         body.append([names[id], *(_rounded(row[key]) for key in keys)])
     for label, column in (("Majority answer", "majority"), ("Chance", "chance")):
-        reference = found.groupby("benchmark")[column].mean()
-        cells = [_shown(reference.get(key, UNDEFINED)) for key in keys if key not in COLUMNS]
-        average = _shown(reference.mean(skipna=False))
-        body.append([label, *cells, average, *[""] * (len(COLUMNS) - 1)])
-    return head, body
+        cells = [_reference(found, key, column) for key in keys if key not in COLUMNS]
+        average = UNDEFINED if UNDEFINED in cells else pd.Series(cells).mean(skipna=False)
+        empty = [""] * (len(COLUMNS) - 1)
+        body.append([label, *map(_shown, [*cells, average]), *empty])
+    return pd.DataFrame(body, columns=head), heads
+
+
+def _reference(found: pd.DataFrame, benchmark: str, column: str) -> Cell:
+    """The mean of a column for a benchmark; n/a where it was asked and has none of this."""
+    lines = found[found["benchmark"] == benchmark]
+    if lines["score"].notna().any() and lines[column].isna().all():
+        return UNDEFINED
+    return lines[column].mean()
 
 
 def _rounded(cell: Any) -> str:
@@ -267,62 +317,58 @@ def _shown(cell: Any, factor: int = 100, digits: int = 1) -> str:
     return MISSING if pd.isna(cell) else f"{factor * float(cell):.{digits}f}"
 
 
-def _markdown(name: str, head: list[str], body: list[list[str]], notes: list[str]) -> str:
-    rule = [":--", *["--:"] * (len(head) - 1)]
-    body = [row if any(row[1:]) else [f"*{row[0]}*", *row[1:]] for row in body]
-    escaped = [[cell.replace("|", r"\|") for cell in row] for row in [head, rule, *body]]
-    lines = ["| " + " | ".join(row) + " |" for row in escaped]
-    return "\n".join([f"### {name.capitalize()}", "", *lines, "", *(f"- {n}" for n in notes), ""])
+def _markdown(name: str, grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
+    grid = grid.map(lambda cell: cell.replace("|", r"\|"))
+    grid.loc[heads, "Method"] = "*" + grid.loc[heads, "Method"] + "*"
+    plain = {"stralign": None, "numalign": None, "disable_numparse": True}
+    lines = grid.to_markdown(index=False, tablefmt=MARKDOWN, **plain)
+    return "\n".join([f"### {name.capitalize()}", "", lines, "", *(f"- {n}" for n in notes), ""])
 
 
-def _latex(head: list[str], body: list[list[str]], notes: list[str]) -> str:
-    cells = [list(map(_tex, row)) for row in body]
-    cells = [row if any(row[1:]) else [rf"\emph{{{row[0]}}}", *row[1:]] for row in cells]
-    *methods, majority, chance = (" & ".join(row) + r" \\" for row in cells)
+def _latex(grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
+    style = (
+        grid.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+    )
+    style.map(lambda _: "emph:--rwrap;", subset=pd.IndexSlice[heads, ["Method"]])
+    text = style.to_latex(hrules=True, column_format="l" + "r" * (len(grid.columns) - 1))
+    above, majority, below = text.replace("±", r"$\pm$").rpartition("Majority answer")
+    return "".join([*(f"% {note}\n" for note in notes), above, "\\midrule\n", majority, below])
+
+
+def _html(
+    name: str,
+    grid: pd.DataFrame,
+    heads: list[int],
+    notes: list[str],
+    asked: Mapping[str, list[str]],
+    found: Mapping[str, list[str]],
+) -> str:
+    """A part of a page: what was asked, what was found, the table, the lines under it."""
+    style = grid.style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
+    head = {"font-style": "italic", "padding-top": "8px"}
+    style.set_properties(subset=pd.IndexSlice[heads, ["Method"]], **head)
+    style.set_table_styles(PAGE_STYLE)
+
+    def listed(title: str, lines: Mapping[str, list[str]]) -> list[str]:
+        items = "".join(_item(line, under) for line, under in lines.items())
+        return [f"<h2>{title}</h2>", f"<ul>{items}</ul>"] if lines else []
+
     return "\n".join(
         [
-            *(f"% {note}" for note in notes),
-            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-            r"\toprule",
-            " & ".join(map(_tex, head)) + r" \\",
-            r"\midrule",
-            *methods,
-            r"\midrule",
-            majority,
-            chance,
-            r"\bottomrule",
-            r"\end{tabular}",
+            '<meta charset="utf-8">',
+            *listed("What was asked", asked),
+            *listed("What was found", found),
+            f"<h2>Table {html.escape(name)}</h2>",
+            f'<div style="overflow-x: auto">{style.to_html(table_uuid=name, cell_ids=False)}</div>',
+            *listed("About the table", {note: [] for note in notes}),
             "",
         ]
     )
 
 
-def _tex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {sign: "\\" + sign for sign in "&%$#_{}"} | {"±": r"$\pm$"}
-    return "".join(special.get(sign, sign) for sign in text)
-
-
-def summary(results: str | Path) -> None:
-    """Print what the main table found and where to look.
-
-    Raises FileNotFoundError if there is no main table yet.
-    """
-    folder = Path(results) / "tables"
-    file = folder / "main.csv"
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{file}: no table yet; make it with `snakemake --cores all table_main`"
-        )
-    for row in pd.read_csv(file, keep_default_na=False).to_dict("records"):
-        low, high = (_shown(row.get(f"retention_{end}", UNDEFINED)) for end in ("low", "high"))
-        print(
-            f"{row['method']}: average {_shown(row['average'])} %, "
-            f"retention {_shown(row['retention'])} % ({low} to {high}), "
-            f"time x {_shown(row['time_ratio'], 1, 2)}, FLOPs x {_shown(row['flops_ratio'], 1, 2)}"
-        )
-    others = sorted(other.name for other in folder.glob("*.md"))
-    print(f"Tables in {folder}: {', '.join(others)}. Figures in {Path(results) / 'figures'}.")
+def _item(line: str, under: list[str]) -> str:
+    below = f"<ul>{''.join(_item(inner, []) for inner in under)}</ul>" if under else ""
+    return f"<li>{html.escape(line)}{below}</li>\n"
 
 
 def _bench(results: str | Path, group: str) -> dict[str, Any]:
@@ -330,10 +376,16 @@ def _bench(results: str | Path, group: str) -> dict[str, Any]:
     return _read(file)["variants"] if file.exists() else {}
 
 
-def _config(results: str | Path, id: str) -> dict[str, Any]:
+def configuration(results: str | Path, id: str) -> dict[str, Any]:
     """The resolved configuration of an ablation, empty if the workflow has not written one."""
     file = Path(results) / "configs" / f"{id}.yaml"
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def stages(results: str | Path, id: str) -> list[str]:
+    """The stages of an ablation, in order of training. Results of before they had names of their
+    own, and those without a configuration, have the two that all had."""
+    return list(configuration(results, id).get("stages", ("align", "instruct")))
 
 
 def _read(file: Path) -> dict[str, Any]:

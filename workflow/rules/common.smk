@@ -18,8 +18,9 @@ import yaml
 from snakemake.exceptions import WorkflowError
 
 from sts.pipeline import config as settings
+from sts.pipeline import follows
 from sts.pipeline.device import gpu_count
-from sts.pipeline.provenance import fingerprint, missing_packages
+from sts.pipeline.provenance import missing_packages
 
 
 def typed(value):
@@ -49,10 +50,9 @@ BASE, CONFIGS, ABLATIONS = checked()
 BASELINE = next(iter(CONFIGS))
 RESULTS = f"results/{BASE.scale}"
 TABLES = ["main", "components", "compressor", "skipper"]
-KINDS = sorted(f"vtc/{file.name}" for file in Path("sts/vtc").glob("*.py"))
-FIGURES = {"pareto": ["tables.py"], "loss": [], "layers": [], "tokens": KINDS}
+FIGURES = ["pareto", "loss", "layers", "tokens"]
 GPUS = gpu_count()
-CODE = Path("sts")
+CODE = settings.CODE
 CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
 
 # A job takes as many GPUs as it has processes, where there are any: --cores alone doesn't limit
@@ -75,7 +75,7 @@ pathvars:
 wildcard_constraints:
     ablation="|".join(CONFIGS),
     seed=r"\d+",
-    stage="|".join(settings.STAGES),
+    stage="|".join(dict.fromkeys(name for one in CONFIGS.values() for name in one.stages)),
     dataset=r"[a-z][a-z0-9_]*",
     group="|".join([*TABLES, "real"]),
     figure="|".join(FIGURES),
@@ -93,13 +93,15 @@ def members(group):
 @cache
 def owner(ablation, stage):
     """The first ablation that trains this stage, and all before it, in the same way: one training
-    serves them all."""
+    serves them all. None where the ablation has no such stage."""
 
     def training(id):
-        stages = settings.STAGES[: settings.STAGES.index(stage) + 1]
-        return [CONFIGS[id].stage(name).identity() for name in stages]
+        names = list(CONFIGS[id].stages)
+        past = names[: names.index(stage) + 1] if stage in names else []
+        return [(name, CONFIGS[id].stage(name).identity()) for name in past]
 
-    return next(id for id in CONFIGS if training(id) == training(ablation))
+    own = training(ablation)
+    return next(id for id in CONFIGS if training(id) == own) if own else None
 
 
 def owned(wildcards):
@@ -108,16 +110,47 @@ def owned(wildcards):
     return f"{RESULTS}/runs/{id}/seed{wildcards.seed}/{wildcards.stage}.json"
 
 
-def owners(stage):
-    return [id for id in CONFIGS if owner(id, stage) == id]
+def stage_of(wildcards):
+    """The block of the stage that a job trains."""
+    return CONFIGS[wildcards.ablation].stage(wildcards.stage)
 
 
-def run_files(group, name):
-    """A result file of every run that a table shows."""
+def start_of(wildcards):
+    """What a stage starts from: the manifest of the one before, or of the backbones."""
+    before = CONFIGS[wildcards.ablation].before(wildcards.stage)
+    if before == settings.BACKBONE:
+        return f"{RESULTS}/backbone/manifest.json"
+    return f"{RESULTS}/runs/{wildcards.ablation}/seed{wildcards.seed}/{before}.json"
+
+
+def last_of(wildcards):
+    """The manifest of a run's last stage."""
+    last = CONFIGS[wildcards.ablation].last
+    return f"{RESULTS}/runs/{wildcards.ablation}/seed{wildcards.seed}/{last}.json"
+
+
+def trained_by(mine):
+    """What the wildcard `ablation` of a rule for stages may be: those that train the stage
+    themselves, or those that share it; what follows in the path says which stage."""
+    every = {
+        id: [name for name in one.stages if (owner(id, name) == id) == mine]
+        for id, one in CONFIGS.items()
+    }
+    return (
+        "|".join(
+            rf"{id}(?=/seed\d+/(?:{'|'.join(names)})\.)" for id, names in every.items() if names
+        )
+        or "-"
+    )
+
+
+def run_files(group, name=None):
+    """A result file of every run that a table shows: `name`, or the manifests of its stages."""
     return [
-        f"{RESULTS}/runs/{id}/seed{seed}/{name}.json"
+        f"{RESULTS}/runs/{id}/seed{seed}/{file}.json"
         for id in members(group)
         for seed in CONFIGS[id].seeds
+        for file in ([name] if name else CONFIGS[id].stages)
     ]
 
 
@@ -133,32 +166,44 @@ def figures(names):
     return [f"{RESULTS}/figures/{name}.svg" for name in names]
 
 
-@cache
 def code(*files):
-    """What these source files compute: a job that has it as a param follows formulas, not comments."""
-    return fingerprint(*files)
+    """What these files of the package compute, and all that they import: a job that has it as a
+    param follows formulas, not comments."""
+    sources = [CODE / file for file in files if file.endswith(".py")]
+    others = [CODE / file for file in files if not file.endswith(".py")]
+    return follows.code(*follows.imported(sources), *others)
 
 
-def training_code(*stages):
-    """Code of a training with these settings, and of the FLOPs in its manifest."""
-    files = {file for stage in stages for file in stage.sources()}
-    return code(CODE / "cost.py", *sorted(files))
+def evaluation_code(ablation):
+    """Code of an evaluation, and the files of its benchmarks."""
+    tasks = [f"pipeline/tasks/{name}.yaml" for name in CONFIGS[ablation].evaluate.benchmarks]
+    own = [task for task in tasks if (CODE / task).exists()]  # the others are lm-eval's
+    return code(
+        "pipeline/evaluate.py", "pipeline/tasks/benchmark.py", "pipeline/tasks/_base.yaml", *own
+    )
+
+
+def training_code(*stages, also=()):
+    """Code of trainings with these settings, and of the FLOPs in their manifests."""
+    files = {file for stage in stages for file in follows.training(stage)}
+    files |= {CODE / "pipeline" / name for name in ("cost.py", "history.py", *also)}
+    return follows.code(*sorted(files))
 
 
 def preparation(dataset):
     """The settings that the prepared rows of a data set depend on."""
-    own = BASE.data.custom.get(dataset) or (BASE.data.scenes if dataset == "scenes" else "")
+    own = BASE.data.custom.get(dataset) or getattr(BASE.data, dataset, "")
     return settings.config_hash(own, {"max_text_chars": BASE.data.max_text_chars})
 
 
 def preparation_code(dataset):
-    files = ["prepare.py", "registry.py", "conversation.py"] + ["scenes.py"] * (dataset == "scenes")
-    return code(*(CODE / "data" / file for file in files))
+    own = settings.datasets().get(dataset, CODE / "pipeline" / "data" / "custom.py")
+    return code("pipeline/data/prepare.py", str(own.relative_to(CODE)))
 
 
 def stages(group):
     """The stages of the members of a group."""
-    return [CONFIGS[id].stage(name) for id in members(group) for name in settings.STAGES]
+    return [block for id in members(group) for block in CONFIGS[id].stages.values()]
 
 
 def launch(stage):

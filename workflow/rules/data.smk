@@ -3,7 +3,7 @@
 
 rule data:
     input:
-        prepared(BASE.align.data + BASE.instruct.data + BASE.evaluation_data()),
+        prepared(BASE.training_data() + BASE.evaluation_data()),
 
 
 rule backbones:
@@ -39,7 +39,9 @@ rule backbone:
     params:
         config=config_file(BASELINE),
         settings=settings.config_hash(BASE.model),
-        code=code(CODE / "backbone.py", *sorted(Path("data/backbones").rglob("*.*"))),
+        code=follows.code(
+            CODE / "pipeline" / "model.py", *sorted(Path("data/backbones").rglob("*.*"))
+        ),
     message:
         f"backbones: {BASE.model.backbone}"
     shell:
@@ -59,7 +61,7 @@ rule rebuild:
     params:
         config=config_file(BASELINE),
         settings=settings.config_hash(BASE.model),
-        code=code(CODE / "backbone.py", CODE / "data" / "scenes.py"),
+        code=code(*(f"mini/{file.name}" for file in (CODE / "mini").glob("*.py"))),
     message:
         "backbones from scratch"
     shell:

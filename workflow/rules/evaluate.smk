@@ -8,7 +8,7 @@ rule bench:
 
 rule evaluate:
     input:
-        run="<results>/runs/{ablation}/seed{seed}/instruct.json",
+        run=last_of,
         data=lambda wildcards: prepared(CONFIGS[wildcards.ablation].evaluation_data()),
     output:
         "<results>/runs/{ablation}/seed{seed}/eval.json",
@@ -22,7 +22,7 @@ rule evaluate:
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
         settings=lambda wildcards: settings.config_hash(CONFIGS[wildcards.ablation].evaluate),
-        code=code(CODE / "evaluate.py", *sorted((CODE / "tasks").glob("*.*"))),
+        code=lambda wildcards: evaluation_code(wildcards.ablation),
     message:
         "evaluate {wildcards.ablation}, seed {wildcards.seed}"
     shell:
@@ -51,11 +51,7 @@ rule timing:
         settings=lambda wildcards: settings.config_hash(
             BASE.bench, *(stage.identity() for stage in stages(wildcards.group))
         ),
-        code=lambda wildcards: code(
-            CODE / "bench.py",
-            CODE / "cost.py",
-            *sorted({file for stage in stages(wildcards.group) for file in stage.sources()}),
-        ),
+        code=lambda wildcards: training_code(*stages(wildcards.group), also=["bench.py"]),
     message:
         "training time of the group {wildcards.group}"
     shell:

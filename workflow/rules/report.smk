@@ -1,21 +1,30 @@
-# Tables, figures and what the HTML report shows of them.
+# Tables, figures and what the HTML report shows of them (its first page: ../report/overview.rst).
+
+
+def drawn_from(wildcards):
+    """The result files that a figure shows."""
+    return {
+        "pareto": [*run_files("main", "eval"), f"{RESULTS}/bench/main.json"],
+        "tokens": [f"{RESULTS}/tokens.json"],
+    }.get(wildcards.figure, run_files("main"))
 
 
 rule table:
     input:
         lambda wildcards: run_files(wildcards.group, "eval"),
-        lambda wildcards: run_files(wildcards.group, "instruct"),
+        lambda wildcards: run_files(wildcards.group),
         "<results>/bench/{group}.json",
     output:
-        report(
-            "<results>/tables/{group}.md",
-            caption="../report/table.rst",
-            category="Tables",
-            labels={"table": "{group}", "format": "Markdown"},
-        ),
+        "<results>/tables/{group}.md",
         "<results>/tables/{group}.csv",
         "<results>/tables/{group}.tex",
         "<results>/tables/{group}.json",
+        report(
+            "<results>/tables/{group}.html",
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"table": "{group}"},
+        ),
     log:
         "<results>/logs/tables/{group}.log",
     conda:
@@ -26,7 +35,7 @@ rule table:
         ablations=lambda wildcards: members(wildcards.group),
         labels=lambda wildcards: [ABLATIONS[id].label for id in members(wildcards.group)],
         sources=lambda wildcards: [ABLATIONS[id].source for id in members(wildcards.group)],
-        code=code(CODE / "tables.py"),
+        code=code("pipeline/tables.py"),
     message:
         "table {wildcards.group}"
     shell:
@@ -35,14 +44,31 @@ rule table:
         " --sources {params.sources} --out-stem {params.stem} > {log} 2>&1"
 
 
+rule tokens:
+    input:
+        backbone="<results>/backbone/manifest.json",
+        data=prepared(BASE.training_data()[:1]),
+    output:
+        "<results>/tokens.json",
+    log:
+        "<results>/logs/tokens.log",
+    conda:
+        "../../envs/sts.yaml"
+    params:
+        code=code(
+            "pipeline/kept_tokens.py",
+            *(f"vtc/{file.name}" for file in sorted((CODE / "vtc").glob("*.py"))),
+        ),
+    message:
+        "the tokens that each compressor keeps"
+    shell:
+        "python -m sts tokens --backbone {input.backbone} --data {input.data}"
+        " --out {output} > {log} 2>&1"
+
+
 rule figure:
     input:
-        run_files("main", "eval"),
-        run_files("main", "instruct"),
-        run_files("main", "align"),
-        prepared(["scenes"]),
-        "<results>/backbone/manifest.json",
-        "<results>/bench/main.json",
+        drawn_from,
     output:
         report(
             "<results>/figures/{figure}.svg",
@@ -60,9 +86,7 @@ rule figure:
         stem=subpath(output[0], strip_suffix=".svg"),
         ablations=members("main"),
         labels=[ABLATIONS[id].label for id in members("main")],
-        code=lambda wildcards: code(
-            CODE / "figures.py", *(CODE / file for file in FIGURES[wildcards.figure])
-        ),
+        code=code("pipeline/figures.py"),
     message:
         "figure {wildcards.figure}"
     shell:

@@ -1,67 +1,37 @@
-# The two stages of a run. A job's output is a small manifest; the weights lie beside it undeclared,
-# so that no failure and no rerun deletes them. A job follows the settings and formulas in `params`.
+# One stage of a run, whichever. A job's output is a small manifest; the weights lie beside it
+# undeclared, so that no failure and no rerun deletes them. A job follows the settings and formulas
+# in `params`.
 
 
-rule align:
+rule train:
     input:
-        init="<results>/backbone/manifest.json",
-        data=lambda wildcards: prepared(CONFIGS[wildcards.ablation].align.data),
+        init=start_of,
+        data=lambda wildcards: prepared(stage_of(wildcards).data),
     output:
-        "<results>/runs/{ablation}/seed{seed}/align.json",
+        "<results>/runs/{ablation}/seed{seed}/{stage}.json",
     log:
-        "<results>/logs/runs/{ablation}/seed{seed}/align.log",
+        "<results>/logs/runs/{ablation}/seed{seed}/{stage}.log",
     wildcard_constraints:
-        ablation="|".join(owners("align")),
+        ablation=trained_by(mine=True),
     conda:
         "../../envs/sts.yaml"
-    threads: lambda wildcards: CONFIGS[wildcards.ablation].align.threads
+    threads: lambda wildcards: stage_of(wildcards).threads
     resources:
-        gpu=lambda wildcards: GPUS and CONFIGS[wildcards.ablation].align.processes,
+        gpu=lambda wildcards: GPUS and stage_of(wildcards).processes,
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
-        launch=lambda wildcards: launch(CONFIGS[wildcards.ablation].align),
-        settings=lambda wildcards: settings.config_hash(
-            CONFIGS[wildcards.ablation].align.identity()
-        ),
-        code=lambda wildcards: training_code(CONFIGS[wildcards.ablation].align),
+        launch=lambda wildcards: launch(stage_of(wildcards)),
+        settings=lambda wildcards: settings.config_hash(stage_of(wildcards).identity()),
+        code=lambda wildcards: training_code(stage_of(wildcards)),
     message:
-        "align {wildcards.ablation}, seed {wildcards.seed}"
+        "{wildcards.stage} {wildcards.ablation}, seed {wildcards.seed}"
     shell:
         "{params.launch} train --config {params.config} --ablation {wildcards.ablation}"
-        " --seed {wildcards.seed} --stage align --data {input.data} --init {input.init}"
-        " --out {output} > {log} 2>&1"
+        " --seed {wildcards.seed} --stage {wildcards.stage} --data {input.data}"
+        " --init {input.init} --out {output} > {log} 2>&1"
 
 
-rule instruct:
-    input:
-        init="<results>/runs/{ablation}/seed{seed}/align.json",
-        data=lambda wildcards: prepared(CONFIGS[wildcards.ablation].instruct.data),
-    output:
-        "<results>/runs/{ablation}/seed{seed}/instruct.json",
-    log:
-        "<results>/logs/runs/{ablation}/seed{seed}/instruct.log",
-    wildcard_constraints:
-        ablation="|".join(owners("instruct")),
-    conda:
-        "../../envs/sts.yaml"
-    threads: lambda wildcards: CONFIGS[wildcards.ablation].instruct.threads
-    resources:
-        gpu=lambda wildcards: GPUS and CONFIGS[wildcards.ablation].instruct.processes,
-    params:
-        config=lambda wildcards: config_file(wildcards.ablation),
-        launch=lambda wildcards: launch(CONFIGS[wildcards.ablation].instruct),
-        settings=lambda wildcards: settings.config_hash(
-            CONFIGS[wildcards.ablation].instruct.identity()
-        ),
-        code=lambda wildcards: training_code(CONFIGS[wildcards.ablation].instruct),
-    message:
-        "instruct {wildcards.ablation}, seed {wildcards.seed}"
-    shell:
-        "{params.launch} train --config {params.config} --ablation {wildcards.ablation}"
-        " --seed {wildcards.seed} --stage instruct --data {input.data} --init {input.init}"
-        " --out {output} > {log} 2>&1"
-
-
+# Where another ablation trains a stage in the same way, its manifest is taken.
 rule share:
     input:
         owned,
@@ -69,13 +39,11 @@ rule share:
         "<results>/runs/{ablation}/seed{seed}/{stage}.json",
     log:
         "<results>/logs/runs/{ablation}/seed{seed}/{stage}.log",
+    wildcard_constraints:
+        ablation=trained_by(mine=False),
     conda:
         "../../envs/sts.yaml"
     message:
         "{wildcards.stage} {wildcards.ablation}, seed {wildcards.seed}: as {input}"
     shell:
         "cp {input} {output} > {log} 2>&1"
-
-
-# Where another ablation trains a stage in the same way, its manifest is taken.
-ruleorder: align > instruct > share

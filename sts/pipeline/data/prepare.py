@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from sts.pipeline.config import Config, DataConfig
 from sts.pipeline.data.conversation import IMAGE_TOKEN, ROLES
-from sts.pipeline.data.registry import BROKEN_IMAGE, DataError, Rows, load
+from sts.pipeline.data.registry import Rows, load
+from sts.pipeline.data.source import BROKEN_IMAGE, DataError
 from sts.pipeline.provenance import sha256_json, write_json_atomic
 
 CHUNK = 1000  # rows of a Parquet row group

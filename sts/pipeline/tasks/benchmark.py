@@ -1,30 +1,32 @@
-"""The test questions of a benchmark, as lm-eval asks for them (`custom_dataset` in _base.yaml)."""
+"""The test questions of a prepared data set, as lm-eval asks for them (`custom_dataset` in
+_base.yaml)."""
 
 import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from datasets import Dataset
-from PIL import Image
-
-GREY = (128, 128, 128)
 
 
-def find(benchmark: str, manifests: list[str]) -> Path:
-    """Parquet file of the split `test_<benchmark>`, looked for in the data manifests in order.
+def find(dataset: str, split: str, manifests: list[str]) -> Path:
+    """Parquet file of a split of a prepared data set, whose manifest is one of `manifests`.
 
-    Raises FileNotFoundError that names the split, the manifests and the fix.
+    Raises FileNotFoundError that says what is missing, where, and what to do.
     """
-    split = f"test_{benchmark}"
     for manifest in map(Path, manifests):
         if not manifest.is_file():
             raise FileNotFoundError(
                 f"{manifest}: no such data manifest; make it with `python -m sts prepare`"
             )
-        described = json.loads(manifest.read_text(encoding="utf-8"))["splits"].get(split)
-        if described is None:
+        described = json.loads(manifest.read_text(encoding="utf-8"))
+        if described["dataset"] != dataset:
             continue
-        parquet = manifest.parent / described["file"]
+        if split not in described["splits"]:
+            raise FileNotFoundError(
+                f"{manifest}: no split '{split}', but {', '.join(described['splits'])}; correct "
+                "the task file, or prepare the data set again"
+            )
+        parquet = manifest.parent / described["splits"][split]["file"]
         if not parquet.is_file():
             raise FileNotFoundError(
                 f"{parquet}: missing although {manifest} lists it; prepare the data set again"
@@ -32,22 +34,32 @@ def find(benchmark: str, manifests: list[str]) -> Path:
         return parquet
     searched = ", ".join(map(str, manifests)) or "no data manifest at all"
     raise FileNotFoundError(
-        f"no split '{split}' in {searched}; pass the manifest of the data set that has it, or take "
-        f"'{benchmark}' out of evaluate.benchmarks"
+        f"no data set '{dataset}', whose split '{split}' is asked, in {searched}; pass its "
+        "manifest, or take its benchmarks out of evaluate.benchmarks"
     )
 
 
 def load(
-    benchmark: str, data: str | list[str] = (), blind: bool = False, **_: object
+    dataset: str = "",
+    split: str = "",
+    manifests: str | list[str] = (),
+    config_source: str = "",
+    **_: object,
 ) -> dict[str, Dataset]:
     """{"test": rows with id, image (PIL), question, answer, form}.
 
-    data: path(s) of data manifests, from lm-eval's metadata. blind: every image is replaced by a
-    mid-grey one of the same size. lm-eval passes more metadata (version, model), which is ignored.
+    dataset, split: from the task file's dataset_kwargs. manifests: path(s) of data manifests, from
+    the metadata, where lm-eval adds the task file (config_source) and more. Raises ValueError if
+    the task file does not say what it asks.
     """
-    parquet = find(benchmark, [data] if isinstance(data, str) else list(data))
+    if not (dataset and split):
+        raise ValueError(
+            f"{config_source}: dataset_kwargs must name a prepared data set and a split of it, as "
+            "{dataset: scenes, split: test_chart}"
+        )
+    parquet = find(dataset, split, [manifests] if isinstance(manifests, str) else list(manifests))
     rows = Dataset(pq.read_table(parquet))  # in memory: `load_dataset` would copy it to a cache
-    return {"test": rows.with_transform(_grey) if blind else rows}
+    return {"test": rows}
 
 
 def prompt(row: dict) -> str:
@@ -56,7 +68,3 @@ def prompt(row: dict) -> str:
     A function because lm-eval compiles a template anew for every question.
     """
     return f"<image>\n{row['question']}"
-
-
-def _grey(batch: dict) -> dict:
-    return batch | {"image": [Image.new("RGB", image.size, GREY) for image in batch["image"]]}

@@ -1,0 +1,1 @@
+"""The data set of the mini scale, in the form of sts/pipeline/data/sets."""

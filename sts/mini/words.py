@@ -1,0 +1,59 @@
+"""What the stand-ins take for words and pictures: tokenizer and processor."""
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from sts.mini import scenes
+from sts.pipeline.data.conversation import CHAT_TEMPLATE
+
+EXTRA_WORDS = (
+    "does the image contain not present in shape rectangle gray black teal brown true false or"
+)
+MEAN, STD = [0.5] * 3, [0.25] * 3  # of a pixel's channels
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every word of `scenes` is one token, any other text is spelled."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(" ?[A-Za-z0-9]+|[^A-Za-z0-9]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    words = [*scenes.vocabulary(), *EXTRA_WORDS.split()]
+    corpus = [text for word in words for text in (word, f" {word}")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        min_frequency=1,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<pad>", "<s>", "</s>", "<image>", "user:", "assistant:"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Images squashed to 64x64, 64 placeholders an image, our chat template."""
+    side = {"height": scenes.SIZE, "width": scenes.SIZE}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size=side, crop_size=side, do_center_crop=False, image_mean=MEAN, image_std=STD
+        ),
+        tokenizer=tokenizer,
+        patch_size=scenes.PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )

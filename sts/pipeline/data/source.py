@@ -1,0 +1,170 @@
+"""The files of a public data set: from a mirror or the pinned archive, and compared by checksum."""
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import tarfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from sts.pipeline.provenance import sha256_file
+
+DOWNLOADS = Path("data/raw")
+
+# what PIL raises for a damaged image; SyntaxError is a broken PNG chunk
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+Questions = dict[str, list[dict]]  # split -> {"id", "image": Path, "question", "answer"}
+
+
+class DataError(RuntimeError):
+    """Data that can't be had or used; the message says which, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a public data set."""
+
+    archive: str
+    """URL of a .tar.gz of one commit."""
+    folder: str
+    """The part of the archive that is used."""
+    files: int
+    """Files in that part, for the progress bar."""
+    mirror: str
+    """Name of the folder in a mirror."""
+    sha256: str
+    """Of the texts and image files that are read (`checksum`)."""
+    read: Callable[[Path], Questions]
+    """The questions in a folder of either layout."""
+
+
+def read(name: str, source: Source, mirror: str | None) -> Questions:
+    """The questions in the files of a set, which are those that its entry was written for.
+
+    Raises DataError for files that can't be had, and for files that are damaged or others.
+    """
+    folder = locate(name, source, mirror)
+    try:
+        questions = source.read(folder)
+        found = checksum(questions)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"data set {name}: {folder} can't be read: {error}. {_FRESH_COPY}"
+        ) from error
+    if found != source.sha256:
+        damaged = [str(path) for path in _images(questions) if not _opens(path)]
+        raise DataError(
+            f"data set {name}: the files in {folder} are not those of its entry: checksum "
+            f"{found}, expected {source.sha256}; images that don't open: "
+            f"{', '.join(damaged[:3]) or 'none'}. {_FRESH_COPY}"
+        )
+    return questions
+
+
+_FRESH_COPY = "Delete that folder (or set STS_DATA_MIRROR to a good copy) and run again"
+
+
+def mirror_folder(mirror: str | None) -> Path | None:
+    """The folder with copies of source files; the variable STS_DATA_MIRROR wins over `mirror`.
+
+    Raises DataError if it is not a folder.
+    """
+    mirror = os.environ.get("STS_DATA_MIRROR") or mirror
+    if mirror and not Path(mirror).is_dir():
+        raise DataError(
+            f"the data mirror {mirror} is not a folder. Correct STS_DATA_MIRROR or data.mirror"
+        )
+    return Path(mirror) if mirror else None
+
+
+def locate(name: str, source: Source, mirror: str | None) -> Path:
+    """The folder with a set's files: in the mirror, else downloaded before, else downloaded now.
+
+    Raises DataError.
+    """
+    root = mirror_folder(mirror)
+    if root and (copy := root / source.mirror).is_dir():
+        return copy
+    downloaded = DOWNLOADS / name
+    if not downloaded.is_dir():
+        download(name, source, downloaded)
+    return downloaded
+
+
+def download(name: str, source: Source, folder: Path) -> None:
+    """Fetch the used part of the source's archive into `folder`, all of it or nothing.
+
+    Raises DataError with the URL and both ways out when it can't.
+    """
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    part.mkdir(parents=True)
+    try:
+        with urllib.request.urlopen(source.archive, timeout=60) as response:
+            members = _members(response, source.folder)
+            members = tqdm(members, f"download {name}", source.files, unit="file", disable=None)
+            for path, content in members:
+                (part / path).parent.mkdir(parents=True, exist_ok=True)
+                (part / path).write_bytes(content)
+        os.replace(part, folder)
+    except (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error) as error:
+        raise DataError(
+            f"data set {name}: {source.archive} can't be downloaded: {error}. Go online, or set "
+            f"STS_DATA_MIRROR (or data.mirror) to a folder that holds {source.mirror}/"
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _members(stream: Any, folder: str) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """(path inside `folder`, content) of the files of a .tar.gz stream.
+
+    GitHub's archives are sorted, so what comes after the folder need not be fetched.
+    """
+    found = False
+    with tarfile.open(fileobj=stream, mode="r|gz") as archive:
+        for member in archive:
+            path = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # without <repo>-<commit>
+            if path.is_relative_to(folder) and ".." not in path.parts:
+                found = True
+                if member.isfile():
+                    yield path.relative_to(folder), archive.extractfile(member).read()
+            elif found:
+                return
+    if not found:
+        raise tarfile.TarError(f"the archive has no folder {folder}")
+
+
+def checksum(questions: Questions) -> str:
+    """SHA-256 of all that is used: ids, texts and the bytes of the image files, in order.
+
+    It doesn't depend on where or in what layout the files lie.
+    """
+    digest, file_digest = hashlib.sha256(), cache(sha256_file)
+    for split, items in questions.items():
+        for item in items:
+            fields = [split, item["id"], item["question"], item["answer"]]
+            digest.update(json.dumps([*fields, file_digest(item["image"])]).encode())
+    return digest.hexdigest()
+
+
+def _images(questions: Questions) -> dict[Path, None]:
+    return dict.fromkeys(item["image"] for items in questions.values() for item in items)
+
+
+def _opens(path: Path) -> bool:
+    try:
+        Image.open(path).convert("RGB")
+    except BROKEN_IMAGE:
+        return False
+    return True

@@ -1,0 +1,74 @@
+"""What a training is fed with: the batch of each optimizer step, in a seeded order, in pieces."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import BatchFeature
+
+from sts.pipeline.config import StageConfig
+from sts.pipeline.data.collator import Conversations, batch_order, collate, split_files
+
+LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
+
+
+def load_data(
+    data: Sequence[str | Path], block: StageConfig, processor: Any, seed: int
+) -> tuple[Conversations, Callable[[int], list[int]]]:
+    """The samples of a stage, and the function step -> indices of that step's global batch."""
+    samples = Conversations(split_files(data, block.split), processor, block.max_length)
+    order = batch_order(
+        samples.lengths,
+        samples.has_image,
+        global_batch(block),
+        seed,
+        block.group_by_length,
+    )
+    return samples, order
+
+
+def global_batch(block: StageConfig) -> int:
+    """Samples of an optimizer step, over all processes and micro-batches."""
+    return block.batch_size * block.gradient_accumulation_steps * block.processes
+
+
+def my_pieces(indices: list[int], accumulation: int, accelerator: Accelerator) -> list[list[int]]:
+    """This process's share of a global batch, as its micro-batches.
+
+    A batch at the end of an epoch may be small: then there are fewer micro-batches, and a few
+    samples come twice if the processes could not share them evenly.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    even = indices + indices[: -len(indices) % world]
+    parts = min(accumulation * world, len(even))
+    bounds = [len(even) * i // parts for i in range(parts + 1)]
+    return [even[bounds[i] : bounds[i + 1]] for i in range(rank, parts, world)]
+
+
+def feed(
+    samples: Conversations,
+    order: Callable[[int], list[int]],
+    processor: Any,
+    block: StageConfig,
+    accelerator: Accelerator,
+    first: int,
+) -> Iterator[tuple[int, list[BatchFeature]]]:
+    """(step, this process's micro-batches on its device) for every step from `first` on."""
+    steps = range(first, block.steps)
+    pieces = [
+        my_pieces(order(step), block.gradient_accumulation_steps, accelerator) for step in steps
+    ]
+    gpu = accelerator.device.type == "cuda"
+    loader = DataLoader(
+        samples,
+        batch_sampler=[piece for mine in pieces for piece in mine],
+        collate_fn=partial(collate, processor),
+        num_workers=LOADERS if gpu else 0,
+        pin_memory=gpu,
+    )
+    batches = iter(loader)
+    for step, mine in zip(steps, pieces, strict=True):
+        yield step, [next(batches).to(accelerator.device) for _ in mine]

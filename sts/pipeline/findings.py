@@ -1,0 +1,116 @@
+"""What a table says, in lines that follow from its numbers: for the report and for the terminal.
+
+python -m sts summary --results results/mini
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+def summary(results: str | Path) -> None:
+    """Print what the main table found and where to look.
+
+    Raises FileNotFoundError if there is no main table yet.
+    """
+    folder = Path(results) / "tables"
+    file = folder / "main.csv"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file}: no table yet; make it with `snakemake --cores all table_main`"
+        )
+    for line, methods in findings(pd.read_csv(file, keep_default_na=False)).items():
+        print(line, *(f"  {method}" for method in methods), sep="\n")
+    others = sorted(other.name for other in folder.glob("*.md"))
+    print(f"Tables in {folder}: {', '.join(others)}. Figures in {Path(results) / 'figures'}.")
+
+
+def asked(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What was trained and measured by a resolved configuration, as far as it says so: lines, each
+    with the lines under it."""
+    lines = {}
+    if stages := config.get("stages"):
+        seeds = _counted(config["seeds"], "seed")
+        lines[f"Training of the first method, with {seeds}:"] = [
+            f"{name}: {block['steps']} steps of {_samples(block)} samples of "
+            f"{', '.join(block['data'])}; trains {', '.join(block['trains']).replace('_', ' ')}"
+            for name, block in stages.items()
+        ]
+    if names := config.get("evaluate", {}).get("benchmarks"):
+        lines[f"Score: {_counted(names, 'benchmark')} ({', '.join(names)})."] = []
+    return lines
+
+
+def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """What the rows of a table's CSV say: lines, each with the methods that it is said of.
+
+    Methods are told apart from the baseline where the interval of their retention leaves out 1.
+    """
+    rows = rows.set_index("ablation")
+    base, names = rows["relative_to"].iloc[0], rows["method"]
+    numbers = rows.apply(pd.to_numeric, errors="coerce")
+    name, dense, others = names[base], numbers.loc[base], numbers.drop(base)
+    score = "no complete evaluation yet"
+    if pd.notna(dense["average"]):
+        score = f"average score {_percent(dense['average'])}"
+    if pd.notna(dense["blind"]):
+        score += f", {_percent(dense['blind'])} with grey images"
+    low, high, kept = (others[f"retention{end}"] for end in ("_low", "_high", ""))
+    groups = {
+        f"More of the score than {name}, beyond the spread of the seeds:": low > 1,
+        f"These seeds do not tell the score from that of {name}:": (low <= 1) & (high >= 1),
+        f"Less of the score than {name}, beyond the spread of the seeds:": high < 1,
+        "Of one seed, so that small differences mean nothing:": kept.notna() & low.isna(),
+        f"No score to compare with that of {name}:": kept.isna(),
+    }
+    lines: dict[str, list[str]] = {f"{name}: {score}.": []}
+    for line, belong in groups.items():
+        if belong.any():
+            ordered = others[belong].sort_values("time_ratio", kind="stable")
+            lines[line] = [f"{names[id]}: {_said(row)}" for id, row in ordered.iterrows()]
+    if front := _front(numbers):
+        best = "; ".join(names[id] for id in front)
+        lines[f"Beaten by no other in both mean score and training time: {best}."] = []
+    return lines
+
+
+def _said(row: pd.Series) -> str:
+    """What a method keeps of the baseline's score and what it takes of its time."""
+    said = []
+    if pd.notna(row["retention"]):
+        said = [f"{_percent(row['retention'])} of the score"]
+    if pd.notna(row["retention_low"]):
+        said[0] += f" ({100 * row['retention_low']:.1f} to {100 * row['retention_high']:.1f})"
+    if pd.isna(row["time_ratio"]):
+        return "; ".join([*said, "training time not measured yet"])
+    said.append(f"x {row['time_ratio']:.2f} of the time, x {row['flops_ratio']:.2f} of the FLOPs")
+    if row["flops_ratio"] < 1:
+        said.append(f"{100 * row['realisation']:.0f} % of the saved FLOPs saved as time")
+    return "; ".join(said)
+
+
+def _front(numbers: pd.DataFrame) -> list[str]:
+    """The methods that no other beats in both average and time, the slowest first."""
+    known = numbers.dropna(subset=["average", "time_ratio"])
+
+    def beaten(row: pd.Series) -> bool:
+        better = (known["average"] >= row["average"]) & (known["time_ratio"] <= row["time_ratio"])
+        return (better & (known.index != row.name)).any()
+
+    front = [row for _, row in known.iterrows() if not beaten(row)]
+    return [row.name for row in sorted(front, key=lambda row: -row["time_ratio"])]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _counted(things: list, word: str) -> str:
+    return f"{len(things)} {word}{'s' * (len(things) != 1)}"
+
+
+def _samples(block: Mapping[str, Any]) -> int:
+    """Samples of one optimizer step of a stage."""
+    return block["batch_size"] * block["gradient_accumulation_steps"] * block["processes"]

@@ -1,0 +1,106 @@
+"""What a job follows of the code: the files whose formulas its result depends on.
+
+A training follows all that its story (train.py) imports, directly or not, and the file of each VTC
+kind and LDS part that it uses. Left out are the observers, which only look on or whose effect
+stands in the configuration's values, and the rooms of VTC and LDS where these don't act: an idle
+scheme trains as no scheme does. Standard library and names alone, so that the workflow can ask in
+any environment.
+"""
+
+import ast
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from sts import lds, vtc
+from sts.pipeline.config import CODE, StageConfig
+from sts.pipeline.provenance import fingerprint
+
+STORY = CODE / "pipeline" / "train.py"
+ARCHITECTURE = CODE / "architectures" / "llava.py"  # of the model that the pipeline builds
+OBSERVERS = {
+    CODE / file
+    for file in (
+        "checks.py",  # errors
+        "settings.py",  # values, which a run's identity holds
+        "realised.py",  # counts what was done
+        "architectures/_refused.py",  # errors
+        "pipeline/config.py",  # values
+        "pipeline/cost.py",  # FLOPs of what was done
+        "pipeline/device.py",  # which GPU; the precision is in the key itself
+        "pipeline/follows.py",
+        "pipeline/history.py",  # what was done, written down
+        "pipeline/bar.py",  # progress
+        "pipeline/provenance.py",
+        "pipeline/tracking.py",
+    )
+}
+ROOMS = {"vtc": (CODE / "compression.py", CODE / "vtc"), "lds": (CODE / "lds",)}
+
+
+def training(stage: StageConfig) -> list[Path]:
+    """The source files that a training of this stage follows."""
+    files: set[Path | None] = {STORY, ARCHITECTURE}
+    if stage.compresses:
+        files.add(vtc.source_of(stage.vtc.kind))
+    if stage.skips:
+        files |= {lds.source_of(name) for name in (stage.lds.depth, stage.lds.unit)}
+    acts = {"vtc": stage.compresses, "lds": stage.skips}
+    closed = [room for name, rooms in ROOMS.items() if not acts[name] for room in rooms]
+
+    def left_out(file: Path) -> bool:
+        return file in OBSERVERS or any(file.is_relative_to(room) for room in closed)
+
+    return imported(files - {None}, left_out)
+
+
+def imported(
+    files: Iterable[Path], left_out: Callable[[Path], bool] = OBSERVERS.__contains__
+) -> list[Path]:
+    """The files and all of this package that they import, directly or not, but for those that are
+    left out. Imports that serve type checking alone don't count."""
+    found: set[Path] = set()
+    waiting = list(files)
+    while waiting:
+        file = waiting.pop()
+        if file not in found and not left_out(file):
+            found.add(file)
+            waiting += imports(file)
+    return sorted(found)
+
+
+@cache
+def imports(file: Path) -> tuple[Path, ...]:
+    """The files of this package that a file of it names in its imports, inside functions too."""
+    tree = ast.parse(file.read_bytes(), filename=str(file))
+    return tuple(path for name in _names(tree) if (path := _file_of(name)))
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """Names of modules, and of what may be one in a package."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom) and child.module:
+            yield child.module
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        yield from _names(child)
+
+
+def _file_of(name: str) -> Path | None:
+    """The file of a module of this package; None for any other name."""
+    package, _, inner = name.partition(".")
+    if package != CODE.name or not inner:
+        return None
+    path = CODE.joinpath(*inner.split("."))
+    return next(
+        (file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None
+    )
+
+
+@cache
+def code(*files: Path) -> str:
+    """What these files compute (provenance.fingerprint), read once a process."""
+    return fingerprint(*files)

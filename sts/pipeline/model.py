@@ -1,0 +1,157 @@
+"""From parts to a model: a vision tower and a language model joined by a fresh projector.
+
+    python -m sts backbone --config workflow/config/mini.yaml --out backbone.json
+
+The backbone manifest says where the two parts lie and hashes them; every run starts from it.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+)
+
+from sts.architectures import architecture_of, head_of
+from sts.checks import expect
+from sts.pipeline.config import ModelConfig
+from sts.pipeline.data.conversation import CHAT_TEMPLATE, IMAGE_TOKEN
+from sts.pipeline.provenance import sha256_file, sha256_json, write_json_atomic
+
+SHIPPED = Path("data/backbones/mini")
+PARTS = ("projector", "language_model", "vision_tower")
+# What transformers calls the encoders of images, and, wherever it lies, what joins them to a
+# language model (Qwen's merger is a part of its tower)
+TOWER = re.compile(r"(tower|visual|vision_model|vision_encoder|vqmodel)\.")
+JOINT = re.compile("projector|merger|connector")
+
+
+def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) -> dict[str, Any]:
+    """Write and return the backbone manifest: pretrained parts by hub id or path, else the files in
+    `folder` (vision/, language/, processor/) with the hash of their bytes.
+
+    Raises FileNotFoundError if there are none.
+    """
+    if model.backbone == "pretrained":
+        parts = {"vision": model.vision, "language": model.language, "processor": None}
+        manifest = {**parts, "sha256": sha256_json(parts)}
+    else:
+        parts = {name: folder / name for name in ("vision", "language", "processor")}
+        files = sorted(
+            path for part in parts.values() for path in part.rglob("*") if path.is_file()
+        )
+        if not files:
+            raise FileNotFoundError(
+                f"{folder}: no backbone files; get them with `git checkout -- {folder}` or set "
+                "model.backbone: rebuild"
+            )
+        manifest = {name: str(part) for name, part in parts.items()}
+        manifest["sha256"] = sha256_json([[file.name, sha256_file(file)] for file in files])
+    manifest["vision_feature_layer"] = model.vision_feature_layer
+    write_json_atomic(out, manifest)
+    return manifest
+
+
+def build_llava(
+    manifest: str | Path, seed: int
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The two parts of a backbone manifest, float32, joined by a projector drawn from `seed`."""
+    parts = json.loads(Path(manifest).read_text(encoding="utf-8"))
+    vision = CLIPVisionModel.from_pretrained(parts["vision"], dtype=torch.float32)
+    language = LlamaForCausalLM.from_pretrained(parts["language"], dtype=torch.float32)
+    if parts["processor"]:
+        processor = LlavaProcessor.from_pretrained(parts["processor"])
+    else:
+        processor = pretrained_processor(parts["vision"], parts["language"], vision, language)
+    tokenizer = processor.tokenizer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=vision.config,
+                text_config=language.config,
+                image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+                vision_feature_layer=parts.get("vision_feature_layer", -2),
+                vision_feature_select_strategy="default",
+                tie_word_embeddings=language.config.tie_word_embeddings,
+            )
+        )
+    model.model.vision_tower.load_state_dict(vision.state_dict())
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    model.lm_head.load_state_dict(language.lm_head.state_dict())
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model, processor
+
+
+def pretrained_processor(
+    vision_name: str, language_name: str, vision: CLIPVisionModel, language: LlamaForCausalLM
+) -> LlavaProcessor:
+    """A LLaVA processor from the two parts' own; the image token is added to the language model."""
+    tokenizer = AutoTokenizer.from_pretrained(language_name, padding_side="left")
+    tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": IMAGE_TOKEN}})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    language.resize_token_embeddings(len(tokenizer))
+    return LlavaProcessor(
+        image_processor=AutoImageProcessor.from_pretrained(vision_name),
+        tokenizer=tokenizer,
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
+    """The function from the name of a parameter or module of `model` to the part of `PARTS` that it
+    belongs to; the head goes with the language model, and what is no other part is the projector.
+
+    Raises ValueError for a model that the library doesn't know its way in.
+    """
+    head = head_of(model)
+    heads = [name for name, module in model.named_modules() if module is head]
+    language = tuple(f"{path}." for path in (architecture_of(model).language_model, *heads))
+
+    def part_of(name: str) -> str:
+        if f"{name}.".startswith(language):
+            return "language_model"
+        return (
+            "vision_tower" if TOWER.search(f"{name}.") and not JOINT.search(name) else "projector"
+        )
+
+    return part_of
+
+
+def freeze(model: PreTrainedModel, trains: Collection[str]) -> None:
+    """Put the model into training mode, with gradients for the parts in `trains` only; a vision
+    tower that is not trained is in evaluation mode.
+
+    Raises ValueError for a name that is not in `PARTS`, and where the model has no such part.
+    """
+    for part in trains:
+        expect(part in PARTS, "trains", part, f"names of {', '.join(PARTS)}")
+    part_of = part_finder(model)
+    for name, module in model.named_modules():
+        module.training = part_of(name) != "vision_tower" or "vision_tower" in trains
+    found = set()
+    for name, parameter in model.named_parameters():
+        found.add(part_of(name))
+        parameter.requires_grad_(part_of(name) in trains)
+    missing = [part for part in trains if part not in found]
+    expect(not missing, "trains", missing, f"parts of {type(model).__name__}: {', '.join(found)}")

@@ -174,9 +174,9 @@ def parser() -> argparse.ArgumentParser:
         add("--ablation", required=True, metavar="ID", help="name of the run")
         add("--seed", required=True, type=int)
 
-    def data(add: Callable) -> None:
+    def data(add: Callable, least: str = "+") -> None:
         text = "manifests of prepared data sets"
-        add("--data", type=Path, nargs="+", required=True, metavar="FILE", help=text)
+        add("--data", type=Path, nargs=least, required=True, metavar="FILE", help=text)
 
     def shown(add: Callable) -> None:
         add("--name", required=True)
@@ -208,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
     paths(add, init="backbone manifest for the first stage, else that of the one before", out=out)
     add = verb(evaluate)
     run(add)
-    data(add)
+    data(add, least="*")
     paths(add, run="manifest of the trained run's last stage", out=out)
     add = verb(bench)
     text = "resolved configurations, named by ablation; the first is the baseline"

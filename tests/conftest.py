@@ -85,49 +85,11 @@ def backbone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """Manifest of a prepared data set: 24 rows in `align` and in `instruct`, from `scenes`."""
-    import datasets
-    from PIL import Image
+    """Manifest of `scenes`, prepared: 24 rows in `align` and in `instruct`, 1 in each benchmark."""
+    from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
+    from sts.pipeline.data.prepare import prepare
 
-    from sts.mini import scenes
-
-    folder = tmp_path_factory.mktemp("data")
-    columns = datasets.Features(
-        {
-            "id": datasets.Value("string"),
-            "image": datasets.Image(),
-            "conversations": datasets.List(
-                {"from": datasets.Value("string"), "value": datasets.Value("string")}
-            ),
-        }
-    )
-    splits = {}
-    for split in ("align", "instruct"):
-        rows = [
-            {
-                "id": row["id"],
-                "image": Image.fromarray(row["image"]),
-                "conversations": _conversation(row, split),
-            }
-            for row in scenes.rows(split, 24, seed=0)
-        ]
-        datasets.Dataset.from_list(rows, features=columns).to_parquet(folder / f"{split}.parquet")
-        splits[split] = {"rows": 24, "sha256": split, "file": f"{split}.parquet"}
-    manifest = {"dataset": "scenes", "version": scenes.VERSION, "licence": "CC0-1.0",
-                "splits": splits, "bad_rows": {}, "sha256": "tiny"}  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder / "manifest.json"
-
-
-def _conversation(row: dict, split: str) -> list[dict]:
-    if split == "align":
-        pairs = [("describe the image.", row["caption"])]
-    else:
-        pairs = [(qa["question"], qa["answer"]) for qa in row["qa"]]
-    turns = [
-        turn
-        for question, answer in pairs
-        for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
-    ]
-    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-    return turns
+    sizes = {"data": {"scenes": {"align": 24, "instruct": 24, "test": 1}}}
+    out = tmp_path_factory.mktemp("data") / "manifest.json"
+    prepare(validate(deep_merge(load_yaml(MINI), sizes), "conftest.py"), "scenes", out)
+    return out

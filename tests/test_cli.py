@@ -12,8 +12,8 @@ from sts.pipeline.config import load_ablations, load_scale, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = (
-    "prepare", "backbone", "train", "evaluate", "bench", "table", "figure", "summary", "estimate",
-    "reap", "close", "config",
+    "prepare", "backbone", "train", "evaluate", "bench", "tokens", "table", "figure", "summary",
+    "estimate", "reap", "close", "config",
 )  # fmt: skip
 
 

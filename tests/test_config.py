@@ -1,12 +1,13 @@
 """What a scale file and an ablation may say, and what one is told who says something else."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, get_args
 
 import pytest
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 
 from sts import LDS, VTC
 from sts.pipeline import config as settings
@@ -54,18 +55,15 @@ def test_a_resolved_configuration_reads_back_as_it_was_written(scale, tmp_path):
 def test_the_default_scale_is_complete(mini):
     """All but the settings of VTC and LDS, which are off: their parts are in sts/settings.py."""
     said, whole = load_yaml(ROOT / "workflow/config/mini.yaml"), mini.model_dump(by_alias=True)
-    for stage in ("align", "instruct"):
-        assert (said[stage].pop("vtc"), said[stage].pop("lds")) == (
-            {"kind": "none"},
-            {"policy": "none"},
-        )
-        assert (whole[stage].pop("vtc"), whole[stage].pop("lds")) == (asdict(VTC()), asdict(LDS()))
+    for mine, filled in zip(said["stages"].values(), whole["stages"].values(), strict=True):
+        assert (mine.pop("vtc"), mine.pop("lds")) == ({"kind": "none"}, {"policy": "none"})
+        assert (filled.pop("vtc"), filled.pop("lds")) == (asdict(VTC()), asdict(LDS()))
     assert said == whole
 
 
 def test_the_paper_scale_is_the_recipe_of_llava(mini):
     paper = load_scale(ROOT / "workflow/config/paper.yaml")
-    align, instruct = paper.align, paper.instruct
+    align, instruct = paper.stages["align"], paper.stages["instruct"]
     assert align.batch_size * align.gradient_accumulation_steps * align.processes == 256
     assert instruct.batch_size * instruct.gradient_accumulation_steps * instruct.processes == 128
     assert (align.lr, instruct.lr) == (1e-3, 2e-5)
@@ -74,9 +72,9 @@ def test_the_paper_scale_is_the_recipe_of_llava(mini):
 
 def test_an_override_changes_its_leaf_only(tmp_path, mini):
     config = resolved(tmp_path, mini, "{align: {vtc: {kind: avgpool2d, keep: 0.25}}}")
-    assert (config.align.vtc.kind, config.align.vtc.keep) == ("avgpool2d", 0.25)
-    assert config.align.vtc.schedule == mini.align.vtc.schedule
-    assert (config.instruct, config.data) == (mini.instruct, mini.data)
+    assert (config.stages["align"].vtc.kind, config.stages["align"].vtc.keep) == ("avgpool2d", 0.25)
+    assert config.stages["align"].vtc.schedule == mini.stages["align"].vtc.schedule
+    assert (config.stages["instruct"], config.data) == (mini.stages["instruct"], mini.data)
 
 
 SLOPED = "{align: {lds: {policy: sts, rate: 0.6, epsilon: 0.5, protect_first: 1, dense_tail: 0.1}}}"
@@ -86,22 +84,22 @@ def test_naming_a_policy_starts_from_its_parts_and_not_from_the_scales(tmp_path,
     """A scale that skips by the formula: its epsilon, its rate and its parts are of its policy."""
     scale = resolved(tmp_path, mini, SLOPED)
     other = resolved(tmp_path, scale, "{align: {lds: {policy: random_ltd, rate: 0.5}}}")
-    assert other.align.lds == LDS("random_ltd", rate=0.5)
-    assert resolved(tmp_path, scale, "{align: {lds: {policy: none}}}").align.lds == LDS()
-    assert other.instruct == scale.instruct
+    assert other.stages["align"].lds == LDS("random_ltd", rate=0.5)
+    assert resolved(tmp_path, scale, "{align: {lds: {policy: none}}}").stages["align"].lds == LDS()
+    assert other.stages["instruct"] == scale.stages["instruct"]
 
 
 def test_naming_no_policy_changes_its_leaf_only(tmp_path, mini):
     scale = resolved(tmp_path, mini, SLOPED)
     other = resolved(tmp_path, scale, "{align: {lds: {draw: fixed_count, schedule: constant}}}")
-    parts = asdict(scale.align.lds) | {"draw": "fixed_count", "schedule": "constant"}
-    assert asdict(other.align.lds) == parts
+    parts = asdict(scale.stages["align"].lds) | {"draw": "fixed_count", "schedule": "constant"}
+    assert asdict(other.stages["align"].lds) == parts
 
 
 def test_a_part_that_is_given_takes_the_place_of_the_policys(tmp_path, mini):
     config = resolved(tmp_path, mini, "{align: {lds: {policy: layerskip, rate: 0.5, unit: layer}}}")
-    assert config.align.lds == LDS("layerskip", rate=0.5, unit="layer")
-    assert config.align.lds.depth == "exponential"
+    assert config.stages["align"].lds == LDS("layerskip", rate=0.5, unit="layer")
+    assert config.stages["align"].lds.depth == "exponential"
 
 
 def test_an_ablation_may_have_its_own_seeds(tmp_path, mini):
@@ -111,7 +109,7 @@ def test_an_ablation_may_have_its_own_seeds(tmp_path, mini):
 
 def test_scientific_notation_without_a_dot_is_a_number(tmp_path, mini):
     overrides = "{align: {lr: 5e-4, lds: {policy: layerdrop, rate: 1e-1}}}"
-    block = resolved(tmp_path, mini, overrides).align
+    block = resolved(tmp_path, mini, overrides).stages["align"]
     assert (block.lr, block.lds.rate) == (5e-4, 0.1)
 
 
@@ -123,7 +121,7 @@ def test_a_real_data_set_is_evaluated_on_its_own_test_split(tmp_path, mini):
 # ---- what is not --------------------------------------------------------------------------------
 
 WRONG = {
-    "unknown key": ("{align: {stpes: 3}}", "align.stpes", "data, steps"),
+    "unknown key": ("{align: {stpes: 3}}", "align.stpes", "split, steps"),
     "unknown key, deep": ("{align: {vtc: {kep: 0.5}}}", "align.vtc.kep", "kind, keep"),
     "text for a number": ("{align: {steps: many}}", "align.steps", "a whole number at least 1"),
     "fraction for a whole number": ("{align: {steps: 1.5}}", "align.steps", "a whole number"),
@@ -178,7 +176,27 @@ WRONG = {
     "unknown data set": ("{align: {data: [coco]}}", "align.data", "scenes, easy_vqa, nlvr"),
     "unknown benchmark": ("{evaluate: {benchmarks: [mme]}}", "evaluate.benchmarks", "chart"),
     "unknown precision": ("{align: {precision: fp8}}", "align.precision", "'fp32' or 'bf16'"),
-    "what an ablation can't change": ("{model: {layers: 4}}", "overrides.model", "'align'"),
+    "a stage that there is not": ("{modell: {steps: 4}}", "modell.trains", "a value"),
+    "no part to train": ("{align: {trains: []}}", "align.trains", "at least one"),
+    "a part that there is not": ("{align: {trains: [head]}}", "align.trains.0", "'projector'"),
+    "a part twice": ("{align: {trains: [lora, lora]}}", "align.trains", "every part once"),
+    "adapters beside what they adapt": (
+        "{align: {trains: [lora, language_model]}}", "align.trains", "lora or language_model",
+    ),
+    "a rate for some parts": (
+        "{instruct: {lr: {projector: 1e-3}}}", "instruct.lr", "one for each of projector, language",
+    ),
+    "a rate of 0": ("{align: {lr: 0}}", "align.lr", "greater than 0"),
+    "no start": ("{align: {init: luck}}", "align.init", "one of backbone, instruct"),
+    "one start for two": ("{align: {init: backbone}, instruct: {init: backbone}}", "instruct.init",
+        "another: align comes right after it"),
+    "stages in a circle": (
+        "{align: {init: instruct}, instruct: {init: align}}", "align.init", "does not come after",
+    ),
+    "a split that can't be told": (
+        "{warm: {trains: [projector]}}", "warm.split", "one of align, instruct",
+    ),
+    "no stage at all": ("{align: null, instruct: null}", "stages", "at least one"),
 }  # fmt: skip
 
 
@@ -210,8 +228,8 @@ def test_a_seed_that_is_no_number(tmp_path):
 
 def test_a_doubled_key_in_a_scale(tmp_path):
     file = tmp_path / "scale.yaml"
-    file.write_text("align:\n  steps: 1\n  steps: 2\n")
-    with pytest.raises(ConfigError, match="steps: 'given twice, in lines 2 and 3'"):
+    file.write_text("bench:\n  points: 1\n  points: 2\n")
+    with pytest.raises(ConfigError, match="points: 'given twice, in lines 2 and 3'"):
         load_scale(file)
 
 
@@ -244,8 +262,8 @@ def test_a_share_of_the_steps_scales_both_stages_but_never_the_baseline(tmp_path
     file = tmp_path / "ablations.yaml"
     file.write_text("dense: {label: Dense}\nhalf: {label: x, steps_share: 0.5}\n")
     half = resolve(mini, load_ablations(file)["half"])
-    assert half.align.steps == mini.align.steps // 2
-    assert half.instruct.steps == mini.instruct.steps // 2
+    assert half.stages["align"].steps == mini.stages["align"].steps // 2
+    assert half.stages["instruct"].steps == mini.stages["instruct"].steps // 2
     file.write_text("dense: {label: Dense, steps_share: 0.5}\n")
     with pytest.raises(ConfigError, match=r"dense\.steps_share"):
         load_ablations(file)
@@ -256,7 +274,7 @@ def test_a_share_of_the_steps_scales_both_stages_but_never_the_baseline(tmp_path
 
 def test_a_file_that_is_not_yaml_names_the_line(tmp_path):
     file = tmp_path / "scale.yaml"
-    file.write_text("align:\n  steps: [1\ninstruct: 2\n")
+    file.write_text("bench:\n  points: [1\nseeds: 2\n")
     with pytest.raises(ConfigError, match=r"scale\.yaml: line \d"):
         load_scale(file)
 
@@ -271,7 +289,8 @@ def test_a_pretrained_model_needs_both_parts(tmp_path):
 def test_a_custom_data_set_trains_the_stage_that_it_is_for(tmp_path):
     file = tmp_path / "scale.yaml"
     file.write_text(
-        "data: {custom: {own: {json: a.json, images: i, split: align}}}\ninstruct: {data: [own]}\n"
+        "data: {custom: {own: {json: a.json, images: i, split: align}}}\n"
+        "stages: {instruct: {data: [own]}}\n"
     )
     with pytest.raises(ConfigError, match=r"data\.custom\.own\.split"):
         load_scale(file)
@@ -280,48 +299,100 @@ def test_a_custom_data_set_trains_the_stage_that_it_is_for(tmp_path):
 # ---- what else must hold ------------------------------------------------------------------------
 
 
-def blocks(model: type[BaseModel] = settings.Config):
-    yield model
-    for field in model.model_fields.values():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from blocks(field.annotation)
+def blocks(kind: object = settings.Config) -> set[type[BaseModel]]:
+    """The blocks of a configuration, wherever they stand."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return {block for inner in get_args(kind) for block in blocks(inner)}
+    return {kind}.union(*(blocks(field.annotation) for field in kind.model_fields.values()))
 
 
 def test_every_field_is_described():
-    for block in (*blocks(), settings.CustomConfig):
-        for name, field in block.model_fields.items():
-            assert field.description, f"{block.__name__}.{name}"
+    assert {settings.CustomConfig, settings.StageConfig} < blocks()
+    for block in blocks():
+        for name, info in block.model_fields.items():
+            assert info.description, f"{block.__name__}.{name}"
+
+
+# ---- stages -------------------------------------------------------------------------------------
+
+
+def test_a_stage_more_or_fewer_is_one_entry(tmp_path, mini):
+    def names(overrides: str) -> list[str]:
+        return list(resolved(tmp_path, mini, overrides).stages)
+
+    warm = "{init: align, trains: [projector, vision_tower], split: instruct}"
+    assert names("{}") == ["align", "instruct"]
+    assert names("{align: null}") == ["instruct"]
+    assert names(f"{{warm: {warm}}}") == ["align", "warm", "instruct"]
+    assert names("{late: {trains: [lora], split: instruct}}") == ["align", "instruct", "late"]
+    config = resolved(tmp_path, mini, f"{{warm: {warm}}}")
+    assert config.before("warm") == "align" and config.before("align") == settings.BACKBONE
+    assert config.before("instruct") == "warm" and config.last == "instruct"
+    assert config.stages["instruct"] == mini.stages["instruct"]
+
+
+def test_an_ablation_of_a_stage_that_the_scale_took_out_is_the_scales_own_run(tmp_path):
+    file = tmp_path / "scale.yaml"
+    file.write_text("stages: {align: null}\n")
+    scale = load_scale(file)
+    assert list(scale.stages) == ["instruct"]
+    assert resolved(tmp_path, scale, "{align: {vtc: {kind: random, keep: 0.5}}}") == scale
+
+
+# ---- what a result depends on -------------------------------------------------------------------
 
 
 def test_weights_depend_on_all_of_a_stage_but_how_often_it_is_saved(mini):
-    stage = mini.align
+    stage = mini.stages["align"]
     saved = stage.model_copy(update={"checkpoint_every": 7})
     assert saved.identity() == stage.identity()
     assert stage.model_copy(update={"lr": 0.5}).identity() != stage.identity()
 
 
-def test_a_training_follows_the_code_that_it_uses(tmp_path, mini):
-    def files(config: settings.StageConfig) -> set[str]:
-        assert all(file.exists() for file in config.sources())
-        return {file.name for file in config.sources()}
+def test_what_is_idle_does_not_count_and_what_acts_does(tmp_path, mini):
+    def identity(overrides: str) -> dict:
+        return resolved(tmp_path, mini, overrides).stages["align"].identity()
 
-    rooms = {"compression.py", "sampling.py", "decision.py", "block_influence.py"}
-    dense = files(mini.align)
-    vtc = files(resolved(tmp_path, mini, "{align: {vtc: {kind: random, keep: 0.5}}}").align)
-    lds = files(resolved(tmp_path, mini, "{align: {lds: {policy: sts, rate: 0.5}}}").align)
-    ours = "{align: {lds: {policy: block_influence, rate: 0.5}}}"
-    assert "train.py" in dense
-    assert dense & rooms == set()
-    assert vtc & rooms == {"compression.py", "sampling.py"}
-    assert lds & rooms == {"decision.py"}
-    measured = files(resolved(tmp_path, mini, ours).align)
-    assert measured & rooms == {"decision.py", "block_influence.py"}
+    idle = ["{}", "{align: {vtc: {positions: mean}}}", "{align: {lora: {rank: 8}}}",
+            "{align: {lds: {policy: layerdrop, rate: 0.0}}}"]  # fmt: skip
+    assert all(identity(one) == identity("{}") for one in idle)
+    acts = ["{align: {vtc: {kind: random, keep: 0.5}}}", "{align: {trains: [lora]}}",
+            "{align: {vtc: {kind: random, keep: 0.5, positions: mean}}}",
+            "{align: {lds: {policy: layerdrop, rate: 0.1}}}"]  # fmt: skip
+    assert len({str(identity(one)) for one in [*acts, "{}"]}) == len(acts) + 1
 
 
-def test_the_registry_is_read_as_it_is():
-    from sts.pipeline.data.registry import REGISTRY
+def test_a_new_key_at_its_neutral_value_changes_no_identity_and_a_changed_default_does(mini):
+    class More(settings.StageConfig):
+        ema: Annotated[float, settings.Neutral(0.0)] = 0.0
 
-    assert settings.registered("data/registry.py", "REGISTRY") == tuple(REGISTRY)
+    class Other(settings.StageConfig):
+        ema: Annotated[float, settings.Neutral(0.0)] = 0.9
+
+    stage = mini.stages["align"]
+    values = dict(stage)
+    assert More(**values).identity() == stage.identity()
+    assert More(**values, ema=0.9).identity() != stage.identity()
+    assert Other(**values).identity() == More(**values, ema=0.9).identity()
+
+
+@dataclass(frozen=True)
+class MoreVTC(VTC):
+    temperature: float = field(default=1.0, metadata={"neutral": 1.0})
+
+
+def test_so_does_a_new_setting_of_the_library():
+    assert settings.identity(MoreVTC("random", 0.5)) == settings.identity(VTC("random", 0.5))
+    assert settings.identity(MoreVTC("random", 0.5, temperature=2.0))["temperature"] == 2.0
+
+
+def test_every_neutral_value_is_one_that_the_key_takes():
+    for block in blocks():
+        for name, info in block.model_fields.items():
+            for mark in info.metadata:
+                if isinstance(mark, settings.Neutral):
+                    only = create_model("Only", one=(info.rebuild_annotation(), mark.value))
+                    assert only(one=mark.value).one == mark.value, name
 
 
 def test_every_ablation_says_whose_method_it_is():
@@ -332,7 +403,7 @@ def test_every_ablation_says_whose_method_it_is():
     for id, ablation in ablations.items():
         named = {
             block[part][key]
-            for block in ablation.overrides.values()
+            for block in filter(None, ablation.overrides.values())
             for part, key in (("vtc", "kind"), ("lds", "policy"))
             if part in block
         }

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -18,6 +17,7 @@ from transformers import (
 from sts import LDS, VTC, sparsify
 from sts.lds.decision import Decision
 from sts.lds.units import without_backward
+from sts.pipeline.config import LoraConfig
 from sts.pipeline.cost import (
     flop_parts,
     parameters,
@@ -26,6 +26,7 @@ from sts.pipeline.cost import (
     step_flops,
     trained_parameters,
 )
+from sts.pipeline.lora import add_adapters
 from sts.pipeline.model import freeze
 from sts.pipeline.shape_bench import FUSED_ON_CPU
 
@@ -108,22 +109,13 @@ def build(name, trains=INSTRUCT, attention="sdpa", checkpointing=False):
     model.set_attn_implementation(attention)
     freeze(model, [part for part in trains if part != "lora"])
     if "lora" in trains:
-        adapt(model)
+        add_adapters(model, LoraConfig(rank=RANK), seed=0)
     if checkpointing:
         model.activation_checkpointing_enable()
     with sparsify(model) as scheme:  # its forward is asked once what it sees, no part of it
         scheme.begin_step(0)
         model(**batch_for(model))
     return model
-
-
-def adapt(model):
-    """Adapters on every linear layer of the decoder, beside what is trained already."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    linear = r".*language_model\.layers\..*_proj"
-    inject_adapter_in_model(LoraConfig(r=RANK, target_modules=linear), model)
-    for parameter in trained:
-        parameter.requires_grad_(True)
 
 
 def batch_for(model):

@@ -12,6 +12,7 @@ import threading
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,8 +24,8 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sts.mini import scenes
-from sts.pipeline.config import Config, validate
-from sts.pipeline.data import registry
+from sts.pipeline.config import MINI, Config, datasets, deep_merge, load_yaml, validate
+from sts.pipeline.data import source
 from sts.pipeline.data.collator import (
     Conversations,
     batch_indices,
@@ -34,17 +35,23 @@ from sts.pipeline.data.collator import (
 )
 from sts.pipeline.data.conversation import CHAT_TEMPLATE, encode
 from sts.pipeline.data.prepare import prepare
-from sts.pipeline.data.registry import REGISTRY, DataError
+from sts.pipeline.data.registry import dataset
+from sts.pipeline.data.sets import easy_vqa, nlvr
+from sts.pipeline.data.source import DataError
 from sts.settings import IGNORE_INDEX
 
 MIRROR = os.environ.get("STS_DATA_MIRROR")
+PREPARED = {
+    "easy_vqa": "95ca432ce940c400b2125c0b14640beccb44bdff526c537374af07517a1a47b3",
+    "nlvr": "bbaf17eae49296d6d928c6cd636de34d85054e168b0eab8bb7c32c26a4a99e36",
+}  # sha256 of their manifests
 SCENES = {"seed": 3, "align": 12, "instruct": 10, "test": 8}
 
 
 @pytest.fixture(autouse=True)
 def no_mirror_no_downloads(monkeypatch, tmp_path):
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
-    monkeypatch.setattr(registry, "DOWNLOADS", tmp_path / "raw")
+    monkeypatch.setattr(source, "DOWNLOADS", tmp_path / "raw")
 
 
 @pytest.fixture(scope="session")
@@ -55,20 +62,20 @@ def processor():
 
 
 def config(**data) -> Config:
-    return validate({"data": data}, "test.yaml")
+    return validate(deep_merge(load_yaml(MINI), {"data": data}), "test.yaml")
 
 
 def rows_of(manifest: Path, split: str) -> Dataset:
     return Dataset(pq.read_table(manifest.parent / f"{split}.parquet"))
 
 
-# --- the registry ---
+# --- the sets ---
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", datasets())
 def test_an_entry_says_where_a_set_comes_from_and_under_what_terms(name):
-    entry = REGISTRY[name]
-    assert entry.version and entry.licence and entry.citation and entry.homepage and entry.splits
+    entry = dataset(name, config().data)
+    assert entry.version and entry.licence and entry.citation and entry.homepage
     if entry.source:
         assert re.search(r"/[0-9a-f]{40}\.tar\.gz$", entry.source.archive)  # one commit
         assert re.fullmatch("[0-9a-f]{64}", entry.source.sha256)
@@ -85,11 +92,13 @@ def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path):
 @pytest.mark.parametrize("name", ["easy_vqa", "nlvr"])
 def test_the_real_sets_prepare_without_a_bad_row(name, tmp_path):
     manifest = prepare(config(mirror=MIRROR), name, tmp_path / "manifest.json")
-    assert set(manifest["splits"]) == set(REGISTRY[name].splits)
     assert manifest["bad_rows"] == {}
-    counts = {"instruct": 4000, "test_easy_vqa": 9673, "test_nlvr": 989}
-    for split, described in manifest["splits"].items():
-        assert described["rows"] == counts[split]
+    assert manifest["sha256"] == PREPARED[name]
+    rows = {split: described["rows"] for split, described in manifest["splits"].items()}
+    assert rows == {
+        "easy_vqa": {"instruct": 4000, "test_easy_vqa": 9673},
+        "nlvr": {"test_nlvr": 989},
+    }[name]
 
 
 def picture(shade: int, size: tuple[int, int] = (8, 8)) -> bytes:
@@ -134,20 +143,20 @@ NLVR_MIRROR = {
 
 @pytest.fixture
 def tiny_source(monkeypatch, tmp_path):
-    """Puts the checksum of a small stand-in for a public set into the registry."""
+    """Puts the checksum of a small stand-in for a public set into its entry."""
 
-    def install(name: str, files: dict[str, bytes], **changes) -> None:
-        entry = REGISTRY[name]
+    def install(module: ModuleType, files: dict[str, bytes], **changes) -> None:
+        entry = module.DATASET
         original = write(tmp_path / "original", files)
-        sha256 = registry.checksum(entry.source.read(original))
-        source = dataclasses.replace(entry.source, sha256=sha256, **changes)
-        monkeypatch.setitem(REGISTRY, name, dataclasses.replace(entry, source=source))
+        sha256 = source.checksum(entry.source.read(original))
+        files_of = dataclasses.replace(entry.source, sha256=sha256, **changes)
+        monkeypatch.setattr(module, "DATASET", dataclasses.replace(entry, source=files_of))
 
     return install
 
 
 def test_easy_vqa_is_read_from_the_mirror(tiny_source, tmp_path):
-    tiny_source("easy_vqa", EASY_VQA)
+    tiny_source(easy_vqa, EASY_VQA)
     write(tmp_path / "mirror" / "easy_vqa", EASY_VQA)
     out = tmp_path / "out" / "manifest.json"
     manifest = prepare(config(mirror=str(tmp_path / "mirror")), "easy_vqa", out)
@@ -164,13 +173,13 @@ def test_easy_vqa_is_read_from_the_mirror(tiny_source, tmp_path):
 
 
 def test_nlvr_has_one_checksum_in_both_layouts(tmp_path):
-    read = REGISTRY["nlvr"].source.read
+    read = nlvr.DATASET.source.read
     public, mirror = write(tmp_path / "a", NLVR_PUBLIC), write(tmp_path / "b", NLVR_MIRROR)
-    assert registry.checksum(read(public)) == registry.checksum(read(mirror))
+    assert source.checksum(read(public)) == source.checksum(read(mirror))
 
 
 def test_nlvr_asks_yes_or_no_about_the_whole_strip(tiny_source, tmp_path):
-    tiny_source("nlvr", NLVR_PUBLIC)
+    tiny_source(nlvr, NLVR_PUBLIC)
     write(tmp_path / "mirror" / "nlvr_dev", NLVR_MIRROR)
     out = tmp_path / "out" / "manifest.json"
     prepare(config(mirror=str(tmp_path / "mirror")), "nlvr", out)
@@ -178,11 +187,11 @@ def test_nlvr_asks_yes_or_no_about_the_whole_strip(tiny_source, tmp_path):
     assert (row["question"], row["answer"]) == ("There is a box. yes or no?", "yes")
     pixels = np.asarray(row["image"])
     assert pixels.shape == (40, 40, 3)  # a square, so that a centre crop keeps both ends
-    assert (pixels[15:25] == (200, 10, 20)).all() and (pixels[:15] == registry.CLIP_MEAN).all()
+    assert (pixels[15:25] == (200, 10, 20)).all() and (pixels[:15] == nlvr.CLIP_MEAN).all()
 
 
 def test_the_variable_wins_over_the_configured_mirror(tiny_source, tmp_path, monkeypatch):
-    tiny_source("nlvr", NLVR_PUBLIC)
+    tiny_source(nlvr, NLVR_PUBLIC)
     write(tmp_path / "good" / "nlvr_dev", NLVR_MIRROR)
     monkeypatch.setenv("STS_DATA_MIRROR", str(tmp_path / "good"))
     manifest = prepare(config(mirror="/nowhere"), "nlvr", tmp_path / "manifest.json")
@@ -198,14 +207,14 @@ def test_a_mirror_that_is_not_there_is_an_error_not_a_download(tmp_path):
     ("damage", "message"),
     [
         ({"train/images/1.png": EASY_VQA["train/images/1.png"][:40]}, r"1\.png"),
-        ({"train/images/1.png": picture(101)}, r"not those of the registry.*don't open: none"),
+        ({"train/images/1.png": picture(101)}, r"not those of its entry.*don't open: none"),
         ({"test/questions.json": b'[["what"'}, r"easy_vqa can't be read.*line 1"),
         ({"test/questions.json": b'[["what", "red"]]'}, r"easy_vqa can't be read"),
         ({"train/images/0.png": None}, r"can't be read: .*0\.png"),
     ],
 )
 def test_damaged_files_stop_with_their_place_and_the_fix(tiny_source, tmp_path, damage, message):
-    tiny_source("easy_vqa", EASY_VQA)
+    tiny_source(easy_vqa, EASY_VQA)
     files = {name: content for name, content in {**EASY_VQA, **damage}.items() if content}
     write(tmp_path / "mirror" / "easy_vqa", files)
     with pytest.raises(DataError, match=message) as error:
@@ -257,7 +266,7 @@ def serve(tmp_path):
 
 
 def test_without_a_mirror_the_pinned_archive_is_downloaded_once(tiny_source, serve, tmp_path):
-    tiny_source("nlvr", NLVR_PUBLIC, archive=serve(NLVR_ARCHIVE))
+    tiny_source(nlvr, NLVR_PUBLIC, archive=serve(NLVR_ARCHIVE))
     first = prepare(config(), "nlvr", tmp_path / "a" / "manifest.json")
     assert first["splits"]["test_nlvr"]["rows"] == 1
     stored = {p.name for p in (tmp_path / "raw" / "nlvr").rglob("*") if p.is_file()}
@@ -269,7 +278,7 @@ def test_without_a_mirror_the_pinned_archive_is_downloaded_once(tiny_source, ser
 def test_what_an_archive_holds_after_the_folder_is_not_fetched():
     """NLVR's training images are 20 times as large as what is used."""
     stream = io.BytesIO(archive({"nlvr/dev/dev.json": b"x", "nlvr/train": os.urandom(2_000_000)}))
-    members = list(registry._members(stream, "nlvr/dev"))
+    members = list(source._members(stream, "nlvr/dev"))
     assert [str(path) for path, _ in members] == ["dev.json"]
     assert stream.tell() < 100_000
 
@@ -284,7 +293,7 @@ def test_what_an_archive_holds_after_the_folder_is_not_fetched():
     ids=["cut off", "not an archive", "other content"],
 )
 def test_a_bad_download_leaves_nothing_behind(tiny_source, serve, tmp_path, content, reason):
-    tiny_source("nlvr", NLVR_PUBLIC, archive=serve(content))
+    tiny_source(nlvr, NLVR_PUBLIC, archive=serve(content))
     with pytest.raises(DataError, match=f"can't be downloaded: .*{reason}"):
         prepare(config(), "nlvr", tmp_path / "manifest.json")
     assert list((tmp_path / "raw").iterdir()) == []
@@ -292,14 +301,14 @@ def test_a_bad_download_leaves_nothing_behind(tiny_source, serve, tmp_path, cont
 
 def test_an_archive_member_can_not_leave_the_folder(tiny_source, serve, tmp_path):
     evil = archive({"nlvr/dev/../../evil": b"x", "nlvr/dev/dev.json": NLVR_PUBLIC["dev.json"]})
-    tiny_source("nlvr", NLVR_PUBLIC, archive=serve(evil))
+    tiny_source(nlvr, NLVR_PUBLIC, archive=serve(evil))
     with pytest.raises(DataError):
         prepare(config(), "nlvr", tmp_path / "manifest.json")
     assert not list(tmp_path.rglob("evil"))
 
 
 def test_offline_without_a_mirror_one_error_names_set_source_and_both_fixes(tiny_source, tmp_path):
-    tiny_source("nlvr", NLVR_PUBLIC, archive="http://127.0.0.1:9/nlvr.tar.gz")  # nobody listens
+    tiny_source(nlvr, NLVR_PUBLIC, archive="http://127.0.0.1:9/nlvr.tar.gz")  # nobody listens
     with pytest.raises(DataError) as error:
         prepare(config(), "nlvr", tmp_path / "manifest.json")
     for part in ("data set nlvr", "http://127.0.0.1:9/nlvr.tar.gz", "Go online", "STS_DATA_MIRROR"):
@@ -316,12 +325,11 @@ def prepared_scenes(tmp_path_factory) -> Path:
     return out
 
 
-def test_scenes_has_the_registered_splits_in_the_configured_sizes(prepared_scenes):
+def test_scenes_has_its_splits_in_the_configured_sizes(prepared_scenes):
     manifest = json.loads(prepared_scenes.read_text())
     sizes = {split: described["rows"] for split, described in manifest["splits"].items()}
     tests = dict.fromkeys([f"test_{skill}" for skill in scenes.SKILLS], 8)
     assert sizes == {"align": 12, "instruct": 10, **tests}
-    assert set(sizes) == set(REGISTRY["scenes"].splits)
     assert manifest["bad_rows"] == {}
     assert sorted(p.name for p in prepared_scenes.parent.iterdir()) == sorted(
         ["manifest.json", "bad_rows.jsonl", *(f"{split}.parquet" for split in sizes)]

@@ -1,26 +1,37 @@
 """Scores are the share of right answers; the controls are what they claim to be."""
 
 import json
+import re
 import shutil
 import socket
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
+import yaml
 from lm_eval.api.model import LM
+from PIL import Image
 
-from sts.mini.backbone import build_llava
+from sts.__main__ import main
+from sts.pipeline import benchmarks
 from sts.pipeline import evaluate as module
-from sts.pipeline.config import validate
+from sts.pipeline.config import ConfigError, dump, validate
 from sts.pipeline.data.prepare import prepare
-from sts.pipeline.evaluate import TASKS, evaluate, guesses, load_tasks
+from sts.pipeline.data.source import DataError
+from sts.pipeline.evaluate import evaluate, guesses, load_benchmarks
+from sts.pipeline.model import build_llava
 
+PAGE = Path(__file__).resolve().parents[1] / "docs/evaluation.md"
 BENCHMARKS = ["existence", "colour"]
 GREY = 128
 
 
 class Oracle(LM):
-    """Answers what `reply(question, image)` says; remembers what it was shown."""
+    """Answers what `reply(question, *images)` says; remembers what it was shown."""
 
     MULTIMODAL = True
     tokenizer_name = "oracle"
@@ -34,9 +45,8 @@ class Oracle(LM):
 
     def generate_until(self, requests, disable_tqdm=False):
         for prompt, settings, extra in (request.args for request in requests):
-            [image] = extra["visual"]
-            self.shown.append((prompt, settings, np.asarray(image)))
-        return [self.reply(prompt, image) for prompt, _, image in self.shown]
+            self.shown.append((prompt, settings, [np.asarray(one) for one in extra["visual"]]))
+        return [self.reply(prompt, *images) for prompt, _, images in self.shown]
 
     def loglikelihood(self, requests):
         raise NotImplementedError
@@ -50,15 +60,22 @@ def untracked(monkeypatch):
     monkeypatch.setenv("STS_TRACKING", "off")
 
 
+def configured(evaluate: dict, **more):
+    """A small configuration with these values of `evaluate`."""
+    data = {"scenes": {"seed": 5, "align": 4, "instruct": 4, "test": 20}, **more}
+    stages = {"instruct": {"trains": ["projector"]}}
+    return validate({"data": data, "stages": stages, "evaluate": evaluate}, "test.yaml")
+
+
+def varied(config, **evaluate):
+    """The configuration with other values of `evaluate`."""
+    settings = config.evaluate.model_copy(update=evaluate)
+    return config.model_copy(update={"evaluate": settings})
+
+
 @pytest.fixture(scope="module")
 def config():
-    return validate(
-        {
-            "data": {"scenes": {"seed": 5, "align": 4, "instruct": 4, "test": 20}},
-            "evaluate": {"benchmarks": BENCHMARKS, "batch_size": 8},
-        },
-        "test.yaml",
-    )
+    return configured({"benchmarks": BENCHMARKS, "batch_size": 8})
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +90,31 @@ def scenes(config, tmp_path_factory):
 def questions(config, scenes):
     """Rows of each benchmark as the data hold them."""
     return {
-        name: [row for row in task.eval_docs]
-        for name, task in load_tasks(config.evaluate, [scenes]).items()
+        name: list(task.eval_docs)
+        for name, task in load_benchmarks(config.evaluate, [scenes]).items()
     }
 
 
 @pytest.fixture(scope="module")
 def weights(backbone, tmp_path_factory):
-    """A checkpoint as a training leaves it: untrained, so that it says nonsense."""
+    """A checkpoint as a training leaves it: untrained, with weights so large that what it says
+    depends on every token it is shown; it falls silent after a few words."""
+    model, processor = build_llava(backbone, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    model.config.text_config.max_position_embeddings = 1024
+    model.generation_config.exponential_decay_length_penalty = (6, 2.0)
     folder = tmp_path_factory.mktemp("weights")
-    for part in build_llava(backbone, seed=0):
+    for part in (model, processor):
         part.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def trained(tmp_path):
-    """Run manifest of a seed's finished instruct stage, with a given checkpoint."""
+    """Run manifest of a seed's finished last stage, with a given checkpoint."""
 
     def write(weights):
         manifest = {"weights": str(weights), "weights_sha256": "abc"}
@@ -103,15 +128,95 @@ def trained(tmp_path):
 def measure(config, scenes, trained, tmp_path, monkeypatch):
     """Evaluate an oracle; (the oracle, the result file's content)."""
 
-    def run(reply, config=config):
+    def run(reply, config=config, data=(scenes,)):
         oracle = Oracle(reply)
         monkeypatch.setattr(module, "load_model", lambda *_: oracle)
         out = tmp_path / "eval.json"
-        returned = evaluate(config, "sts", 0, trained("unused"), [scenes], out)
+        returned = evaluate(config, "sts", 0, trained("unused"), data, out)
         assert returned == json.loads(out.read_text())
         return oracle, returned
 
     return run
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """Rows that the last evaluation kept of a benchmark."""
+
+    def read(name):
+        return [json.loads(line) for line in (tmp_path / f"samples/{name}.jsonl").open()]
+
+    return read
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """A copy of the folder of task files, which a test may add to."""
+    folder = shutil.copytree(benchmarks.TASKS, tmp_path / "tasks")
+    monkeypatch.setattr(benchmarks, "TASKS", folder)
+    return folder
+
+
+def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    colours = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(colours).convert(mode)
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    """Folder with data sets of the hub: all columns of ChartQA and of the four subjects of MMMU's
+    art and design, a few questions each."""
+    root = tmp_path_factory.mktemp("mirror")
+    text, image = datasets.Value("string"), datasets.Image()
+    chartqa = {
+        "image": image,
+        "query": text,
+        "label": datasets.List(text),
+        "human_or_machine": datasets.ClassLabel(names=["human", "machine"]),
+    }
+    rows = [
+        {"image": picture(i, mode), "query": f"value {i}?", "label": [f"{100 + i}"],
+         "human_or_machine": 0}
+        for i, mode in enumerate(["RGB", "RGBA", "P", "L"])
+    ]  # fmt: skip
+    write_parquet(rows, chartqa, root / "HuggingFaceM4/ChartQA/data/test-0.parquet")
+    names = "id question options explanation {} img_type answer topic_difficulty question_type"
+    images = [f"image_{i}" for i in range(1, 8)]
+    columns = f"{names} subfield".format(" ".join(images)).split()
+    mmmu = {name: image if name in images else text for name in columns}
+    empty = {name: None if name in images else "" for name in columns}
+    parts = []
+    for subject in ("Art", "Art_Theory", "Design", "Music"):
+        two = {"question": "<image 1> or <image 2>?", "options": "['red', 'blue']", "answer": "B",
+               "question_type": "multiple-choice", "image_1": picture(1),
+               "image_2": picture(2, "RGBA", (50, 60))}  # fmt: skip
+        one = {"question": "what is <image 1>?", "options": "[]", "answer": "seven",
+               "question_type": "open", "image_1": picture(3)}  # fmt: skip
+        rows = [
+            {**empty, **row, "id": f"validation_{subject}_{i}"}
+            for i, row in enumerate([two, one, one])
+        ]
+        write_parquet(rows, mmmu, root / f"MMMU/MMMU/{subject}/validation-0.parquet")
+        files = [{"split": "validation", "path": f"{subject}/validation-*"}]
+        parts.append({"config_name": subject, "data_files": files})
+    card = f"---\n{yaml.safe_dump({'configs': parts})}---\n"
+    (root / "MMMU/MMMU/README.md").write_text(card)
+    return root
+
+
+def write_parquet(rows: list[dict], columns: dict, file: Path) -> None:
+    file.parent.mkdir(parents=True)
+    datasets.Dataset.from_list(rows, features=datasets.Features(columns)).to_parquet(file)
+
+
+GROUP = "mmmu_val_art_and_design"
+
+
+@pytest.fixture
+def theirs(mirror):
+    """Configuration of tasks of lm-eval, whose data lie in a mirror."""
+    names = {"benchmarks": ["chartqa", GROUP], "metrics": {"chartqa": "relaxed_accuracy"}}
+    return configured(names, mirror=str(mirror))
 
 
 def test_the_score_is_the_share_of_right_answers(measure, questions):
@@ -148,9 +253,9 @@ def test_every_question_is_asked_with_its_image_and_once_more_with_a_grey_one(me
     asked = Counter(prompt for prompt, _, _ in oracle.shown)
     rows = questions["existence"] + questions["colour"]
     assert asked == Counter(2 * [f"<image>\n{row['question']}" for row in rows])
-    grey = [image for _, _, image in oracle.shown if (image == GREY).all()]
+    grey = [image for _, _, [image] in oracle.shown if (image == GREY).all()]
     assert len(grey) == len(oracle.shown) / 2 == 40
-    assert {image.shape for _, _, image in oracle.shown} == {(64, 64, 3)}
+    assert {image.shape for _, _, [image] in oracle.shown} == {(64, 64, 3)}
 
 
 def test_decoding_is_greedy_and_as_long_as_configured(measure):
@@ -160,10 +265,7 @@ def test_decoding_is_greedy_and_as_long_as_configured(measure):
 
 
 def test_blind_can_be_left_out(measure, config):
-    settings = config.evaluate.model_copy(update={"blind": False})
-    oracle, result = measure(
-        lambda prompt, image: "yes", config.model_copy(update={"evaluate": settings})
-    )
+    oracle, result = measure(lambda prompt, image: "yes", varied(config, blind=False))
     assert len(oracle.shown) == 40 and result["benchmarks"]["existence"]["blind"] is None
 
 
@@ -172,7 +274,7 @@ def test_majority_and_chance_are_taken_within_each_question_form():
     assert guesses(questions) == ((3 + 1) / 8, (4 * 0.5 + 4 * 0.25) / 8)
 
 
-def test_the_result_holds_the_controls_and_the_versions(measure, questions):
+def test_the_result_holds_the_controls_and_how_it_was_measured(measure, questions):
     import lm_eval
 
     _, result = measure(lambda prompt, image: "yes")
@@ -185,16 +287,16 @@ def test_the_result_holds_the_controls_and_the_versions(measure, questions):
         / 20
     )
     assert existence["chance"] == 0.5 and existence["version"] == 1
-    assert result["lm_eval"] == lm_eval.__version__
+    assert existence["metric"] == "exact_match" and existence["share"]
+    assert result["lm_eval"] == lm_eval.__version__ and result["batch_size"] == 8
 
 
-def test_every_answer_is_kept(measure, questions, tmp_path):
+def test_every_answer_is_kept(measure, questions, answers, tmp_path):
     measure(lambda prompt, image: "yes")
-    kept = {file.stem: [json.loads(line) for line in file.read_text().splitlines()]
-            for file in (tmp_path / "samples").iterdir()}  # fmt: skip
-    assert set(kept) == {"existence", "existence_blind", "colour", "colour_blind"}
+    files = {file.stem for file in (tmp_path / "samples").iterdir()}
+    assert files == {"existence", "existence_blind", "colour", "colour_blind"}
     for name in BENCHMARKS:
-        assert kept[name] == kept[f"{name}_blind"] == [
+        assert answers(name) == answers(f"{name}_blind") == [
             {"id": row["id"], "question": row["question"], "form": row["form"],
              "target": row["answer"], "output": "yes", "correct": row["answer"] == "yes"}
             for row in questions[name]
@@ -212,29 +314,27 @@ def test_the_same_answers_give_the_same_bytes(measure, tmp_path):
 def test_other_settings_are_another_mlflow_run(measure, config, tmp_path, monkeypatch):
     monkeypatch.setenv("STS_TRACKING", "on")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    longer = config.evaluate.model_copy(update={"max_new_tokens": 5})
-    for settings in (config.evaluate, config.evaluate, longer):
-        measure(lambda *_: "yes", config.model_copy(update={"evaluate": settings}))
+    for change in ({}, {}, {"batch_size": 9}):
+        measure(lambda *_: "yes", varied(config, **change))
     runs = {file.read_text() for file in (tmp_path / "eval").glob("*/mlflow_run_id")}
     assert len(runs) == 2
 
 
-def test_every_task_file_names_its_own_benchmark():
-    files = [file for file in TASKS.glob("*.yaml") if file.stem != "_base"]
-    assert len(files) >= 10
-    for file in files:
-        text = file.read_text()
-        assert f"task: sts_{file.stem}\n" in text
-        assert f"dataset_kwargs: {{benchmark: {file.stem}}}\n" in text
+def test_every_task_file_of_ours_asks_a_data_set_that_there_is():
+    asked = configured({"benchmarks": [*benchmarks.ours()]})  # else a ConfigError
+    assert len(asked.evaluate.benchmarks) >= 10
+    assert asked.evaluation_data() == ["scenes", "easy_vqa", "nlvr"]
 
 
 def test_a_benchmark_without_data_is_named_with_the_fix(config, scenes, trained, tmp_path):
-    settings = config.evaluate.model_copy(update={"benchmarks": ["existence", "nlvr"]})
-    missing = config.model_copy(update={"evaluate": settings})
-    with pytest.raises(FileNotFoundError, match=rf"'test_nlvr'.*{scenes}.*evaluate\.benchmarks"):
-        evaluate(missing, "sts", 0, trained("unused"), [scenes], tmp_path / "eval.json")
+    ask = partial(evaluate, ablation="sts", seed=0, run=trained("unused"), out=tmp_path / "e.json")
+    missing = varied(config, benchmarks=["existence", "nlvr"])
+    with pytest.raises(
+        FileNotFoundError, match=rf"'nlvr'.*'test_nlvr'.*{scenes}.*evaluate\.benchmarks"
+    ):
+        ask(missing, data=[scenes])
     with pytest.raises(FileNotFoundError, match=r"gone\.json: no such data manifest.*prepare"):
-        evaluate(config, "sts", 0, trained("unused"), ["gone.json"], tmp_path / "eval.json")
+        ask(config, data=["gone.json"])
 
 
 def test_a_lost_data_file_is_named_with_the_fix(config, scenes, trained, tmp_path):
@@ -253,43 +353,260 @@ def test_lost_weights_are_named_and_not_looked_up_on_a_hub(config, scenes, train
     assert not (tmp_path / "eval.json").exists()
 
 
-def test_a_real_checkpoint_answers_without_the_network(
-    config, scenes, weights, trained, tmp_path, monkeypatch
-):
-    def refuse(*_):
+def offline(monkeypatch):
+    def refuse(*_, **__):
         raise AssertionError("the evaluation opened a connection")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def test_a_real_checkpoint_answers_without_the_network(
+    config, scenes, weights, trained, tmp_path, answers, monkeypatch
+):
+    offline(monkeypatch)
     result = evaluate(config, "dense", 1, trained(weights), [scenes], tmp_path / "eval.json")
     for name in BENCHMARKS:
-        rows = [json.loads(line) for line in (tmp_path / f"samples/{name}.jsonl").open()]
+        rows = answers(name)
         assert result["benchmarks"][name]["score"] == np.mean([row["correct"] for row in rows])
         assert len(rows) == 20
 
 
-def test_the_batch_size_changes_no_answer(config, scenes, weights, trained, tmp_path):
-    answers = []
-    for size in (3, 40):
-        settings = config.evaluate.model_copy(update={"batch_size": size})
-        varied = config.model_copy(update={"evaluate": settings})
-        evaluate(varied, "dense", 1, trained(weights), [scenes], tmp_path / "eval.json")
-        answers.append((tmp_path / "samples" / "existence.jsonl").read_text())
-    assert answers[0] == answers[1]
+def test_the_batch_size_changes_no_answer(weights, trained, tmp_path, answers):
+    """Of one question and of all, most of them padded on the left; lengths are mixed."""
+    words = 4 * "is there a red circle to the left of the blue square ?".split()  # noqa: SIM905
+    rows = [
+        {"id": str(i), "image": picture(i, size=(64, 64)), "question": " ".join(words[i % 7 : i]),
+         "answer": "yes", "form": "any"}
+        for i in range(8, 40)
+    ]  # fmt: skip
+    columns = dict.fromkeys(["id", "question", "answer", "form"], datasets.Value("string"))
+    data = tmp_path / "data"
+    write_parquet(rows, {**columns, "image": datasets.Image()}, data / "questions.parquet")
+    splits = {"test_existence": {"file": "questions.parquet"}}
+    (data / "manifest.json").write_text(json.dumps({"dataset": "scenes", "splits": splits}))
+    given = []
+    for size in (1, 7, 64):
+        config = configured({"benchmarks": ["existence"], "batch_size": size, "blind": False})
+        evaluate(
+            config, "dense", 1, trained(weights), [data / "manifest.json"], tmp_path / "eval.json"
+        )
+        given.append([row["output"] for row in answers("existence")])
+    assert given[0] == given[1] == given[2]
+    assert len(set(given[0])) > 10, "answers that are all the same would prove nothing"
 
 
 def test_a_limit_asks_the_same_part_of_the_questions_with_and_without_images(
-    config, scenes, weights, trained, tmp_path
+    config, measure, answers
 ):
     def ids(limit, name):
-        settings = config.evaluate.model_copy(update={"limit": limit})
-        varied = config.model_copy(update={"evaluate": settings})
-        result = evaluate(varied, "dense", 1, trained(weights), [scenes], tmp_path / "eval.json")
+        _, result = measure(lambda *_: "yes", varied(config, limit=limit))
         assert {row["n"] for row in result["benchmarks"].values()} == {min(limit or 20, 20)}
-        rows = (tmp_path / f"samples/{name}.jsonl").read_text().splitlines()
-        return [json.loads(row)["id"] for row in rows]
+        return [row["id"] for row in answers(name)]
 
     every, some = ids(None, "colour"), ids(7, "colour")
     assert len(some) == 7 and some == [id for id in every if id in some] != every[:7]
     assert ids(7, "colour_blind") == some
     assert ids(50, "colour") == every
+
+
+# ---- benchmarks of one's own ------------------------------------------------------------------
+
+
+def test_a_benchmark_is_added_by_the_page_alone(tasks, measure, questions, answers, scenes):
+    [(file, text)] = re.findall(r"`(sts/pipeline/tasks/\w+\.yaml)`:\n+```yaml\n(.*?)```",
+                                PAGE.read_text(), re.DOTALL)  # fmt: skip
+    name = Path(file).stem
+    (tasks / f"{name}.yaml").write_text(text)
+    config = configured({"benchmarks": ["colour", name]})
+    assert config.evaluation_data() == ["scenes"]
+    sources = {path.name for path in benchmarks.sources([name])}
+    assert sources == {f"{name}.yaml", "_base.yaml", "benchmark.py"}
+    oracle, result = measure(lambda *_: "red", config)
+    assert result["benchmarks"][name]["score"] == result["benchmarks"]["colour"]["score"] > 0
+    assert answers(name) == answers("colour")
+    asked = {prompt for prompt, *_ in oracle.shown}
+    assert len(asked) == 2 * len({row["question"] for row in questions["colour"]}), "its own words"
+
+
+COUNTED = """
+include: _base.yaml
+task: sts_counted
+dataset_kwargs: {dataset: scenes, split: test_colour}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+  - {metric: !function counted.letters, aggregation: mean, higher_is_better: true}
+  - {metric: !function counted.misses, aggregation: mean, higher_is_better: false}
+"""
+LETTERS = """
+def letters(references, predictions): return {"letters": len(predictions[0])}
+def misses(references, predictions): return {"misses": references != predictions}
+"""
+
+
+def test_a_score_that_is_no_share_is_kept_and_said(tasks, measure, answers, caplog):
+    (tasks / "counted.yaml").write_text(COUNTED)
+    (tasks / "counted.py").write_text(LETTERS)
+    config = configured({"benchmarks": ["counted"], "metrics": {"counted": "letters"}})
+    _, result = measure(lambda prompt, image: "red" if "shape" in prompt else "never", config)
+    row = result["benchmarks"]["counted"]
+    assert row["metric"] == "letters" and row["share"] is False and 3 <= row["score"] <= 5
+    assert row["score"] == np.mean([answer["correct"] for answer in answers("counted")])
+    assert "counted: letters is not a share of 0 to 1" in caplog.text
+    _, result = measure(lambda *_: "red", varied(config, metrics={}))
+    assert result["benchmarks"]["counted"]["metric"] == "exact_match", "the first"
+
+
+@pytest.mark.parametrize(
+    ("metric", "accepted"),
+    [("bleu", "exact_match, letters, misses"), ("misses", "a higher value is better")],
+)
+def test_a_metric_that_is_none_is_refused_before_the_model(
+    tasks, trained, scenes, tmp_path, metric, accepted
+):
+    (tasks / "counted.yaml").write_text(COUNTED)
+    (tasks / "counted.py").write_text(LETTERS)
+    config = configured({"benchmarks": ["counted"], "metrics": {"counted": metric}})
+    with pytest.raises(ConfigError, match=rf"metrics\.counted: '{metric}'.*{accepted}"):
+        evaluate(config, "sts", 0, trained("no/model"), [scenes], tmp_path / "eval.json")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "words"),
+    [
+        ("{benchmark: colour}", ValueError, r"odd\.yaml: dataset_kwargs must name.*split"),
+        ("{dataset: scenes, split: test_x}", FileNotFoundError, r"no split 'test_x', but .*test_"),
+    ],
+)
+def test_a_task_file_that_asks_nothing_is_refused(tasks, scenes, kwargs, error, words):
+    text = f"include: _base.yaml\ntask: sts_odd\ndataset_kwargs: {kwargs}\n"
+    (tasks / "odd.yaml").write_text(text)
+    benchmarks.dataset_of.cache_clear()
+    with pytest.raises(error, match=words):
+        load_benchmarks(configured({"benchmarks": ["odd"]}).evaluate, [scenes])
+    benchmarks.dataset_of.cache_clear()
+
+
+def test_a_task_file_of_an_unknown_data_set_is_refused_with_the_configuration(tasks):
+    text = "include: _base.yaml\ntask: x\ndataset_kwargs: {dataset: lost, split: test}\n"
+    (tasks / "astray.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks: 'astray'.*scenes.*not lost"):
+        configured({"benchmarks": ["astray"]})
+
+
+# ---- lm-eval's own tasks ----------------------------------------------------------------------
+
+
+def test_tasks_and_groups_of_lm_eval_are_found_by_name():
+    assert benchmarks.file_of("chartqa").name == "chartqa.yaml"
+    assert benchmarks.file_of("mmmu_val").name == "_mmmu.yaml"
+    assert benchmarks.dataset_of("mmmu_val") is None
+    config = configured({"benchmarks": ["mmmu_val", "chartqa", "text"]})
+    assert config.evaluation_data() == ["scenes"]
+    with pytest.raises(ConfigError, match=r"'chartqx'.*chart, .*lm-eval.*such as chartqa"):
+        configured({"benchmarks": ["chartqx"]})
+    with pytest.raises(ConfigError, match=r"evaluate\.metrics\.chartqx"):
+        configured({"benchmarks": ["text"], "metrics": {"chartqx": "acc"}})
+
+
+def test_where_lm_eval_is_not_installed_the_job_decides(monkeypatch, scenes):
+    with monkeypatch.context() as bare:
+        bare.setattr(benchmarks, "find_spec", lambda name: None)
+        benchmarks._lm_evals.cache_clear()
+        config = configured({"benchmarks": ["text", "chartqx"]})
+        benchmarks._lm_evals.cache_clear()
+    with pytest.raises(ConfigError, match="'chartqx'"):
+        load_benchmarks(config.evaluate, [scenes])
+
+
+def test_lm_evals_tasks_are_scored_by_their_own_metrics(measure, theirs, answers):
+    """The oracle reads the value within 5 %, then the letter of the group's first kind."""
+
+    def reply(prompt, *images):
+        if "value" in prompt:
+            number = int(re.search(r"value (\d)", prompt)[1])
+            return f"it is so. Final Answer: {100 + number + 3 * (number > 1)}"
+        return "(B)" if "(A)" in prompt else "nothing"
+
+    oracle, result = measure(reply, theirs, data=())
+    chart, group = (result["benchmarks"][name] for name in ("chartqa", GROUP))
+    assert (chart["metric"], chart["score"], chart["n"]) == ("relaxed_accuracy", 1, 4)
+    assert (group["metric"], group["n"], group["version"]) == ("acc", 12, "0.0")
+    assert group["score"] == pytest.approx(1 / 3) and group["share"]
+    assert {chart["majority"], chart["chance"], group["majority"], group["chance"]} == {None}
+    assert answers("chartqa")[3] == {
+        "id": "chartqa/3", "question": next(p for p, *_ in oracle.shown if "value 3" in p),
+        "form": None, "target": "103", "output": "it is so. Final Answer: 106", "correct": True,
+    }  # fmt: skip
+    assert [row["correct"] for row in answers(GROUP)] == 4 * [True, False, False]
+    assert len({row["id"] for row in answers(GROUP)}) == 12
+    _, result = measure(reply, varied(theirs, metrics={}), data=())
+    chart = result["benchmarks"]["chartqa"]
+    assert (chart["metric"], chart["score"]) == ("exact_match", 0.5), "its first metric"
+
+
+def test_lm_evals_tasks_keep_their_limit_of_words_and_get_grey_images(measure, theirs):
+    oracle, _ = measure(lambda *_: "(A)", theirs, data=())
+    assert {settings["max_gen_toks"] for _, settings, _ in oracle.shown} == {512}
+    half = len(oracle.shown) // 2
+    for (prompt, _, images), (again, _, blind) in zip(
+        oracle.shown[:half], oracle.shown[half:], strict=True
+    ):
+        assert prompt == again and len(images) == len(blind) == prompt.count("<image>")
+        for image, grey in zip(images, blind, strict=True):
+            assert image.shape[:2] == grey.shape[:2] and (grey == GREY).all()
+            assert image.std() > 0
+
+
+def test_a_limit_is_of_a_whole_group(measure, theirs, answers):
+    _, result = measure(lambda *_: "(A)", varied(theirs, limit=5), data=())
+    assert [result["benchmarks"][name]["n"] for name in ("chartqa", GROUP)] == [4, 5]
+    ids = [row["id"] for row in answers(GROUP)]
+    assert ids == [row["id"] for row in answers(f"{GROUP}_blind")] and len(set(ids)) == 5
+
+
+def test_a_guess_of_lm_evals_is_the_same_in_every_evaluation(measure, theirs, answers):
+    """MMMU's task draws a letter where it finds none in the answer."""
+    given = []
+    for _ in range(2):
+        measure(lambda *_: "well", theirs, data=())
+        given.append(answers(GROUP) + answers(f"{GROUP}_blind"))
+    assert given[0] == given[1]
+
+
+def test_a_real_checkpoint_answers_lm_evals_tasks_from_the_command_line(
+    theirs, mirror, weights, trained, tmp_path, answers, monkeypatch
+):
+    offline(monkeypatch)
+    config, run, out = tmp_path / "config.yaml", trained(weights), tmp_path / "eval.json"
+    config.write_text(dump(theirs))
+    place = ["--ablation", "dense", "--seed", "0", "--out", str(out)]
+    assert main(["evaluate", "--config", str(config), "--run", str(run), "--data", *place]) == 0
+    for name, row in json.loads(out.read_text())["benchmarks"].items():
+        assert row["n"] == len(answers(name)) == len(answers(f"{name}_blind"))
+        assert 0 <= row["score"] <= 1 and 0 <= row["blind"] <= 1
+        assert all(answer["output"] for answer in answers(name))
+
+
+def test_a_question_that_is_too_long_for_the_model_is_refused(theirs, backbone, trained, tmp_path):
+    for part in build_llava(backbone, seed=0):
+        part.save_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"up to 512 don't fit into the 256 tokens.*'user"):
+        evaluate(theirs, "dense", 1, trained(tmp_path / "short"), [], tmp_path / "eval.json")
+
+
+def test_data_of_lm_evals_that_cant_be_had_are_named_with_the_fix(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    config = configured({"benchmarks": ["chartqa"]})
+    words = (
+        r"chartqa: its data set HuggingFaceM4/ChartQA can't be had.*HF_HOME.*hf download "
+        r"HuggingFaceM4/ChartQA --repo-type dataset.*STS_DATA_MIRROR.*evaluate\.benchmarks"
+    )
+    with pytest.raises(DataError, match=words):
+        evaluate(config, "sts", 0, trained("no/model"), [], tmp_path / "eval.json")
+
+
+def test_a_task_without_images_is_refused_before_its_data_are_fetched(monkeypatch):
+    offline(monkeypatch)
+    with pytest.raises(ConfigError, match=r"'hellaswag'.*doc_to_image"):
+        load_benchmarks(configured({"benchmarks": ["hellaswag"]}).evaluate, [])

@@ -48,7 +48,7 @@ from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """The mini scale's own LLaVA, not yet aligned, as a user would load it."""
-    from sts.mini.backbone import SHIPPED, build_llava
+    from sts.pipeline.model import SHIPPED, build_llava
     from sts.pipeline.provenance import write_json_atomic
 
     folder = tmp_path_factory.mktemp("llava")

@@ -15,13 +15,18 @@ from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from sts import vtc
+from sts.pipeline import checkpoint, follows, step
 from sts.pipeline import train as training
-from sts.pipeline.config import Config, StageConfig
-from sts.pipeline.train import lr_factor, my_pieces, read_history, train
+from sts.pipeline.config import Config
+from sts.pipeline.feed import my_pieces
+from sts.pipeline.history import read_history
+from sts.pipeline.step import lr_factor
+from sts.pipeline.train import train
 
 STEPS, LAYERS = 4, 6
 HALF = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count"}  # three of the layers
 ROOT = Path(__file__).parents[1]
+CODE = follows.CODE
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +42,9 @@ def importable_by_other_processes(monkeypatch):
 def config(**stage) -> Config:
     """Both stages with a few small steps; `stage` overrides values of both."""
     few = {"steps": STEPS, "batch_size": 4, "lr": 1e-2, "checkpoint_every": 2, "max_length": 256}
-    block = StageConfig(**{**few, **stage})
-    return Config(scale="tiny", align=block, instruct=block)
+    trains = {"align": ["projector"], "instruct": ["projector", "language_model"]}
+    stages = {name: {"trains": parts, **few, **stage} for name, parts in trains.items()}
+    return Config(scale="tiny", stages=stages)
 
 
 @pytest.fixture
@@ -75,7 +81,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run):
 
 
 def test_align_moves_the_projector_and_nothing_else(run, backbone):
-    start, _ = training.load("align", backbone, seed=0)
+    start, _ = training.load(backbone, seed=0)
     changed = moved(start.state_dict(), tensors(run(config())["weights"]))
     assert changed
     assert all("multi_modal_projector" in name for name in changed)
@@ -88,6 +94,136 @@ def test_instruct_moves_the_language_model_and_projector_but_not_the_vision_towe
     assert any("language_model.layers.3" in name for name in changed)
     assert any("lm_head" in name for name in changed)
     assert not any("vision_tower" in name for name in changed)
+
+
+PARTS = {
+    "vision_tower": "vision_tower",
+    "projector": "multi_modal_projector",
+    "language_model": "language_model",
+}
+
+
+@pytest.mark.parametrize(
+    "trains",
+    [
+        ["vision_tower"],
+        ["language_model"],
+        ["vision_tower", "projector", "language_model"],
+        ["projector", "lora"],
+    ],
+    ids="+".join,
+)
+def test_a_stage_moves_the_parts_that_it_says(run, aligned, trains):
+    """Adapters are merged: what is saved is a plain checkpoint whose decoder has moved."""
+    start = tensors(json.loads(aligned.read_text())["weights"])
+    lora = {"lora": {"rank": 2, "alpha": 4.0}, "lds": HALF} if "lora" in trains else {}
+    result = run(config(trains=trains, **lora), "instruct", init=aligned)
+    end = tensors(result["weights"])
+    assert end.keys() == start.keys()
+    touched = {part for part, name in PARTS.items() for one in moved(start, end) if name in one}
+    expected = {"language_model" if part == "lora" else part for part in trains}
+    assert touched == expected
+    if "lora" in trains:
+        assert not [name for name in moved(start, end) if "norm" in name or "embed" in name]
+    assert 0 < result["flops"] <= result["flops_dense"]
+
+
+def test_each_part_has_the_learning_rate_that_it_was_given(run, aligned):
+    """One step from equal weights: without decay, Adam's first step is the learning rate."""
+    start = tensors(json.loads(aligned.read_text())["weights"])
+    rates = {"projector": 1e-3, "language_model": 1e-5}
+    end = tensors(run(config(steps=1, lr=rates), "instruct", init=aligned)["weights"])
+    for part, rate in rates.items():
+        moves = [(end[n] - start[n]).abs().max().item() for n in start if PARTS[part] in n]
+        assert max(moves) == pytest.approx(rate, rel=0.05), part
+
+
+def test_killed_with_adapters_it_resumes_to_the_same_weights(run, monkeypatch):
+    settings = config(trains=["projector", "lora"], lora={"rank": 2, "dropout": 0.5})
+    straight = run(settings, results="straight")
+    save = training.save_state
+
+    def once(*arguments):
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_state", once)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, results="stopped")
+    monkeypatch.setattr(training, "save_state", save)
+    assert run(settings, results="stopped")["weights_sha256"] == straight["weights_sha256"]
+
+
+def test_a_run_without_alignment_starts_with_a_fresh_projector(run):
+    alone = run(config(), "instruct")
+    assert read_history(alone["weights"])[-1]["step"] == STEPS - 1
+
+
+FOLLOWED = {
+    "dense": {},
+    "vtc": {"vtc": {"kind": "random", "keep": 0.5}},
+    "text": {"vtc": {"kind": "text_guided", "keep": 0.5}},
+    "lds": {"lds": {"policy": "sts", "rate": 0.6, "epsilon": 0.5}},
+    "measured": {"lds": {"policy": "block_influence", "rate": 0.4}},
+    "tokens": {"lds": {"policy": "random_ltd", "rate": 0.5}},
+    "lora": {"trains": ["projector", "lora"]},
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_all_code_that_a_training_runs_is_followed(run, name):
+    """Every function of the package that a training calls lies in a file that its key follows, but
+    for the observers, and for the rooms of VTC and LDS where these are idle."""
+    settings, called = config(**FOLLOWED[name], steps=3), set()
+    sys.setprofile(lambda frame, event, _: called.add(frame.f_code.co_filename))
+    try:
+        run(settings)
+    finally:
+        sys.setprofile(None)
+    stage = settings.stages["align"]
+    idle = {"vtc": not stage.compresses, "lds": not stage.skips}
+    rooms = [room for part, closed in idle.items() if closed for room in follows.ROOMS[part]]
+    ours = {Path(file) for file in called if Path(file).is_relative_to(follows.CODE)}
+    missed = ours - set(follows.training(stage)) - follows.OBSERVERS
+    assert not [file for file in missed if not any(file.is_relative_to(room) for room in rooms)]
+    assert {CODE / "pipeline/step.py", CODE / "scheme.py"} < ours
+
+
+def test_all_that_a_training_imports_is_followed_or_a_file_of_another_choice():
+    code = (
+        "import sts.pipeline.train, sys\n"
+        "print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('sts.')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    files = {Path(file) for file in loaded.stdout.split()}
+    every = {"vtc": {"kind": "random", "keep": 0.5}, "lds": {"policy": "sts", "rate": 0.6}}
+    followed = set(follows.training(config(**every).stages["align"])) | follows.OBSERVERS
+    other = {"__init__.py", "block_influence.py"}  # packages; a depth that this one doesn't use
+    families = {
+        CODE / "architectures" / f"{n}.py" for n in ("gemma", "idefics", "internvl", "others")
+    }
+    missed = {file for file in files - followed - families if file.name not in other}
+    assert files and not missed
+
+
+def test_a_training_follows_the_rooms_that_act_and_the_file_of_its_kind():
+    def rooms(**stage) -> set[str]:
+        files = {file.name for file in follows.training(config(**stage).stages["align"])}
+        assert {"train.py", "step.py", "sequence.py", "scheme.py", "llava.py"} < files
+        assert not files & {"history.py", "tracking.py", "scenes.py", "config.py", "gemma.py"}
+        return files & {
+            "compression.py",
+            "sampling.py",
+            "text.py",
+            "decision.py",
+            "block_influence.py",
+        }
+
+    assert rooms() == set()
+    assert rooms(**FOLLOWED["vtc"]) == {"compression.py", "sampling.py"}
+    assert rooms(**FOLLOWED["text"]) == {"compression.py", "text.py"}
+    assert rooms(**FOLLOWED["lds"]) == {"decision.py"}
+    assert rooms(**FOLLOWED["measured"]) == {"decision.py", "block_influence.py"}
 
 
 def test_a_layer_that_a_step_skips_is_not_moved_by_it(run, aligned):
@@ -131,7 +267,9 @@ def test_finished_weights_are_reused_at_once_also_by_another_ablation(run, monke
 
 def test_what_the_weights_depend_on_changes_the_key(backbone, prepared):
     def key(seed=0, **stage):
-        return training.stage_key(config(**stage).align, "align", seed, [prepared], backbone)
+        return training.stage_key(
+            config(**stage).stages["align"], "align", seed, [prepared], backbone
+        )
 
     assert key() == key(checkpoint_every=1)
     assert len({key(), key(seed=1), key(lr=2e-2), key(vtc={"kind": "random", "keep": 0.5})}) == 4
@@ -236,11 +374,11 @@ def test_a_kind_with_weights_is_trained_resumes_and_is_not_in_the_checkpoint(run
         assert not [name for name in opened.keys() if "compressor" in name]  # noqa: SIM118
     monkeypatch.setattr(training, "save_state", keeping)
     with pytest.raises(KeyboardInterrupt):
-        run(config(steps=6, vtc=settings.align.vtc), results="c")
+        run(config(steps=6, vtc=settings.stages["align"].vtc), results="c")
     assert "visual_token_compressor.scale" in saved[-1]
     monkeypatch.setattr(training, "save_state", save)
-    resumed = run(config(steps=6, vtc=settings.align.vtc), results="c")
-    whole = run(config(steps=6, vtc=settings.align.vtc), results="d")
+    resumed = run(config(steps=6, vtc=settings.stages["align"].vtc), results="c")
+    whole = run(config(steps=6, vtc=settings.stages["align"].vtc), results="d")
     assert resumed["weights_sha256"] == whole["weights_sha256"]
     assert torch.equal(scales[-2], scales[-1])
 
@@ -296,7 +434,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(run, monkeypatch):
 def test_two_trainings_of_one_key_do_not_write_over_each_other(tmp_path):
     folder = tmp_path / "key"
     script = (
-        "import sys, time, pathlib; from sts.pipeline.train import locked\n"
+        "import sys, time, pathlib; from sts.pipeline.checkpoint import locked\n"
         "with locked(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(1)"
     )
     holder = subprocess.Popen(
@@ -304,7 +442,7 @@ def test_two_trainings_of_one_key_do_not_write_over_each_other(tmp_path):
     )
     assert holder.stdout.readline() == "in\n"
     began = time.monotonic()
-    with training.locked(folder):
+    with checkpoint.locked(folder):
         waited = time.monotonic() - began
     assert holder.wait() == 0
     assert waited > 0.5
@@ -364,7 +502,8 @@ def test_every_unit_logs_the_work_that_its_flops_come_from(run, aligned, unit):
 
 
 def test_precision_and_recomputation_are_taken_from_the_configuration(run, aligned, monkeypatch):
-    monkeypatch.setattr(training, "precision_here", lambda block: block.precision)
+    for module in (step, training):
+        monkeypatch.setattr(module, "precision_here", lambda block: block.precision)
     plain = run(config(steps=1), "instruct", init=aligned)
     again = run(config(steps=1, gradient_checkpointing=True), "instruct", init=aligned)
     half = run(config(steps=1, precision="bf16"), "instruct", init=aligned)
@@ -384,7 +523,7 @@ def test_bf16_is_fp32_on_a_processor_without_it_and_has_a_key_of_its_own(
     for native in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=native: has)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        keys.append(training.stage_key(half.align, "align", 0, [prepared], backbone))
+        keys.append(training.stage_key(half.stages["align"], "align", 0, [prepared], backbone))
     assert keys[0] != keys[1]
     plain = run(config(steps=1), "instruct", init=aligned)
     assert "precision" not in caplog.text
@@ -396,11 +535,11 @@ def test_bf16_is_fp32_on_a_processor_without_it_and_has_a_key_of_its_own(
 
 
 def test_the_learning_rate_rises_then_falls_to_nearly_nothing():
-    factors = [lr_factor(step, 100, 0.03) for step in range(100)]
+    factors = [lr_factor(step, 100, 3) for step in range(100)]
     assert factors[:4] == pytest.approx([1 / 3, 2 / 3, 1, 1])
     assert factors[3:] == sorted(factors[3:], reverse=True)
     assert 0 < factors[-1] < 1e-3
-    assert lr_factor(0, 1, 0.0) == 1
+    assert lr_factor(0, 1, 0) == 1
 
 
 class Processes:

@@ -36,8 +36,12 @@ def bench(configs, data, init, out):
     write(out, {"threads": os.environ["OMP_NUM_THREADS"], "configs": list(configs)})""",
     "tables.py": """
 def table(name, results, ablations, out_stem, labels, *sources):
-    for end in ("md", "csv", "tex", "json"): write(f"{out_stem}.{end}", dict.fromkeys(ablations, 1))
+    for end in ("md", "csv", "tex", "json", "html"):
+        write(f"{out_stem}.{end}", dict.fromkeys(ablations, 1))""",
+    "pipeline/findings.py": """
 def summary(results): print("found something")""",
+    "pipeline/kept_tokens.py": """
+def kept_tokens(backbone, data, out): write(out, {"backbone": hashed(backbone)})""",
     "figures.py": """
 def figure(name, results, ablations, out_stem, labels):
     for ending in ("svg", "png"): write(f"{out_stem}.{ending}", ablations)""",
@@ -145,7 +149,7 @@ def test_a_stage_that_two_ablations_share_is_trained_once(finished):
         ("fig_pareto", {"figure": 1, "evaluate": 4}),
         ("fig_loss", {"figure": 1}),
         ("fig_layers", {"figure": 1}),
-        ("fig_tokens", {"figure": 1}),
+        ("fig_tokens", {"figure": 1, "tokens": 1, "prepare": 1, "backbone": 1}),
         ("ablations", {"table": 4, "timing": 4}),
         ("real", {"prepare": 3, "evaluate": 2, "instruct": 2}),
         ("bench", {"timing": 1}),
@@ -530,9 +534,33 @@ def test_the_workflow_needs_only_what_snakemake_depends_on(project):
     assert not {"torch", "numpy", "datasets", "mlflow", "transformers"} & set(loaded)
 
 
-def test_the_report_is_one_file_made_offline(finished):
-    run(finished, SMOKE, "--report", "report.html")
+def first_page(folder: Path, *targets: str) -> str:
+    """The HTML on which the report of these targets opens."""
+    run(folder, SMOKE, *targets, "--report", "report.html")
+    whole = (folder / "report.html").read_text()
+    (page,) = re.findall(r"^ *var workflow_desc = (.*);$", whole, re.MULTILINE)
+    return json.loads(page)
+
+
+def test_the_report_is_one_file_made_offline_that_opens_on_what_was_found(finished):
+    table = finished / "results/smoke/tables/main.html"
+    table.write_text("<p>What was <b>found</b>: x 0.81</p>")
+    (finished / "results/smoke/figures/pareto.svg").write_text("<svg>drawn</svg>" + 20_000 * " ")
+    page = first_page(finished)
     assert (finished / "report.html").stat().st_size > 100_000
+    assert "Sparse training, scale smoke" in page
+    assert table.read_text() in page
+    assert "data:image/svg+xml,%3Csvg%3Edrawn%3C/svg%3E%20" in page
+    assert "system-message" not in page  # docutils' word for what it could not read
+    for word in ("Retention", "Realisation"):
+        assert f"<dt>{word}</dt>" in page
+
+
+def test_the_report_of_other_targets_says_how_to_make_the_main_table(finished):
+    page = first_page(finished, "table_components")
+    assert "snakemake --cores all table_main" in page
+    assert "data:image" not in page
+    assert "Retention" in page
 
 
 # ---- the real thing -----------------------------------------------------------------------------

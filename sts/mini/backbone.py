@@ -11,13 +11,14 @@ from sts.mini.language import reading, train_language
 from sts.mini.vision import seeing, train_vision
 from sts.mini.words import make_processor, make_tokenizer
 from sts.pipeline.config import ModelConfig
-from sts.pipeline.provenance import sha256_json, write_json_atomic
+from sts.pipeline.provenance import fingerprint, sha256_json, write_json_atomic
 
 
 def rebuilt(model: ModelConfig, beside: Path) -> Path:
-    """The folder with the backbones of these settings, trained now if it is not there yet."""
-    settings = model.model_copy(update={"backbone": "rebuild"}).model_dump()
-    folder = beside / f"rebuilt-{sha256_json(settings)[:8]}"
+    """The folder with the backbones of these settings and of the recipe as it is, which is all of
+    this room; trained now if it is not there yet."""
+    recipe = fingerprint(*Path(__file__).parent.glob("*.py"))
+    folder = beside / f"rebuilt-{sha256_json([model.model_dump(), recipe])[:8]}"
     if not (folder / "language" / "config.json").exists():
         rebuild(folder, model.layers, model.vision_steps, model.language_steps, model.threads)
     return folder

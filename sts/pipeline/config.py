@@ -9,12 +9,15 @@ accepted. Only pydantic and yaml are needed, so that the workflow can read it in
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -283,6 +286,48 @@ class StageConfig(Block):
         return {key: value for key, value in identity(self).items() if key not in left_out}
 
 
+def _kept(stages: Any) -> Any:
+    """The stages that were not taken out."""
+    if not isinstance(stages, Mapping):
+        return stages
+    return {name: block for name, block in stages.items() if block is not None}
+
+
+def _in_order(stages: dict[str, StageConfig]) -> dict[str, StageConfig]:
+    """The stages as they are trained; their order then says what `init` said, and `split` is filled
+    in by the name."""
+    follower: dict[str, str] = {}
+    for name, block in stages.items():
+        names = (BACKBONE, *(other for other in stages if other != name))
+        whole = NAME.fullmatch(name) and name not in RESERVED
+        accepted = "lower case letters, digits and _, a letter first"
+        expect(whole, "stages", name, f"{accepted}, none of {', '.join(RESERVED)}")
+        if block.init is not None:
+            expect(
+                block.init in names, f"stages.{name}.init", block.init, f"one of {', '.join(names)}"
+            )
+            other = follower.setdefault(block.init, name)
+            accepted = f"another: {other} comes right after it"
+            expect(other == name, f"stages.{name}.init", block.init, accepted)
+    order: list[str] = []
+    for listed in (BACKBONE, *(name for name, block in stages.items() if block.init is None)):
+        following: str | None = listed
+        while following:
+            order.append(following)
+            following = follower.get(following)
+    for name, block in stages.items():
+        accepted = "a stage that does not come after this one"
+        expect(name in order, f"stages.{name}.init", block.init, accepted)
+    split = {name: stages[name].split or (name if name in SPLITS else None) for name in stages}
+    for name, one in split.items():
+        accepted = f"one of {', '.join(SPLITS)}: the name of the stage is neither"
+        expect(one is not None, f"stages.{name}.split", one, accepted)
+    return {
+        name: stages[name].model_copy(update={"init": None, "split": split[name]})
+        for name in order[1:]
+    }
+
+
 class EvaluateConfig(Block):
     """How every finished run is measured."""
 
@@ -322,7 +367,12 @@ class Config(Block):
     """Sources and preparation."""
     model: ModelConfig = ModelConfig()
     """Vision tower and language model."""
-    stages: Annotated[dict[str, StageConfig], Field(min_length=1)]
+    stages: Annotated[
+        dict[str, StageConfig],
+        Field(min_length=1),
+        BeforeValidator(_kept),
+        AfterValidator(_in_order),
+    ]
     """Name -> training stage, one after the other; null takes a stage out."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Benchmarks."""
@@ -452,6 +502,9 @@ def resolve(config: Config, ablation: Ablation) -> Config:
     delta: dict[str, Any] = {"stages": dict(ablation.overrides)}
     if "evaluate" in ablation.overrides:
         delta["evaluate"] = delta["stages"].pop("evaluate")
+    for name in _mini_stages() - base["stages"].keys():
+        if "trains" not in (delta["stages"].get(name) or {}):
+            delta["stages"].pop(name, None)  # it says how to train a stage that the scale took out
     for name, block in base["stages"].items():
         block["steps"] = max(1, round(block["steps"] * ablation.steps_share))
         lds = (delta["stages"].get(name) or {}).get("lds")
@@ -461,6 +514,11 @@ def resolve(config: Config, ablation: Ablation) -> Config:
         delta["seeds"] = ablation.seeds
     merged = deep_merge(base, delta)
     return validate(merged, ablation.file, prefix=ablation.id)
+
+
+@cache
+def _mini_stages() -> frozenset[str]:
+    return frozenset(load_yaml(MINI)["stages"])
 
 
 def deep_merge(base: Mapping, delta: Mapping) -> dict:
@@ -475,56 +533,10 @@ def deep_merge(base: Mapping, delta: Mapping) -> dict:
 
 def validate(content: Mapping, file: str | Path, prefix: str = "") -> Config:
     """A checked configuration; `file` and `prefix` (the ablation) are what an error names."""
-    kept = content
-    if isinstance(content.get("stages"), Mapping):
-        stages = {name: block for name, block in content["stages"].items() if block is not None}
-        kept = {**content, "stages": stages}
-    config = _parse(Config, kept, file, prefix)
-    for key, value, accepted in (*_disorder(config.stages), *_contradictions(config)):
+    config = _parse(Config, content, file, prefix)
+    for key, value, accepted in _contradictions(config):
         raise ConfigError(file, _key(prefix, key), value, accepted)
-    return config.model_copy(update={"stages": _in_order(config.stages)})
-
-
-def _disorder(stages: Mapping[str, StageConfig]) -> Iterator[tuple[str, Any, str]]:
-    """(key, value, accepted) of stages whose order can't be told."""
-    for name, block in stages.items():
-        others = [other for other in stages if other != name]
-        if name in RESERVED or not NAME.fullmatch(name):
-            taken = f", none of {', '.join(RESERVED)}"
-            yield "stages", name, "lower case letters, digits and _, a letter first" + taken
-        if block.init not in (None, BACKBONE, *others):
-            yield f"stages.{name}.init", block.init, f"one of {', '.join((BACKBONE, *others))}"
-        same = [other for other in others if stages[other].init == block.init]
-        if block.init and same:
-            yield (
-                f"stages.{name}.init",
-                block.init,
-                f"another: stages.{same[0]} comes right after it",
-            )
-    placed = _in_order(stages)
-    for name, block in stages.items():
-        if name not in placed:
-            yield f"stages.{name}.init", block.init, "a stage that does not come after this one"
-
-
-def _in_order(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
-    """The stages as they are trained; `init` is said by the order then, and `split` by the name
-    where it was not given."""
-    waiting = {block.init: name for name, block in stages.items() if block.init}
-    order: list[str] = []
-    for listed in (BACKBONE, *(name for name, block in stages.items() if not block.init)):
-        next_one: str | None = listed
-        while next_one:
-            order.append(next_one)
-            next_one = waiting.pop(next_one, None)
-    filled = {
-        name: {"init": None, "split": stages[name].split or _split_of(name)} for name in order[1:]
-    }
-    return {name: stages[name].model_copy(update=values) for name, values in filled.items()}
-
-
-def _split_of(name: str) -> str | None:
-    return name if name in SPLITS else None
+    return config
 
 
 def dump(config: Config) -> str:
@@ -542,14 +554,16 @@ def _contradictions(config: Config) -> Iterator[tuple[str, Any, str]]:
     sets = (*datasets(), *config.data.custom)
     for stage, block in config.stages.items():
         key = f"stages.{stage}"
-        if not (block.split or _split_of(stage)):
-            yield f"{key}.split", None, f"one of {', '.join(SPLITS)}: the stage's name says neither"
         for name in block.data:
             if name not in sets:
                 yield f"{key}.data", name, f"one of {', '.join(sets)}"
-            custom, split = config.data.custom.get(name), block.split or _split_of(stage)
-            if custom and split and custom.split != split:
-                yield f"data.custom.{name}.split", custom.split, f"{split}: {key}.data names it"
+            custom = config.data.custom.get(name)
+            if custom and custom.split != block.split:
+                yield (
+                    f"data.custom.{name}.split",
+                    custom.split,
+                    f"{block.split}: {key}.data names it",
+                )
         if len(set(block.trains)) < len(block.trains):
             yield f"{key}.trains", block.trains, "every part once"
         if {"lora", "language_model"} <= set(block.trains):
@@ -634,6 +648,10 @@ def _accepted(model: type[Block], problem: Mapping) -> str:
     if problem["type"] == "literal_error":
         return f"one of {problem['ctx']['expected']}"
     bounds = [_bound(item) for item in field.metadata] if field else []
+    if problem["type"] in ("greater_than", "less_than") and not any(
+        bounds
+    ):  # of a value in a union
+        return f"a number {_bound(SimpleNamespace(**problem['ctx']))}"
     kind = _KINDS.get(owner if isinstance(owner, type) else None)
     kind = kind or _PARSED.get(problem["type"])
     text = " ".join([kind, " and ".join(filter(None, bounds))]).strip() if kind else problem["msg"]
@@ -642,7 +660,12 @@ def _accepted(model: type[Block], problem: Mapping) -> str:
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PARSED = {"int_type": _KINDS[int], "float_type": _KINDS[float], "bool_type": _KINDS[bool]}
-_SHAPES = {"list_type": "a list", "model_type": "a mapping", "dict_type": "a mapping"}
+_SHAPES = {
+    "list_type": "a list",
+    "model_type": "a mapping",
+    "dict_type": "a mapping",
+    "too_short": "at least one",
+}
 
 
 def _bound(item: Any) -> str:

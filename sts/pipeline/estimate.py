@@ -31,7 +31,6 @@ from transformers import (
 )
 
 from sts.lds.decision import expected_work
-from sts.mini.backbone import language_config, make_tokenizer, vision_config
 from sts.pipeline import cost
 from sts.pipeline.bench import REPEATS
 from sts.pipeline.config import (
@@ -43,7 +42,7 @@ from sts.pipeline.config import (
     load_scale,
     resolve,
 )
-from sts.pipeline.model import freeze
+from sts.pipeline.model import SHIPPED, freeze
 from sts.pipeline.train import (
     fused_attention,
     global_batch,
@@ -221,7 +220,8 @@ def model_config(config: Config) -> LlavaConfig:
         vision = getattr(vision, "vision_config", vision)
         language = known(model.language, LANGUAGE)
     else:
-        vision, language = vision_config(), language_config(make_tokenizer(), model.layers)
+        vision, language = (AutoConfig.from_pretrained(SHIPPED / p) for p in ("vision", "language"))
+        language.num_hidden_layers = model.layers
     return LlavaConfig(
         vision_config=vision,
         text_config=language,

@@ -246,7 +246,24 @@ def load_model(weights: str | Path, batch_size: int, threads: int) -> LM:
         )
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return HFMultimodalLM(pretrained=str(weights), device=device, batch_size=batch_size)
+    return _Model(pretrained=str(weights), device=device, batch_size=batch_size)
+
+
+class _Model(HFMultimodalLM):
+    """Refuses a question that is too long; lm-eval cuts off its beginning, the image with it."""
+
+    def tok_batch_multimodal_encode(
+        self, strings: list[str], images: list, left_truncate_len: int | None = None, **settings
+    ) -> Mapping[str, torch.Tensor]:
+        encoded = super().tok_batch_multimodal_encode(strings, images, **settings)
+        length, room = encoded["input_ids"].shape[1], left_truncate_len
+        if room is not None and length > room:
+            raise ValueError(
+                f"a question of {length} tokens and an answer of up to {self.max_length - room} "
+                f"don't fit into the {self.max_length} tokens that the model takes: "
+                f"{max(strings, key=len)[:80]!r}...; take its benchmark out of evaluate.benchmarks"
+            )
+        return encoded
 
 
 def answer(

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import BatchFeature
@@ -68,6 +69,7 @@ def feed(
         collate_fn=partial(collate, processor),
         num_workers=LOADERS if gpu else 0,
         pin_memory=gpu,
+        generator=torch.Generator(),  # its own: a resumed training would draw from the model's again
     )
     batches = iter(loader)
     for step, mine in zip(steps, pieces, strict=True):

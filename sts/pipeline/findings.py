@@ -59,11 +59,11 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
         score += f", {_percent(dense['blind'])} with grey images"
     low, high, kept = (others[f"retention{end}"] for end in ("_low", "_high", ""))
     groups = {
-        f"More of the score than {name}, beyond the spread of the seeds:": low > 1,
-        f"These seeds do not tell the score from that of {name}:": (low <= 1) & (high >= 1),
-        f"Less of the score than {name}, beyond the spread of the seeds:": high < 1,
+        f"Above {name} in score, beyond the spread of the seeds:": low > 1,
+        f"Not told apart from {name} in score by these seeds:": (low <= 1) & (high >= 1),
+        f"Below {name} in score, beyond the spread of the seeds:": high < 1,
         "Of one seed, so that small differences mean nothing:": kept.notna() & low.isna(),
-        f"No score to compare with that of {name}:": kept.isna(),
+        f"Without a score to compare with that of {name}:": kept.isna(),
     }
     lines: dict[str, list[str]] = {f"{name}: {score}.": []}
     for line, belong in groups.items():
@@ -82,7 +82,8 @@ def _said(row: pd.Series) -> str:
     if pd.notna(row["retention"]):
         said = [f"{_percent(row['retention'])} of the score"]
     if pd.notna(row["retention_low"]):
-        said[0] += f" ({100 * row['retention_low']:.1f} to {100 * row['retention_high']:.1f})"
+        low, high = (100 * row[f"retention_{end}"] for end in ("low", "high"))
+        said[0] += f" (interval {low:.1f} to {high:.1f})"
     if pd.isna(row["time_ratio"]):
         return "; ".join([*said, "training time not measured yet"])
     said.append(f"x {row['time_ratio']:.2f} of the time, x {row['flops_ratio']:.2f} of the FLOPs")

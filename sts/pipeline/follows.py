@@ -25,6 +25,7 @@ OBSERVERS = {
         "settings.py",  # values, which a run's identity holds
         "realised.py",  # counts what was done
         "architectures/_refused.py",  # errors
+        "pipeline/benchmarks.py",  # names
         "pipeline/config.py",  # values
         "pipeline/cost.py",  # FLOPs of what was done
         "pipeline/device.py",  # which GPU; the precision is in the key itself

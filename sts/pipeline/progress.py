@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SMALL = 10.0  # seconds of a job without `size` before one of its kind was seen: mostly imports
-BAR = re.compile(r"(\d+)/(\d+) \[([\d:]+)<[^\]]*(?:step/s|s/step)")  # of sts.pipeline.train
+BAR = re.compile(r"(\d+)/(\d+) \[([\d:]+)<[^\]]*(?:step/s|s/step)")  # of sts/pipeline/bar.py
 
 
 @dataclass

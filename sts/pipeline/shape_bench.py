@@ -15,7 +15,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -29,31 +29,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import PreTrainedModel
 
 from sts.checks import expect
 from sts.lds import POLICIES
-from sts.pipeline import provenance
+from sts.pipeline import provenance, shapes
 from sts.pipeline.bench import rotated, typical_steps
 from sts.pipeline.model import freeze
 from sts.scheme import sparsify, unsparsify
 from sts.settings import IGNORE_INDEX, LDS, VTC
 from sts.vtc import KINDS
 
-IMAGE_TOKEN, ANSWERED = 3, 0.5  # id of the placeholder; share of the text that is an answer
 ALWAYS = ("plain", "bare", "dense")
 WARMUP = 2
-# what each stage of the paper's recipe trains
+# What each stage of LLaVA's recipe trains
 STAGES = {"align": ("projector",), "instruct": ("projector", "language_model")}
-STAGE = 1000  # optimizer steps that a schedule is spread over
+STEPS = 1000  # optimizer steps that a schedule is spread over
 # On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
 FUSED_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -65,127 +56,6 @@ FUSED_ON_CPU = {
 }
 # Dense bf16 matrix throughput, FLOP/s, by the vendor's data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A language model and its picture: widths in channels, tokens a sample."""
-
-    layers: int
-    width: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    side: int  # visual tokens along each side of the picture
-    vision_layers: int
-    vision_width: int
-    vision_mlp: int
-    build: Callable[["Decoder"], PreTrainedModel]
-    pictures: Callable[["Decoder", int], dict[str, Tensor]]
-
-    def cut(self, layers: int, share: float) -> "Decoder":
-        """Fewer layers, and narrower by `share`; heads stay as wide as they are."""
-
-        def narrow(size: int, multiple: int) -> int:
-            return max(multiple, round(size * share / multiple) * multiple)
-
-        kv_heads = max(1, round(self.kv_heads * share))
-        heads = narrow(self.heads, kv_heads)
-        head = self.width // self.heads
-        changed = {
-            "layers": min(layers, self.layers),
-            "width": heads * head,
-            "mlp": narrow(self.mlp, 32),
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "vision_layers": max(2, round(self.vision_layers * layers / self.layers)),
-            "vision_width": narrow(self.vision_width, 64),
-            "vision_mlp": narrow(self.vision_mlp, 32),
-        }
-        return Decoder(**vars(self) | changed)
-
-
-def _llava(shape: Decoder) -> PreTrainedModel:
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                image_size=14 * shape.side,
-                patch_size=14,
-                hidden_size=shape.vision_width,
-                intermediate_size=shape.vision_mlp,
-                num_hidden_layers=shape.vision_layers,
-                num_attention_heads=shape.vision_width // 64,
-            ),
-            text_config=LlamaConfig(
-                hidden_size=shape.width,
-                intermediate_size=shape.mlp,
-                num_hidden_layers=shape.layers,
-                num_attention_heads=shape.heads,
-                num_key_value_heads=shape.kv_heads,
-                vocab_size=shape.vocab,
-            ),
-            image_token_id=IMAGE_TOKEN,
-            image_seq_length=shape.side**2,
-        )
-    )
-
-
-def _llava_pictures(shape: Decoder, batch: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(batch, 3, 14 * shape.side, 14 * shape.side)}
-
-
-def _qwen(shape: Decoder) -> PreTrainedModel:
-    head = shape.width // shape.heads
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            vision_config={
-                "depth": shape.vision_layers,
-                "hidden_size": shape.vision_width,
-                "intermediate_size": shape.vision_mlp,
-                "num_heads": shape.vision_width // 64,
-                "out_hidden_size": shape.width,
-                "fullatt_block_indexes": list(range(7, shape.vision_layers, 8)),
-            },
-            text_config={
-                "hidden_size": shape.width,
-                "intermediate_size": shape.mlp,
-                "num_hidden_layers": shape.layers,
-                "num_attention_heads": shape.heads,
-                "num_key_value_heads": shape.kv_heads,
-                "vocab_size": shape.vocab,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 1e6,
-                    "mrope_section": [head // 8, 3 * head // 16, 3 * head // 16],
-                },
-            },
-            image_token_id=IMAGE_TOKEN,
-        )
-    )
-
-
-def _qwen_pictures(shape: Decoder, batch: int) -> dict[str, Tensor]:
-    patches = (2 * shape.side) ** 2  # four of them are a token
-    return {
-        "pixel_values": torch.randn(batch * patches, 3 * 2 * 14 * 14),
-        "image_grid_thw": torch.tensor([[1, 2 * shape.side, 2 * shape.side]] * batch),
-    }
-
-
-_CLIP_L = {"side": 24, "vision_layers": 24, "vision_width": 1024, "vision_mlp": 4096}
-_LLAVA = {"build": _llava, "pictures": _llava_pictures}
-SHAPES = {
-    # the mini scale's
-    "mini": Decoder(8, 128, 384, 4, 4, 700, 8, 5, 128, 512, **_LLAVA),
-    # small, but the language model dominates it as it does a large one
-    "wide": Decoder(12, 1024, 2816, 8, 8, 8192, 24, 2, 256, 512, **_LLAVA),
-    "llava-1.5-7b": Decoder(32, 4096, 11008, 32, 32, 32064, **_CLIP_L, **_LLAVA),
-    "llava-1.5-13b": Decoder(40, 5120, 13824, 40, 40, 32064, **_CLIP_L, **_LLAVA),
-    "qwen2.5-vl-7b": Decoder(
-        28, 3584, 18944, 28, 4, 152064, 24, 32, 1280, 3420, _qwen, _qwen_pictures
-    ),
-}
 
 
 def parse_setting(text: str) -> tuple[VTC, LDS]:
@@ -210,20 +80,6 @@ def parse_setting(text: str) -> tuple[VTC, LDS]:
     return vtc, lds
 
 
-def made_up_batch(shape: Decoder, batch: int, text: int) -> dict[str, Tensor]:
-    """Samples of one picture and `text` tokens, the last half of which are the answer."""
-    generator = torch.Generator().manual_seed(0)
-    visual = shape.side**2
-    ids = torch.randint(4, shape.vocab, (batch, visual + text), generator=generator)
-    ids[:, 1 : visual + 1] = IMAGE_TOKEN
-    labels = ids.clone()
-    labels[:, : visual + round(text * (1 - ANSWERED))] = IGNORE_INDEX
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    if shape.build is _qwen:
-        found["mm_token_type_ids"] = (ids == IMAGE_TOKEN).long()
-    return found | shape.pictures(shape, batch)
-
-
 def speed(
     name: str,
     settings: Sequence[str],
@@ -243,27 +99,26 @@ def speed(
     elsewhere 4 layers of an eighth, but for `mini` and `wide`. Weights and activations are bf16 on
     a GPU, else float32. Raises ValueError for an unknown shape or setting.
     """
-    expect(name in SHAPES, "shape", name, f"one of {', '.join(SHAPES)}")
+    full = shapes.shape(name).text_config
     parsed = {setting: parse_setting(setting) for setting in settings if setting not in ALWAYS}
     variants = {"plain": None, "bare": None, "dense": (VTC(), LDS()), **parsed}
     gpu = torch.cuda.is_available()
-    full, small = SHAPES[name], gpu or name in ("mini", "wide")
-    layers = layers or (full.layers if small else 4)
-    width = width or (1.0 if small else 1 / 8)
-    shape = full if (layers, width) == (full.layers, 1.0) else full.cut(layers, width)
-    cut = f"{shape.layers} of {full.layers} layers, width {shape.width} of {full.width}"
+    small = gpu or name in ("mini", "wide")
+    layers = layers or (full.num_hidden_layers if small else 4)
+    config = shapes.shape(name, layers, width or (1.0 if small else 1 / 8))
+    own = config.text_config
+    cut = (
+        f"{own.num_hidden_layers} of {full.num_hidden_layers} layers, "
+        f"width {own.hidden_size} of {full.hidden_size}"
+    )
     dtype = torch.bfloat16 if gpu else torch.float32
     device = torch.device("cuda" if gpu else "cpu")
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = shape.build(shape).train()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with device:
+        model = shapes.random_model(config, dtype)
     inputs = {
         key: value.to(device, dtype if value.is_floating_point() else None)
-        for key, value in made_up_batch(shape, batch, text).items()
+        for key, value in shapes.made_up_batch(config, batch, text, text - text // 2).items()
     }
     rows = []
     total = len(stages) * len(checkpointing) * len(variants) * (WARMUP + repeats + 1)
@@ -278,7 +133,7 @@ def speed(
         "shape": name,
         "cut": cut,
         "batch": batch,
-        "visual_tokens": shape.side**2,
+        "visual_tokens": shapes.side(config) ** 2,
         "text_tokens": text,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name()
@@ -330,12 +185,12 @@ def _time(
     steps = {name: [0] * repeats for name in variants}
     for name, setting in variants.items():
         if setting:
-            with sparsify(model, *setting, total_steps=STAGE) as scheme:
-                steps[name] = typical_steps(scheme, STAGE, repeats)
+            with sparsify(model, *setting, total_steps=STEPS) as scheme:
+                steps[name] = typical_steps(scheme, STEPS, repeats)
 
     def run(name: str, step: int) -> float:
         setting = variants[name]
-        scheme = sparsify(model, *setting, total_steps=STAGE) if setting else None
+        scheme = sparsify(model, *setting, total_steps=STEPS) if setting else None
         try:
             if scheme:
                 scheme.begin_step(step)

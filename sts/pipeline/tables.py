@@ -56,9 +56,12 @@ MARKDOWN = TableFormat(
 )
 PAGE_STYLE = [
     {"selector": "", "props": "border-collapse: collapse; font: 12px sans-serif"},
-    {"selector": "th, td", "props": "padding: 3px 7px; text-align: right; white-space: nowrap"},
+    {"selector": "th, td", "props": "padding: 3px 5px; text-align: right; white-space: nowrap"},
     {"selector": "th", "props": "border-bottom: 1px solid; text-align: right"},
-    {"selector": "th:first-child, td:first-child", "props": "text-align: left"},
+    {
+        "selector": "th:first-child, td:first-child",
+        "props": "text-align: left; white-space: normal; min-width: 12em",
+    },
 ]
 
 Cell = float | str
@@ -347,20 +350,24 @@ def _html(
     style = grid.style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
     head = {"font-style": "italic", "padding-top": "8px"}
     style.set_properties(subset=pd.IndexSlice[heads, ["Method"]], **head)
+    style.set_properties(subset=pd.IndexSlice[grid.index[-2:], :], color="gray")
     style.set_table_styles(PAGE_STYLE)
 
-    def listed(title: str, lines: Mapping[str, list[str]]) -> list[str]:
+    def listed(lines: Mapping[str, list[str]]) -> str:
         items = "".join(_item(line, under) for line, under in lines.items())
-        return [f"<h2>{title}</h2>", f"<ul>{items}</ul>"] if lines else []
+        return f"<ul>{items}</ul>"
 
     return "\n".join(
         [
             '<meta charset="utf-8">',
-            *listed("What was asked", asked),
-            *listed("What was found", found),
+            '<div style="font: 14px sans-serif">',
+            *(["<h2>What was asked</h2>", listed(asked)] if asked else []),
+            "<h2>What was found</h2>",
+            listed(found),
             f"<h2>Table {html.escape(name)}</h2>",
             f'<div style="overflow-x: auto">{style.to_html(table_uuid=name, cell_ids=False)}</div>',
-            *listed("About the table", {note: [] for note in notes}),
+            f'<div style="font-size: 12px">{listed({note: [] for note in notes})}</div>',
+            "</div>",
             "",
         ]
     )

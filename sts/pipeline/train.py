@@ -130,6 +130,7 @@ def fit(
     scheme = put_scheme(model, block, seed, stage, len(samples))
     lora = derived_seed(seed, f"{stage}/lora")
     adapters = add_adapters(model, block.lora, lora) if "lora" in block.trains else None
+    torch.manual_seed(derived_seed(seed, f"{stage}/dropout"))  # nothing else draws from it
     model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
 
     plain = accelerator.unwrap_model(model)

@@ -1,5 +1,9 @@
 # Prepared data and the backbones that every run starts from.
 
+REBUILDS = BASE.model.backbone == "rebuild"
+SHIPPED = sorted(file for file in Path("data/backbones/mini").rglob("*") if file.is_file())
+RECIPE = sorted((CODE / "mini").glob("*.py"))  # of the shipped backbones; a run follows their bytes
+
 
 rule data:
     input:
@@ -39,9 +43,7 @@ rule backbone:
     params:
         config=config_file(BASELINE),
         settings=settings.config_hash(BASE.model),
-        code=follows.code(
-            CODE / "pipeline" / "model.py", *sorted(Path("data/backbones").rglob("*.*"))
-        ),
+        code=follows.code(CODE / "pipeline" / "model.py", *(RECIPE if REBUILDS else SHIPPED)),
     message:
         f"backbones: {BASE.model.backbone}"
     shell:
@@ -61,7 +63,7 @@ rule rebuild:
     params:
         config=config_file(BASELINE),
         settings=settings.config_hash(BASE.model),
-        code=code(*(f"mini/{file.name}" for file in (CODE / "mini").glob("*.py"))),
+        code=follows.code(CODE / "pipeline" / "model.py", *RECIPE),
     message:
         "backbones from scratch"
     shell:

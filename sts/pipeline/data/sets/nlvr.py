@@ -74,4 +74,5 @@ DATASET = DataSet(
         sha256="6f051918e9c20e18afb6844535166d6e0338cf938960d5939b882d041434f98f",
         read=_read,
     ),
+    image_bytes=1_000,
 )

@@ -5,7 +5,8 @@ accepted raises ValueError with its name, itself and what is accepted.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from sts.checks import expect
 from sts.lds import DEPTHS, DRAWS, POLICIES, UNITS
@@ -16,6 +17,12 @@ IGNORE_INDEX = -100  # label that is no target, as in torch's cross entropy
 POSITIONS = ("keep", "mean")
 TEXTS = ("all", "prompt")
 CLOCKS = ("steps", "epochs")
+
+
+def neutral(value: Any) -> Any:
+    """A default at which a setting does nothing. There it is no part of what a result depends on, so
+    that a new setting makes no result another one; a default that is not its neutral value does."""
+    return field(default=value, metadata={"neutral": value})
 
 
 class _OverAStage:
@@ -43,10 +50,10 @@ class VTC(_OverAStage):
 
     kind: str = "none"
     keep: float = 1.0
-    schedule: str = "constant"
-    dense_tail: float = 0.0
-    positions: str = "keep"
-    text: str = "all"
+    schedule: str = neutral("constant")
+    dense_tail: float = neutral(0.0)
+    positions: str = neutral("keep")
+    text: str = neutral("all")
 
     def __post_init__(self) -> None:
         _one_of("VTC.kind", self.kind, KINDS)
@@ -79,12 +86,12 @@ class LDS(_OverAStage):
     depth: str | None = None
     draw: str | None = None
     unit: str | None = None
-    epsilon: float = 0.0
+    epsilon: float = neutral(0.0)
     protect_first: int | None = None
     protect_last: int | None = None
-    dense_tail: float = 0.0
-    clock: str = "steps"
-    rescale: bool = False
+    dense_tail: float = neutral(0.0)
+    clock: str = neutral("steps")
+    rescale: bool = neutral(False)
     explore: float = 0.1
     ema: float = 0.9
 

@@ -27,7 +27,7 @@ from sts.pipeline.cost import (
     trained_parameters,
 )
 from sts.pipeline.lora import add_adapters
-from sts.pipeline.model import freeze
+from sts.pipeline.model import freeze, recompute
 from sts.pipeline.shape_bench import FUSED_ON_CPU
 
 SHAPES = {
@@ -110,8 +110,7 @@ def build(name, trains=INSTRUCT, attention="sdpa", checkpointing=False):
     freeze(model, [part for part in trains if part != "lora"])
     if "lora" in trains:
         add_adapters(model, LoraConfig(rank=RANK), seed=0)
-    if checkpointing:
-        model.activation_checkpointing_enable()
+    recompute(model, checkpointing)
     with sparsify(model) as scheme:  # its forward is asked once what it sees, no part of it
         scheme.begin_step(0)
         model(**batch_for(model))
@@ -151,14 +150,16 @@ def settings_of(metrics, trains):
 
 
 WAYS = [("sdpa", False), ("sdpa", True), ("eager", False)]  # attention, checkpointing
-CASES = [(name, trains, setting) for name in SHAPES for trains in TRAINED for setting in SETTINGS]
+CASES = [
+    *(("wide", trains, "dense") for trains in TRAINED),
+    *(("long", trains, "vtc and lds") for trains in TRAINED),
+    *(("deep", trains, name) for trains in ("align", "instruct", "lora") for name in SETTINGS),
+]
 
 
 @pytest.mark.parametrize(("attention", "checkpointing"), WAYS)
 @pytest.mark.parametrize(("name", "trains", "setting"), CASES)
-def test_flops_agree_with_torch_within_one_percent(
-    name, trains, setting, attention, checkpointing
-):
+def test_flops_agree_with_torch_within_one_percent(name, trains, setting, attention, checkpointing):
     model = build(name, TRAINED[trains], attention, checkpointing)
     scheme = sparse(model, setting)
     counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
@@ -180,12 +181,11 @@ SUBLAYERS = ("attention_backward", "mlp_backward")
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("off", [*[(one,) for one in SUBLAYERS], SUBLAYERS])
-@pytest.mark.parametrize("stage", ["align", "instruct"])
-def test_the_backward_of_attention_and_of_mlp_is_counted_apart(stage, off, checkpointing):
+@pytest.mark.parametrize("trains", ["align", "instruct", "lora and projector"])
+def test_the_backward_of_attention_and_of_mlp_is_counted_apart(trains, off, checkpointing):
     """Off in every second layer. A layer with no backward at all is not computed again either."""
-    model = build("wide", stage=stage)
-    if checkpointing:
-        model.model.language_model.activation_checkpointing_enable()
+    parts = TRAINED[trains]
+    model = build("wide", parts, checkpointing=checkpointing)
     scheme = sparsify(model, lds=LDS("dropbp", rate=0.5))
     scheme.begin_step(0)
     skipper = scheme.skipper
@@ -200,7 +200,7 @@ def test_the_backward_of_attention_and_of_mlp_is_counted_apart(stage, off, check
     metrics = scheme.metrics()
     assert metrics["work"] == [dict.fromkeys(off, 0.0), {}] * 3
     shape = shape_of(model.config)
-    given = settings_of(metrics, stage) | {"checkpointing": checkpointing}
+    given = settings_of(metrics, parts) | {"checkpointing": checkpointing}
     found = step_flops(shape, **given, work=metrics["work"])
     assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
     if len(off) == 1:  # so that the two are not to be confused
@@ -217,7 +217,7 @@ def test_samples_that_a_layer_leaves_out_are_its_whole_saving():
         model(**batch_for(model)).loss.backward()
     metrics = scheme.metrics()
     assert metrics["work"] == [{"rows": pytest.approx(1 / 3)}] * 12
-    given, shape = settings_of(metrics, "instruct"), shape_of(model.config)
+    given, shape = settings_of(metrics, INSTRUCT), shape_of(model.config)
     parts = flop_parts(shape, **given, work=metrics["work"])
     assert sum(parts.values()) == pytest.approx(counter.get_total_flops(), rel=0.01)
     assert parts["decoder"] == pytest.approx(flop_parts(shape, **given)["decoder"] / 3)
@@ -228,7 +228,7 @@ DENSE = {
     "visual_tokens": 36,
     "text_tokens": 12,
     "answer_tokens": 2,
-    "stage": "instruct",
+    "trains": INSTRUCT,
 }
 
 
@@ -271,11 +271,24 @@ def test_parameters_are_those_of_the_model(name, tied):
     }
 
 
-@pytest.mark.parametrize("setting", ["dense", "layer", "vtc"])
-@pytest.mark.parametrize("stage", ["align", "instruct"])
-@pytest.mark.parametrize("name", ["long", "wide"])
-def test_activation_estimate_is_near_what_autograd_stores(name, stage, setting):
-    model = build(name, stage=stage)
+@pytest.mark.parametrize("trains", TRAINED)
+def test_trained_parameters_are_those_with_gradients(trains):
+    model = build("wide", TRAINED[trains])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_parameters(shape_of(model.config), TRAINED[trains], RANK) == trained
+
+
+STORED = [
+    *((name, trains, "dense") for name in ("long", "wide") for trains in TRAINED),
+    *((name, trains, how) for name in ("long", "wide") for trains in ("align", "instruct")
+      for how in ("layer", "vtc")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "trains", "setting"), STORED)
+def test_activation_estimate_is_near_what_autograd_stores(name, trains, setting):
+    parts = TRAINED[trains]
+    model = build(name, parts)
     scheme = sparse(model, setting)
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
     stored = {}
@@ -289,7 +302,7 @@ def test_activation_estimate_is_near_what_autograd_stores(name, stage, setting):
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch_for(model))
     metrics = scheme.metrics()
-    settings = settings_of(metrics, stage) | {"layers_run": metrics["layers_run"]}
+    settings = settings_of(metrics, parts) | {"layers_run": metrics["layers_run"]}
     memory = peak_memory(shape_of(model.config), **settings)
     total = sum(size for size, _ in stored.values())
     assert 0.7 < memory["activations"] / total < 1.3
@@ -299,16 +312,26 @@ def test_checkpointing_and_freezing_need_less_memory():
     shape, settings = shape_of(build("wide").config), DENSE | {"layers_run": 6}
     full = peak_memory(shape, **settings)
     assert peak_memory(shape, **settings, checkpointing=True)["activations"] < full["activations"]
-    align = peak_memory(shape, **settings | {"stage": "align"})
+    align = peak_memory(shape, **settings | {"trains": ALIGN})
     assert align["activations"] < full["activations"]
     assert align["optimizer"] == 12 * parameters(shape)["projector"]
     assert align["weights"] == full["weights"]
+    adapted = peak_memory(shape, **settings | {"trains": ("lora",), "lora_rank": RANK})
+    assert adapted["optimizer"] == 3 * (adapted["weights"] - full["weights"])
 
 
 @pytest.mark.parametrize(("function", "more"), [(step_flops, {}), (peak_memory, {"layers_run": 1})])
-def test_unknown_stage_is_an_error(function, more):
-    with pytest.raises(ValueError, match=r"stage='tune'.*align, instruct"):
-        function(shape_of(build("long").config), **DENSE | {"stage": "tune"} | more)
+@pytest.mark.parametrize(
+    ("trains", "said"),
+    [
+        (["projector", "head"], r"trains=\['projector', 'head'\].*vision_tower, lora"),
+        ([], r"trains=\[\]: expected one or more"),
+        (["lora"], "lora_rank=0: expected at least 1"),
+    ],
+)
+def test_parts_that_can_not_be_trained_are_an_error(function, more, trains, said):
+    with pytest.raises(ValueError, match=said):
+        function(shape_of(build("long").config), **DENSE | {"trains": trains} | more)
 
 
 def test_needs_no_torch():

@@ -100,7 +100,12 @@ def test_the_example_of_an_ablation_is_accepted(tmp_path):
     assert config.align.vtc.schedule == "falling_linear"
 
 
-@pytest.mark.parametrize("page", sorted(Path(ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")]), ids=lambda p: p.name
+)
 def test_every_file_that_a_page_names_is_there(page):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / link).exists(), link
     for name in re.findall(r"`(sts/[\w/]+\.py|workflow/[\w/]+\.(?:yaml|smk))`", page.read_text()):
-        assert (ROOT / name).exists() or name in one_file_examples(), name
+        own = f"One file, `{name}`" in page.read_text()  # which the page says to write
+        assert own or (ROOT / name).exists() or name in one_file_examples(), name

@@ -15,6 +15,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from sts.pipeline import follows
+from sts.pipeline.config import CODE
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = [
     line
@@ -107,6 +110,17 @@ def test_what_a_floor_imports_is_what_its_extra_asks_for():
             assert known & asked_for(*extras).keys(), f"{patterns} import {name}: of {known}"
 
 
+def test_no_floor_knows_a_higher_one():
+    """The library stands alone, and the pipeline without the mini scale."""
+    pipeline, mini = CODE / "pipeline", CODE / "mini"
+    for file in CODE.rglob("*.py"):
+        if file.is_relative_to(mini) or file == CODE / "__main__.py":
+            continue
+        higher = (mini,) if file.is_relative_to(pipeline) else (pipeline, mini)
+        for other in follows.imports(file):
+            assert not any(map(other.is_relative_to, higher)), f"{file} imports {other}"
+
+
 def test_a_wheel_holds_the_whole_package_and_nothing_else(tmp_path):
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "sts", tmp_path / "sts", ignore=ignored)
@@ -197,7 +211,7 @@ def test_the_tests_leave_nothing_behind_but_the_folders_of_one_that_failed(outco
     home, temporary, project = (tmp_path / name for name in ("home", "temporary", "project"))
     for folder in (home, temporary, project / "tests"):
         folder.mkdir(parents=True)
-    for name in ("pyproject.toml", "tests/conftest.py"):
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/project.py"):
         (project / name).write_bytes((ROOT / name).read_bytes())
     (project / "tests/test_it.py").write_text(LITTERING.replace("{}", outcome))
     done = subprocess.run(
@@ -218,7 +232,7 @@ def test_make_reference_keeps_small_files_under_the_name_asked_for(given, folder
     shutil.copy(ROOT / "Makefile", tmp_path)
     small = ["tables/main.md", "bench/main.json", "figures/loss.svg", "configs/dense.yaml",
              "runs/dense/seed0/eval.json", "runs/dense/seed0/eval/provenance.json",
-             "runs/dense/seed0/a_stage.json"]  # fmt: skip
+             "runs/dense/seed0/a_stage.json", "tokens.json"]  # fmt: skip
     large = ["samples/colour.jsonl", "eval/key/mlflow.json"]
     large = [f"runs/dense/seed0/{name}" for name in large] + ["weights/k/model.safetensors"]
     for name in [*small, *large]:

@@ -457,6 +457,14 @@ def test_a_score_that_is_no_share_is_kept_and_said(tasks, measure, answers, capl
     assert result["benchmarks"]["counted"]["metric"] == "exact_match", "the first"
 
 
+def test_a_metric_that_its_task_does_not_give_is_named(tasks, measure):
+    (tasks / "counted.yaml").write_text(COUNTED)
+    (tasks / "counted.py").write_text(LETTERS.replace('{"letters"', '{"length"'))
+    config = configured({"benchmarks": ["counted"], "metrics": {"counted": "letters"}})
+    with pytest.raises(ValueError, match=r"counted: its task gave no letters, but .*length,none"):
+        measure(lambda *_: "red", config)
+
+
 @pytest.mark.parametrize(
     ("metric", "accepted"),
     [("bleu", "exact_match, letters, misses"), ("misses", "a higher value is better")],

@@ -7,13 +7,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
+import yaml
 from matplotlib import pyplot as plt
 from matplotlib.contour import ContourSet
 from PIL import Image
+from test_kept_tokens import kept  # noqa: F401 (a fixture)
 
 from sts.pipeline import figures
-from sts.vtc import KINDS
 
 IDS = ["dense", "sts"]
 LAYERS, STEPS = 4, 20
@@ -21,7 +21,7 @@ LAYERS, STEPS = 4, 20
 
 def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
 
 
 def row(id, stage, step):
@@ -37,8 +37,17 @@ def row(id, stage, step):
     }
 
 
+def train(folder, id, seed, stage, rows):
+    """The manifest of a stage and the history beside its weights."""
+    key = f"{id}-{seed}-{stage}"
+    write(folder / f"runs/{id}/seed{seed}/{stage}.json", {"weights": f"results/mini/weights/{key}"})
+    write(folder / f"weights/{key}/history.jsonl", "")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"weights/{key}/history.jsonl").write_text(lines)
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, backbone):
+def results(tmp_path_factory, kept):  # noqa: F811
     folder = tmp_path_factory.mktemp("figures") / "results" / "mini"
     for id in IDS:
         for seed in (0, 1):
@@ -46,41 +55,35 @@ def results(tmp_path_factory, backbone):
             values = {"score": 0.8 + 0.1 * seed, "blind": 0.5, "majority": 0.5, "chance": 0.5}
             write(run / "eval.json", {"benchmarks": {"colour": values}})
             for stage in ("align", "instruct"):
-                key = f"{id}-{seed}-{stage}"
-                write(run / f"{stage}.json", {"weights": f"results/mini/weights/{key}"})
-                history = folder / "weights" / key / "history.jsonl"
-                history.parent.mkdir(parents=True)
-                lines = [json.dumps(row(id, stage, step)) for step in range(STEPS)]
-                history.write_text("\n".join(lines) + "\n")
+                train(folder, id, seed, stage, [row(id, stage, step) for step in range(STEPS)])
     variants = {
         id: {"time_s": time, "flops": {"align": time, "instruct": time}}
         for id, time in (("dense", 10.0), ("sts", 8.0))
     }
     write(folder / "bench" / "main.json", {"variants": variants})
-    write(folder / "backbone" / "manifest.json", json.loads(backbone.read_text()))
+    write(folder / "tokens.json", kept)
     return folder
 
 
-def draw(name, results, stem, prepared, ids=IDS):
-    labels = {"sts": "STS <ours> & co"}
-    figures.figure(name, results, ids, stem, labels=labels, data=prepared)
+def draw(name, results, stem, ids=IDS):
+    figures.figure(name, results, ids, stem, labels={"sts": "STS <ours> & co"})
     return stem.with_suffix(".svg"), stem.with_suffix(".png")
 
 
 @pytest.mark.parametrize("name", list(figures.FIGURES))
-def test_every_figure_is_valid_and_the_same_twice(name, results, prepared, tmp_path):
-    svg, png = draw(name, results, tmp_path / "new" / "first", prepared)
+def test_every_figure_is_valid_and_the_same_twice(name, results, tmp_path):
+    svg, png = draw(name, results, tmp_path / "new" / "first")
     ElementTree.parse(svg)
     with Image.open(png) as image:
         assert image.width > 500
         assert len(image.convert("L").getcolors()) > 10  # something is drawn
-    again, png_again = draw(name, results, tmp_path / "second", prepared)
+    again, png_again = draw(name, results, tmp_path / "second")
     assert again.read_bytes() == svg.read_bytes()
     assert png_again.read_bytes() == png.read_bytes()
 
 
-def test_pareto_puts_time_on_x_and_the_score_with_its_spread_on_y(results, prepared):
-    drawn = figures.pareto(results, {"dense": "Dense", "sts": "STS"}, prepared)
+def test_pareto_puts_time_on_x_and_the_score_with_its_spread_on_y(results):
+    drawn = figures.pareto(results, {"dense": "Dense", "sts": "STS"})
     points = {c.get_label(): c.lines[0].get_xydata()[0] for c in drawn.axes[0].containers}
     assert points["Dense"] == pytest.approx([1.0, 85.0])
     assert points["STS"] == pytest.approx([0.8, 85.0])
@@ -88,8 +91,8 @@ def test_pareto_puts_time_on_x_and_the_score_with_its_spread_on_y(results, prepa
     assert bar[1][1] - bar[0][1] == pytest.approx(2 * 10 / 2**0.5)
 
 
-def test_layers_shows_the_layers_run_and_the_skips_of_each_layer(results, prepared):
-    drawn = figures.layers(results, {"dense": "Dense", "sts": "STS"}, prepared)
+def test_layers_shows_the_layers_run_and_the_skips_of_each_layer(results):
+    drawn = figures.layers(results, {"dense": "Dense", "sts": "STS"})
     curves, heat = drawn.axes[:2]
     means = {line.get_label(): line.get_ydata().mean() for line in curves.lines}
     assert means == pytest.approx({"Dense": LAYERS, "STS": LAYERS - 1})
@@ -134,7 +137,7 @@ def heat_of(runs, monkeypatch):
     """The map of `layers` over made-up histories, drawn as it is to a file."""
     monkeypatch.setattr(figures, "_histories", lambda *_: runs)
     with plt.rc_context(figures.STYLE):
-        drawn = figures.layers(Path("results"), {"sts": "STS"}, Path("data"))
+        drawn = figures.layers(Path("results"), {"sts": "STS"})
         svg = io.BytesIO()
         drawn.savefig(svg, format="svg", metadata={"Date": None})
     return drawn.axes[1], svg.getvalue()
@@ -172,31 +175,39 @@ def test_layers_draws_chances_that_stay_as_they_are(monkeypatch, asked, steps):
     assert heat.images[0].get_array().shape == (LAYERS, min(steps, figures.BINS))
 
 
-def test_layers_without_any_skip_is_an_error(results, prepared, tmp_path):
+def test_layers_without_any_skip_is_an_error(results, tmp_path):
     with pytest.raises(ValueError, match="none of dense skips layers"):
-        draw("layers", results, tmp_path / "x", prepared, ids=["dense"])
+        draw("layers", results, tmp_path / "x", ids=["dense"])
 
 
-def with_weights(monkeypatch):
-    class Learned(torch.nn.Module):
-        def __init__(self, dim):
-            super().__init__()
-
-        def forward(self, tokens, keep): ...
-
-    monkeypatch.setitem(KINDS, "learned", Learned)
-
-
-def test_tokens_shows_every_compressor_that_needs_no_text_and_no_training(
-    results, prepared, monkeypatch
-):
-    with_weights(monkeypatch)
-    drawn = figures.tokens(results, {"dense": "Dense"}, prepared)
+def test_the_stages_are_those_of_each_methods_configuration(results, tmp_path):
+    """Three stages by any name: one in which two methods skip, one in which one does, one in none;
+    a method that lacks a stage is not drawn there."""
+    stages = {"dense": ["warm_up", "tune"], "sts": ["warm_up", "tune", "polish"]}
+    skips = {("sts", "warm_up"), ("sts", "tune")}
+    for id, names in stages.items():
+        config = {"stages": {name: {} for name in names}}
+        write(tmp_path / f"configs/{id}.yaml", yaml.safe_dump(config, sort_keys=False))
+        for stage in names:
+            shown = ("sts", "instruct") if (id, stage) in skips else ("dense", "instruct")
+            train(tmp_path, id, 0, stage, [row(*shown, step) for step in range(STEPS)])
+    drawn = figures.loss(tmp_path, {"dense": "Dense", "sts": "STS"})
+    assert [axes.get_title() for axes in drawn.axes] == ["Warm up", "Tune", "Polish"]
+    assert [len(axes.lines) for axes in drawn.axes] == [2, 2, 1]
+    drawn = figures.layers(tmp_path, {"dense": "Dense", "sts": "STS"})
     titles = [axes.get_title() for axes in drawn.axes]
-    left_out = {"text_guided", "text_guided_max", "learned"}
-    assert [title.split(":")[0] for title in titles] == [k for k in KINDS if k not in left_out]
-    assert titles[0].endswith("16 tokens")
-    assert titles[1].endswith(" 4 tokens")
+    assert [title for title in titles if title and "skipped" not in title] == ["Warm up", "Tune"]
+    assert len([axes for axes in drawn.axes if axes.images]) == 2
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["Dense", "STS"]
+
+
+def test_tokens_shows_every_kind_of_its_result_file(results, kept):  # noqa: F811
+    drawn = figures.tokens(results, {"dense": "Dense"})
+    titles = [axes.get_title() for axes in drawn.axes]
+    assert titles == [f"{kind}: {len(kept['kinds'][kind])} tokens" for kind in kept["kinds"]]
+    faded = {axes.get_title(): axes.images[0].get_array().mean() for axes in drawn.axes}
+    assert faded["uniform: 4 tokens"] > faded["none: 16 tokens"]  # towards white
 
 
 @pytest.mark.parametrize(
@@ -204,24 +215,22 @@ def test_tokens_shows_every_compressor_that_needs_no_text_and_no_training(
     [
         ("pareto", "sts has no complete eval.json"),
         ("loss", "runs/lost/seed\\*/align.json"),
-        ("layers", "runs/lost/seed\\*/instruct.json"),
+        ("layers", "runs/lost/seed\\*/align.json"),
     ],
 )
-def test_missing_results_are_named(name, gone, results, prepared, tmp_path):
+def test_missing_results_are_named(name, gone, results, tmp_path):
     gone = gone.replace("sts", "lost")
     with pytest.raises(FileNotFoundError, match=gone):
-        draw(name, results, tmp_path / "x", prepared, ids=["dense", "lost"])
+        draw(name, results, tmp_path / "x", ids=["dense", "lost"])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_history_picture_or_backbone_is_named(results, prepared, tmp_path):
+def test_a_missing_history_or_result_of_the_tokens_is_named(tmp_path):
     write(tmp_path / "runs" / "dense" / "seed0" / "align.json", {"weights": "weights/gone"})
     with pytest.raises(FileNotFoundError, match=r"weights/gone/history\.jsonl"):
-        draw("loss", tmp_path, tmp_path / "x", prepared, ids=["dense"])
-    with pytest.raises(FileNotFoundError, match="no prepared data set"):
-        draw("tokens", results, tmp_path / "x", tmp_path / "none.json")
-    with pytest.raises(FileNotFoundError, match=r"backbone/manifest\.json"):
-        draw("tokens", tmp_path, tmp_path / "x", prepared)
+        draw("loss", tmp_path, tmp_path / "x", ids=["dense"])
+    with pytest.raises(FileNotFoundError, match=r"tokens\.json"):
+        draw("tokens", tmp_path, tmp_path / "x")
 
 
 def test_an_unknown_figure_says_which_there_are(results, tmp_path):

@@ -6,14 +6,13 @@ import os
 import pty
 import queue
 import re
-import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from test_workflow import ROOT, SMOKE, call, environment, run
+from project import SMOKE, call, environment, run
 
 from sts.pipeline.progress import Job, Terminal, durations, follow, last_bar, line, words
 
@@ -163,14 +162,10 @@ if sys.argv[1] != "close":
 
 
 @pytest.fixture
-def project(tmp_path) -> Path:
-    """A copy of the workflow whose verbs do nothing, but a training waits for the file `go`."""
-    for name in ("sts", "workflow", "envs"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    shutil.copy(ROOT / "Snakefile", tmp_path)
-    (tmp_path / "sts/__main__.py").write_text(VERBS)
-    return tmp_path
+def waiting(project) -> Path:
+    """The project with verbs that do nothing, but a training waits for the file `go`."""
+    (project / "sts/__main__.py").write_text(VERBS)
+    return project
 
 
 ONE_RUN = "results/smoke/runs/dense/seed0/instruct.json"
@@ -178,10 +173,10 @@ SAID = re.compile(rb"[\d]+ of 4 jobs, \d+ % of the work, (?:about \d+ min|less t
 
 
 @pytest.mark.parametrize("on_a_terminal", [False, True], ids=["log", "terminal"])
-def test_a_call_says_how_far_it_is(on_a_terminal, project):
+def test_a_call_says_how_far_it_is(on_a_terminal, waiting):
     ours, theirs = pty.openpty() if on_a_terminal else os.pipe()
     with subprocess.Popen(
-        call(ONE_RUN, "--configfile", SMOKE), cwd=project, stderr=theirs,
+        call(ONE_RUN, "--configfile", SMOKE), cwd=waiting, stderr=theirs,
         env=environment(STS_PROGRESS="1", TERM="xterm"),
     ) as begun:  # fmt: skip
         os.close(theirs)
@@ -189,7 +184,7 @@ def test_a_call_says_how_far_it_is(on_a_terminal, project):
         while part := _read(ours):
             said += part
             if SAID.search(said):
-                (project / "go").touch()
+                (waiting / "go").touch()
     os.close(ours)
     assert begun.returncode == 0, said.decode()
     assert SAID.search(said), said.decode()
@@ -208,7 +203,7 @@ def _read(end: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_wrong_number_of_seconds_costs_the_line_and_not_the_call(project):
-    said = run(project, SMOKE, "data", STS_PROGRESS="often")
+def test_a_wrong_number_of_seconds_costs_the_line_and_not_the_call(waiting):
+    said = run(waiting, SMOKE, "data", STS_PROGRESS="often")
     assert "No lines of progress" in said and "often" in said
-    assert (project / "data/smoke/scenes/manifest.json").exists()
+    assert (waiting / "data/smoke/scenes/manifest.json").exists()

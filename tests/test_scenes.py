@@ -17,6 +17,11 @@ def digest(rows: list[dict]) -> str:
     return sha.hexdigest()
 
 
+@pytest.fixture(scope="module")
+def instruct() -> list[dict]:
+    return list(scenes.rows("instruct", 400, 5))
+
+
 def test_same_bytes_on_every_machine():
     """A change of this hash is a new data set: raise scenes.VERSION with it."""
     assert digest(list(scenes.rows("align", 40, 0)))[:16] == "17716f5a26436c15"
@@ -48,17 +53,16 @@ def test_within_a_form_every_answer_comes_equally_often(skill):
         assert max(answers.values()) - min(answers.values()) <= 1
 
 
-def test_no_training_row_shows_or_names_a_held_out_pair():
+def test_no_training_row_shows_or_names_a_held_out_pair(instruct):
     shown = {
         (scenes.SHAPES[kind - 1], scenes.COLOUR_NAMES[colour - 1])
-        for row in scenes.rows("instruct", 400, 0)
+        for row in instruct
         for kind, colour in row["truth"][:, :2]
         if 0 < kind <= len(scenes.SHAPES)
     }
     assert len(shown) == 48 - len(scenes.HELD_OUT) and not shown & scenes.HELD_OUT
     text = " ".join(
-        row["caption"] + " ".join(qa["question"] for qa in row["qa"])
-        for row in scenes.rows("instruct", 400, 0)
+        row["caption"] + " ".join(qa["question"] for qa in row["qa"]) for row in instruct
     )
     assert not [pair for pair in scenes.HELD_OUT if f"{pair[1]} {pair[0]}" in text]
 
@@ -85,18 +89,18 @@ def test_truth_describes_the_pixels():
             assert (pixel[:, 0] - pixel[:, 1:].max(1)).max() > 100
 
 
-def test_counts_agree_with_the_truth():
+def test_counts_agree_with_the_truth(instruct):
     """The number of centre patches is the number of objects that the question counts."""
-    for row in scenes.rows("instruct", 200, 5):
+    for row in instruct:
         for qa in row["qa"]:
             if qa["question"] == "how many objects are there?":
                 assert row["truth"][:, -1].sum() == scenes.NUMBERS.index(qa["answer"])
 
 
-def test_no_number_is_the_answer_to_most_training_questions():
+def test_no_number_is_the_answer_to_most_training_questions(instruct):
     given = [
         qa["answer"]
-        for row in scenes.rows("instruct", 400, 5)
+        for row in instruct
         for qa in row["qa"]
         if qa["skill"] == "counting" and qa["form"] != "all"
     ]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -81,6 +82,19 @@ def test_the_footer_says_what_the_runs_were_computed_in(results):
     )
 
 
+def test_the_precision_is_that_of_the_last_stage_whatever_its_name(results):
+    block = {"steps": 4, "batch_size": 2, "gradient_accumulation_steps": 1, "processes": 1}
+    block |= {"data": ["scenes"], "trains": ["projector"]}
+    stages = {"early": block, "late": block}
+    for id in ("dense", "sts"):
+        write(results / f"configs/{id}.yaml", {"seeds": [0], "stages": stages})
+        for stage, precision in (("early", "bf16"), ("late", "fp32"), ("instruct", "bf16")):
+            write(results / f"runs/{id}/seed0/{stage}.json", {"precision": precision})
+    assert "- Precision: fp32\n" in make(results, "dense", "sts")[1]
+    assert tables.stages(results, "dense") == ["early", "late"]
+    assert tables.stages(results, "no configuration") == ["align", "instruct"]
+
+
 def test_retention_is_paired_by_seed_with_a_t_interval(results):
     row = make(results, "dense", "sts")[0]["sts"]
     # seed 0: (1 + 0.8) / 2 = 0.9; seed 1: (0.9 + 1) / 2 = 0.95; t(0.975, 1) = 12.7062
@@ -125,6 +139,19 @@ def test_latex_is_escaped_booktabs(results):
     assert rules == sorted(rules)
     body = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
+
+
+def test_the_page_holds_the_table_escaped_and_as_itself_every_time(results):
+    make(results, "dense", "sts", labels={"sts": "STS <ours> & co"})
+    page = (results / "tables/main.html").read_text()
+    found = ElementTree.fromstring(f"<page>{page}</page>")
+    cells = [["".join(cell.itertext()) for cell in line] for line in found.iter("tr")]
+    assert cells[0][:4] == ["Method", "Colour", "Text", "Average"]
+    assert cells[2][:4] == ["STS <ours> & co", "85.0 ± 7.1", "40.0 ± 0.0", "62.5 ± 3.5"]
+    titles = [title.text for title in found.iter("h2")]
+    assert titles == ["What was asked", "What was found", "Table main"]
+    make(results, "dense", "sts", labels={"sts": "STS <ours> & co"})
+    assert (results / "tables/main.html").read_text() == page
 
 
 SOURCES = {"dense": "baseline", "lds": "ours", "short": "baseline", "sts": "paper"}
@@ -215,6 +242,37 @@ def test_a_missing_benchmark_leaves_no_average(results):
     assert [row["text"], row["average"], row["retention"]] == ["missing"] * 3
 
 
+def test_a_benchmark_without_controls_has_none_and_no_average_of_them(results):
+    for file in results.glob("runs/*/seed*/eval.json"):
+        found = json.loads(file.read_text())
+        found["benchmarks"]["text"] |= {"majority": None, "chance": None, "blind": None}
+        file.write_text(json.dumps(found))
+    rows, markdown, *_ = make(results, "dense", "sts", "lds")
+    assert "| Majority answer | 30.0 | n/a | n/a |" in markdown
+    assert "| Chance | 25.0 | n/a | n/a |" in markdown
+    assert [rows[id]["blind"] for id in rows] == ["n/a", "n/a", "missing"]
+    assert float(rows["sts"]["average"]) == pytest.approx(0.625)
+
+
+def test_a_score_on_a_scale_of_its_own_stays_and_is_in_no_average(results):
+    for file in results.glob("runs/*/seed*/eval.json"):
+        found = json.loads(file.read_text())
+        found["benchmarks"]["text"]["score"] *= 3000
+        found["benchmarks"]["text"] |= {"majority": None, "chance": None, "share": False}
+        file.write_text(json.dumps(found))
+    rows, markdown, *_ = make(results, "dense", "sts")
+    assert "| sts | 85.0 ± 7.1 | 1200.0 ± 0.0 | 85.0 ± 7.1 | 20.0 ± 0.0 | 92.5 (" in markdown
+    assert "- On scales of their own, so not in % and not in Average and Blind: text\n" in markdown
+    for file in results.glob("runs/*/seed*/eval.json"):
+        found = json.loads(file.read_text())
+        found["benchmarks"]["colour"]["share"] = False
+        file.write_text(json.dumps(found))
+    rows = make(results, "dense", "sts")[0]
+    assert [rows["sts"]["average"], rows["sts"]["blind"]] == ["n/a", "n/a"]
+    assert float(rows["sts"]["retention"]) == pytest.approx(0.925)
+    assert "dense: scores that have no mean." in (results / "tables/main.html").read_text()
+
+
 def test_a_baseline_at_zero_has_no_retention(results):
     file = results / "runs" / "dense" / "seed0" / "eval.json"
     found = json.loads(file.read_text())
@@ -247,18 +305,3 @@ def test_a_broken_result_is_an_error_that_names_the_file(results):
     (results / "runs" / "sts" / "seed0" / "eval.json").write_text("{")
     with pytest.raises(ValueError, match=r"sts/seed0/eval\.json: not JSON"):
         make(results, "dense", "sts")
-
-
-def test_summary_says_what_was_found_and_where(results, capsys):
-    make(results, "dense", "sts", "lds", labels={"sts": "STS"})
-    tables.summary(results)
-    said = capsys.readouterr().out
-    assert "STS: average 62.5 %, retention 92.5 %" in said
-    assert "time x 0.80, FLOPs x 0.60" in said
-    assert "lds: average missing" in said
-    assert f"{results}/tables: main.md" in said
-
-
-def test_summary_before_any_table_says_how_to_make_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="table_main"):
-        tables.summary(tmp_path)

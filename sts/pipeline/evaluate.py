@@ -139,7 +139,7 @@ def load_benchmarks(
             raise _refused("benchmarks", name, f"one of {benchmarks.accepted()}")
         # of that folder alone: indexing all of lm-eval's tasks takes long
         manager = TaskManager(include_defaults=False, include_path=file.parent, metadata=metadata)
-        found[name] = _load(name, manager, file, mirror_folder(mirror))
+        found[name] = _load(name, manager, file, mirror)
         for task in tasks_of(found[name]):
             task.set_fewshot_seed(FEWSHOT_SEED)
             if name in benchmarks.ours():
@@ -148,19 +148,21 @@ def load_benchmarks(
     return found
 
 
-def _load(name: str, manager: TaskManager, file: Path, mirror: Path | None) -> Benchmark:
+def _load(name: str, manager: TaskManager, file: Path, mirror: str | None) -> Benchmark:
     content = benchmarks.read(file)
     inner = content.get("group") or content["task"]
     described = list(_described(manager, inner))
     for task in described:
-        if not task.get("doc_to_image") or task.get("output_type") != "generate_until":
+        kind = task.get("output_type", "generate_until")
+        if not task.get("doc_to_image") or kind != "generate_until":
             accepted = "tasks that show images and ask for words: doc_to_image and output_type: "
             raise _refused("benchmarks", name, f"{accepted}generate_until in {file}")
     sets = dict.fromkeys(task["dataset_path"] for task in described if "dataset_path" in task)
-    copied = mirror and all((mirror / path).is_dir() for path in sets)
+    root = mirror_folder(mirror) if sets else None
+    copied = root and all((root / path).is_dir() for path in sets)
     try:
         # `datasets` takes a folder of the set's name where we stand, before it asks the hub
-        with contextlib.chdir(mirror if sets and copied else "."):
+        with contextlib.chdir(root if copied else "."):
             loaded = manager.load(inner)
     except (OSError, ValueError, RuntimeError) as error:
         if not sets:  # the error is our own: prepared data
@@ -304,7 +306,10 @@ def answer(
         else:
             [values], version = of_tasks.values(), benchmark.VERSION
         # lm-eval's key is "metric,filter"; of more filters the first counts
-        key = next(key for key in values if key.startswith(f"{metrics[name]},"))
+        keys = [key for key in values if key.startswith(f"{metrics[name]},")]
+        if not keys:
+            raise ValueError(f"{name}: its task gave no {metrics[name]}, but {', '.join(values)}")
+        key = keys[0]
         metric, _, filtered = key.partition(",")
         rows = [
             _row(tasks[id], sample, metric)

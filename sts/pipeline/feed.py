@@ -69,7 +69,7 @@ def feed(
         collate_fn=partial(collate, processor),
         num_workers=LOADERS if gpu else 0,
         pin_memory=gpu,
-        generator=torch.Generator(),  # its own: a resumed training would draw from the model's again
+        generator=torch.Generator(),  # else a resumed training draws from torch's once more
     )
     batches = iter(loader)
     for step, mine in zip(steps, pieces, strict=True):

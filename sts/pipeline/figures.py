@@ -86,6 +86,10 @@ def pareto(results: Path, names: Labels) -> Figure:
     drawn, axes = plt.subplots(figsize=(5.6, 3.6))
     for id, style in _styles(names):
         average, time = rows[id]["average"], rows[id]["time_ratio"]
+        if average == tables.UNDEFINED:
+            raise ValueError(
+                f"{results}: no benchmark has a share of 0 to 1 as its score to average"
+            )
         if tables.MISSING in (average, time):
             what = "eval.json" if average == tables.MISSING else "time in bench/main.json"
             raise FileNotFoundError(f"{results}: {id} has no complete {what}; run snakemake first")

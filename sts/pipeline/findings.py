@@ -9,6 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+NUMBERS = [
+    "average", "blind", "retention", "retention_low", "retention_high",
+    "time_ratio", "flops_ratio", "realisation",
+]  # fmt: skip
+
 
 def summary(results: str | Path) -> None:
     """Print what the main table found and where to look.
@@ -50,10 +55,13 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """
     rows = rows.set_index("ablation")
     base, names = rows["relative_to"].iloc[0], rows["method"]
-    numbers = rows.apply(pd.to_numeric, errors="coerce")
+    # no interval in the table at all where nothing could be compared
+    numbers = rows.reindex(columns=NUMBERS).apply(pd.to_numeric, errors="coerce")
     name, dense, others = names[base], numbers.loc[base], numbers.drop(base)
     score = "no complete evaluation yet"
-    if pd.notna(dense["average"]):
+    if rows["average"][base] == "n/a":
+        score = "scores that have no mean"
+    elif pd.notna(dense["average"]):
         score = f"average score {_percent(dense['average'])}"
     if pd.notna(dense["blind"]):
         score += f", {_percent(dense['blind'])} with grey images"

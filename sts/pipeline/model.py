@@ -27,7 +27,8 @@ from transformers import (
 from sts.architectures import architecture_of, head_of
 from sts.checks import expect
 from sts.pipeline.config import ModelConfig
-from sts.pipeline.data.conversation import CHAT_TEMPLATE, IMAGE_TOKEN
+from sts.pipeline.data.conversation import CHAT_TEMPLATE
+from sts.pipeline.data.rows import IMAGE_TOKEN
 from sts.pipeline.provenance import sha256_file, sha256_json, write_json_atomic
 
 SHIPPED = Path("data/backbones/mini")
@@ -67,17 +68,18 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
 def build_llava(
     manifest: str | Path, seed: int
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The two parts of a backbone manifest, float32, joined by a projector drawn from `seed`."""
+    """The two parts of a backbone manifest, float32, joined by a projector drawn from `seed`; what
+    pretrained parts need beside it, the embedding of the image token, is drawn too."""
     parts = json.loads(Path(manifest).read_text(encoding="utf-8"))
     vision = CLIPVisionModel.from_pretrained(parts["vision"], dtype=torch.float32)
     language = LlamaForCausalLM.from_pretrained(parts["language"], dtype=torch.float32)
-    if parts["processor"]:
-        processor = LlavaProcessor.from_pretrained(parts["processor"])
-    else:
-        processor = pretrained_processor(parts["vision"], parts["language"], vision, language)
-    tokenizer = processor.tokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if parts["processor"]:
+            processor = LlavaProcessor.from_pretrained(parts["processor"])
+        else:
+            processor = pretrained_processor(parts["vision"], parts["language"], vision, language)
+        tokenizer = processor.tokenizer
         model = LlavaForConditionalGeneration(
             LlavaConfig(
                 vision_config=vision.config,
@@ -104,7 +106,9 @@ def pretrained_processor(
 ) -> LlavaProcessor:
     """A LLaVA processor from the two parts' own; the image token is added to the language model."""
     tokenizer = AutoTokenizer.from_pretrained(language_name, padding_side="left")
-    tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": IMAGE_TOKEN}})
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     language.resize_token_embeddings(len(tokenizer))
@@ -155,3 +159,14 @@ def freeze(model: PreTrainedModel, trains: Collection[str]) -> None:
         parameter.requires_grad_(part_of(name) in trains)
     missing = [part for part in trains if part not in found]
     expect(not missing, "trains", missing, f"parts of {type(model).__name__}: {', '.join(found)}")
+
+
+def recompute(model: PreTrainedModel, on: bool) -> None:
+    """Whether layers keep their activations, or compute them once more in the backward pass."""
+    if on:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        # it has made all embeddings ask for gradients, which only the reentrant kind needs: a
+        # frozen vision tower would be computed backward for nothing
+        model.disable_input_require_grads()
+    else:
+        model.activation_checkpointing_disable()

@@ -35,7 +35,7 @@ from sts.checks import expect
 from sts.lds import POLICIES
 from sts.pipeline import provenance, shapes
 from sts.pipeline.bench import rotated, typical_steps
-from sts.pipeline.model import freeze
+from sts.pipeline.model import freeze, recompute
 from sts.scheme import sparsify, unsparsify
 from sts.settings import IGNORE_INDEX, LDS, VTC
 from sts.vtc import KINDS
@@ -126,7 +126,7 @@ def speed(
         for stage in stages:
             freeze(model, STAGES[stage])
             for saves_memory in checkpointing:
-                _checkpoint(model, saves_memory)
+                recompute(model, saves_memory)
                 timed = _time(model, inputs, variants, repeats, bar)
                 rows += _rows(timed, stage, saves_memory, batch * inputs["input_ids"].shape[1])
     result = {
@@ -149,13 +149,6 @@ def speed(
     provenance.write_json_atomic(out, result)
     show(result)
     return result
-
-
-def _checkpoint(model: PreTrainedModel, on: bool) -> None:
-    if on:
-        model.activation_checkpointing_enable()
-    else:
-        model.activation_checkpointing_disable()
 
 
 def _step(model: PreTrainedModel, inputs: dict[str, Tensor], bare: bool) -> None:

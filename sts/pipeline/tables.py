@@ -121,7 +121,8 @@ def table(
 
 
 def scores(results: str | Path, ablations: Sequence[str]) -> pd.DataFrame:
-    """One line per ablation, seed and benchmark: score, blind, majority, chance, all in 0..1.
+    """One line per ablation, seed and benchmark: score, blind, majority, chance; and `share`,
+    whether the score is one of 0 to 1 (a metric of lm-eval's own may have another scale).
 
     A seed or a benchmark that the ablation's configuration names but no evaluation holds has empty
     scores. Raises FileNotFoundError if there is no evaluation at all.
@@ -139,6 +140,7 @@ def scores(results: str | Path, ablations: Sequence[str]) -> pd.DataFrame:
             for benchmark in benchmarks:
                 found = evaluations.get(seed, {}).get(benchmark, {})
                 values = {key: found.get(key) for key in ("score", "blind", "majority", "chance")}
+                values["share"] = found.get("share", True)
                 lines.append({"ablation": id, "seed": seed, "benchmark": benchmark, **values})
     frame = pd.DataFrame(lines)
     if frame.empty or frame["score"].isna().all():
@@ -153,9 +155,11 @@ def compare(
     """id -> row of cells: each benchmark, average, blind, retention and the cost ratios.
 
     A score is {"mean", "sd", "seeds"}, the retention {"mean", "low", "high"}; or it is `missing`.
-    Blind is `n/a` where an evaluation has a score without one.
+    Average and blind are over the benchmarks whose scores are shares; `n/a` if there is none, or
+    for blind if an evaluation leaves it out.
     """
     benchmarks = list(dict.fromkeys(found["benchmark"]))
+    shares = [name for name in benchmarks if name not in other_scales(found)]
     timed = _bench(results, group)
 
     def of(id: str, key: str) -> pd.DataFrame:  # [seeds, benchmarks]
@@ -167,12 +171,21 @@ def compare(
     for id in ablations:
         seen, blind = of(id, "score"), of(id, "blind")
         row: Row = {name: _spread(seen[name]) for name in benchmarks}
-        row["average"] = _spread(seen.mean(axis=1, skipna=False))
-        left_out = (seen.notna() & blind.isna()).any(axis=None)
-        row["blind"] = UNDEFINED if left_out else _spread(blind.mean(axis=1, skipna=False))
+        row["average"] = _average(seen[shares])
+        left_out = (seen[shares].notna() & blind[shares].isna()).any(axis=None)
+        row["blind"] = UNDEFINED if left_out else _average(blind[shares])
         row["retention"] = _retention(seen, of(ablations[0], "score"))
         rows[id] = row | _cost(timed, id, ablations[0])
     return rows
+
+
+def other_scales(found: pd.DataFrame) -> list[str]:
+    """The benchmarks of which a score is no share of 0 to 1."""
+    return list(dict.fromkeys(found[~found["share"]]["benchmark"]))
+
+
+def _average(values: pd.DataFrame) -> Row | str:
+    return UNDEFINED if values.columns.empty else _spread(values.mean(axis=1, skipna=False))
 
 
 def _spread(values: pd.Series) -> Row | str:
@@ -230,6 +243,7 @@ def footer(
     seeds = ", ".join(str(seed) for seed in sorted(set(found["seed"])))
     lines = [
         NOTE.format(base=names[ablations[0]]),
+        *_scales(found),
         f"Command: `{provenance.command_line()}`",
         f"Commit: {commit}",
         f"Configuration: {results}/configs/{{{','.join(ablations)}}}.yaml, "
@@ -238,6 +252,12 @@ def footer(
         *_precisions(results, ablations),
     ]
     return [*lines, f"Missing: {'; '.join(lost)}"] if lost else lines
+
+
+def _scales(found: pd.DataFrame) -> list[str]:
+    others = other_scales(found)
+    said = f"On scales of their own, so not in % and not in Average and Blind: {', '.join(others)}"
+    return [said] if others else []
 
 
 def _precisions(results: Path, ablations: Sequence[str]) -> list[str]:
@@ -281,13 +301,14 @@ def _printed(
     heads over those that follow."""
     keys = list(next(iter(rows.values())))
     head = ["Method", *(COLUMNS.get(key, key.replace("_", " ").capitalize()) for key in keys)]
+    factor = dict.fromkeys(other_scales(found), 1)  # shares are shown in %
     body, heads, last = [], [], None
     for id, row in rows.items():
         if sources.get(id) != last:
             last = sources.get(id)
             heads.append(len(body))
             body.append([SOURCES[last], *[""] * len(keys)])
-        body.append([names[id], *(_rounded(row[key]) for key in keys)])
+        body.append([names[id], *(_rounded(row[key], factor.get(key, 100)) for key in keys)])
     for label, column in (("Majority answer", "majority"), ("Chance", "chance")):
         cells = [_reference(found, key, column) for key in keys if key not in COLUMNS]
         average = UNDEFINED if UNDEFINED in cells else pd.Series(cells).mean(skipna=False)
@@ -304,13 +325,13 @@ def _reference(found: pd.DataFrame, benchmark: str, column: str) -> Cell:
     return lines[column].mean()
 
 
-def _rounded(cell: Any) -> str:
+def _rounded(cell: Any, factor: int) -> str:
     if not isinstance(cell, dict):
         return _shown(cell, 1, 2)
     if "low" in cell:
         span = f"{_shown(cell['low'])} to {_shown(cell['high'])}"
         return f"{_shown(cell['mean'])} ({UNDEFINED if UNDEFINED in span else span})"
-    return f"{_shown(cell['mean'])} ± {_shown(cell['sd'])}"
+    return f"{_shown(cell['mean'], factor)} ± {_shown(cell['sd'], factor)}"
 
 
 def _shown(cell: Any, factor: int = 100, digits: int = 1) -> str:
@@ -359,7 +380,7 @@ def _html(
 
     return "\n".join(
         [
-            '<meta charset="utf-8">',
+            '<meta charset="utf-8"/>',
             '<div style="font: 14px sans-serif">',
             *(["<h2>What was asked</h2>", listed(asked)] if asked else []),
             "<h2>What was found</h2>",

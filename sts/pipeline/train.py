@@ -38,7 +38,7 @@ from sts.pipeline.history import (
     with_speed,
 )
 from sts.pipeline.lora import add_adapters
-from sts.pipeline.model import build_llava, freeze
+from sts.pipeline.model import build_llava, freeze, recompute
 from sts.pipeline.provenance import read_json, write_json_atomic
 from sts.pipeline.step import (
     check_finite,
@@ -211,10 +211,7 @@ def put_scheme(
     both are off: the dense run then computes its loss in the same way. Attention and recomputation
     are set as the stage wants them."""
     model.set_attn_implementation("sdpa" if fused_attention(block) else "eager")
-    if block.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.activation_checkpointing_disable()
+    recompute(model, block.gradient_checkpointing)
     return sparsify(
         model,
         vtc=block.vtc,

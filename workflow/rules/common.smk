@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 from snakemake.exceptions import WorkflowError
 
+from sts.pipeline import benchmarks
 from sts.pipeline import config as settings
 from sts.pipeline import follows
 from sts.pipeline.device import gpu_count
@@ -130,8 +131,8 @@ def last_of(wildcards):
 
 
 def trained_by(mine):
-    """What the wildcard `ablation` of a rule for stages may be: those that train the stage
-    themselves, or those that share it; what follows in the path says which stage."""
+    """Pattern of the ablations that train a stage themselves, or of those that share it; what
+    follows in the path says which stage."""
     every = {
         id: [name for name in one.stages if (owner(id, name) == id) == mine]
         for id, one in CONFIGS.items()
@@ -152,6 +153,14 @@ def run_files(group, name=None):
         for seed in CONFIGS[id].seeds
         for file in ([name] if name else CONFIGS[id].stages)
     ]
+
+
+def drawn_from(wildcards):
+    """The result files that a figure shows."""
+    return {
+        "pareto": [*run_files("main", "eval"), f"{RESULTS}/bench/main.json"],
+        "tokens": [f"{RESULTS}/tokens.json"],
+    }.get(wildcards.figure, run_files("main"))
 
 
 def prepared(datasets):
@@ -176,10 +185,9 @@ def code(*files):
 
 def evaluation_code(ablation):
     """Code of an evaluation, and the files of its benchmarks."""
-    tasks = [f"pipeline/tasks/{name}.yaml" for name in CONFIGS[ablation].evaluate.benchmarks]
-    own = [task for task in tasks if (CODE / task).exists()]  # the others are lm-eval's
-    return code(
-        "pipeline/evaluate.py", "pipeline/tasks/benchmark.py", "pipeline/tasks/_base.yaml", *own
+    asked = CONFIGS[ablation].evaluate.benchmarks
+    return follows.code(
+        *follows.imported([CODE / "pipeline" / "evaluate.py"]), *benchmarks.sources(asked)
     )
 
 

@@ -1,14 +1,6 @@
 # Tables, figures and what the HTML report shows of them (its first page: ../report/overview.rst).
 
 
-def drawn_from(wildcards):
-    """The result files that a figure shows."""
-    return {
-        "pareto": [*run_files("main", "eval"), f"{RESULTS}/bench/main.json"],
-        "tokens": [f"{RESULTS}/tokens.json"],
-    }.get(wildcards.figure, run_files("main"))
-
-
 rule table:
     input:
         lambda wildcards: run_files(wildcards.group, "eval"),

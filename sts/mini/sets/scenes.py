@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from sts.mini import scenes
 from sts.pipeline.config import DataConfig
-from sts.pipeline.data.registry import DataSet, Rows, conversation
+from sts.pipeline.data.registry import DataSet
+from sts.pipeline.data.rows import Rows, conversation
 
 
 def _rows(data: DataConfig, _: None) -> dict[str, Rows]:

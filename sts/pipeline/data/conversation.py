@@ -17,10 +17,8 @@ from PIL import Image
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES
 from sts.settings import IGNORE_INDEX
-
-IMAGE_TOKEN = "<image>"
-ROLES = {"human": "user", "gpt": "assistant"}
 
 # Content is text with <image> in it, or a list of parts as lm-eval and transformers pass it. Images
 # come first wherever they stood, as in LLaVA, so that both forms of one message give equal tokens.

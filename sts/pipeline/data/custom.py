@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sts.pipeline.config import CustomConfig, DataConfig
-from sts.pipeline.data.registry import DataSet, Rows
+from sts.pipeline.data.registry import DataSet
+from sts.pipeline.data.rows import Rows
 from sts.pipeline.data.source import DataError
 
 

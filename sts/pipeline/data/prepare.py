@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sts.pipeline.config import Config, DataConfig
-from sts.pipeline.data.conversation import IMAGE_TOKEN, ROLES
-from sts.pipeline.data.registry import Rows, load
+from sts.pipeline.data.registry import load
+from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
 from sts.pipeline.provenance import sha256_json, write_json_atomic
 

@@ -1,25 +1,17 @@
 """What a data set is: where it comes from, under what terms, and how its rows are read.
 
 A data set is one file, of which the name is that of the set, with its `DATASET`; the folders of
-such files are `SETS` of sts/pipeline/config.py. What a loader gives for a split is a count (for the
-progress bar) and an iterator of rows:
-
-training split    {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}
-test_<benchmark>  {"id", "image", "question", "answer", "form"}
-
-An image is a path, a PIL image, a uint8 array [height, width, 3], or None. `form` groups questions
-that have the same possible answers.
+such files are `SETS` of sts/pipeline/config.py.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from sts.pipeline.config import CODE, Config, DataConfig, datasets
+from sts.pipeline.data.rows import Rows
 from sts.pipeline.data.source import DataError, Source, read
-
-Rows = tuple[int, Iterable[dict]]
 
 
 @dataclass(frozen=True)
@@ -69,12 +61,3 @@ def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows]]:
     entry = dataset(name, config.data)
     questions = read(name, entry.source, config.data.mirror) if entry.source else None
     return entry, entry.load(config.data, questions)
-
-
-def conversation(id: str, image: Any, pairs: Iterable[tuple[str, str]]) -> dict:
-    """A training row: questions about one image and their answers."""
-    turns = []
-    for question, answer in pairs:
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-    return {"id": id, "image": image, "conversations": turns}

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from sts.pipeline.config import DataConfig
-from sts.pipeline.data.registry import DataSet, Rows, conversation
+from sts.pipeline.data.registry import DataSet
+from sts.pipeline.data.rows import Rows, conversation
 from sts.pipeline.data.source import Questions, Source
 
 

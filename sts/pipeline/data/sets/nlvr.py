@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from sts.pipeline.config import DataConfig
-from sts.pipeline.data.registry import DataSet, Rows
+from sts.pipeline.data.registry import DataSet
+from sts.pipeline.data.rows import Rows
 from sts.pipeline.data.source import Questions, Source
 
 CLIP_MEAN = (122, 116, 104)  # 255 x CLIP's mean colour; LLaVA-1.5 pads images to a square with it

@@ -1,0 +1,146 @@
+"""What the terminal and the report's first page say follows from the numbers, whatever they are."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import yaml
+from docutils.core import publish_parts
+from jinja2 import Environment
+from test_tables import make, results  # noqa: F401 (a fixture)
+
+from sts.pipeline import findings
+from sts.pipeline.config import dump, load_scale
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "workflow/report/overview.rst"
+
+
+def row(id, average, retention=None, low=None, high=None, time=None, flops=0.8, blind=0.2):
+    """A line of a table's CSV; `missing` where nothing is given."""
+    numbers = {
+        "average": average,
+        "blind": blind,
+        "retention": retention,
+        "retention_low": low,
+        "retention_high": high,
+        "time_ratio": time,
+        "flops_ratio": time and flops,
+        "realisation": time and ((1 - time) / (1 - flops) if flops != 1 else "n/a"),
+    }
+    cells = {key: "missing" if value is None else value for key, value in numbers.items()}
+    return {"ablation": id, "method": id.upper(), "relative_to": "dense", **cells}
+
+
+DENSE = row("dense", 0.8, 1.0, 1.0, 1.0, 1.0, flops=1)
+
+
+def say(*rows):
+    return findings.findings(pd.DataFrame([DENSE, *rows]))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.9, 0.99, "Below DENSE in score, beyond the spread of the seeds:"),
+        (0.9, 1.0, "Not told apart from DENSE in score by these seeds:"),
+        (1.0, 1.1, "Not told apart from DENSE in score by these seeds:"),
+        (1.01, 1.1, "Above DENSE in score, beyond the spread of the seeds:"),
+    ],
+)
+def test_a_method_is_told_from_the_baseline_where_its_interval_leaves_out_1(low, high, said):
+    lines = say(row("sts", 0.79, 0.987, low, high, 0.9))
+    interval = f"interval {100 * low:.1f} to {100 * high:.1f}"
+    assert lines[said] == [
+        f"STS: 98.7 % of the score ({interval}); x 0.90 of the time, x 0.80 of the FLOPs; "
+        "50 % of the saved FLOPs saved as time"
+    ]
+    assert len(lines) == 3  # the baseline, this one, those that no other beats
+    assert lines["DENSE: average score 80.0 %, 20.0 % with grey images."] == []
+
+
+def test_nothing_is_said_of_what_is_not_there():
+    lines = say(
+        row("seed", 0.7, 0.9, "n/a", "n/a", 0.9, blind="n/a"),
+        row("untimed", 0.7, 0.9, 0.8, 0.95),
+        row("lost", None, time=0.5, blind=None),
+        row("nothing", None, blind=None),
+        row("same_flops", 0.7, 0.9, "n/a", "n/a", 1.2, flops=1),
+    )
+    single = lines["Of one seed, so that small differences mean nothing:"]
+    assert single[0].startswith("SEED: 90.0 % of the score; x 0.90 of the time")
+    assert single[1] == "SAME_FLOPS: 90.0 % of the score; x 1.20 of the time, x 1.00 of the FLOPs"
+    (below,) = lines["Below DENSE in score, beyond the spread of the seeds:"]
+    assert below.endswith("(interval 80.0 to 95.0); training time not measured yet")
+    lost, nothing = lines["Without a score to compare with that of DENSE:"]
+    assert lost.startswith("LOST: x 0.50 of the time")
+    assert nothing == "NOTHING: training time not measured yet"
+    assert "missing" not in str(lines) and "nan" not in str(lines)
+
+
+def test_those_that_no_other_beats_are_the_pareto_front():
+    line = next(line for line in say(
+        row("slower_and_worse", 0.7, 0.9, 0.8, 1.1, 1.1),
+        row("faster_and_worse", 0.7, 0.9, 0.8, 1.1, 0.5),
+        row("as_fast_and_worse", 0.6, 0.9, 0.8, 1.1, 0.5),
+        row("unknown", 0.9, 0.9, 0.8, 1.1),
+    ) if line.startswith("Beaten by no other"))  # fmt: skip
+    assert line.endswith(": DENSE; FASTER_AND_WORSE.")
+
+
+def test_the_baseline_may_lack_everything():
+    lines = findings.findings(pd.DataFrame([row("dense", None, blind=None)]))
+    assert lines == {"DENSE: no complete evaluation yet.": []}
+
+
+def test_summary_says_what_was_found_and_where(results, capsys):  # noqa: F811
+    make(results, "dense", "sts", "lds", labels={"sts": "STS"})
+    findings.summary(results)
+    said = capsys.readouterr().out
+    assert "STS: 92.5 % of the score" in said
+    assert "x 0.80 of the time, x 0.60 of the FLOPs; 50 % of the saved FLOPs" in said
+    assert "lds: training time not measured yet" in said
+    assert f"{results}/tables: main.md" in said
+
+
+def test_summary_before_any_table_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="table_main"):
+        findings.summary(tmp_path)
+
+
+def test_what_was_asked_comes_from_the_resolved_configuration():
+    config = yaml.safe_load(dump(load_scale(ROOT / "workflow/config/mini.yaml")))
+    training, score = findings.asked(config).items()
+    assert training[0] == "Training of the first method, with 3 seeds:"
+    assert [line.partition(":")[0] for line in training[1]] == list(config["stages"])
+    assert "480 steps of 16 samples of scenes; trains projector, language model" in training[1][1]
+    assert score[0].startswith("Score: 8 benchmarks (existence, ")
+    assert findings.asked({}) == {}
+
+
+def rendered(*files):
+    """The report's first page, made as Snakemake makes it, of these result files."""
+    text = Environment(trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text())
+    shown = [SimpleNamespace(path=file, target=file.name) for file in files]
+    page = text.render(snakemake=SimpleNamespace(config={"scale": "mine"}), files=shown)
+    return publish_parts(page, writer="html", settings_overrides={"halt_level": 2})["html_body"]
+
+
+def test_the_first_page_holds_the_main_table_and_the_pareto_figure(results, tmp_path):  # noqa: F811
+    make(results, "dense", "sts", labels={"sts": "STS <ours> & co"})
+    figure = tmp_path / "pareto.svg"
+    figure.write_text("<svg>drawn</svg>" + 30_000 * " ")  # docutils refuses lines of this length
+    page = rendered(results / "tables/main.html", figure)
+    assert "Sparse training, scale mine" in page
+    assert "STS &lt;ours&gt; &amp; co: 92.5 % of the score" in page
+    assert "85.0 ± 7.1" in page
+    assert 'src="data:image/svg+xml,%3Csvg%3Edrawn%3C/svg%3E%20' in page
+
+
+def test_the_first_page_says_what_is_not_there_yet(results):  # noqa: F811
+    for files in ([], [results / "tables/components.html"]):
+        page = rendered(*files)
+        assert "table_main" in page
+        assert "data:image" not in page
+        assert "<dt>Retention</dt>" in page and "<dt>Realisation</dt>" in page

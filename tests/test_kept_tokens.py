@@ -1,0 +1,71 @@
+"""Which tokens each compressor keeps, by a real vision tower, and that the file says it all."""
+
+import base64
+import io
+import json
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+
+from sts.pipeline.kept_tokens import kept_tokens
+from sts.vtc import KINDS
+
+
+class Learned(torch.nn.Module):
+    """A kind with weights of its own."""
+
+    def __init__(self, dim):
+        super().__init__()
+
+    def forward(self, tokens, keep): ...
+
+
+@pytest.fixture(scope="session")
+def kept(backbone, prepared, tmp_path_factory):
+    """The result over the tiny tower's 4 x 4 patches, with a kind that nothing has trained."""
+    out = tmp_path_factory.mktemp("kept") / "new" / "tokens.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KINDS, "learned", Learned)
+        result = kept_tokens(backbone, prepared, out)
+        text = out.read_text()
+        kept_tokens(backbone, prepared, out)
+    assert out.read_text() == text  # the same every time
+    assert json.loads(text) == json.loads(json.dumps(result))
+    return json.loads(text)
+
+
+def test_every_kind_is_there_that_needs_no_text_and_no_training(kept):
+    left_out = {"text_guided", "text_guided_max", "learned"}
+    assert list(kept["kinds"]) == [kind for kind in KINDS if kind not in left_out]
+    assert {len(outputs) for kind, outputs in kept["kinds"].items() if kind != "none"} == {4}
+
+
+def test_an_output_names_its_tokens_with_their_weights(kept):
+    assert kept["grid"] == [4, 4]
+    assert kept["kinds"]["none"] == [[[token, 1.0]] for token in range(16)]
+    blocks = kept["kinds"]["avgpool2d"]
+    assert blocks[0] == [[token, 0.25] for token in (0, 1, 4, 5)]
+    assert sorted(token for output in blocks for token, _ in output) == list(range(16))
+    for kind in ("uniform", "random", "cls_topk", "diverse"):
+        tokens = Counter(token for output in kept["kinds"][kind] for token, _ in output)
+        assert len(tokens) == tokens.total() == 4
+    merged = Counter(token for output in kept["kinds"]["bipartite"] for token, _ in output)
+    assert len(merged) == 16
+
+
+def test_the_picture_is_what_the_tower_sees(kept, prepared):
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(prepared.parent / "align.parquet"), split="train")
+    with Image.open(io.BytesIO(base64.b64decode(kept["picture"]))) as picture:
+        assert picture.tobytes() == rows[0]["image"].convert("RGB").tobytes()  # 64 x 64 already
+
+
+def test_a_missing_manifest_is_named(backbone, prepared, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no prepared data set"):
+        kept_tokens(backbone, tmp_path / "none.json", tmp_path / "out.json")
+    with pytest.raises(FileNotFoundError, match=r"no_backbone\.json"):
+        kept_tokens(tmp_path / "no_backbone.json", prepared, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()

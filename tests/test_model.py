@@ -1,0 +1,102 @@
+"""Parts join to a model, from shipped files or pretrained ones, and are trained or frozen."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CASES
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoImageProcessor,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from zoo_tiles import CASES as OTHERS
+
+from sts.pipeline.config import MINI, load_scale
+from sts.pipeline.model import PARTS, SHIPPED, build_llava, freeze, write_manifest
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("backbone") / "manifest.json"
+    write_manifest(load_scale(MINI).model, out)
+    return out
+
+
+def test_shipped_files_are_small_and_join_to_a_llava_with_a_seeded_projector(manifest):
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 10e6
+    a, processor = build_llava(manifest, 1)
+    b, _ = build_llava(manifest, 1)
+    c, _ = build_llava(manifest, 2)
+    states = [model.state_dict() for model in (a, b, c)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    moved = {name for name in states[0] if not torch.equal(states[0][name], states[2][name])}
+    assert moved and all("multi_modal_projector" in name for name in moved)
+    assert a.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+
+
+def test_pretrained_parts_are_joined_and_learn_the_image_token(backbone, tmp_path):
+    """As CLIP and Vicuna are had: a tower with an image processor, and a language model with a
+    tokenizer that knows no image."""
+    tower, processor = backbone.parent / "vision", backbone.parent / "processor"
+    AutoImageProcessor.from_pretrained(processor).save_pretrained(tmp_path / "vision")
+    CLIPVisionModel.from_pretrained(tower).save_pretrained(tmp_path / "vision")
+    words = {word: id for id, word in enumerate(["<unk>", "<s>", "</s>", "is", "red"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    tokenizer.save_pretrained(tmp_path / "language")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(words), num_hidden_layers=1, **small)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "language")
+
+    parts = {part: str(tmp_path / part) for part in ("vision", "language")}
+    settings = load_scale(MINI).model.model_copy(update={"backbone": "pretrained", **parts})
+    write_manifest(settings, tmp_path / "manifest.json")
+    (model, processor), (again, _) = (build_llava(tmp_path / "manifest.json", 0) for _ in range(2))
+    assert model.config.text_config.vocab_size == len(words) + 1
+    ids = processor(text="<image>", images=torch.zeros(3, 64, 64))["input_ids"][0]
+    assert ids == [model.config.image_token_id] * 16 == [len(words)] * 16
+    assert all(map(torch.equal, model.parameters(), again.parameters())), "drawn from the seed"
+
+
+def test_missing_files_say_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone: .*git checkout -- .*gone.*rebuild"):
+        write_manifest(load_scale(MINI).model, tmp_path / "manifest.json", tmp_path / "gone")
+
+
+# what joins the parts, what sees, and the rest: the language model with its head
+PLACES = {
+    "llava": ("model.multi_modal_projector.", "model.vision_tower."),
+    "llava_next": (("model.multi_modal_projector.", "model.image_newline"), "model.vision_tower."),
+    "qwen2_vl": ("model.visual.merger.", "model.visual."),
+    "idefics3": ("model.connector.", "model.vision_model."),
+    "llama4": ("multi_modal_projector.", "vision_model."),  # the head is its language model's
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_parts_that_are_named_are_trained_and_no_others(name):
+    model = (CASES | OTHERS)[name].build()
+    joint, tower = PLACES[name]
+    names = {name for name, _ in model.named_parameters()}
+    parts = {"projector": {name for name in names if name.startswith(joint)}}
+    parts["vision_tower"] = {n for n in names if n.startswith(tower)} - parts["projector"]
+    parts["language_model"] = names - parts["projector"] - parts["vision_tower"]
+    for trains in (*([part] for part in PARTS), ["projector", "language_model"], PARTS):
+        freeze(model.eval(), trains)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == set().union(*(parts[part] for part in trains))
+        off = {f"{name}." for name, module in model.named_modules() if not module.training}
+        assert bool(off) == ("vision_tower" not in trains)
+        assert all(name.startswith(tower) and not name.startswith(joint) for name in off)
+
+
+def test_a_part_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"'projektor'.*projector, language_model, vision_tower"):
+        freeze(CASES["llava"].build(), ["projektor"])
+    with pytest.raises(ValueError, match=r"'vision_tower'.*Fuyu.*language_model"):
+        freeze(OTHERS["fuyu"].build(), ["vision_tower"])

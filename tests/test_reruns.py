@@ -1,0 +1,156 @@
+"""What runs again after an edit: the table of docs/workflow.md, made by real dry runs.
+
+Each kind of edit is done to a copy of the project in which everything is finished; Snakemake says
+what it would do. `python tests/test_reruns.py` prints the table.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from project import BOTH, ROOT, SMOKE, edit, make_project, run
+
+PAGE = ROOT / "docs/workflow.md"
+HEAD = "| edit | runs again |\n|---|---|\n"
+NOTHING = "nothing"
+
+
+def formula(*names: str) -> Callable[[Path], None]:
+    """An edit of what these files compute."""
+
+    def do(project: Path) -> None:
+        for name in names:
+            with (project / "sts" / name).open("a") as file:
+                file.write("\nFACTOR = 2\n")
+
+    return do
+
+
+def remarks(project: Path) -> None:
+    for name in ("pipeline/train.py", "pipeline/step.py", "vtc/sampling.py"):
+        with (project / "sts" / name).open("a") as file:
+            file.write("\n# a remark\n")
+    edit(project / "sts/pipeline/step.py", "def lr_factor(", "# a remark\n\n\ndef  lr_factor(")
+    edit(project / "workflow/rules/train.smk", "rule train:", "# a remark\n\n\nrule train:")
+    edit(project / SMOKE, "scale: smoke", "scale: smoke  # small")
+    for file in (*project.rglob("*.py"), *project.rglob("results/**/*.json")):
+        os.utime(file)
+
+
+def new_knobs(project: Path) -> None:
+    """Each at its neutral value: of a stage, of VTC, of an evaluation."""
+    config, own = project / "sts/pipeline/config.py", project / "sts/settings.py"
+    knob = 'Annotated[Number, Neutral(0.0)] = 0.0\n    """A new knob."""\n'
+    edit(config, "    steps: Count = 200\n", f"    ema: {knob}    steps: Count = 200\n")
+    edit(config, "    blind: bool = True\n", f"    noise: {knob}    blind: bool = True\n")
+    edit(own, "    keep: float = 1.0\n", "    keep: float = 1.0\n    heat: float = neutral(1.0)\n")
+
+
+def new_kind(project: Path) -> None:
+    text = "def mine(tokens, keep): ...\n"
+    (project / "sts/vtc/mine.py").write_text(text)
+    (project / "sts/lds/my_policy.py").write_text(
+        "from sts.lds import Policy\n\nPOLICY = Policy(depth='linear')\n"
+    )
+
+
+def one_stage_more(project: Path) -> None:
+    stage = "  late: {trains: [language_model], split: instruct, steps: 2, batch_size: 8}\n"
+    edit(project / SMOKE, "evaluate:", f"{stage}evaluate:")
+
+
+EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "comment": ("a comment, a docstring, formatting, dates of files", remarks),
+    "progress": (
+        "a progress bar, tracking, what the history notes",
+        formula("pipeline/bar.py", "pipeline/progress.py", "pipeline/tracking.py"),
+    ),
+    "knob": ("a new knob of a stage, of VTC or of evaluation, at its neutral value", new_knobs),
+    "kind": ("a new VTC kind and a new LDS policy, a file each", new_kind),
+    "other formula": (
+        "a formula of a kind, an architecture or a data set that no run uses",
+        formula("vtc/merging.py", "architectures/gemma.py", "pipeline/data/sets/nlvr.py"),
+    ),
+    "used formula": ("the formula of a VTC kind that some runs use", formula("vtc/sampling.py")),
+    "lds": ("a formula of LDS", formula("lds/units.py")),
+    "step": ("a formula that every training uses", formula("pipeline/step.py")),
+    "mini": ("the recipe of the mini scale's stand-ins", formula("mini/backbone.py")),
+    "table": ("a formula of the tables", formula("pipeline/tables.py")),
+    "benchmark": (
+        "a benchmark's file",
+        lambda p: edit(p / "sts/pipeline/tasks/counting.yaml", "version: 1", "version: 2"),
+    ),
+    "seed": ("one more seed", lambda p: edit(p / SMOKE, "seeds: [0]", "seeds: [0, 1]")),
+    "data": ("the size of the data", lambda p: edit(p / SMOKE, "align: 96", "align: 104")),
+    "stage": (
+        "a value of one stage",
+        lambda p: edit(p / SMOKE, "instruct: {steps: 6", "instruct: {steps: 7"),
+    ),
+    "new stage": ("one more stage at the end", one_stage_more),
+    "saved": (
+        "how often a training is saved",
+        lambda p: edit(p / SMOKE, "checkpoint_every: 2", "checkpoint_every: 3"),
+    ),
+}  # fmt: skip
+
+
+def again(project: Path) -> str:
+    """What would run, in words: of the trainings which, of other jobs how many of how many."""
+    said = run(project, SMOKE, "-n", *BOTH)
+    if "Nothing to be done" in said:
+        return NOTHING
+    rows = re.findall(r"^(\w+) +(\d+)$", said.partition("Job stats:")[2], re.MULTILINE)
+    jobs = {rule: int(count) for rule, count in rows}
+    made = re.findall(r"runs/(\w+)/seed0/(\w+)\.json$", (project / "done.txt").read_text(), re.M)
+    words = []
+    for stage, seed in dict.fromkeys(re.findall(r"^Job \d+: (\w+) \w+, seed (\d)$", said, re.M)):
+        if stage != "evaluate":
+            ids = re.findall(rf"^Job \d+: {stage} (\w+), seed {seed}$", said, re.M)
+            every = [id for id, name in made if name == stage]
+            every = every or [id for id, name in made if name == "eval"]
+            whose = (
+                "all" if set(ids) == set(every) else ", ".join(sorted(set(ids), key=every.index))
+            )
+            words.append(f"{stage} of {whose}" + f" (seed {seed})" * (seed != "0"))
+    others = ("prepare", "backbone", "evaluate", "timing", "tokens", "table", "figure")
+    words += [f"{jobs[rule]} {rule}" for rule in others if rule in jobs]
+    return "; ".join(words)
+
+
+def row(name: str, project: Path) -> str:
+    """The line of the page's table for an edit, done to this copy of the project."""
+    text, do = EDITS[name]
+    do(project)
+    return f"| {text} | {again(project)} |\n"
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_runs_again_is_what_the_page_says(finished, name):
+    assert row(name, finished) in PAGE.read_text().partition(HEAD)[2]
+
+
+def test_the_page_has_no_other_edits():
+    table = PAGE.read_text().partition(HEAD)[2].partition("\n\n")[0]
+    assert table.count("\n") + 1 == len(EDITS)
+
+
+def test_the_second_time_there_is_nothing_to_be_done_in_under_ten_seconds(finished):
+    before = os.times()
+    assert "Nothing to be done" in run(finished, SMOKE, *BOTH)
+    after = os.times()  # processor time of the child: other work on the machine doesn't count
+    spent = after.children_user + after.children_system
+    assert spent - before.children_user - before.children_system < 10
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_project(Path(folder, "finished"))
+        run(made, SMOKE, *BOTH)
+        copies = {name: Path(folder, name.replace(" ", "_")) for name in EDITS}
+        print(HEAD, end="")
+        for name, copy in copies.items():
+            print(row(name, Path(shutil.copytree(made, copy, symlinks=True))), end="")

@@ -117,9 +117,11 @@ def summary(args: argparse.Namespace) -> None:
 
 def estimate(args: argparse.Namespace) -> None:
     """Say what a run will cost before anything is trained: jobs, FLOPs, time, disk, memory."""
+    from sts.mini import language, vision
     from sts.pipeline import estimate
 
-    estimate.estimate(args.configfile, args.ablations, args.json)
+    recipe = {"vision": vision.BATCH, "language": language.BATCH}
+    estimate.estimate(args.configfile, args.ablations, recipe, args.json)
 
 
 def reap(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from by_hand import (
     strided,
     the_positive,
 )
+from cases import ALIKE, CLASS_TOKEN, EVERY, FOUR, MIXED, ROWS
 from tiny import CASES, IMAGE, LAYERS, PAD
 from torch import nn
 from torch.nn import functional as F
@@ -34,26 +35,8 @@ from sts import LDS, VTC, sparsify, unsparsify
 from sts.architectures import ARCHITECTURES, architecture_of
 from sts.vtc import FAMILIES, KINDS
 
-# One of each mechanism; the others are like one of these, and daily in test_breadth.py
-EVERYDAY = ("llava", "llava_next", "pixtral", "qwen3_vl", "smolvlm", "paligemma", "gemma3")
-EVERY = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow)
-        for name in sorted(CASES)
-    ],
-)
 SIDES = pytest.mark.parametrize("side", ["right", "left"])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-MIXED = "several images, none, and of two sizes"
-ROWS = {
-    MIXED: [[3, "big", 5, "small", 6, 7, 8], [9, 10, 11, 12], ["small", 14, 15, 16]],
-    "one image": [["big", 5, 6, 7, 8], ["big", 9, 10, 11]],
-    "no image": [[3, 4, 5], [6, 7, 8, 9]],
-}
-FOUR = [*ROWS[MIXED], ["big", 17, 18, 19]]
-ALIKE = [["big", 5, 6, 7, 8], ["big", 9, 10, 11], [12, "big", 13, 14], ["big", 15, 16, 17, 18]]
-CLASS_TOKEN = ("internvl", "llava", "llava_next", "vipllava")
 CHECKPOINTING = ({"use_reentrant": True}, {"use_reentrant": False})
 
 

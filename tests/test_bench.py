@@ -1,12 +1,9 @@
-"""The timing of variants, and the estimate before anything is trained."""
+"""The timing of variants, side by side."""
 
 import copy
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -14,13 +11,10 @@ import pytest
 from tiny import CASES
 
 from sts import LDS, sparsify
-from sts.lds.decision import decide, expected_work
-from sts.pipeline import estimate
 from sts.pipeline.bench import REPEATS, bench, rotated, typical_steps
-from sts.pipeline.config import BenchConfig, Config, StageConfig, load_ablations
+from sts.pipeline.config import BenchConfig, Config, StageConfig
 from sts.settings import VTC
 
-ROOT = Path(__file__).parents[1]
 POINTS = 2
 # skips 3 of 6 layers, then none
 SKIPPING = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count", "dense_tail": 0.5}
@@ -30,8 +24,12 @@ def config(align: dict | None = None, instruct: dict | None = None, points: int 
     few = {"steps": 10, "batch_size": 8, "max_length": 256}
     return Config(
         scale="tiny",
-        align=StageConfig(**{**few, **(align or {})}),
-        instruct=StageConfig(**{**few, **(instruct or {})}),
+        stages={
+            "align": StageConfig(trains=["projector"], **few | (align or {})),
+            "instruct": StageConfig(
+                trains=["projector", "language_model"], **few | (instruct or {})
+            ),
+        },
         bench=BenchConfig(points=points, warmup=1),
     )
 
@@ -189,140 +187,3 @@ def test_choosing_steps_changes_no_measurement(llava):
 def test_rotation():
     assert rotated(["a", "b", "c"], 1) == ["b", "c", "a"]
     assert rotated(["a", "b", "c"], -1) == ["c", "a", "b"]
-
-
-# ---- the estimate -----------------------------------------------------------------------------
-
-SMOKE, PAPER, ABLATIONS = (
-    ROOT / "workflow" / name
-    for name in ("config/smoke.yaml", "config/paper.yaml", "ablations.yaml")
-)
-
-
-@pytest.fixture(scope="module")
-def smoke() -> dict:
-    return estimate.estimate(SMOKE, ABLATIONS)
-
-
-def test_the_estimate_is_whole_and_positive(smoke, capsys):
-    runs, flops = smoke["flops"]["runs"], smoke["flops"]["total"]
-    assert set(runs) == set(estimate.shown(load_ablations(ABLATIONS)))
-    assert 0 < flops <= sum(sum(stages.values()) for stages in runs.values())
-    assert smoke["seconds"]["total"] == pytest.approx(
-        sum(value for name, value in smoke["seconds"].items() if name != "total")
-    )
-    assert all(value > 0 for value in smoke["disk_bytes"].values())
-    estimate.show(smoke, estimate.Console(width=100))
-    printed = capsys.readouterr().out
-    assert "Estimates." in printed
-    assert f"{sum(smoke['jobs'].values())}: " in printed
-
-
-def test_flops_follow_what_a_run_leaves_out(smoke):
-    runs = smoke["flops"]["runs"]
-    assert runs["vtc"]["align"] < runs["dense"]["align"]
-    assert runs["lds"]["instruct"] < runs["dense"]["instruct"]
-    assert runs["sts"] == {"align": runs["vtc"]["align"], "instruct": runs["lds"]["instruct"]}
-
-
-EXPECTED = {
-    "layer": LDS("sts", rate=0.6, epsilon=0.5),
-    "layer, fixed count": LDS("layerdrop", rate=0.3, draw="fixed_count", protect_last=1),
-    "backward": LDS("dropbp", rate=0.5, schedule="rising_linear"),
-}
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_expected_work_is_the_mean_of_many_decisions(name):
-    lds, layers, draws = EXPECTED[name], 8, 4000
-    for t in (0.0, 0.5):
-        drawn = [decide(lds, layers, t, seed=1, step=step) for step in range(draws)]
-        shares = ("attention_backward", "mlp_backward") if name == "backward" else ("rows",)
-        for layer, expected in enumerate(expected_work(lds, layers, t)):
-            for share in shares:
-                mean = 1 - fmean((layer, share) in decision.off for decision in drawn)
-                assert mean == pytest.approx(expected.get(share, 1.0), abs=0.03)
-
-
-@pytest.mark.parametrize("unit", ["samples", "tokens"])
-def test_expected_work_is_the_mean_of_what_was_realised(llava, unit):
-    """Of the units that each micro-batch draws anew: many forwards of a real model."""
-    draws = {"draw": "fixed_count"} if unit == "tokens" else {}
-    lds = LDS("layerdrop", rate=0.5, depth="linear", unit=unit, **draws)
-    batch = CASES["llava"].batch([["big", 5, 6, 7]] * 6)
-    share = {"samples": "rows", "tokens": "tokens"}[unit]
-    with sparsify(llava, lds=lds, seed=2) as scheme:
-        seen = []
-        for step in range(60):
-            scheme.begin_step(step)
-            llava(**batch)
-            seen.append([one.get(share, 1.0) for one in scheme.metrics()["work"]])
-    expected = [one.get(share, 1.0) for one in expected_work(lds, LAYERS, 0.0)]
-    means = [fmean(layer) for layer in zip(*seen, strict=True)]
-    assert means == pytest.approx(expected, abs=0.08)
-
-
-def test_flops_of_a_stage_are_the_mean_over_what_it_skips(smoke):
-    """The paper's schedule: a third of alpha over the stage, of the decoder's layers."""
-    shape = estimate.cost.shape_of(estimate.model_config(Config()))
-    block = StageConfig(steps=300)
-    lean = block.model_copy(update={"lds": LDS("sts", rate=0.6, epsilon=0.5)})
-    third = block.model_copy(update={"lds": LDS("layerdrop", rate=0.2)})
-    skipped, alike, dense = (
-        estimate.stage_flops(shape, "instruct", one) for one in (lean, third, block)
-    )
-    assert skipped == pytest.approx(alike, rel=1e-3)
-    assert skipped < dense
-
-
-def test_json_is_what_is_returned(capsys, monkeypatch):
-    monkeypatch.setattr(
-        estimate, "calibrate", lambda *_: ({"align": 1e9, "instruct": 1e9}, "a test")
-    )
-    found = estimate.estimate(SMOKE, ABLATIONS, as_json=True)
-    assert json.loads(capsys.readouterr().out) == found
-
-
-def test_a_large_pretrained_model_is_estimated_without_a_download(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = estimate.estimate(PAPER, ABLATIONS)
-    assert "matrix product" in found["speed"]["source"]
-    dense = found["flops"]["runs"]["dense"]
-    # 6 FLOPs a weight and token: 6.7e9 weights, 128 samples of 576 + 250 tokens, 5198 steps; one
-    # more forward pass for recomputation makes 8
-    assert dense["instruct"] == pytest.approx(8 * 6.7e9 * 128 * 826 * 5198, rel=0.15)
-
-
-def test_a_model_of_unknown_size_is_named():
-    unknown = {"backbone": "pretrained", "vision": "no/such-vision", "language": "no/such-language"}
-    with pytest.raises(ValueError, match="no/such-vision: its sizes are not known here"):
-        estimate.model_config(Config(model=unknown))
-
-
-def test_runs_that_share_a_stage_train_it_once():
-    sparse = config(instruct={"lds": {"policy": "layerdrop", "rate": 0.5}})
-    stages = [stage for stage, _ in estimate.unique_trainings({"dense": config(), "lds": sparse})]
-    assert stages.count("align") == 3  # seeds
-    assert stages.count("instruct") == 6
-
-
-@pytest.mark.slow
-def test_jobs_are_those_that_the_workflow_would_run(tmp_path, smoke):
-    """In a copy without results, so that nothing counts as done."""
-    for name in ("sts", "workflow", "envs", "data/backbones"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "Snakefile", tmp_path)
-    command = [sys.executable, "-m", "snakemake", "-n", "--configfile", str(SMOKE)]
-    dry = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert dry.returncode == 0, dry.stdout + dry.stderr
-    counted = dict(re.findall(r"^(\w+) +(\d+)$", dry.stdout, flags=re.MULTILINE))
-    counted.pop("total"), counted.pop("all")
-    assert {name: int(n) for name, n in counted.items()} == smoke["jobs"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(45, "45 s"), (720, "12 min"), (12600, "3.5 h"), (1814400, "21 days")]
-)
-def test_durations_are_said_in_fitting_units(seconds, said):
-    assert estimate.duration(seconds) == said

@@ -76,7 +76,7 @@ def test_config_prints_no_formula_where_nothing_is_skipped(capsys):
 
 
 def test_a_wrong_value_ends_a_verb_with_one_line(tmp_path, capsys):
-    (tmp_path / "scale.yaml").write_text("align: {steps: -1}\n")
+    (tmp_path / "scale.yaml").write_text("stages: {align: {steps: -1}}\n")
     assert main(["config", "--configfile", str(tmp_path / "scale.yaml")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -151,14 +151,19 @@ def settings_of(metrics, trains):
 
 WAYS = [("sdpa", False), ("sdpa", True), ("eager", False)]  # attention, checkpointing
 CASES = [
-    *(("wide", trains, "dense") for trains in TRAINED),
-    *(("long", trains, "vtc and lds") for trains in TRAINED),
-    *(("deep", trains, name) for trains in ("align", "instruct", "lora") for name in SETTINGS),
+    *(("wide", trains, "dense", *way) for trains in TRAINED for way in WAYS[1:]),
+    *(("long", trains, "vtc and lds", "sdpa", True) for trains in TRAINED),
+    *(("long", "lora", setting, "sdpa", True) for setting in SETTINGS if setting != "vtc and lds"),
+    *(
+        ("deep", trains, setting, *way)
+        for trains in ("align", "instruct")
+        for setting in SETTINGS
+        for way in WAYS
+    ),
 ]
 
 
-@pytest.mark.parametrize(("attention", "checkpointing"), WAYS)
-@pytest.mark.parametrize(("name", "trains", "setting"), CASES)
+@pytest.mark.parametrize(("name", "trains", "setting", "attention", "checkpointing"), CASES)
 def test_flops_agree_with_torch_within_one_percent(name, trains, setting, attention, checkpointing):
     model = build(name, TRAINED[trains], attention, checkpointing)
     scheme = sparse(model, setting)
@@ -174,6 +179,26 @@ def test_flops_agree_with_torch_within_one_percent(name, trains, setting, attent
         fused_attention=attention == "sdpa",
     )
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+MODULES = {
+    "vision": "model.vision_tower", "projector": "model.multi_modal_projector", "head": "lm_head",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trains", TRAINED)
+def test_every_part_has_its_own_flops(trains):
+    model = build("wide", TRAINED[trains])
+    scheme = sparse(model, "dense")
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
+        model(**batch_for(model)).loss.backward()
+    counted = {
+        part: sum(counter.get_flop_counts()[f"{type(model).__name__}.{module}"].values())
+        for part, module in MODULES.items()
+    }
+    counted["decoder"] = counter.get_total_flops() - sum(counted.values())
+    settings = settings_of(scheme.metrics(), TRAINED[trains])
+    assert flop_parts(shape_of(model.config), **settings) == pytest.approx(counted, rel=0.01)
 
 
 SUBLAYERS = ("attention_backward", "mlp_backward")

@@ -4,15 +4,12 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from test_workflow import SMOKE, make_project, planned, run
+from project import ROOT, SMOKE, edit, planned, run
 
-from sts.pipeline.config import load_ablations, load_scale, resolve
-
-ROOT = Path(__file__).resolve().parents[1]
+from sts.pipeline.config import deep_merge, load_ablations, load_scale, resolve
 
 
 def one_file_examples() -> dict[str, str]:
@@ -39,12 +36,11 @@ mine_lds:
 
 
 @pytest.mark.slow
-def test_a_kind_and_a_policy_of_ones_own_are_a_file_each_and_retrain_nothing_else(tmp_path):
-    project = make_project(tmp_path / "project")
-    run(project, SMOKE, "all", "table_components")
+def test_a_kind_and_a_policy_of_ones_own_are_a_file_each_and_retrain_nothing_else(finished):
+    project = finished
     for file, text in one_file_examples().items():
         (project / file).write_text(text)
-    assert planned(project) == {"figure": 1, "all": 1}, "only the picture of all kinds"
+    assert planned(project) == {"tokens": 1, "figure": 1, "all": 1}, "only the picture of all kinds"
     with (project / "workflow/ablations.yaml").open("a") as table:
         table.write(ENTRIES)
     said = run(project, SMOKE, "-n", "table_components")
@@ -97,7 +93,53 @@ def test_the_example_of_an_ablation_is_accepted(tmp_path):
     table.write_text((ROOT / "workflow/ablations.yaml").read_text() + "\n" + entry)
     (id,) = yaml.safe_load(entry)
     config = resolve(load_scale(ROOT / "workflow/config/mini.yaml"), load_ablations(table)[id])
-    assert config.align.vtc.schedule == "falling_linear"
+    assert config.stages["align"].vtc.schedule == "falling_linear"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+def trained(said: str) -> set[tuple[str, str]]:
+    """(stage, ablation) of the trainings that a dry run announces."""
+    return set(re.findall(r"^Job \d+: (?!evaluate)(\w+) (\w+), seed 0$", said, re.MULTILINE))
+
+
+def test_a_stage_more_at_the_end_between_or_fewer_is_one_entry(finished):
+    scale, table = finished / SMOKE, finished / "workflow/ablations.yaml"
+    plain, ids = yaml.safe_load(scale.read_text()), set(yaml.safe_load(table.read_text()))
+    end, between, fewer = blocks("stages.md", "yaml")
+
+    scale.write_text(yaml.safe_dump(deep_merge(plain, yaml.safe_load(end))))
+    assert trained(run(finished, SMOKE, "-n", "table_components")) == {
+        ("unfrozen", id) for id in ids
+    }
+    scale.write_text(yaml.safe_dump(deep_merge(plain, yaml.safe_load(between))))
+    said = trained(run(finished, SMOKE, "-n", "table_components"))
+    assert {stage for stage, _ in said} == {"warm", "instruct"}
+    scale.write_text(yaml.safe_dump(plain))
+    table.write_text(table.read_text() + fewer)
+    said = run(finished, SMOKE, "-n", "-p", "table_components")
+    assert trained(said) == {("instruct", "no_align")}
+    assert (
+        "--stage instruct --data data/smoke/scenes/manifest.json --init results/smoke/backbone"
+        in said
+    )
+
+
+def test_a_knob_is_one_field(finished):
+    config = finished / "sts/pipeline/config.py"
+    (knob,) = blocks("stages.md", "python")
+    edit(config, "    steps: Count = 200\n", f"{knob}    steps: Count = 200\n")
+    edit(finished / SMOKE, "instruct: {steps: 6", "instruct: {ema: 0.9, steps: 6")
+    shown = subprocess.run(
+        [sys.executable, "-m", "sts", "config", "--configfile", SMOKE],
+        cwd=finished, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    stages = yaml.safe_load(shown.stdout)["stages"]
+    assert (stages["align"]["ema"], stages["instruct"]["ema"]) == (0.0, 0.9)
+    said = trained(run(finished, SMOKE, "-n", "table_components"))
+    assert {stage for stage, _ in said} == {"instruct"}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_workflow import ROOT, environment, make_project
+from project import ROOT, environment, make_project
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent

@@ -67,10 +67,12 @@ def test_nothing_is_said_of_what_is_not_there():
         row("lost", None, time=0.5, blind=None),
         row("nothing", None, blind=None),
         row("same_flops", 0.7, 0.9, "n/a", "n/a", 1.2, flops=1),
+        row("slower", 0.7, 0.9, "n/a", "n/a", 1.3),
     )
     single = lines["Of one seed, so that small differences mean nothing:"]
     assert single[0].startswith("SEED: 90.0 % of the score; x 0.90 of the time")
     assert single[1] == "SAME_FLOPS: 90.0 % of the score; x 1.20 of the time, x 1.00 of the FLOPs"
+    assert single[2].endswith("x 0.80 of the FLOPs; nothing of the saved FLOPs saved as time")
     (below,) = lines["Below DENSE in score, beyond the spread of the seeds:"]
     assert below.endswith("(interval 80.0 to 95.0); training time not measured yet")
     lost, nothing = lines["Without a score to compare with that of DENSE:"]

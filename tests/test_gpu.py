@@ -5,9 +5,10 @@ Nothing here runs without a GPU; nothing of the scheme needs one.
 
 import pytest
 import torch
-from test_architectures import ALIKE, CLASS_TOKEN, EVERY, FOUR, assert_same, backward
-from test_library import trainer_for
+from by_hand import assert_same, backward
+from cases import ALIKE, CLASS_TOKEN, EVERY, FOUR
 from tiny import CASES, LAYERS
+from trainers import trainer_for
 
 from sts import LDS, VTC, sparsify
 from sts.lds import UNITS

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import CASES
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from trainers import VISUAL, tiny, trainer_for
+from transformers import Trainer, TrainerCallback
 
 from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 from sts.lds import DEPTHS, Depth
@@ -21,17 +21,9 @@ from sts.vtc import KINDS, Outputs
 from sts.vtc.sampling import uniform
 
 ROOT = Path(__file__).parent.parent
-VISUAL = VTC("uniform", keep=0.25)
 PAPER = LDS("sts", rate=0.6, epsilon=0.5)
 MEASURED = LDS("block_influence", rate=0.5, ema=0.5)
 HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
-ROWS = [["big", 5, 6, 7, 8], ["big", 9, 10, 11, 12]]
-
-
-def tiny(name="llava"):
-    model, batch = CASES[name].build(torch.float32), CASES[name].batch(ROWS)
-    batch["pixel_values"] = batch["pixel_values"].float()
-    return model, batch
 
 
 def test_import_needs_torch_and_transformers_alone():
@@ -88,21 +80,6 @@ def test_context_manager_gives_the_model_back_even_after_an_error():
         raise ZeroDivisionError
     assert torch.equal(model(**batch).loss, before)
     assert SCHEME not in vars(model)
-
-
-def trainer_for(folder: Path, lds: LDS, vtc: VTC = VISUAL, **settings) -> Trainer:
-    model, batch = tiny("smolvlm")  # a Trainer of transformers 5.23 can't resume a LLaVA: it looks
-    # for the weights under other names than it saved them under
-    samples = [{name: value[i] for name, value in batch.items()} for i in (0, 1)] * 9
-    callback = SparseCallback(model, vtc, lds, seed=5)
-    usual = {"max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 2,
-             "learning_rate": 1e-3, "use_cpu": True}  # fmt: skip
-    arguments = TrainingArguments(
-        str(folder), logging_steps=1, report_to="none", disable_tqdm=True, **usual | settings
-    )
-    return Trainer(
-        model, arguments, default_data_collator, train_dataset=samples, callbacks=[callback]
-    )
 
 
 def scheme_of(trainer: Trainer) -> Scheme:

@@ -5,11 +5,11 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from sts.pipeline import figures, tables
-from sts.pipeline.config import load_ablations
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = ROOT / "results" / "reference"
@@ -47,12 +47,16 @@ def test_what_the_readme_says_of_fp32_follows_from_its_runs(said, run, seeds):
         assert json.loads((file.parent / "instruct.json").read_text())["precision"] == "fp32"
 
 
+def shown(table: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(label, source) of each ablation that a table shows, by id."""
+    lines = pd.read_csv(table).set_index("ablation")
+    return lines["method"].to_dict(), lines["source"].to_dict()
+
+
 @pytest.mark.parametrize("file", TABLES, ids=lambda file: f"{file.parts[-3]}-{file.stem}")
 def test_a_reference_table_follows_from_the_reference_runs(file, tmp_path):
     name, folder = file.stem, file.parents[1]
-    entries = load_ablations(ROOT / "workflow/ablations.yaml").items()
-    labels = {id: entry.label for id, entry in entries if name in entry.groups}
-    sources = {id: entry.source for id, entry in entries if name in entry.groups}
+    labels, sources = shown(file.with_suffix(".csv"))
     tables.table(name, folder, list(labels), tmp_path / name, labels, sources=sources)
     assert rows(tmp_path / f"{name}.md") == rows(file)
     assert tables.MISSING not in file.read_text()
@@ -64,8 +68,7 @@ def test_every_table_of_the_workflow_is_among_them():
 
 @pytest.mark.parametrize("name", ["pareto", "tokens"])  # the others need the histories
 def test_a_reference_figure_follows_from_the_reference_results(name, tmp_path):
-    entries = load_ablations(ROOT / "workflow/ablations.yaml").items()
-    labels = {id: entry.label for id, entry in entries if "main" in entry.groups}
+    labels, _ = shown(REFERENCE / "tables/main.csv")
     figures.figure(name, REFERENCE, list(labels), tmp_path / name, labels)
     drawn, kept = (
         np.asarray(Image.open(folder / f"{name}.png").convert("RGB"), dtype=int)

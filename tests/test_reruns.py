@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from project import BOTH, ROOT, SMOKE, edit, make_project, run
+import yaml
+from project import ABLATIONS, BOTH, ROOT, SMOKE, edit, make_project, run
 
 PAGE = ROOT / "docs/workflow.md"
 HEAD = "| edit | runs again |\n|---|---|\n"
@@ -105,17 +106,15 @@ def again(project: Path) -> str:
         return NOTHING
     rows = re.findall(r"^(\w+) +(\d+)$", said.partition("Job stats:")[2], re.MULTILINE)
     jobs = {rule: int(count) for rule, count in rows}
+    order = list(yaml.safe_load((project / "workflow/ablations.yaml").read_text()))
     made = re.findall(r"runs/(\w+)/seed0/(\w+)\.json$", (project / "done.txt").read_text(), re.M)
     words = []
-    for stage, seed in dict.fromkeys(re.findall(r"^Job \d+: (\w+) \w+, seed (\d)$", said, re.M)):
-        if stage != "evaluate":
-            ids = re.findall(rf"^Job \d+: {stage} (\w+), seed {seed}$", said, re.M)
-            every = [id for id, name in made if name == stage]
-            every = every or [id for id, name in made if name == "eval"]
-            whose = (
-                "all" if set(ids) == set(every) else ", ".join(sorted(set(ids), key=every.index))
-            )
-            words.append(f"{stage} of {whose}" + f" (seed {seed})" * (seed != "0"))
+    trainings = set(re.findall(r"^Job \d+: (?!evaluate)(\w+) \w+, seed (\d)$", said, re.M))
+    for stage, seed in sorted(trainings):
+        ids = set(re.findall(rf"^Job \d+: {stage} (\w+), seed {seed}$", said, re.M))
+        every = {id for id, name in made if name == stage} or set(order)
+        whose = "all" if ids == every else ", ".join(id for id in order if id in ids)
+        words.append(f"{stage} of {whose}" + f" (seed {seed})" * (seed != "0"))
     others = ("prepare", "backbone", "evaluate", "timing", "tokens", "table", "figure")
     words += [f"{jobs[rule]} {rule}" for rule in others if rule in jobs]
     return "; ".join(words)
@@ -148,7 +147,7 @@ def test_the_second_time_there_is_nothing_to_be_done_in_under_ten_seconds(finish
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        made = make_project(Path(folder, "finished"))
+        made = make_project(Path(folder, "finished"), ABLATIONS)
         run(made, SMOKE, *BOTH)
         copies = {name: Path(folder, name.replace(" ", "_")) for name in EDITS}
         print(HEAD, end="")

@@ -19,6 +19,8 @@ from sts.mini.vision import WIDTH, autocast, batched, patch_places
 from sts.pipeline.step import lr_factor
 from sts.settings import IGNORE_INDEX
 
+BATCH = 32  # samples of a step
+
 
 def language_config(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaConfig:
     return LlamaConfig(
@@ -146,7 +148,7 @@ def ask(
 
 
 def train_language(
-    tokenizer: PreTrainedTokenizerFast, steps: int, layers: int, batch: int = 32, seed: int = 0
+    tokenizer: PreTrainedTokenizerFast, steps: int, layers: int, batch: int = BATCH, seed: int = 0
 ) -> LlamaForCausalLM:
     """A decoder that answers about, and captions, written pictures.
 

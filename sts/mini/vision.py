@@ -19,6 +19,7 @@ from sts.pipeline.device import bf16_is_native
 from sts.pipeline.step import lr_factor
 
 WIDTH = 128  # channels, of the language model too
+BATCH = 48  # pictures of a step
 
 
 def vision_config() -> CLIPVisionConfig:
@@ -62,7 +63,9 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_native())
 
 
-def train_vision(steps: int, batch: int = 48, seed: int = 0, lr: float = 1.5e-3) -> CLIPVisionModel:
+def train_vision(
+    steps: int, batch: int = BATCH, seed: int = 0, lr: float = 1.5e-3
+) -> CLIPVisionModel:
     """Dense supervision: from a patch's feature, each attribute of the thing that it shows, and
     its row and column (the decoder reads places from the features, not from their order)."""
     torch.manual_seed(seed)

@@ -96,7 +96,8 @@ def _said(row: pd.Series) -> str:
         return "; ".join([*said, "training time not measured yet"])
     said.append(f"x {row['time_ratio']:.2f} of the time, x {row['flops_ratio']:.2f} of the FLOPs")
     if row["flops_ratio"] < 1:
-        said.append(f"{100 * row['realisation']:.0f} % of the saved FLOPs saved as time")
+        share = f"{100 * row['realisation']:.0f} %" if row["realisation"] > 0 else "nothing"
+        said.append(f"{share} of the saved FLOPs saved as time")
     return "; ".join(said)
 
 

@@ -14,6 +14,10 @@ on. What the environment says:
 
 MLflow takes seconds to import, so functions import it when they need it: a job with tracking
 switched off, or the command line's help, should not wait.
+
+MLflow's own asynchronous logging is not used. It drops what it could not write: of a job of 475
+steps whose server died, 13 were left when the server came back, and all with the batches here. It
+also gave a line of error for each batch (33 lines, 315 on a full disk) and saved no time.
 """
 
 import logging
@@ -28,6 +32,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from sts.pipeline import provenance
 
 FLUSH_SECONDS = 10.0
@@ -37,6 +43,29 @@ INVOCATION_TAG = "sts.invocation"
 TERMINATED = 128 + signal.SIGTERM  # exit status of a process that SIGTERM ended, as shells give it
 
 log = logging.getLogger(__name__)
+
+NOTE = """\
+A row is one call of the pipeline: + beside it shows its jobs, Columns above chooses what is shown.
+
+| tag | what it says of a job |
+|---|---|
+| `ablation`, `seed`, `stage` | what it did; `evaluate` is a stage, too |
+| `config` | hash of the whole configuration |
+| `data`, `weights` | the data sets it trained on, hash of the weights it measured |
+| `key` | hash of all that a training depends on |
+| `reused` | `True` if weights of that key were there and nothing was trained |
+| `git.commit`, `git.dirty` | the code, and whether files differed from the commit |
+| `hardware`, `host`, `pid`, `process.start` | where it ran |
+| `sts.invocation` | the call of the pipeline; its own run has `sts.parent` |
+
+To compare methods, filter by `tags.stage = 'evaluate'` and show the tags `ablation` and `seed` and
+the metrics `<benchmark>.score` and `<benchmark>.blind`. Of a training show `loss`, `tokens_per_s`,
+`keep_ratio`, `layers_run`, `flops` and `peak_mem_mb`.
+"""
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": NOTE,
+}
 
 
 @contextmanager
@@ -59,9 +88,7 @@ def run(
         status = "FAILED"
         try:
             if _wanted():
-                tracked._failed = not _attempt(
-                    lambda: tracked._open(name, params or {}, tags or {}, Path(directory))
-                )
+                tracked._try(lambda: tracked._open(name, params or {}, tags or {}, Path(directory)))
             yield tracked
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -72,7 +99,7 @@ def run(
             raise
         finally:
             if tracked.id is not None:
-                _attempt(lambda: tracked._close(status), quiet=tracked._failed)
+                tracked._try(lambda: tracked._close(status))
 
 
 class Run:
@@ -89,8 +116,9 @@ class Run:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Note metrics of an optimizer step; what is not a number is left out.
 
-        They are written in batches, about 0.1 ms a metric, rarer where writing is slow. After a
-        failure they wait in memory for the end of the job: a dead server costs no more time.
+        They are written in batches, about 0.1 ms a metric, rarer where writing is slow. What could
+        not be written waits in memory for the next batch: no store costs more than 1 % of the time
+        and the batch at hand, and what came back in time has every metric.
         """
         if self.id is None:
             return
@@ -98,46 +126,55 @@ class Run:
         for key, value in metrics.items():
             if isinstance(value, Real):
                 self._metrics.append((key, float(value), now, step))
-        if time.monotonic() > self._next_flush and not self._failed:
+        if time.monotonic() > self._next_flush:
             started = time.monotonic()
-            self._failed = not _attempt(self._flush)
+            self._try(self._flush)
             ended = time.monotonic()
             self._next_flush = ended + max(FLUSH_SECONDS, (ended - started) / COST)
 
     def artifact(self, path: str | Path) -> None:
         """Copy a file to the run's artifacts."""
         if self.id is not None:
-            _attempt(lambda: self._client.log_artifact(self.id, str(path)))
+            self._try(lambda: self._client.log_artifact(self.id, str(path)))
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        self._failed |= not _attempt(action, quiet=self._failed)  # one warning a run
 
     def _open(self, name: str, params: Mapping, tags: Mapping, directory: Path) -> None:
-        invocation = os.environ.get("STS_INVOCATION")
-        client, experiment, parent = _store(invocation)
+        client, experiment = _store()  # sets up MLflow: its modules come after
+        from mlflow.entities import Param, RunTag
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        tags = {**_process_tags(), **tags}
+        if invocation := os.environ.get("STS_INVOCATION"):
+            parent = _parent(client, experiment, invocation)
+            tags |= {"mlflow.parentRunId": parent, INVOCATION_TAG: invocation}
         known = _interrupted(client, directory)
         self.id = known or client.create_run(experiment, run_name=name).info.run_id
         self._client = client
         directory.mkdir(parents=True, exist_ok=True)
         (directory / RUN_ID_FILE).write_text(self.id + "\n", encoding="utf-8")
-        if parent:
-            tags = {**tags, "mlflow.parentRunId": parent, INVOCATION_TAG: invocation}
-        _write(client, self.id, {**_process_tags(), **tags}, {} if known else _flat(params))
         client.update_run(self.id, status="RUNNING")
-        self._monitor = _gpu_monitor(self.id)
+        client.log_batch(
+            self.id,
+            tags=[RunTag(key, str(value)) for key, value in tags.items()],
+            params=[] if known else [Param(k, str(value)) for k, value in _flat(params).items()],
+        )
+        self._monitor = SystemMetricsMonitor(self.id, resume_logging=True, tracking_uri=_uri())
+        self._monitor.start()
 
     def _flush(self) -> None:
         from mlflow.entities import Metric
 
-        while self._metrics:
-            batch = self._metrics[:1000]  # MLflow's limit for one call
-            self._client.log_batch(self.id, metrics=[Metric(*metric) for metric in batch])
-            del self._metrics[: len(batch)]
+        self._client.log_batch(self.id, metrics=[Metric(*metric) for metric in self._metrics])
+        self._metrics.clear()
 
     def _close(self, status: str) -> None:
+        # the status first: if the store does not answer, the rest is not tried and costs no time
+        self._client.set_terminated(self.id, status)
+        self._flush()
         if self._monitor is not None:
             self._monitor.finish()
-        try:
-            self._flush()
-        finally:
-            self._client.set_terminated(self.id, status)
 
 
 def _attempt(action: Callable[[], Any], quiet: bool = False) -> bool:
@@ -161,8 +198,8 @@ def reap() -> list[str]:
     """
     if not _wanted() or not _exists():
         return []
-    client, experiment, _ = _store()
-    running = _search(client, experiment, "attributes.status = 'RUNNING'")
+    client, experiment = _store()
+    running = client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=50_000)
     jobs = [r for r in running if "host" in r.data.tags]
     dead = [r for r in jobs if _is_dead(r.data.tags)]
     alive = {r.data.tags.get("mlflow.parentRunId") for r in jobs if r not in dead}
@@ -180,7 +217,7 @@ def close_invocation(status: str, artifacts: Sequence[str | Path] = ()) -> None:
         return
 
     def close() -> None:
-        client, experiment, _ = _store()
+        client, experiment = _store()
         for parent in _parents(client, experiment, invocation):
             for folder in filter(Path.is_dir, map(Path, artifacts)):
                 client.log_artifacts(parent.info.run_id, str(folder), folder.name)
@@ -222,24 +259,32 @@ def _database() -> Path | None:
     return Path(path).absolute() if kind == "sqlite" else None
 
 
+def _folder() -> Path:
+    """Where the lock lies, and the artifacts of an sqlite store."""
+    database = _database()
+    return database.parent if database else Path.cwd() / "results"
+
+
 def _exists() -> bool:
     database = _database()
     return database is None or database.exists()
 
 
-def _store(parent: str | None = None) -> tuple[Any, str, str | None]:
-    """Client, experiment id and the id of the parent run of the invocation `parent`.
+def _lock() -> FileLock:
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "mlflow.lock", timeout=120)
+
+
+def _store() -> tuple[Any, str]:
+    """Client and experiment id; makes what is missing of database, experiment and its tags.
 
     One process at a time: MLflow corrupts an sqlite store that two processes create together. The
     database is made under another name, so that it is either whole or not there.
     """
-    from filelock import FileLock
-
     mlflow = _mlflow()
     database = _database()
-    folder = database.parent if database else Path.cwd() / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "mlflow.lock", timeout=120):
+    with _lock():
         if database and not database.exists():
             part = database.with_name(f"{database.name}.part")
             part.unlink(missing_ok=True)
@@ -248,43 +293,43 @@ def _store(parent: str | None = None) -> tuple[Any, str, str | None]:
         client = mlflow.MlflowClient(_uri())
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "sts")
         known = client.get_experiment_by_name(name)
-        artifacts = str(folder / "mlflow-artifacts") if database else None
+        artifacts = str(_folder() / "mlflow-artifacts") if database else None
         experiment = known.experiment_id if known else client.create_experiment(name, artifacts)
-        return client, experiment, _parent(client, experiment, parent) if parent else None
+        for key, value in EXPERIMENT_TAGS.items():
+            if known is None or key not in known.tags:  # what a user wrote stays
+                client.set_experiment_tag(experiment, key, value)
+        return client, experiment
 
 
 def _parent(client: Any, experiment: str, invocation: str) -> str:
-    for found in _parents(client, experiment, invocation):
-        if found.info.status != "RUNNING":
-            client.update_run(found.info.run_id, status="RUNNING")
-        return found.info.run_id
-    tags = {INVOCATION_TAG: invocation, "sts.parent": "true", **_git_tags()}
-    return client.create_run(experiment, run_name=invocation, tags=tags).info.run_id
+    """Id of the run of this call of the pipeline, made or opened again."""
+    with _lock():
+        for found in _parents(client, experiment, invocation):
+            if found.info.status != "RUNNING":
+                client.update_run(found.info.run_id, status="RUNNING")
+            return found.info.run_id
+        tags = {INVOCATION_TAG: invocation, "sts.parent": "true", **_git_tags()}
+        return client.create_run(experiment, run_name=invocation, tags=tags).info.run_id
 
 
 def _parents(client: Any, experiment: str, invocation: str) -> list[Any]:
     tags = f"tags.`{INVOCATION_TAG}` = '{invocation}' and tags.`sts.parent` = 'true'"
-    return _search(client, experiment, tags)
-
-
-def _search(client: Any, experiment: str, query: str) -> list[Any]:
-    page = client.search_runs([experiment], query)
-    found = list(page)
-    while page.token:
-        page = client.search_runs([experiment], query, page_token=page.token)
-        found += page
-    return found
+    return client.search_runs([experiment], tags)
 
 
 def _mlflow() -> Any:
-    """Import MLflow with its log noise, usage reports and long retries off."""
+    """Import MLflow with its log, usage reports and long retries off.
+
+    One retry opens a connection anew that the server has dropped. What the libraries tell of a
+    failure, at length and more than once, is left to `_attempt`.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     import mlflow
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(os.environ.get("MLFLOW_LOGGING_LEVEL", "CRITICAL"))
     return mlflow
 
 
@@ -301,15 +346,6 @@ def _interrupted(client: Any, directory: Path) -> str | None:
     except MlflowException:  # another store than last time
         return None
     return None if known.info.status == "FINISHED" else run_id
-
-
-def _write(client: Any, run_id: str, tags: Mapping, params: Mapping) -> None:
-    from mlflow.entities import Param, RunTag
-
-    client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
-    every = [Param(key, str(value)) for key, value in params.items()]
-    for start in range(0, len(every), 100):  # MLflow's limit for one call
-        client.log_batch(run_id, params=every[start : start + 100])
 
 
 def _flat(params: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -352,16 +388,3 @@ def _is_dead(tags: Mapping[str, str]) -> bool:
     except psutil.NoSuchProcess:
         return True
     return abs(started - float(tags["process.start"])) > 2  # another process has the number now
-
-
-def _gpu_monitor(run_id: str) -> Any:
-    """MLflow's sampler of GPU use and memory, None where torch has no GPU or NVML is missing."""
-    from importlib.util import find_spec
-
-    if not provenance.hardware()["gpus"] or find_spec("pynvml") is None:
-        return None
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=_uri())
-    monitor.start()
-    return monitor

@@ -1,13 +1,19 @@
-"""`bench --shape`: what it times, counts and says. No timing decides a test."""
+"""Known shapes, and `bench --shape`: what it times, counts and says. No timing decides a test."""
 
 import json
 
 import pytest
+import torch
 
 from sts import LDS, VTC
 from sts.__main__ import main
 from sts.lds import POLICIES
-from sts.pipeline.shape_bench import SHAPES, parse_setting, speed
+from sts.mini.language import language_config
+from sts.mini.vision import vision_config
+from sts.mini.words import make_tokenizer
+from sts.pipeline import shapes
+from sts.pipeline.cost import shape_of
+from sts.pipeline.shape_bench import parse_setting, speed
 from sts.vtc import KINDS
 
 COMPRESSED, SKIPPED = "avgpool2d@0.25", "layerdrop@0.5:draw=fixed_count"
@@ -119,7 +125,45 @@ def test_no_kind_has_the_name_of_a_policy():
     assert set(KINDS) & set(POLICIES) == {"none"}
 
 
-def test_full_shapes_are_the_models_own():
-    shape = SHAPES["llava-1.5-13b"]
-    assert (shape.layers, shape.width, shape.side**2) == (40, 5120, 576)
-    assert shape.cut(4, 0.25).width == 1280
+# ---- shapes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [("llava-1.5-7b", 7_063_427_072), ("qwen2.5-vl-7b", 8_292_166_656)],  # as the hub says
+)
+def test_a_published_model_has_its_number_of_weights(name, weights):
+    with torch.device("meta"):
+        model = shapes.random_model(shapes.shape(name))
+    assert model.num_parameters() == weights
+
+
+def test_mini_is_what_the_recipe_of_the_stand_ins_makes():
+    made = shapes.joined(vision_config(), language_config(make_tokenizer(), layers=8))
+    assert shape_of(shapes.shape("mini")) == shape_of(made)
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_a_cut_model_keeps_its_heads_and_learns_from_a_made_up_batch(name):
+    full, cut = shapes.shape(name), shapes.shape(name, layers=2, width=1 / 32)
+    model = shapes.random_model(cut)
+    batch = shapes.made_up_batch(cut, batch=1, text=8, answer=3)
+    assert model.dtype == torch.float32
+    assert batch["input_ids"].shape == (1, shapes.side(full) ** 2 + 8)
+    assert (batch["labels"] != -100).sum() == 3
+    loss = model(**batch).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert len(model.base_model.language_model.layers) == 2
+    for part in ("text_config", "vision_config"):
+        heads = [
+            one.hidden_size // one.num_attention_heads
+            for one in (getattr(full, part), getattr(cut, part))
+        ]
+        assert heads[0] == heads[1]
+
+
+def test_a_cut_leaves_the_known_shape_as_it_is():
+    shapes.shape("llava-1.5-13b", layers=4, width=0.25)
+    text = shapes.shape("llava-1.5-13b").text_config
+    assert (text.num_hidden_layers, text.hidden_size) == (40, 5120)

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -26,12 +25,12 @@ from pydantic import (
     PlainSerializer,
     PlainValidator,
     Tag,
-    ValidationError,
 )
 
 from sts.checks import NotAccepted, expect
 from sts.pipeline import benchmarks
 from sts.pipeline.provenance import sha256_json
+from sts.pipeline.refusals import ConfigError, key_in_file, parsed
 from sts.settings import LDS, VTC
 
 CODE = Path(__file__).resolve().parents[1]
@@ -46,14 +45,6 @@ RESERVED = (
     "eval",
 )  # no names of stages: they have files and keys of their own
 NAME = re.compile(r"[a-z][a-z0-9_]*")
-
-
-class ConfigError(ValueError):
-    """A value that is not accepted: which file, key and value, and what would be accepted."""
-
-    def __init__(self, file: str | Path, key: str, value: Any, accepted: str):
-        super().__init__(f"{file}: {key}: {value!r} is not accepted. Accepted: {accepted}")
-        self.file, self.key, self.value, self.accepted = str(file), key, value, accepted
 
 
 def _scientific(value: Any) -> Any:
@@ -106,9 +97,6 @@ class Block(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
     )
-
-
-BlockT = TypeVar("BlockT", bound=Block)
 
 
 @dataclass(frozen=True)
@@ -482,7 +470,7 @@ def load_ablations(path: str | Path) -> dict[str, Ablation]:
     for id, entry in load_yaml(path).items():
         if not NAME.fullmatch(str(id)):
             raise ConfigError(path, "id", id, "lower case letters, digits and _, a letter first")
-        checked = _parse(_Entry, entry, path, prefix=id)
+        checked = parsed(_Entry, entry, path, prefix=id)
         ablations[id] = Ablation(id=id, file=str(path), **dict(checked))
     baseline = next(iter(ablations.values()))
     if baseline.steps_share < 1:
@@ -533,9 +521,9 @@ def deep_merge(base: Mapping, delta: Mapping) -> dict:
 
 def validate(content: Mapping, file: str | Path, prefix: str = "") -> Config:
     """A checked configuration; `file` and `prefix` (the ablation) are what an error names."""
-    config = _parse(Config, content, file, prefix)
+    config = parsed(Config, content, file, prefix)
     for key, value, accepted in _contradictions(config):
-        raise ConfigError(file, _key(prefix, key), value, accepted)
+        raise ConfigError(file, key_in_file(prefix, key), value, accepted)
     return config
 
 
@@ -601,74 +589,3 @@ def _in_block(name: str) -> str:
     """LDS.rate -> lds.rate: the name of a setting in the library -> its key in a stage's block."""
     kind, _, key = name.partition(".")
     return f"{kind.lower()}.{key}"
-
-
-def _parse(model: type[BlockT], content: Any, file: str | Path, prefix: str) -> BlockT:
-    """Pydantic's check, with the first problem as a ConfigError."""
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if str(part) not in _TAGS)
-    wrong = problem.get("ctx", {}).get("error")
-    if isinstance(wrong, NotAccepted):  # of a block that is the library's: VTC.keep
-        _, _, last = wrong.name.partition(".")
-        whole = _key(prefix, ".".join(filter(None, (key, last))))
-        raise ConfigError(file, whole, wrong.value, wrong.accepted)
-    raise ConfigError(file, _key(prefix, key), problem["input"], _accepted(model, problem))
-
-
-_TAGS = ("", "[key]", "[one]", "[parts]")  # what pydantic puts into a key that nobody wrote
-
-
-def _key(prefix: str, key: str) -> str:
-    """A key as it stands in the file: an ablation (`prefix`) names its stages without `stages`."""
-    return f"{prefix}.{key.removeprefix('stages.')}" if prefix else key
-
-
-def _accepted(model: type[Block], problem: Mapping) -> str:
-    """What a field takes, in words."""
-    *parents, last = problem["loc"] or ("",)
-    owner, field = model, None
-    for part in (*parents, last):
-        fields = {f.alias or name: f for name, f in getattr(owner, "model_fields", {}).items()}
-        if problem["type"] == "extra_forbidden" and part == last:
-            return f"the keys {', '.join(fields)}"
-        if get_origin(owner) is dict:  # `part` is a name of the user's
-            owner = get_args(owner)[1]
-            continue
-        field = fields.get(part, field)
-        owner = field.annotation if field else owner
-    if problem["type"] == "missing":
-        return f"a value: {field.description}"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    if problem["type"] in _SHAPES:
-        return _SHAPES[problem["type"]] + (f" ({field.description})" if field else "")
-    if problem["type"] == "literal_error":
-        return f"one of {problem['ctx']['expected']}"
-    bounds = [_bound(item) for item in field.metadata] if field else []
-    if problem["type"] in ("greater_than", "less_than") and not any(
-        bounds
-    ):  # of a value in a union
-        return f"a number {_bound(SimpleNamespace(**problem['ctx']))}"
-    kind = _KINDS.get(owner if isinstance(owner, type) else None)
-    kind = kind or _PARSED.get(problem["type"])
-    text = " ".join([kind, " and ".join(filter(None, bounds))]).strip() if kind else problem["msg"]
-    return f"{text} ({field.description})" if field and field.description else text
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_PARSED = {"int_type": _KINDS[int], "float_type": _KINDS[float], "bool_type": _KINDS[bool]}
-_SHAPES = {
-    "list_type": "a list",
-    "model_type": "a mapping",
-    "dict_type": "a mapping",
-    "too_short": "at least one",
-}
-
-
-def _bound(item: Any) -> str:
-    words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
-    found = (f"{word} {getattr(item, op)}" for op, word in words.items() if hasattr(item, op))
-    return next(found, "")

@@ -33,6 +33,7 @@ OBSERVERS = {
         "pipeline/history.py",  # what was done, written down
         "pipeline/bar.py",  # progress
         "pipeline/provenance.py",
+        "pipeline/refusals.py",  # errors
         "pipeline/tracking.py",
     )
 }

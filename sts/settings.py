@@ -20,8 +20,8 @@ CLOCKS = ("steps", "epochs")
 
 
 def neutral(value: Any) -> Any:
-    """A default at which a setting does nothing. There it is no part of what a result depends on, so
-    that a new setting makes no result another one; a default that is not its neutral value does."""
+    """A default at which a setting does nothing. There it is no part of what a result depends on,
+    so that a new setting changes no result; a default that is not its neutral value does."""
     return field(default=value, metadata={"neutral": value})
 
 

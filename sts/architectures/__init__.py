@@ -3,8 +3,8 @@
 Most image-text-to-text models have the common shape and need no entry: base model, language model
 and decoder layers are found, and the grids of their images too (see _base.py). A file here holds
 what a family has otherwise: `ARCHITECTURES`, whose keys are `model.config.model_type` of the class
-with the language head. REFUSED says which types can't be carried, and why. tests/test_breadth.py
-runs over all types that transformers has.
+with the language head. REFUSED says which types can't be carried, and why.
+tests/library/test_breadth.py runs over all types that transformers has.
 """
 
 import pkgutil

@@ -43,8 +43,8 @@ SEED = 0  # of data order, projector and layer draws
 def bench(
     configs: Mapping[str, Config], data: Sequence[str | Path], init: str | Path, out: str | Path
 ) -> dict[str, Any]:
-    """Time optimizer steps of every variant (id -> configuration) at points of its stages; write and
-    return the result. Stages of one name are timed side by side.
+    """Time optimizer steps of every variant (id -> configuration) at points of its stages; write
+    and return the result. Stages of one name are timed side by side.
 
     A stage's time is its number of steps times the mean over the points of a step's median seconds;
     its FLOPs come from the very steps that were timed. data: manifests of prepared data sets; init:

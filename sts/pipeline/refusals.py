@@ -21,8 +21,8 @@ class ConfigError(ValueError):
 
 
 def parsed(model: type[ModelT], content: Any, file: str | Path, prefix: str) -> ModelT:
-    """Pydantic's check of `content`. Raises the first problem as a ConfigError that names `file` and
-    the key with `prefix` (the ablation)."""
+    """Pydantic's check of `content`. Raises the first problem as a ConfigError that names `file`
+    and the key with `prefix` (the ablation)."""
     try:
         return model.model_validate(content)
     except ValidationError as error:

@@ -293,7 +293,7 @@ for schedule in {sorted(SCHEDULES)}:
 for kind in {sorted(KINDS)}:
     VTC(kind)
 """
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": root},

@@ -25,7 +25,7 @@ from sts.pipeline.data.source import DataError
 from sts.pipeline.evaluate import evaluate, guesses, load_benchmarks
 from sts.pipeline.model import build_llava
 
-PAGE = Path(__file__).resolve().parents[1] / "docs/evaluation.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/evaluation.md"
 BENCHMARKS = ["existence", "colour"]
 GREY = 128
 

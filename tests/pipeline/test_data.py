@@ -42,7 +42,7 @@ from sts.pipeline.data.sets import easy_vqa, nlvr
 from sts.pipeline.data.source import DataError
 from sts.settings import IGNORE_INDEX
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MIRROR = os.environ.get("STS_DATA_MIRROR")
 PREPARED = {
     "easy_vqa": "95ca432ce940c400b2125c0b14640beccb44bdff526c537374af07517a1a47b3",

@@ -25,7 +25,7 @@ from sts.pipeline.train import train
 
 STEPS, LAYERS = 4, 6
 HALF = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count"}  # three of the layers
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CODE = follows.CODE
 
 

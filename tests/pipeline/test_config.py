@@ -13,7 +13,7 @@ from sts import LDS, VTC
 from sts.pipeline import config as settings
 from sts.pipeline.config import ConfigError, load_ablations, load_scale, load_yaml, resolve
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
 ABLATIONS = ROOT / "workflow/ablations.yaml"
 PAGE = ROOT / "docs/ablations.md"

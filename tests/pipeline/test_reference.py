@@ -11,7 +11,7 @@ from PIL import Image
 
 from sts.pipeline import figures, tables
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "results" / "reference"
 REFERENCE = REFERENCES / "mini"
 TABLES = sorted(REFERENCES.glob("*/tables/*.md"))

@@ -20,7 +20,7 @@ from sts.scheme import SCHEME, Scheme
 from sts.vtc import KINDS, Outputs
 from sts.vtc.sampling import uniform
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAPER = LDS("sts", rate=0.6, epsilon=0.5)
 MEASURED = LDS("block_influence", rate=0.5, ema=0.5)
 HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step

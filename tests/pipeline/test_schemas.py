@@ -14,7 +14,7 @@ from sts import LDS, VTC
 from sts.pipeline.config import load_yaml
 from sts.pipeline.schemas import FOLDER, descriptions, schemas
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCALE, ABLATIONS = "scale.schema.json", "ablations.schema.json"
 FILES = [*sorted((ROOT / "workflow/config").glob("*.yaml")), ROOT / "workflow/ablations.yaml"]
 

@@ -1,7 +1,7 @@
 """What runs again after an edit: the table of docs/workflow.md, made by real dry runs.
 
 Each kind of edit is done to a copy of the project in which everything is finished; Snakemake says
-what it would do. `python tests/test_reruns.py` prints the table.
+what it would do. `PYTHONPATH=tests python tests/pipeline/test_reruns.py` prints the table.
 """
 
 import os

@@ -11,7 +11,7 @@ import pytest
 
 from sts.pipeline import device
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TWO = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-aaaa-1111)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-bbbb-2222)
 """

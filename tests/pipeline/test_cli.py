@@ -10,7 +10,7 @@ import pytest
 from sts.__main__ import main, parser
 from sts.pipeline.config import load_ablations, load_scale, resolve
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
     "prepare", "backbone", "train", "evaluate", "bench", "tokens", "table", "figure", "summary",
     "estimate", "reap", "close", "config",

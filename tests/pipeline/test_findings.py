@@ -13,7 +13,7 @@ from test_tables import make, results  # noqa: F401 (a fixture)
 from sts.pipeline import findings
 from sts.pipeline.config import dump, load_scale
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "workflow/report/overview.rst"
 
 

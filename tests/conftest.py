@@ -6,12 +6,10 @@ small enough that a whole training stage takes seconds on one core.
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
-from project import ABLATIONS, BOTH, SMOKE, make_project, run
 
 # What libraries keep in the user's folders and forget in the temporary one goes with the session;
 # of pytest's own folders those of failed tests stay where they always are (see pyproject.toml).
@@ -95,22 +93,3 @@ def prepared(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "manifest.json"
     prepare(validate(deep_merge(load_yaml(MINI), sizes), "conftest.py"), "scenes", out)
     return out
-
-
-@pytest.fixture
-def project(tmp_path) -> Path:
-    """A copy of the project with stand-ins for the long work (project.py)."""
-    return make_project(tmp_path / "project")
-
-
-@pytest.fixture(scope="session")
-def finished_once(tmp_path_factory) -> Path:
-    folder = make_project(tmp_path_factory.mktemp("finished") / "project", ABLATIONS)
-    run(folder, SMOKE, *BOTH)
-    return folder
-
-
-@pytest.fixture
-def finished(finished_once, tmp_path) -> Path:
-    """A copy of the project in which the main job and `table_components` have been made."""
-    return shutil.copytree(finished_once, tmp_path / "project", symlinks=True)

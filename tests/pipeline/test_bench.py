@@ -8,11 +8,12 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from configs import two_stages
 from tiny import CASES
 
 from sts import LDS, sparsify
 from sts.pipeline.bench import REPEATS, bench, rotated, typical_steps
-from sts.pipeline.config import BenchConfig, Config, StageConfig
+from sts.pipeline.config import Config
 from sts.settings import VTC
 
 POINTS = 2
@@ -22,16 +23,8 @@ SKIPPING = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count", "dense_ta
 
 def config(align: dict | None = None, instruct: dict | None = None, points: int = POINTS) -> Config:
     few = {"steps": 10, "batch_size": 8, "max_length": 256}
-    return Config(
-        scale="tiny",
-        stages={
-            "align": StageConfig(trains=["projector"], **few | (align or {})),
-            "instruct": StageConfig(
-                trains=["projector", "language_model"], **few | (instruct or {})
-            ),
-        },
-        bench=BenchConfig(points=points, warmup=1),
-    )
+    timing = {"points": points, "warmup": 1}
+    return two_stages(few | (align or {}), few | (instruct or {}), bench=timing)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import yaml
 from matplotlib import pyplot as plt
 from matplotlib.contour import ContourSet
 from PIL import Image
-from test_kept_tokens import kept  # noqa: F401 (a fixture)
 
 from sts.pipeline import figures
 
@@ -47,7 +46,7 @@ def train(folder, id, seed, stage, rows):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, kept):  # noqa: F811
+def results(tmp_path_factory, kept):
     folder = tmp_path_factory.mktemp("figures") / "results" / "mini"
     for id in IDS:
         for seed in (0, 1):
@@ -202,7 +201,7 @@ def test_the_stages_are_those_of_each_methods_configuration(results, tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["Dense", "STS"]
 
 
-def test_tokens_shows_every_kind_of_its_result_file(results, kept):  # noqa: F811
+def test_tokens_shows_every_kind_of_its_result_file(results, kept):
     drawn = figures.tokens(results, {"dense": "Dense"})
     titles = [axes.get_title() for axes in drawn.axes]
     assert titles == [f"{kind}: {len(kept['kinds'][kind])} tokens" for kind in kept["kinds"]]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from docutils.core import publish_parts
 from jinja2 import Environment
-from test_tables import make, results  # noqa: F401 (a fixture)
+from made_results import make
 
 from sts.pipeline import findings
 from sts.pipeline.config import dump, load_scale
@@ -96,7 +96,7 @@ def test_the_baseline_may_lack_everything():
     assert lines == {"DENSE: no complete evaluation yet.": []}
 
 
-def test_summary_says_what_was_found_and_where(results, capsys):  # noqa: F811
+def test_summary_says_what_was_found_and_where(results, capsys):
     make(results, "dense", "sts", "lds", labels={"sts": "STS"})
     findings.summary(results)
     said = capsys.readouterr().out
@@ -129,7 +129,7 @@ def rendered(*files):
     return publish_parts(page, writer="html", settings_overrides={"halt_level": 2})["html_body"]
 
 
-def test_the_first_page_holds_the_main_table_and_the_pareto_figure(results, tmp_path):  # noqa: F811
+def test_the_first_page_holds_the_main_table_and_the_pareto_figure(results, tmp_path):
     make(results, "dense", "sts", labels={"sts": "STS <ours> & co"})
     figure = tmp_path / "pareto.svg"
     figure.write_text("<svg>drawn</svg>" + 30_000 * " ")  # docutils refuses lines of this length
@@ -140,7 +140,7 @@ def test_the_first_page_holds_the_main_table_and_the_pareto_figure(results, tmp_
     assert 'src="data:image/svg+xml,%3Csvg%3Edrawn%3C/svg%3E%20' in page
 
 
-def test_the_first_page_says_what_is_not_there_yet(results):  # noqa: F811
+def test_the_first_page_says_what_is_not_there_yet(results):
     for files in ([], [results / "tables/components.html"]):
         page = rendered(*files)
         assert "table_main" in page

@@ -2,38 +2,13 @@
 
 import base64
 import io
-import json
 from collections import Counter
 
 import pytest
-import torch
 from PIL import Image
 
 from sts.pipeline.kept_tokens import kept_tokens
 from sts.vtc import KINDS
-
-
-class Learned(torch.nn.Module):
-    """A kind with weights of its own."""
-
-    def __init__(self, dim):
-        super().__init__()
-
-    def forward(self, tokens, keep): ...
-
-
-@pytest.fixture(scope="session")
-def kept(backbone, prepared, tmp_path_factory):
-    """The result over the tiny tower's 4 x 4 patches, with a kind that nothing has trained."""
-    out = tmp_path_factory.mktemp("kept") / "new" / "tokens.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(KINDS, "learned", Learned)
-        result = kept_tokens(backbone, prepared, out)
-        text = out.read_text()
-        kept_tokens(backbone, prepared, out)
-    assert out.read_text() == text  # the same every time
-    assert json.loads(text) == json.loads(json.dumps(result))
-    return json.loads(text)
 
 
 def test_every_kind_is_there_that_needs_no_text_and_no_training(kept):

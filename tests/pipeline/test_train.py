@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from configs import short as config
 from safetensors import safe_open
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -37,14 +38,6 @@ def no_tracking(monkeypatch):
 @pytest.fixture(autouse=True)
 def importable_by_other_processes(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-
-
-def config(**stage) -> Config:
-    """Both stages with a few small steps; `stage` overrides values of both."""
-    few = {"steps": STEPS, "batch_size": 4, "lr": 1e-2, "checkpoint_every": 2, "max_length": 256}
-    trains = {"align": ["projector"], "instruct": ["projector", "language_model"]}
-    stages = {name: {"trains": parts, **few, **stage} for name, parts in trains.items()}
-    return Config(scale="tiny", stages=stages)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from sts.mini.vision import train_vision
 from sts.pipeline import cost, estimate
 from sts.pipeline.config import Config, StageConfig, load_ablations, load_scale
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMOKE, PAPER, ABLATIONS = (
     ROOT / "workflow" / name
     for name in ("config/smoke.yaml", "config/paper.yaml", "ablations.yaml")

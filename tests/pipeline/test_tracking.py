@@ -12,7 +12,7 @@ import pytest
 
 from sts.pipeline import tracking
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JOB = """
 import sys, time
 from pathlib import Path
@@ -161,13 +161,13 @@ def test_a_training_goes_on_in_its_run_and_other_settings_have_another(
 ):
     """As settings are changed after an interruption, and then changed back."""
     import torch
-    from test_train import config
+    from configs import short
 
     from sts.pipeline.train import train
 
     def run(steps: int):
         out = tmp_path / "results/runs/dense/seed0/align.json"
-        train(config(steps=steps), "dense", 0, "align", [prepared], backbone, out)
+        train(short(steps=steps), "dense", 0, "align", [prepared], backbone, out)
 
     def interrupt(*args):
         raise KeyboardInterrupt

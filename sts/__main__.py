@@ -124,6 +124,15 @@ def estimate(args: argparse.Namespace) -> None:
     estimate.estimate(args.configfile, args.ablations, recipe, args.json)
 
 
+def ui(args: argparse.Namespace) -> None:
+    """Serve MLflow's pages, and say at which address our runs are."""
+    from sts.pipeline import tracking
+
+    command, address = tracking.ui_command(args.port)
+    print(f"The runs: {address}", flush=True)
+    os.execv(command[0], command)
+
+
 def reap(args: argparse.Namespace) -> None:
     """Close MLflow runs whose process has died."""
     from sts.pipeline import tracking
@@ -239,6 +248,7 @@ def parser() -> argparse.ArgumentParser:
     add = verb(estimate)
     scale(add)
     add("--json", action="store_true", help="as JSON")
+    verb(ui)("--port", type=int, default=5000, help="(default: %(default)s)")
     verb(reap)
     add = verb(close)
     add("--status", required=True, choices=("FINISHED", "FAILED", "KILLED"))

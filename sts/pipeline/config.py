@@ -528,8 +528,13 @@ def validate(content: Mapping, file: str | Path, prefix: str = "") -> Config:
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML that `load_scale` reads."""
-    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
+    """The configuration as YAML that `load_scale` reads: it says all that the mini scale would fill
+    in, also the order of the stages, and which of them there are not."""
+    content = config.model_dump(by_alias=True)
+    for name, block in content["stages"].items():
+        block["init"] = config.before(name)
+    content["stages"] |= dict.fromkeys(sorted(_mini_stages() - content["stages"].keys()))
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def config_hash(*parts: BaseModel | Mapping | list | str) -> str:

@@ -5,7 +5,6 @@ trains or evaluates takes a lease: a lock on one GPU's file, which the kernel gi
 the process is killed. Standard library only: the Snakefile asks `gpu_count` in a bare environment.
 """
 
-import fcntl
 import logging
 import os
 import re
@@ -14,8 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 POLL_SECONDS = 0.5
 HELD = "STS_GPU_LEASE"  # tells a child process that its parent holds the lease for it
@@ -92,20 +92,19 @@ def lease(listing: str | None = None, folder: str | Path | None = None) -> Itera
         del os.environ[HELD], os.environ["CUDA_VISIBLE_DEVICES"]
         if before is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
-        os.close(lock)
+        lock.release()
 
 
-def _lock_one(gpus: list[str], folder: Path) -> tuple[str, int]:
-    """The first free GPU and the open file whose lock holds it; waits while all are taken."""
+def _lock_one(gpus: list[str], folder: Path) -> tuple[str, Any]:
+    """The first free GPU and the lock that holds it; waits while all are taken."""
+    from filelock import FileLock, Timeout  # here: the Snakefile reads this file without it
+
     waiting = False
     while True:
         for gpu in gpus:
-            lock = os.open(folder / f"{gpu}.lock", os.O_RDWR | os.O_CREAT)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-            else:
+            lock = FileLock(folder / f"{gpu}.lock")
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
                 return gpu, lock
         if not waiting:
             log.warning("All %d GPUs are in use by other jobs; waiting for one.", len(gpus))

@@ -405,9 +405,13 @@ def _bench(results: str | Path, group: str) -> dict[str, Any]:
 
 
 def configuration(results: str | Path, id: str) -> dict[str, Any]:
-    """The resolved configuration of an ablation, empty if the workflow has not written one."""
+    """The resolved configuration of an ablation, without the stages that it takes out; empty if the
+    workflow has not written one."""
     file = Path(results) / "configs" / f"{id}.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if "stages" in found:
+        found["stages"] = {name: block for name, block in found["stages"].items() if block}
+    return found
 
 
 def stages(results: str | Path, id: str) -> list[str]:

@@ -331,6 +331,22 @@ def test_a_stage_more_or_fewer_is_one_entry(tmp_path, mini):
     assert config.stages["instruct"] == mini.stages["instruct"]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "{align: null}",
+        "{warm: {init: backbone, trains: [lora], split: align}}",
+        "{warm: {init: align, trains: [lora], split: align}, align: {lr: {projector: 0.1}}}",
+    ],
+)
+def test_other_stages_read_back_as_they_were_written(tmp_path, mini, overrides):
+    """A job reads its resolved configuration as a scale file, on top of the mini scale."""
+    config = resolved(tmp_path, mini, overrides)
+    (tmp_path / "resolved.yaml").write_text(settings.dump(config))
+    again = load_scale(tmp_path / "resolved.yaml")
+    assert again == config and list(again.stages) == list(config.stages)
+
+
 def test_an_ablation_of_a_stage_that_the_scale_took_out_is_the_scales_own_run(tmp_path):
     file = tmp_path / "scale.yaml"
     file.write_text("stages: {align: null}\n")

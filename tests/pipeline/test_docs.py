@@ -78,6 +78,7 @@ assert sum(asked[-1]) < sum(asked[1])
 """
 
 
+@pytest.mark.slow
 def test_the_examples_train_a_real_model(tmp_path):
     shutil.copytree(ROOT / "sts", tmp_path / "sts")
     shutil.copy(ROOT / "tests/tiny.py", tmp_path)

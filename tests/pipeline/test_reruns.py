@@ -127,7 +127,13 @@ def row(name: str, project: Path) -> str:
     return f"| {text} | {again(project)} |\n"
 
 
-@pytest.mark.parametrize("name", EDITS)
+DAILY = ("comment", "knob", "kind", "other formula", "used formula", "mini", "benchmark", "stage")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in DAILY else pytest.mark.slow) for n in EDITS],
+)
 def test_what_runs_again_is_what_the_page_says(finished, name):
     assert row(name, finished) in PAGE.read_text().partition(HEAD)[2]
 

@@ -282,7 +282,9 @@ RESUMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(
+    "name", ["sts", "measured", pytest.param("in epochs, by samples", marks=pytest.mark.slow)]
+)
 def test_killed_after_a_checkpoint_it_resumes_to_the_same_weights(
     tmp_path, backbone, prepared, run, name
 ):

@@ -124,7 +124,11 @@ def started(project: Path) -> subprocess.Popen:
     return began
 
 
-@pytest.mark.parametrize("whole_group", [True, False], ids=["with its jobs", "snakemake alone"])
+@pytest.mark.parametrize(
+    "whole_group",
+    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ids=["with its jobs", "snakemake alone"],
+)
 def test_after_kill_9_the_bare_command_goes_on(project, whole_group):
     began = started(project)
     if whole_group:
@@ -143,6 +147,7 @@ def test_after_kill_9_the_bare_command_goes_on(project, whole_group):
     os.killpg(began.pid, signal.SIGKILL) if _alive(began.pid) else None
 
 
+@pytest.mark.slow
 def test_after_kill_9_a_call_that_cannot_run_the_jobs_clears_nothing(project, tmp_path):
     began = started(project)
     os.killpg(began.pid, signal.SIGKILL)

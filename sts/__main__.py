@@ -130,7 +130,8 @@ def ui(args: argparse.Namespace) -> None:
 
     command, address = tracking.ui_command(args.port)
     print(f"The runs: {address}", flush=True)
-    os.execv(command[0], command)
+    if command:
+        os.execv(command[0], command)
 
 
 def reap(args: argparse.Namespace) -> None:

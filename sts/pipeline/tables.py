@@ -410,7 +410,7 @@ def configuration(results: str | Path, id: str) -> dict[str, Any]:
     file = Path(results) / "configs" / f"{id}.yaml"
     found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     if "stages" in found:
-        found["stages"] = {name: block for name, block in found["stages"].items() if block}
+        found["stages"] = {n: block for n, block in found["stages"].items() if block is not None}
     return found
 
 

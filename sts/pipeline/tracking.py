@@ -194,12 +194,15 @@ def _attempt(action: Callable[[], Any], quiet: bool = False) -> bool:
 def ui_command(port: int) -> tuple[list[str], str]:
     """The command that serves MLflow's pages of the store, and the address of our runs there.
 
-    MLflow 3.17 opens an experiment on an empty page of GenAI traces, whatever its kind says, unless
-    the address names the runs or the browser was told once.
+    A store that is a server has its pages: the command is empty. MLflow 3.17 opens an experiment on
+    an empty page of GenAI traces, whatever its kind says, unless the address names the runs or
+    "Model training" was chosen in this browser.
     """
     _, experiment = _store()
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _uri()]
     page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+    if _uri().startswith("http"):
+        return [], f"{_uri().rstrip('/')}/{page}"
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", _uri()]
     return [*command, "--port", str(port)], f"http://127.0.0.1:{port}/{page}"
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import tiny_processor
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from processors import tiny_processor
 from tiny import CASES, LAYERS
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments, default_data_collator

@@ -211,7 +211,7 @@ def test_the_tests_leave_nothing_behind_but_the_folders_of_one_that_failed(outco
     home, temporary, project = (tmp_path / name for name in ("home", "temporary", "project"))
     for folder in (home, temporary, project / "tests"):
         folder.mkdir(parents=True)
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/project.py"):
+    for name in ("pyproject.toml", "tests/conftest.py"):
         (project / name).write_bytes((ROOT / name).read_bytes())
     (project / "tests/test_it.py").write_text(LITTERING.replace("{}", outcome))
     done = subprocess.run(

@@ -58,6 +58,7 @@ class Oracle(LM):
 @pytest.fixture(autouse=True)
 def untracked(monkeypatch):
     monkeypatch.setenv("STS_TRACKING", "off")
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)  # it would win over data.mirror
 
 
 def configured(evaluate: dict, **more):

@@ -438,7 +438,8 @@ def test_the_page_on_ablations_does_what_it_says(tmp_path, mini):
     example = re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     (id,) = yaml.safe_load(example)
     file = tmp_path / "ablations.yaml"
-    file.write_text(ABLATIONS.read_text() + "\n" + example)
+    table = ABLATIONS.read_text()
+    file.write_text(table if id in load_ablations(ABLATIONS) else f"{table}\n{example}")
     config = resolve(mini, load_ablations(file)[id])
     assert config != mini
     for words in re.findall(r"`(\w+)`", PAGE.read_text().partition("## Accepted values")[2]):

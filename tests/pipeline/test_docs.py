@@ -9,7 +9,7 @@ import pytest
 import yaml
 from project import ROOT, SMOKE, edit, planned, run
 
-from sts.pipeline.config import deep_merge, load_ablations, load_scale, resolve
+from sts.pipeline.config import deep_merge
 
 
 def one_file_examples() -> dict[str, str]:
@@ -85,16 +85,6 @@ def test_the_examples_train_a_real_model(tmp_path):
     for file, text in one_file_examples().items():
         (tmp_path / file).write_text(text)
     subprocess.run([sys.executable, "-c", TRAINING], cwd=tmp_path, check=True)
-
-
-def test_the_example_of_an_ablation_is_accepted(tmp_path):
-    page = (ROOT / "docs/ablations.md").read_text()
-    (entry,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
-    table = tmp_path / "ablations.yaml"
-    table.write_text((ROOT / "workflow/ablations.yaml").read_text() + "\n" + entry)
-    (id,) = yaml.safe_load(entry)
-    config = resolve(load_scale(ROOT / "workflow/config/mini.yaml"), load_ablations(table)[id])
-    assert config.stages["align"].vtc.schedule == "falling_linear"
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -30,8 +30,8 @@ from sts.pipeline.data.collator import collate
 from sts.pipeline.device import lease
 from sts.pipeline.feed import load_data, my_pieces
 from sts.pipeline.history import measure
-from sts.pipeline.lora import add_adapters
-from sts.pipeline.model import build_llava, freeze
+from sts.pipeline.lora import train_parts
+from sts.pipeline.model import build_llava
 from sts.pipeline.step import make_optimizer, optimizer_step, prepare_process
 from sts.pipeline.train import derived_seed, put_scheme
 from sts.scheme import Scheme, unsparsify
@@ -172,10 +172,8 @@ def _prepared(
     """Model, optimizer, processor and shape. At learning rate 0 every step starts from equal
     weights, so the steps of all variants may share them."""
     model, processor = build_llava(init, SEED)
-    freeze(model, [part for part in block.trains if part != "lora"])
     shape = cost.shape_of(model.config)
-    if "lora" in block.trains:
-        add_adapters(model, block.lora, SEED)
+    train_parts(model, block, SEED)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
     return model, optimizer, processor, shape
 

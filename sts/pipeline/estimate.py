@@ -37,8 +37,8 @@ from sts.pipeline.config import (
 )
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.feed import global_batch
-from sts.pipeline.lora import add_adapters
-from sts.pipeline.model import SHIPPED, freeze
+from sts.pipeline.lora import train_parts
+from sts.pipeline.model import SHIPPED
 from sts.pipeline.step import (
     fused_attention,
     make_optimizer,
@@ -321,9 +321,7 @@ def training_rate(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         built = shapes.random_model(model)
-    freeze(built, [part for part in block.trains if part != "lora"])
-    if "lora" in block.trains:
-        add_adapters(built, block.lora, seed=0)
+    train_parts(built, block, seed=0)
     scheme = put_scheme(built, block, 0, "estimate", global_batch(block))
     wrapped, optimizer = accelerator.prepare(built, make_optimizer(built, block))
     batches = [batch] * block.gradient_accumulation_steps

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sts.architectures import architecture_of
-from sts.pipeline.config import LoraConfig
+from sts.pipeline.config import LoraConfig, StageConfig
+from sts.pipeline.model import freeze
 
 MARK = "lora_"  # in the name of every parameter of an adapter
 
@@ -32,6 +33,12 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> LoraMod
     for parameter in trained:  # peft has frozen all but its own
         parameter.requires_grad_(True)
     return adapters
+
+
+def train_parts(model: PreTrainedModel, stage: StageConfig, seed: int) -> LoraModel | None:
+    """Freeze all that the stage does not train; the adapters, drawn from `seed`, if it has any."""
+    freeze(model, [part for part in stage.trains if part != "lora"])
+    return add_adapters(model, stage.lora, seed) if "lora" in stage.trains else None
 
 
 def merge_adapters(adapters: LoraModel) -> None:

@@ -30,7 +30,7 @@ def prepare_process(block: StageConfig) -> Accelerator:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
     # skipped layers have no gradient: without this, data-parallel processes would wait for them
-    unused = block.lds.rate > 0 and not UNITS[block.lds.unit].trains_all
+    unused = block.skips and not UNITS[block.lds.unit].trains_all
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     if accelerator.num_processes != block.processes:

@@ -37,8 +37,8 @@ from sts.pipeline.history import (
     summary,
     with_speed,
 )
-from sts.pipeline.lora import add_adapters
-from sts.pipeline.model import build_llava, freeze, recompute
+from sts.pipeline.lora import train_parts
+from sts.pipeline.model import build_llava, recompute
 from sts.pipeline.provenance import read_json, write_json_atomic
 from sts.pipeline.step import (
     check_finite,
@@ -124,12 +124,10 @@ def fit(
         )  # fmt: skip
     accelerator = prepare_process(block)
     model, processor = load(init, seed)
-    freeze(model, [part for part in block.trains if part != "lora"])
+    adapters = train_parts(model, block, derived_seed(seed, f"{stage}/lora"))
     shape = cost.shape_of(model.config)
     samples, order = load_data(data, block, processor, derived_seed(seed, f"{stage}/order"))
     scheme = put_scheme(model, block, seed, stage, len(samples))
-    lora = derived_seed(seed, f"{stage}/lora")
-    adapters = add_adapters(model, block.lora, lora) if "lora" in block.trains else None
     torch.manual_seed(derived_seed(seed, f"{stage}/dropout"))  # nothing else draws from it
     model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
 

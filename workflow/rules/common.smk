@@ -178,9 +178,7 @@ def figures(names):
 def code(*files):
     """What these files of the package compute, and all that they import: a job that has it as a
     param follows formulas, not comments."""
-    sources = [CODE / file for file in files if file.endswith(".py")]
-    others = [CODE / file for file in files if not file.endswith(".py")]
-    return follows.code(*follows.imported(sources), *others)
+    return follows.code(*follows.imported(CODE / file for file in files))
 
 
 def evaluation_code(ablation):

@@ -37,16 +37,33 @@ def backbone(args: argparse.Namespace) -> None:
     write_manifest(model, args.out, folder)
 
 
+def features(args: argparse.Namespace) -> None:
+    """Compute once what a frozen vision tower gives the projector for a data set's pictures."""
+    from sts.pipeline import features
+
+    config = _with_stage(args)
+    try:
+        features.write_features(config, args.stage, *args.data, init=args.init, out=args.out)
+    except features.NotCached as error:
+        raise settings.ConfigError(args.config, "model.features", "cached", str(error)) from error
+
+
 def train(args: argparse.Namespace) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
     from sts.pipeline import train
 
+    config = _with_stage(args)
+    run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
+    files = {"data": args.data, "init": args.init, "features": args.features}
+    train.train(config, **run, **files, out=args.out)
+
+
+def _with_stage(args: argparse.Namespace) -> settings.Config:
     config = settings.load_scale(args.config)
     if args.stage not in config.stages:
         known = f"one of {', '.join(config.stages)}, the stages of {args.config}"
         raise settings.ConfigError("command line", "--stage", args.stage, known)
-    run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
-    train.train(config, **run, data=args.data, init=args.init, out=args.out)
+    return config
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -79,7 +96,12 @@ def bench(args: argparse.Namespace) -> None:
         if not getattr(args, name):
             raise settings.ConfigError("command line", f"--{name}", None, "needed without --shape")
     configs = {file.stem: settings.load_scale(file) for file in args.configs}
-    bench.bench(configs, data=args.data, init=args.init, out=args.out)
+    inits = args.init * len(configs) if len(args.init) == 1 else args.init
+    if len(inits) != len(configs):
+        accepted = f"one, or one for each of the {len(configs)} configurations"
+        raise settings.ConfigError("command line", "--init", len(inits), accepted)
+    inits = dict(zip(configs, inits, strict=True))
+    bench.bench(configs, data=args.data, inits=inits, out=args.out, features=args.features)
 
 
 def tokens(args: argparse.Namespace) -> None:
@@ -93,8 +115,13 @@ def table(args: argparse.Namespace) -> None:
     """Write a table as CSV, Markdown, LaTeX and HTML from result files."""
     from sts.pipeline import tables
 
-    sources = dict(zip(args.ablations, args.sources or [], strict=bool(args.sources)))
-    tables.table(args.name, args.results, args.ablations, args.out_stem, _labels(args), sources)
+    sources, bases = (
+        dict(zip(args.ablations, given or [], strict=bool(given)))
+        for given in (args.sources, args.relative_to)
+    )
+    tables.table(
+        args.name, args.results, args.ablations, args.out_stem, _labels(args), sources, bases
+    )
 
 
 def figure(args: argparse.Namespace) -> None:
@@ -190,6 +217,13 @@ def parser() -> argparse.ArgumentParser:
         text = "manifests of prepared data sets"
         add("--data", type=Path, nargs=least, required=True, metavar="FILE", help=text)
 
+    def stage(add: Callable) -> None:
+        add("--stage", required=True, metavar="NAME", help="one of the configuration's stages")
+
+    def cached(add: Callable) -> None:
+        text = "manifests of features of the vision tower, where they are cached"
+        add("--features", type=Path, nargs="*", default=[], metavar="FILE", help=text)
+
     def shown(add: Callable) -> None:
         add("--name", required=True)
         results(add)
@@ -213,11 +247,16 @@ def parser() -> argparse.ArgumentParser:
     add = verb(backbone)
     paths(add, config="resolved configuration or scale file", out=out)
     add("--rebuild", action="store_true", help="train them anew, beside OUT")
+    add = verb(features)
+    stage(add)
+    paths(add, config="resolved configuration", init="backbone manifest", out=out)
+    add("--data", type=Path, nargs=1, required=True, metavar="FILE", help="manifest of a data set")
     add = verb(train)
     run(add)
-    add("--stage", required=True, metavar="NAME", help="one of the configuration's stages")
+    stage(add)
     data(add)
     paths(add, init="backbone manifest for the first stage, else that of the one before", out=out)
+    cached(add)
     add = verb(evaluate)
     run(add)
     data(add, least="*")
@@ -226,7 +265,9 @@ def parser() -> argparse.ArgumentParser:
     text = "resolved configurations, named by ablation; the first is the baseline"
     add("--configs", type=Path, nargs="+", metavar="FILE", help=text)
     add("--data", type=Path, nargs="+", metavar="FILE", help="manifests of prepared data sets")
-    add("--init", type=Path, metavar="FILE", help="backbone manifest")
+    text = "backbone manifest, one for all or one for each configuration"
+    add("--init", type=Path, nargs="+", metavar="FILE", help=text)
+    cached(add)
     paths(add, out=out)
     add("--shape", metavar="NAME", help="mini, wide, llava-1.5-7b, ... (random weights)")
     text = "such as uniform@0.25, layerdrop@0.5:unit=samples, or joined by + (default: %(default)s)"
@@ -244,6 +285,8 @@ def parser() -> argparse.ArgumentParser:
     add = verb(table)
     shown(add)
     add("--sources", nargs="+", metavar="WHOSE", help="whose method each is, in the same order")
+    text = "which one each is compared with, in the same order (default: the first)"
+    add("--relative-to", nargs="+", metavar="ID", help=text)
     shown(verb(figure))
     results(verb(summary))
     add = verb(estimate)

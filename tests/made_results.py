@@ -45,10 +45,10 @@ def make_results(folder):
     return folder
 
 
-def make(results, *ids, labels=None, sources=None):
+def make(results, *ids, labels=None, sources=None, relative_to=None):
     """(csv rows by id, Markdown, LaTeX, metrics) of the main table."""
     stem = results / "tables" / "main"
-    tables.table("main", results, list(ids), stem, labels, sources)
+    tables.table("main", results, list(ids), stem, labels, sources, relative_to)
     with open(stem.with_suffix(".csv")) as file:
         rows = {row["ablation"]: row for row in csv.DictReader(file)}
     texts = (stem.with_suffix(suffix).read_text() for suffix in (".md", ".tex", ".json"))

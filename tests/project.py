@@ -25,8 +25,11 @@ SHIPPED = "shipped"
 def write_manifest(model, out, folder): write(out, {"vision": model.backbone})""",
     "mini/backbone.py": """
 def rebuilt(model, folder): return folder""",
+    "pipeline/features.py": """
+def write_features(config, stage, data, init, out): write(out, {"model": hashed(init)})
+class NotCached(ValueError): pass""",
     "pipeline/train.py": """
-def train(config, ablation, seed, stage, data, init, out):
+def train(config, ablation, seed, stage, data, init, out, features):
     print("training", ablation)
     for _ in range(600 * Path("slow").exists()): time.sleep(0.1)
     if Path("broken").exists(): raise SystemExit(f"{ablation}: out of memory")
@@ -34,7 +37,7 @@ def train(config, ablation, seed, stage, data, init, out):
     "pipeline/evaluate.py": """
 def evaluate(config, ablation, seed, run, data, out): write(out, {"run": hashed(run)})""",
     "pipeline/bench.py": """
-def bench(configs, data, init, out):
+def bench(configs, data, inits, out, features):
     write(out, {"threads": os.environ["OMP_NUM_THREADS"], "configs": list(configs)})""",
     "pipeline/tables.py": """
 def table(name, results, ablations, out_stem, labels, *sources):

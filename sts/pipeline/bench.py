@@ -1,7 +1,7 @@
 """How long the variants of a training take, measured side by side on a machine of their own.
 
     python -m sts bench --configs results/mini/configs/{dense,vtc,lds,sts}.yaml \
-        --init results/mini/backbone/manifest.json --data data/mini/scenes/manifest.json \
+        --init results/mini/backbone/dense.json --data data/mini/scenes/manifest.json \
         --out results/mini/bench/main.json
 
 Trainings that ran next to each other say little about time. Here one process with all cores takes
@@ -28,10 +28,11 @@ from sts.pipeline.bar import bar_of
 from sts.pipeline.config import BenchConfig, Config, StageConfig
 from sts.pipeline.data.collator import collate
 from sts.pipeline.device import lease
+from sts.pipeline.features import skip_tower, usable
 from sts.pipeline.feed import load_data, my_pieces
 from sts.pipeline.history import measure
 from sts.pipeline.lora import train_parts
-from sts.pipeline.model import build_llava
+from sts.pipeline.model import build
 from sts.pipeline.step import make_optimizer, optimizer_step, prepare_process
 from sts.pipeline.train import derived_seed, put_scheme
 from sts.scheme import Scheme, unsparsify
@@ -41,15 +42,20 @@ SEED = 0  # of data order, projector and layer draws
 
 
 def bench(
-    configs: Mapping[str, Config], data: Sequence[str | Path], init: str | Path, out: str | Path
+    configs: Mapping[str, Config],
+    data: Sequence[str | Path],
+    inits: Mapping[str, str | Path],
+    out: str | Path,
+    features: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Time optimizer steps of every variant (id -> configuration) at points of its stages; write
-    and return the result. Stages of one name are timed side by side.
+    and return the result. Stages of one name and one model are timed side by side.
 
     A stage's time is its number of steps times the mean over the points of a step's median seconds;
-    its FLOPs come from the very steps that were timed. data: manifests of prepared data sets; init:
-    the backbone manifest. A measured depth has measured nothing yet and so draws uniformly at its
-    rate. Raises ValueError if the variants don't agree on `bench`.
+    its FLOPs come from the very steps that were timed. data: manifests of prepared data sets;
+    inits: id -> backbone manifest; features: manifests of vision features, where they are cached. A
+    measured depth has measured nothing yet and so draws uniformly at its rate. Raises ValueError if
+    the variants don't agree on `bench`.
     """
     first, *others = configs.values()
     if any(other.bench != first.bench for other in others):
@@ -57,9 +63,19 @@ def bench(
     variants: dict[str, dict[str, Any]] = {id: {} for id in configs}
     with lease():
         for stage in dict.fromkeys(name for config in configs.values() for name in config.stages):
-            blocks = {id: c.stage(stage) for id, c in configs.items() if stage in c.stages}
-            for id, found in time_stage(blocks, stage, data, init, first.bench).items():
-                variants[id][stage] = found
+            for init in dict.fromkeys(inits.values()):
+                blocks = {
+                    id: config.stage(stage)
+                    for id, config in configs.items()
+                    if inits[id] == init and stage in config.stages
+                }
+                if not blocks:
+                    continue
+                reads = {id: configs[id].reads_features(stage) for id in blocks}
+                cached = {id: features if reads[id] else () for id in blocks}
+                timed = time_stage(blocks, stage, data, init, first.bench, cached)
+                for id, found in timed.items():
+                    variants[id][stage] = found
         facts = provenance.hardware()
     for found in variants.values():
         stages = list(found.items())
@@ -84,25 +100,29 @@ def time_stage(
     data: Sequence[str | Path],
     init: str | Path,
     plan: BenchConfig,
+    features: Mapping[str, Sequence[str | Path]],
 ) -> dict[str, dict[str, Any]]:
     """id -> {steps, stage_s, flops (of the stage), and at each point step (its number), step_s
     (median seconds), layers_run, visual_tokens, order (places of its timed steps among all)}."""
     first = next(iter(blocks.values()))
     accelerator = prepare_process(first.model_copy(update={"processes": 1}))
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
+    sets = {id: of_stage(data, block) for id, block in blocks.items()}
+    files = {id: usable(block, sets[id], features[id]) for id, block in blocks.items()}
+    what = {id: _trained(block, bool(files[id])) for id, block in blocks.items()}
     trained = {}  # one model for all that train the same parts, each loaded when first asked for
-    for block in blocks.values():
-        if (what := _trained(block)) not in trained:
-            trained[what] = _prepared(block, init, accelerator)
+    for id, block in blocks.items():
+        if what[id] not in trained:
+            trained[what[id]] = _prepared(block, init, accelerator, bool(files[id]))
     processor, shape = next(iter(trained.values()))[2:]
     seed = derived_seed(SEED, f"{stage}/order")
     feeds = {
-        id: load_data(of_stage(data, block), block, processor, seed) for id, block in blocks.items()
+        id: load_data(sets[id], block, processor, seed, files[id]) for id, block in blocks.items()
     }
     on_gpu = accelerator.device.type == "cuda"
     chosen = {}
     for id, block in blocks.items():
-        model = trained[_trained(block)][0]
+        model = trained[what[id]][0]
         scheme = put_scheme(model, block, SEED, stage, len(feeds[id][0]))
         chosen[id] = typical_steps(scheme, block.steps, plan.points)
         unsparsify(model)
@@ -110,7 +130,7 @@ def time_stage(
     def step(id: str, point: int) -> tuple[float, dict[str, Any]]:
         """(seconds, what it did) of one step of a variant on batch number `point`."""
         block, (samples, order) = blocks[id], feeds[id]
-        model, optimizer, *_ = trained[_trained(block)]
+        model, optimizer, *_ = trained[what[id]]
         scheme = put_scheme(model, block, SEED, stage, len(samples))
         scheme.begin_step(chosen[id][point])
         own = block.batch_size * block.gradient_accumulation_steps  # of one process
@@ -126,7 +146,8 @@ def time_stage(
         if on_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        row = measure(scheme, shape, block, [samples.has_image[i] for i in indices])
+        has_image = [samples.has_image[i] for i in indices]
+        row = measure(scheme, shape, block, has_image, batches, cached=bool(files[id]))
         unsparsify(model)
         return seconds, row
 
@@ -161,19 +182,22 @@ def time_stage(
     }
 
 
-def _trained(block: StageConfig) -> str:
-    """What of a model is trained, as a key."""
-    return json.dumps([sorted(block.trains), block.lora.rank if "lora" in block.trains else 0])
+def _trained(block: StageConfig, cached: bool) -> str:
+    """What of a model is trained, and whether its tower is skipped, as a key."""
+    rank = block.lora.rank if "lora" in block.trains else 0
+    return json.dumps([sorted(block.trains), rank, cached])
 
 
 def _prepared(
-    block: StageConfig, init: str | Path, accelerator: Accelerator
+    block: StageConfig, init: str | Path, accelerator: Accelerator, cached: bool
 ) -> tuple[PreTrainedModel, AcceleratedOptimizer, Any, cost.Shape]:
     """Model, optimizer, processor and shape. At learning rate 0 every step starts from equal
     weights, so the steps of all variants may share them."""
-    model, processor = build_llava(init, SEED)
+    model, processor = build(init, SEED)
     shape = cost.shape_of(model.config)
     train_parts(model, block, SEED)
+    if cached:
+        skip_tower(model)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
     return model, optimizer, processor, shape
 

@@ -39,11 +39,8 @@ SETS = (CODE / "mini" / "sets", CODE / "pipeline" / "data" / "sets")  # folders 
 GROUPS = Literal["main", "components", "compressor", "skipper", "real"]
 SPLITS = ("align", "instruct")  # captions, conversations
 BACKBONE = "backbone"  # what the first stage starts from
-RESERVED = (
-    BACKBONE,
-    "evaluate",
-    "eval",
-)  # no names of stages: they have files and keys of their own
+# no names of stages: they have files and keys of their own
+RESERVED = (BACKBONE, "model", "evaluate", "eval")
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -99,10 +96,14 @@ class Block(BaseModel):
     )
 
 
+EVER = object()
+
+
 @dataclass(frozen=True)
 class Neutral:
     """Marks a key by the value at which it does nothing: there it is left out of the identity, so
-    that a new key retrains nothing. A default that changes from it does."""
+    that a new key retrains nothing. A default that changes from it does. EVER: no result depends on
+    the key."""
 
     value: Any
 
@@ -131,7 +132,7 @@ def identity(part: Any) -> Any:
     return {
         name: identity(value)
         for name, value in values.items()
-        if name not in neutral or value != neutral[name]
+        if name not in neutral or (neutral[name] is not EVER and value != neutral[name])
     }
 
 
@@ -175,10 +176,18 @@ class DataConfig(Block):
 
 
 class ModelConfig(Block):
-    """The vision tower and the language model that are joined."""
+    """The model that training starts from."""
 
+    family: Annotated[Literal["joined", "whole"], Neutral("joined")] = "joined"
+    """A vision tower and a language model joined by a fresh projector (LLaVA), or `checkpoint`."""
+    checkpoint: Annotated[str | None, Neutral(None)] = None
+    """Hub id or folder of any image-text-to-text model, with its processor, where family: whole."""
+    fresh: Annotated[list[Literal["projector", "language_model", "vision_tower"]], Neutral([])] = []
+    """Parts of `checkpoint` that are drawn anew from the run's seed."""
+    features: Annotated[Literal["live", "cached"], Neutral(EVER)] = "live"
+    """Of a frozen vision tower: computed in every step, or once for all runs; results are equal."""
     backbone: Literal["shipped", "rebuild", "pretrained"] = "shipped"
-    """Files of this repository, the same trained anew, or a hub id or folder for each part."""
+    """Parts that are joined: of this repository, trained anew, or a hub id or folder for each."""
     vision: str | None = None
     """Vision tower of `pretrained`."""
     language: str | None = None
@@ -381,6 +390,14 @@ class Config(Block):
         names = [BACKBONE, *self.stages]
         return names[names.index(name) - 1]
 
+    def reads_features(self, name: str) -> bool:
+        """Whether the vision tower is as it was at the start when a stage is trained, and stays so,
+        and its features are to be computed once."""
+        names = list(self.stages)
+        past = names[: names.index(name) + 1]
+        trained = any("vision_tower" in self.stages[one].trains for one in past)
+        return self.model.features == "cached" and not trained
+
     def training_data(self) -> list[str]:
         """Names of the data sets that are trained on, each once."""
         return list(dict.fromkeys(name for block in self.stages.values() for name in block.data))
@@ -402,9 +419,11 @@ class _Entry(Block):
     """Instead of the scale's."""
     steps_share: Annotated[Number, Gt(0), Le(1)] = 1.0
     """Share of the scale's steps that each stage trains: a control with less training."""
+    relative_to: str | None = None
+    """Ablation that retention and cost are relative to in tables; null: the first of the table."""
     overrides: dict[str, dict[str, Any] | None] = {}
-    """The values that differ from the scale's, of `evaluate` or of a stage; null takes a stage out,
-    and a name that the scale has not adds a stage."""
+    """The values that differ from the scale's, of `model`, `evaluate` or a stage; null takes out a
+    stage, and a name that the scale has not adds one."""
 
 
 @dataclass(frozen=True)
@@ -418,6 +437,7 @@ class Ablation:
     source: str
     seeds: list[int] | None
     steps_share: float
+    relative_to: str | None
     overrides: dict[str, dict[str, Any] | None]
 
 
@@ -472,6 +492,10 @@ def load_ablations(path: str | Path) -> dict[str, Ablation]:
             raise ConfigError(path, "id", id, "lower case letters, digits and _, a letter first")
         checked = parsed(_Entry, entry, path, prefix=id)
         ablations[id] = Ablation(id=id, file=str(path), **dict(checked))
+    for id, entry in ablations.items():
+        if entry.relative_to not in (None, *ablations):
+            accepted = f"an id of this file: {', '.join(ablations)}"
+            raise ConfigError(path, f"{id}.relative_to", entry.relative_to, accepted)
     baseline = next(iter(ablations.values()))
     if baseline.steps_share < 1:
         raise ConfigError(
@@ -488,8 +512,8 @@ def resolve(config: Config, ablation: Ablation) -> Config:
     """The scale's configuration with the ablation's values in place. Raises ConfigError."""
     base = config.model_dump(by_alias=True)
     delta: dict[str, Any] = {"stages": dict(ablation.overrides)}
-    if "evaluate" in ablation.overrides:
-        delta["evaluate"] = delta["stages"].pop("evaluate")
+    for block in {"model", "evaluate"} & delta["stages"].keys():
+        delta[block] = delta["stages"].pop(block)
     for name in _mini_stages() - base["stages"].keys():
         if "trains" not in (delta["stages"].get(name) or {}):
             delta["stages"].pop(name, None)  # it says how to train a stage that the scale took out
@@ -584,9 +608,16 @@ def _contradictions(config: Config) -> Iterator[tuple[str, Any, str]]:
     for name, metric in config.evaluate.metrics.items():
         if not benchmarks.known(name):
             yield f"evaluate.metrics.{name}", metric, f"a key that is {benchmarks.accepted()}"
-    if config.model.backbone == "pretrained":
+    model = config.model
+    if model.family == "whole" and model.checkpoint is None:
+        yield "model.checkpoint", None, "a hub id or folder where model.family is whole"
+    if model.family == "joined" and model.checkpoint is not None:
+        yield "model.checkpoint", model.checkpoint, "null where model.family is joined"
+    if model.family == "joined" and model.fresh:
+        yield "model.fresh", model.fresh, "[] where model.family is joined: the projector is fresh"
+    if model.family == "joined" and model.backbone == "pretrained":
         for key in ("vision", "language"):
-            if getattr(config.model, key) is None:
+            if getattr(model, key) is None:
                 yield f"model.{key}", None, "a hub id or folder where model.backbone is pretrained"
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlavaConfig
+from transformers import PreTrainedConfig
 
 from sts.lds.decision import expected_work
 from sts.pipeline import cost, shapes
@@ -36,6 +36,7 @@ from sts.pipeline.config import (
     resolve,
 )
 from sts.pipeline.data.registry import dataset
+from sts.pipeline.features import asks_tower
 from sts.pipeline.feed import global_batch
 from sts.pipeline.lora import train_parts
 from sts.pipeline.model import SHIPPED
@@ -101,51 +102,60 @@ def forecast(
     trainings = unique_trainings(configs)
     speed, source = calibrate(base, configs, model)
     slots = concurrent(base)
+    images = feature_images(configs.values())
+    live, cached = (forward_flops(shape, cached) for cached in (False, True))
 
-    def seconds(stage: str, block: StageConfig) -> float:
-        return stage_flops(shape, block, data) / speed[stage] / block.processes
+    def seconds(config: Config, stage: str) -> float:
+        block = config.stage(stage)
+        flops = stage_flops(shape, block, data, cached=reads_features(config, stage))
+        return flops / speed[stage] / block.processes
 
-    training = [seconds(stage, block) + START_SECONDS for stage, block in trainings]
+    training = [seconds(config, stage) + START_SECONDS for config, stage in trainings]
     evaluation = [
         len(config.seeds) * evaluation_seconds(shape, config, speed[config.last])
         for config in configs.values()
     ]
     timed = base.bench.points * (base.bench.warmup + REPEATS)  # steps of a stage
     timing = sum(
-        timed * seconds(stage, block) / block.steps
+        timed * seconds(configs[id], stage) / block.steps
         for members in groups.values()
         for id in members
         for stage, block in configs[id].stages.items()
     )
+    features = [n * (live - cached) / speed[base.last] + START_SECONDS for n in images.values()]
     parts = {
         "training": sum(training) / slots,
         "evaluation": sum(evaluation) / slots,
+        **({"features": sum(features) / slots} if features else {}),
         "timing": timing + START_SECONDS * len(groups),
         "backbone": backbone_seconds(base, shape, speed[base.last], recipe),
     }
-    count = cost.parameters(shape)
-    weights = 4.0 * (
-        count["vision"] + count["projector"] + count["head"] + shape.layers * count["layer"]
-    )
-    peak = max(step_memory(shape, block, data) for _, block in trainings)
+    weights = 4.0 * sum(shape.parameters.values())
+    blocks = [config.stage(stage) for config, stage in trainings]
+    peak = max(step_memory(shape, block, data) for block in blocks)
     return {
         "scale": base.scale,
         "jobs": jobs(configs, groups),
         "flops": {
             "runs": {
                 id: {
-                    stage: stage_flops(shape, block, data) for stage, block in config.stages.items()
+                    stage: stage_flops(shape, block, data, cached=reads_features(config, stage))
+                    for stage, block in config.stages.items()
                 }
                 for id, config in configs.items()
             },
-            "total": sum(stage_flops(shape, block, data) for _, block in trainings),
+            "total": sum(
+                stage_flops(shape, config.stage(stage), data, cached=reads_features(config, stage))
+                for config, stage in trainings
+            ),
         },
         "seconds": {**parts, "total": sum(parts.values())},
         "speed": {"flops_per_s": speed, "source": source, "trainings_at_once": slots},
         "disk_bytes": {
             "data": data_bytes(configs.values()),
+            "features": sum(images.values()) * feature_bytes(shape, base),
             "weights": weights * len(trainings),
-            "checkpoints": slots * max(state_bytes(shape, block) for _, block in trainings),
+            "checkpoints": slots * max(state_bytes(shape, block) for block in blocks),
             "free": float(shutil.disk_usage(".").free),
         },
         "memory_bytes": {"of_a_training": peak, "at_once": slots * peak},
@@ -160,6 +170,7 @@ def jobs(configs: Mapping[str, Config], groups: Mapping[str, Sequence[str]]) -> 
     return {
         "prepare": len(data_names(configs.values())),
         "backbone": 1,
+        **({"features": len(read)} if (read := feature_images(configs.values())) else {}),
         "train": trained,
         **({"share": shared} if (shared := wanted - trained) else {}),
         "evaluate": runs,
@@ -170,15 +181,15 @@ def jobs(configs: Mapping[str, Config], groups: Mapping[str, Sequence[str]]) -> 
     }
 
 
-def unique_trainings(configs: Mapping[str, Config]) -> list[tuple[str, StageConfig]]:
-    """(stage, settings) of every training job; runs with equal settings and seed share one."""
+def unique_trainings(configs: Mapping[str, Config]) -> list[tuple[Config, str]]:
+    """(configuration, stage) of every training job; runs with equal settings and seed share one."""
     found = {}
     for config in configs.values():
         for seed in config.seeds:
             past: tuple = (seed,)
             for stage, block in config.stages.items():
                 past = (*past, stage, json.dumps(block.identity(), sort_keys=True))
-                found[past] = (stage, block)
+                found[past] = (config, stage)
     return list(found.values())
 
 
@@ -196,9 +207,12 @@ def data_names(configs: Iterable[Config]) -> list[str]:
 # ---- sizes ------------------------------------------------------------------------------------
 
 
-def model_config(config: Config) -> LlavaConfig:
-    """The model's sizes: the mini scale's own, or those of published or local parts."""
+def model_config(config: Config) -> PreTrainedConfig:
+    """The model's sizes: the mini scale's own, those of published or local parts, or those of a
+    whole checkpoint."""
     model = config.model
+    if model.family == "whole":
+        return shapes.local(model.checkpoint)
     if model.backbone == "pretrained":
         vision, language = shapes.part(model.vision), shapes.part(model.language)
     else:
@@ -216,15 +230,58 @@ def tokens(block: StageConfig, data: DataConfig) -> tuple[float, float]:
     return text, answer
 
 
-def stage_flops(shape: cost.Shape, block: StageConfig, data: DataConfig, points: int = 50) -> float:
+def reads_features(config: Config, stage: str) -> bool:
+    """Whether a stage trains on features of the vision tower that were computed before."""
+    return config.reads_features(stage) and not asks_tower(config.stage(stage))
+
+
+def feature_images(configs: Iterable[Config]) -> dict[tuple[str, str], int]:
+    """(data set, split) -> images whose features are computed; 0 where the number is not known."""
+    found = {}
+    for config in configs:
+        for stage, block in config.stages.items():
+            for name in block.data if config.reads_features(stage) else ():
+                entry = dataset(name, config.data)
+                rows = {} if entry.source else entry.load(config.data, None)
+                found[name, block.split] = rows[block.split][0] if block.split in rows else 0
+    return found
+
+
+def feature_bytes(shape: cost.Shape, config: Config) -> float:
+    """Bytes of the features of one image: what the projector reads of each patch."""
+    channels = sum(matrix.inputs for branch in shape.projector for matrix in branch.reads[:1])
+    half = precision_here(config.stage(config.last)) == "bf16"
+    return shape.visual_tokens * channels * (2 if half else 4)
+
+
+def forward_flops(shape: cost.Shape, cached: bool) -> float:
+    """FLOPs of an image in a frozen vision tower, all of it or without its layers."""
+    sizes = {"batch": 1, "visual_tokens": shape.visual_tokens, "text_tokens": 0, "answer_tokens": 0}
+    return cost.flop_parts(shape, **sizes, trains=["projector"], cached=cached)["vision"]
+
+
+def stage_flops(
+    shape: cost.Shape,
+    block: StageConfig,
+    data: DataConfig,
+    points: int = 50,
+    cached: bool = False,
+) -> float:
     """FLOPs of a whole stage on all processes, with its schedules for keep ratio and skip rate."""
     return block.steps * fmean(
-        step_flops(shape, block, data, (i + 0.5) / points) for i in range(points)
+        step_flops(shape, block, data, (i + 0.5) / points, cached) for i in range(points)
     )
 
 
-def step_flops(shape: cost.Shape, block: StageConfig, data: DataConfig, fraction: float) -> float:
-    """FLOPs of one optimizer step at a fraction of the stage, on all processes."""
+def step_flops(
+    shape: cost.Shape,
+    block: StageConfig,
+    data: DataConfig,
+    fraction: float,
+    cached: bool = False,
+) -> float:
+    """FLOPs of one optimizer step at a fraction of the stage, on all processes; cached: the vision
+    tower's features are read."""
     vtc = block.vtc
     keep = keep_at(fraction, vtc.keep, vtc.schedule, vtc.dense_tail)
     text, answer = tokens(block, data)
@@ -235,6 +292,7 @@ def step_flops(shape: cost.Shape, block: StageConfig, data: DataConfig, fraction
         text_tokens=text,
         answer_tokens=answer,
         work=expected_work(block.lds, shape.layers, fraction),
+        cached=cached,
         trains=block.trains,
         lora_rank=block.lora.rank,
         checkpointing=block.gradient_checkpointing,
@@ -291,14 +349,14 @@ def concurrent(config: Config) -> int:
 
 
 def calibrate(
-    base: Config, configs: Mapping[str, Config], model: LlavaConfig
+    base: Config, configs: Mapping[str, Config], model: PreTrainedConfig
 ) -> tuple[dict[str, float], str]:
     """({stage: FLOPs a second of one training}, how it was measured), within seconds. Of stages of
     one name the first counts."""
     blocks: dict[str, StageConfig] = {}
     for config in (base, *configs.values()):
         blocks = {**config.stages, **blocks}
-    if base.model.backbone == "pretrained":
+    if base.model.family == "whole" or base.model.backbone == "pretrained":
         rate = MATMUL_SHARE * matmul_rate(base.stage(base.last))
         share = f"{MATMUL_SHARE:.0%} of a matrix product's speed"
         return dict.fromkeys(blocks, rate), f"{share}, measured on this machine: a rough guess"
@@ -307,7 +365,7 @@ def calibrate(
 
 
 def training_rate(
-    model: LlavaConfig, block: StageConfig, data: DataConfig, budget: float = 6
+    model: PreTrainedConfig, block: StageConfig, data: DataConfig, budget: float = 6
 ) -> float:
     """FLOPs a second of dense training steps on random weights and tokens; at most about `budget`
     seconds and five steps."""
@@ -401,7 +459,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for name, seconds in found["seconds"].items():
         table.add_row(f"time: {name}", duration(seconds))
     disk, memory = found["disk_bytes"], found["memory_bytes"]
-    for name in ("data", "weights", "checkpoints", "free"):
+    for name in ("data", "features", "weights", "checkpoints", "free"):
         table.add_row(f"disk: {name}", size(disk[name]))
     table.add_row("memory of a training", size(memory["of_a_training"]))
     table.add_row("memory at once", size(memory["at_once"]))

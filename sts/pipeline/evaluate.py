@@ -42,6 +42,7 @@ from transformers import set_seed
 
 from sts.pipeline import benchmarks, provenance, tracking
 from sts.pipeline.config import Config, ConfigError, EvaluateConfig, config_hash
+from sts.pipeline.data.conversation import end_token, parts, render
 from sts.pipeline.data.source import DataError, mirror_folder
 from sts.pipeline.device import lease
 
@@ -252,7 +253,24 @@ def load_model(weights: str | Path, batch_size: int, threads: int) -> LM:
 
 
 class _Model(HFMultimodalLM):
-    """Refuses a question that is too long; lm-eval cuts off its beginning, the image with it."""
+    """Asks as the model was trained, with images of any mode, until its own end of a turn; refuses
+    a question that is too long: lm-eval cuts off its beginning, the image with it."""
+
+    def __init__(self, **settings):
+        super().__init__(convert_img_format=True, **settings)
+        ends, end = self.model.generation_config.eos_token_id, end_token(self.processor)
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        if end is not None and end not in ends:
+            self.model.generation_config.eos_token_id = [*ends, end]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        self.chat_applied = True
+        chat = [(message["role"], parts(message["content"])) for message in chat_history]
+        if add_generation_prompt:
+            return render(self.processor, chat, ask=True)
+        return render(self.processor, chat[:-1], ask=True) + chat_history[-1]["content"]
 
     def tok_batch_multimodal_encode(
         self, strings: list[str], images: list, left_truncate_len: int | None = None, **settings

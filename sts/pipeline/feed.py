@@ -12,15 +12,24 @@ from transformers import BatchFeature
 
 from sts.pipeline.config import StageConfig
 from sts.pipeline.data.collator import Conversations, batch_order, collate, split_files
+from sts.pipeline.features import reader_of
 
 LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
 
 
 def load_data(
-    data: Sequence[str | Path], block: StageConfig, processor: Any, seed: int
+    data: Sequence[str | Path],
+    block: StageConfig,
+    processor: Any,
+    seed: int,
+    features: Sequence[str | Path] = (),
 ) -> tuple[Conversations, Callable[[int], list[int]]]:
-    """The samples of a stage, and the function step -> indices of that step's global batch."""
-    samples = Conversations(split_files(data, block.split), processor, block.max_length)
+    """The samples of a stage, and the function step -> indices of that step's global batch.
+
+    features: manifests of vision features of the data sets, if they are cached.
+    """
+    read = reader_of(features) if features else None
+    samples = Conversations(split_files(data, block.split), processor, block.max_length, read)
     order = batch_order(
         samples.lengths,
         samples.has_image,

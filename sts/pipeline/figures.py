@@ -82,7 +82,7 @@ def figure(
 def pareto(results: Path, names: Labels) -> Figure:
     """Mean score over benchmarks against time relative to the first method."""
     ids = list(names)
-    rows = tables.compare(tables.scores(results, ids), results, ids, "main")
+    rows = tables.compare(tables.scores(results, ids), results, dict.fromkeys(ids, ids[0]), "main")
     drawn, axes = plt.subplots(figsize=(5.6, 3.6))
     for id, style in _styles(names):
         average, time = rows[id]["average"], rows[id]["time_ratio"]

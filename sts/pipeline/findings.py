@@ -51,9 +51,18 @@ def asked(config: Mapping[str, Any]) -> dict[str, list[str]]:
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """What the rows of a table's CSV say: lines, each with the methods that it is said of.
 
-    Methods are told apart from the baseline where the interval of their retention leaves out 1.
+    Methods are told apart from the one that they are relative to where the interval of their
+    retention leaves out 1.
     """
-    rows = rows.set_index("ablation")
+    lines: dict[str, list[str]] = {}
+    for _, family in rows.groupby("relative_to", sort=False):
+        for line, methods in _findings(family.set_index("ablation")).items():
+            lines.setdefault(line, []).extend(methods)
+    return lines
+
+
+def _findings(rows: pd.DataFrame) -> dict[str, list[str]]:
+    """Of the methods that are relative to one."""
     base, names = rows["relative_to"].iloc[0], rows["method"]
     # no interval in the table at all where nothing could be compared
     numbers = rows.reindex(columns=NUMBERS).apply(pd.to_numeric, errors="coerce")

@@ -17,7 +17,8 @@ from sts.pipeline.config import CODE, StageConfig
 from sts.pipeline.provenance import fingerprint
 
 STORY = CODE / "pipeline" / "train.py"
-ARCHITECTURE = CODE / "architectures" / "llava.py"  # of the model that the pipeline builds
+ARCHITECTURES = CODE / "architectures"
+JOINED = ARCHITECTURES / "llava.py"  # of the model that is joined of parts
 OBSERVERS = {
     CODE / file
     for file in (
@@ -40,9 +41,12 @@ OBSERVERS = {
 ROOMS = {"vtc": (CODE / "compression.py", CODE / "vtc"), "lds": (CODE / "lds",)}
 
 
-def training(stage: StageConfig) -> list[Path]:
-    """The source files that a training of this stage follows."""
-    files: set[Path | None] = {STORY, ARCHITECTURE}
+def training(stage: StageConfig, family: str = "joined") -> list[Path]:
+    """The source files that a training of this stage follows; family: of the model. A whole
+    checkpoint may be of any architecture."""
+    files: set[Path | None] = {STORY, JOINED}
+    if family == "whole":
+        files |= set(ARCHITECTURES.glob("*.py"))
     if stage.compresses:
         files.add(vtc.source_of(stage.vtc.kind))
     if stage.skips:

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,13 +36,21 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def measure(
-    scheme: Scheme, shape: cost.Shape, block: StageConfig, has_image: Sequence[bool]
+    scheme: Scheme,
+    shape: cost.Shape,
+    block: StageConfig,
+    has_image: Sequence[bool],
+    batches: Sequence[Mapping[str, Any]] = (),
+    cached: bool = False,
 ) -> dict[str, Any]:
     """What a step really did, for its row of the history. `has_image`: of its global batch.
 
     tokens (reached the language model, padding included) and answer_tokens of the global batch;
     visual_tokens, mean of a sample; of each layer the chance asked for, the share skipped and its
-    work (Scheme.metrics); FLOPs. Of several processes the first counts for all.
+    work (Scheme.metrics); FLOPs. batches: this process's micro-batches, for the patches that went
+    through the vision tower and the pairs of them that see each other (without them every sample
+    with an image has one of the tower's size). cached: whether the tower's layers were not run,
+    since features were read. Of several processes the first counts for all.
     """
     seen, samples = scheme.metrics(), len(has_image)
     row = {
@@ -54,6 +62,11 @@ def measure(
         **{name: seen[name] for name in ("visual_tokens", "keep_ratio", "layers_run")},
         **{name: seen[name] for name in ("asked", "skipped", "work")},
     }
+    if batches:
+        own = sum(len(batch["input_ids"]) for batch in batches)
+        found = [cost.tower_work(scheme.model.config, shape, batch) for batch in batches]
+        patches, pairs = (sum(values) * samples / own for values in zip(*found, strict=True))
+        row |= {"patches": patches, "pairs": pairs, "cached": cached}
     return row | {"flops": row_flops(shape, block, row)}
 
 
@@ -63,6 +76,9 @@ def row_flops(shape: cost.Shape, block: StageConfig, row: dict[str, Any]) -> flo
         shape,
         batch=row["samples"],
         images=row["images"],
+        patches=row.get("patches"),  # older rows are of images of the tower's size
+        pairs=row.get("pairs"),
+        cached=row.get("cached", False),
         visual_tokens=row["visual_tokens"],
         text_tokens=row["tokens"] / row["samples"] - row["visual_tokens"],
         answer_tokens=row["answer_tokens"] / row["samples"],

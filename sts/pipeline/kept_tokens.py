@@ -1,6 +1,6 @@
 """Which visual tokens each compressor keeps of a picture, as a small result file.
 
-    python -m sts tokens --backbone results/mini/backbone/manifest.json \
+    python -m sts tokens --backbone results/mini/backbone/dense.json \
         --data data/mini/scenes/manifest.json --out results/mini/tokens.json
 
 Kinds that look at text are left out: it is compared with projected tokens, of which there are none
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from sts.pipeline.data.rows import images_of
 from sts.pipeline.provenance import read_json
 from sts.vtc import KINDS, compress, kind_of, wants
 
@@ -86,7 +87,7 @@ def first_picture(data: Path) -> Image.Image:
     split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
     file = data.parent / splits[split]["file"]
     rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
-    return next(row["image"] for row in rows if row["image"] is not None)
+    return next(images_of(row)[0] for row in rows if images_of(row))
 
 
 def look(

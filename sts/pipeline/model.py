@@ -1,19 +1,23 @@
-"""From parts to a model: a vision tower and a language model joined by a fresh projector.
+"""What a run starts from: a vision tower and a language model joined by a fresh projector, or a
+whole checkpoint.
 
     python -m sts backbone --config workflow/config/mini.yaml --out backbone.json
 
-The backbone manifest says where the two parts lie and hashes them; every run starts from it.
+The backbone manifest says where they lie and hashes them; every run starts from it.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     CLIPVisionModel,
     GenerationConfig,
@@ -22,6 +26,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
+    ProcessorMixin,
 )
 
 from sts.architectures import architecture_of, head_of
@@ -29,7 +34,7 @@ from sts.checks import expect
 from sts.pipeline.config import ModelConfig
 from sts.pipeline.data.conversation import CHAT_TEMPLATE
 from sts.pipeline.data.rows import IMAGE_TOKEN
-from sts.pipeline.provenance import sha256_file, sha256_json, write_json_atomic
+from sts.pipeline.provenance import read_json, sha256_file, sha256_json, write_json_atomic
 
 SHIPPED = Path("data/backbones/mini")
 PARTS = ("projector", "language_model", "vision_tower")
@@ -40,11 +45,21 @@ JOINT = re.compile("projector|merger|connector")
 
 
 def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) -> dict[str, Any]:
-    """Write and return the backbone manifest: pretrained parts by hub id or path, else the files in
-    `folder` (vision/, language/, processor/) with the hash of their bytes.
+    """Write and return the backbone manifest: a whole checkpoint or pretrained parts by hub id or
+    path, else the files in `folder` (vision/, language/, processor/); with the hash of the bytes
+    that lie in a folder.
 
-    Raises FileNotFoundError if there are none.
+    Raises FileNotFoundError if there are none, ValueError if the language model has not the number
+    of layers that the configuration says.
     """
+    if model.family == "whole" or model.backbone == "pretrained":
+        _check_layers(model)
+    if model.family == "whole":
+        manifest = {"checkpoint": model.checkpoint, "fresh": model.fresh}
+        files = sorted(path for path in Path(model.checkpoint).rglob("*") if path.is_file())
+        hashes = [[file.name, sha256_file(file)] for file in files]
+        write_json_atomic(out, manifest := manifest | {"sha256": sha256_json([manifest, hashes])})
+        return manifest
     if model.backbone == "pretrained":
         parts = {"vision": model.vision, "language": model.language, "processor": None}
         manifest = {**parts, "sha256": sha256_json(parts)}
@@ -65,12 +80,52 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
     return manifest
 
 
+def _check_layers(model: ModelConfig) -> None:
+    name = model.checkpoint if model.family == "whole" else model.language
+    found = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
+    if found != model.layers:
+        raise ValueError(
+            f"model.layers: {model.layers}, but {name} has {found} decoder layers: set it to that"
+        )
+
+
+def build(manifest: str | Path, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model of a backbone manifest, float32, and its processor; what is fresh is drawn from
+    `seed`."""
+    start = read_json(manifest)
+    if "checkpoint" not in start:
+        return build_llava(manifest, seed)
+    model, processor = load_whole(start["checkpoint"])
+    if start["fresh"]:
+        _draw_anew(model, start["fresh"], seed)
+    return model, processor
+
+
+def load_whole(folder: str | Path) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Any image-text-to-text model of a folder or the hub, float32, and its processor."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def _draw_anew(model: PreTrainedModel, parts: Collection[str], seed: int) -> None:
+    """Initialise parts of a model as its class does, from `seed`."""
+    part_of = part_finder(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        other = AutoModelForImageTextToText.from_config(model.config, dtype=torch.float32)
+    drawn = dict(other.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part_of(name) in parts:
+                parameter.copy_(drawn[name])
+
+
 def build_llava(
     manifest: str | Path, seed: int
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The two parts of a backbone manifest, float32, joined by a projector drawn from `seed`; what
     pretrained parts need beside it, the embedding of the image token, is drawn too."""
-    parts = json.loads(Path(manifest).read_text(encoding="utf-8"))
+    parts = read_json(manifest)
     vision = CLIPVisionModel.from_pretrained(parts["vision"], dtype=torch.float32)
     language = LlamaForCausalLM.from_pretrained(parts["language"], dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
@@ -140,6 +195,19 @@ def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
         )
 
     return part_of
+
+
+def readers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Name -> module of the projector, the largest ones: what they are called with comes from the
+    vision tower."""
+    part_of, found = part_finder(model), {}
+    for name, module in model.named_modules():
+        inner = [f"{name}.{own}" for own, _ in module.named_parameters()]
+        whole = inner and all(part_of(one) == "projector" for one in inner)
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if whole and not inside and not isinstance(module, nn.ModuleList):
+            found[name] = module
+    return found
 
 
 def freeze(model: PreTrainedModel, trains: Collection[str]) -> None:

@@ -88,14 +88,20 @@ def part(name: str) -> PreTrainedConfig:
     the local hub cache. Raises ValueError where it is in none of them."""
     if name in PARTS:
         return deepcopy(PARTS[name])
+    config = local(name)
+    return getattr(config, "vision_config", config)
+
+
+def local(name: str) -> PreTrainedConfig:
+    """The configuration of a model in a local folder or the local hub cache. Raises ValueError
+    where it is in neither."""
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        return AutoConfig.from_pretrained(name, local_files_only=True)
     except OSError as error:
         raise ValueError(
             f"model {name}: its sizes are not known here. Download it first (hf download {name}) "
             f"or give a local folder; known without: {', '.join(PARTS)}"
         ) from error
-    return getattr(config, "vision_config", config)
 
 
 def joined(

@@ -4,9 +4,9 @@ found, and numbers for `dvc metrics`.
     python -m sts table --name main --results results/mini --ablations dense vtc lds sts \
         --out-stem results/mini/tables/main
 
-The first method is the baseline. A cell is a number, `missing` (its job has no result) or `n/a`
-(not defined: a spread of one seed, a saving of nothing). Nothing that was asked for is dropped, and
-nothing missing counts as 0.
+A method is compared with the first one, or with the one that it is said to be relative to. A cell
+is a number, `missing` (its job has no result) or `n/a` (not defined: a spread of one seed, a saving
+of nothing). Nothing that was asked for is dropped, and nothing missing counts as 0.
 """
 
 import html
@@ -75,28 +75,33 @@ def table(
     out_stem: str | Path,
     labels: Mapping[str, str] | None = None,
     sources: Mapping[str, str] | None = None,
+    relative_to: Mapping[str, str] | None = None,
 ) -> None:
     """Write `out_stem`.csv, .md, .tex, .html and .json from the result files of `ablations`.
 
     `labels` gives the methods' names in the table, by default their ids; `sources` (a key of
-    SOURCES each) under which head they stand there, in the order of SOURCES. Times and FLOPs come
-    from bench/`name`.json. Raises FileNotFoundError if no method has an evaluation at all.
+    SOURCES each) under which head they stand there, in the order of SOURCES; `relative_to` the id
+    of the method that each is compared with, by default the first; of several such there are no
+    heads. Times and FLOPs come from bench/`name`.json. Raises FileNotFoundError if no method has an
+    evaluation at all.
     """
-    results, stem, sources = Path(results), Path(out_stem), sources or {}
+    results, stem = Path(results), Path(out_stem)
+    bases = dict.fromkeys(ablations, ablations[0]) | dict(relative_to or {})
+    sources = sources if sources and len(set(bases.values())) == 1 else {}
     found = scores(results, ablations)
-    rows = compare(found, results, ablations, name)
+    rows = compare(found, results, bases, name)
     if sources:
         order = list(SOURCES)
         rows = dict(sorted(rows.items(), key=lambda row: order.index(sources[row[0]])))
     names = {id: (labels or {}).get(id, id) for id in ablations}
-    notes = footer(results, ablations, found, names)
+    notes = footer(results, bases, found, names)
     stem.parent.mkdir(parents=True, exist_ok=True)
     lines = pd.DataFrame(
         {
             "ablation": id,
             "method": names[id],
             "source": sources.get(id),
-            "relative_to": ablations[0],
+            "relative_to": bases[id],
             **_flat(row),
         }
         for id, row in rows.items()
@@ -150,9 +155,10 @@ def scores(results: str | Path, ablations: Sequence[str]) -> pd.DataFrame:
 
 
 def compare(
-    found: pd.DataFrame, results: str | Path, ablations: Sequence[str], group: str
+    found: pd.DataFrame, results: str | Path, bases: Mapping[str, str], group: str
 ) -> dict[str, Row]:
-    """id -> row of cells: each benchmark, average, blind, retention and the cost ratios.
+    """id -> row of cells: each benchmark, average, blind, retention and the cost ratios; `bases`:
+    id -> the id that it is compared with.
 
     A score is {"mean", "sd", "seeds"}, the retention {"mean", "low", "high"}; or it is `missing`.
     Average and blind are over the benchmarks whose scores are shares; `n/a` if there is none, or
@@ -168,14 +174,14 @@ def compare(
         return wide.reindex(columns=benchmarks)
 
     rows = {}
-    for id in ablations:
+    for id, base in bases.items():
         seen, blind = of(id, "score"), of(id, "blind")
         row: Row = {name: _spread(seen[name]) for name in benchmarks}
         row["average"] = _average(seen[shares])
         left_out = (seen[shares].notna() & blind[shares].isna()).any(axis=None)
         row["blind"] = UNDEFINED if left_out else _average(blind[shares])
-        row["retention"] = _retention(seen, of(ablations[0], "score"))
-        rows[id] = row | _cost(timed, id, ablations[0])
+        row["retention"] = _retention(seen, of(base, "score"))
+        rows[id] = row | _cost(timed, id, base)
     return rows
 
 
@@ -231,25 +237,25 @@ def _cost(timed: Mapping[str, Any], id: str, baseline: str) -> dict[str, Cell]:
 
 
 def footer(
-    results: Path, ablations: Sequence[str], found: pd.DataFrame, names: Mapping[str, str]
+    results: Path, bases: Mapping[str, str], found: pd.DataFrame, names: Mapping[str, str]
 ) -> list[str]:
     """Lines under a table: how to read it; command, commit and configuration; what is missing."""
     gone = found[found["score"].isna()].groupby(["ablation", "seed"], sort=False)["benchmark"]
     lost = [f"{id} seed {seed} ({', '.join(group)})" for (id, seed), group in gone]
-    lost += [f"{id} (all)" for id in ablations if id not in set(found["ablation"])]
-    configs = {id: configuration(results, id) for id in ablations}
+    lost += [f"{id} (all)" for id in bases if id not in set(found["ablation"])]
+    configs = {id: configuration(results, id) for id in bases}
     git = provenance.git()
     commit = (git["commit"] or f"unknown ({git['note']})") + " with edits" * bool(git["dirty"])
     seeds = ", ".join(str(seed) for seed in sorted(set(found["seed"])))
     lines = [
-        NOTE.format(base=names[ablations[0]]),
+        NOTE.format(base=" or ".join(names[id] for id in dict.fromkeys(bases.values()))),
         *_scales(found),
         f"Command: `{provenance.command_line()}`",
         f"Commit: {commit}",
-        f"Configuration: {results}/configs/{{{','.join(ablations)}}}.yaml, "
+        f"Configuration: {results}/configs/{{{','.join(bases)}}}.yaml, "
         f"SHA-256 {provenance.sha256_json(configs)[:16]}",
         f"Seeds: {seeds}",
-        *_precisions(results, ablations),
+        *_precisions(results, list(bases)),
     ]
     return [*lines, f"Missing: {'; '.join(lost)}"] if lost else lines
 

@@ -2,7 +2,7 @@
 
     python -m sts train --config results/mini/configs/sts.yaml --ablation sts --seed 0 \
         --stage align --data data/mini/scenes/manifest.json \
-        --init results/mini/backbone/manifest.json --out results/mini/runs/sts/seed0/align.json
+        --init results/mini/backbone/dense.json --out results/mini/runs/sts/seed0/align.json
 
 `out` is a small deterministic manifest. The bytes lie in `weights/<key>`, where the key is a hash
 of everything that the weights depend on: what is finished is reused by any run that asks for the
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sts.pipeline import cost, follows, provenance, tracking
 from sts.pipeline.bar import bar_of
 from sts.pipeline.checkpoint import finish, load_state, locked, save_state
 from sts.pipeline.config import Config, StageConfig, config_hash
 from sts.pipeline.device import lease
+from sts.pipeline.features import skip_tower, usable
 from sts.pipeline.feed import feed, global_batch, load_data
 from sts.pipeline.history import (
     measure,
@@ -38,7 +39,7 @@ from sts.pipeline.history import (
     with_speed,
 )
 from sts.pipeline.lora import train_parts
-from sts.pipeline.model import build_llava, recompute
+from sts.pipeline.model import build, load_whole, recompute
 from sts.pipeline.provenance import read_json, write_json_atomic
 from sts.pipeline.step import (
     check_finite,
@@ -65,15 +66,17 @@ def train(
     data: Sequence[str | Path],
     init: str | Path,
     out: str | Path,
+    features: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Train one stage, or reuse its finished weights; write and return the manifest `out`.
 
     data: manifests of prepared data sets. init: the backbone manifest for the first stage, else the
-    manifest of the stage before. Raises FloatingPointError if loss or gradient is not finite,
-    OSError if a checkpoint can't be written; the one before is kept.
+    manifest of the stage before. features: manifests of the vision tower's features of the data
+    sets, if they are cached; the weights are the same without. Raises FloatingPointError if loss or
+    gradient is not finite, OSError if a checkpoint can't be written; the one before is kept.
     """
     block, out = config.stage(stage), Path(out)
-    key = stage_key(block, stage, seed, data, init)
+    key = stage_key(block, stage, seed, data, init, config.model.family)
     folder = out.parents[3] / "weights" / key
     tags = {
         "ablation": ablation, "seed": seed, "stage": stage, "key": key,
@@ -95,7 +98,7 @@ def train(
                 for row in read_history(folder):
                     tracked.log(with_speed(row), row["step"])
             else:
-                fit(config, ablation, seed, stage, data, init, folder, tracked.log)
+                fit(config, ablation, seed, stage, data, init, folder, tracked.log, features)
     manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
                 "precision": precision_here(block),
                 "weights": str(folder), **summary(folder, block)}  # fmt: skip
@@ -113,6 +116,7 @@ def fit(
     init: str | Path,
     folder: Path,
     report: Callable[[dict, int], None],
+    features: Sequence[str | Path] = (),
 ) -> None:
     """Train from the last checkpoint in `folder`, or from `init`, to the finished `folder`."""
     block = config.stage(stage)
@@ -126,7 +130,10 @@ def fit(
     model, processor = load(init, seed)
     adapters = train_parts(model, block, derived_seed(seed, f"{stage}/lora"))
     shape = cost.shape_of(model.config)
-    samples, order = load_data(data, block, processor, derived_seed(seed, f"{stage}/order"))
+    cached = usable(block, data, features)
+    if cached:
+        skip_tower(model)
+    samples, order = load_data(data, block, processor, derived_seed(seed, f"{stage}/order"), cached)
     scheme = put_scheme(model, block, seed, stage, len(samples))
     torch.manual_seed(derived_seed(seed, f"{stage}/dropout"))  # nothing else draws from it
     model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
@@ -152,7 +159,8 @@ def fit(
         if history is not None:
             lr = peak_lr(block) * factor
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
-            row |= measure(scheme, shape, block, [samples.has_image[i] for i in order(step)])
+            shown = [samples.has_image[i] for i in order(step)]
+            row |= measure(scheme, shape, block, shown, batches, cached=bool(cached))
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             history.write(json.dumps(row) + "\n")
             report(with_speed(row), step)
@@ -168,7 +176,12 @@ def fit(
 
 
 def stage_key(
-    block: StageConfig, stage: str, seed: int, data: Sequence[str | Path], init: str | Path
+    block: StageConfig,
+    stage: str,
+    seed: int,
+    data: Sequence[str | Path],
+    init: str | Path,
+    family: str = "joined",
 ) -> str:
     """16 hex digits of all that the weights of a stage depend on: settings, code, seed, bytes of
     the data and of the weights it starts from. The name of the ablation is not among them."""
@@ -178,7 +191,7 @@ def stage_key(
         {
             "stage": stage,
             "settings": block.identity(),
-            "code": follows.code(*follows.training(block)),
+            "code": follows.code(*follows.training(block, family)),
             "precision": precision_here(block),
             "seed": seed,
             "data": [read_json(manifest)["sha256"] for manifest in data],
@@ -194,12 +207,11 @@ def derived_seed(seed: int, purpose: str) -> int:
 
 def load(init: str | Path, seed: int) -> tuple[PreTrainedModel, Any]:
     """Model and processor at the start of a stage: the finished weights of the one before, or for
-    the first the backbones, joined by a fresh projector."""
+    the first what the run starts from."""
     weights = read_json(init).get("weights")
     if weights is None:
-        return build_llava(init, derived_seed(seed, "projector"))
-    model = LlavaForConditionalGeneration.from_pretrained(weights, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(weights)
+        return build(init, derived_seed(seed, "projector"))
+    return load_whole(weights)
 
 
 def put_scheme(

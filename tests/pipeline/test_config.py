@@ -196,6 +196,10 @@ WRONG = {
     "a split that can't be told": (
         "{warm: {trains: [projector]}}", "warm.split", "one of align, instruct",
     ),
+    "a whole model that is none": ("{model: {family: whole}}", "model.checkpoint", "folder"),
+    "a checkpoint to join": ("{model: {checkpoint: a/b}}", "model.checkpoint", "null where"),
+    "fresh parts to join": ("{model: {fresh: [projector]}}", "model.fresh", "[] where"),
+    "a family that there is not": ("{model: {family: vit}}", "model.family", "'joined' or 'whole'"),
     "no stage at all": ("{align: null, instruct: null}", "stages", "at least one"),
 }  # fmt: skip
 
@@ -210,6 +214,13 @@ def test_an_error_names_file_entry_key_value_and_what_is_accepted(tmp_path, mini
     assert said.endswith(f": {error.value.value!r}")
     assert key in said
     assert accepted in accepts
+
+
+def test_a_row_is_relative_to_one_that_there_is(tmp_path):
+    file = tmp_path / "ablations.yaml"
+    file.write_text("dense: {label: a}\nsts: {label: b, relative_to: dens}\n")
+    with pytest.raises(ConfigError, match=r"sts\.relative_to: 'dens'.* dense, sts"):
+        load_ablations(file)
 
 
 def test_two_ablations_with_one_id(tmp_path):
@@ -277,6 +288,35 @@ def test_a_file_that_is_not_yaml_names_the_line(tmp_path):
     file.write_text("bench:\n  points: [1\nseeds: 2\n")
     with pytest.raises(ConfigError, match=r"scale\.yaml: line \d"):
         load_scale(file)
+
+
+def test_a_whole_checkpoint_is_one_entry_of_a_scale_or_an_ablation(tmp_path, mini):
+    file = tmp_path / "scale.yaml"
+    file.write_text("model: {family: whole, checkpoint: some/folder}\n")
+    assert load_scale(file).model.checkpoint == "some/folder"
+    model = resolved(tmp_path, mini, "{model: {family: whole, checkpoint: a/b}}").model
+    assert (model.family, model.checkpoint) == ("whole", "a/b")
+    assert mini.model.family == "joined"
+
+
+def test_features_are_cached_as_long_as_nothing_has_trained_the_tower(tmp_path, mini):
+    tower = "{trains: [vision_tower, projector]}"
+    cached = mini.model_copy(update={"model": mini.model.model_copy(update={"features": "cached"})})
+    assert not mini.model_copy(
+        update={"model": mini.model.model_copy(update={"features": "live"})}
+    ).reads_features("align")
+    for overrides, expected in (
+        ("{}", [True, True]),
+        (f"{{instruct: {tower}}}", [True, False]),
+        (f"{{align: {tower}}}", [False, False]),  # it starts from another tower
+    ):
+        config = resolved(tmp_path, cached, overrides)
+        assert [config.reads_features(stage) for stage in config.stages] == expected
+
+
+def test_how_features_come_about_is_no_part_of_what_a_run_depends_on(mini):
+    ways = [mini.model.model_copy(update={"features": way}) for way in ("live", "cached")]
+    assert settings.config_hash(ways[0]) == settings.config_hash(ways[1])
 
 
 def test_a_pretrained_model_needs_both_parts(tmp_path):
@@ -406,7 +446,7 @@ def test_every_neutral_value_is_one_that_the_key_takes():
     for block in blocks():
         for name, info in block.model_fields.items():
             for mark in info.metadata:
-                if isinstance(mark, settings.Neutral):
+                if isinstance(mark, settings.Neutral) and mark.value is not settings.EVER:
                     only = create_model("Only", one=(info.rebuild_annotation(), mark.value))
                     assert only(one=mark.value).one == mark.value, name
 

@@ -35,7 +35,7 @@ from sts.pipeline.data.collator import (
     collate,
     split_files,
 )
-from sts.pipeline.data.conversation import CHAT_TEMPLATE, encode
+from sts.pipeline.data.conversation import CHAT_TEMPLATE, expand, tokenise
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.data.sets import easy_vqa, nlvr
@@ -435,6 +435,35 @@ def test_a_llava_json_file_and_an_image_folder_are_one_more_data_set(own, tmp_pa
     assert text["image"] is None
 
 
+SEVERAL = [
+    {"id": "pair", "image": ["a.png", "sub/b.jpg"],
+     "conversations": turns("<image> or <image>?", "both", "sure?", "yes")},
+    {"id": "later", "image": "a.png", "conversations": turns("ready?", "yes", "<image>", "a dog")},
+    {"id": "text", "conversations": turns("hello", "hello")},
+]  # fmt: skip
+
+
+def test_a_row_may_have_several_images(own, tmp_path):
+    out = tmp_path / "out" / "manifest.json"
+    assert prepare(own(SEVERAL), "own", out)["bad_rows"] == {}
+    rows = rows_of(out, "instruct")
+    assert rows["conversations"] == [row["conversations"] for row in SEVERAL]
+    assert [[image.size for image in row["images"]] for row in rows] == [
+        [(8, 8), (20, 10)],
+        [(8, 8)],
+        [],
+    ]
+    assert all(image.mode == "RGB" for row in rows for image in row["images"])
+
+
+def test_the_content_hash_follows_every_image_of_a_row(own, tmp_path):
+    hashes = set()
+    for names in (["a.png", "sub/b.jpg"], ["sub/b.jpg", "a.png"], ["a.png", "a.png"]):
+        manifest = prepare(own([{**SEVERAL[0], "image": names}]), "own", tmp_path / "manifest.json")
+        hashes.add(manifest["splits"]["instruct"]["sha256"])
+    assert len(hashes) == 3
+
+
 BAD = {
     "missing image": {"image": "nowhere.png", "conversations": turns("<image>", "x")},
     "corrupt image": {"image": "broken.png", "conversations": turns("<image>", "x")},
@@ -465,7 +494,9 @@ def test_a_bad_row_is_left_out_counted_and_listed(own, tmp_path, reason):
         17, {}, {"conversations": []}, {"conversations": [{"from": "human"}]},
         {"image": "text.png", "conversations": turns("<image>", "x")},
         {"image": "a.png", "conversations": turns("<image> <image>", "x")},
-        {"image": "a.png", "conversations": turns("hi", "x", "<image>", "y")},
+        {"image": ["a.png"], "conversations": turns("hi", "x", "<image> <image>", "y")},
+        {"image": ["a.png", "nowhere.png"], "conversations": turns("<image> <image>", "x")},
+        {"image": ["a.png", None], "conversations": turns("<image> <image>", "x")},
         {"image": "a.png", "conversations": turns("<image>", "<image>")},
         {"conversations": turns("<image>", "x")},
         {"image": 5, "conversations": turns("<image>", "x")},
@@ -545,11 +576,13 @@ def test_samples_are_the_rows_encoded(prepared_scenes, processor):
     rows = rows_of(prepared_scenes, "instruct")
     assert len(data) == len(rows)
     for index, row in enumerate(rows):
-        expected = encode(processor, row["conversations"], row["image"])
+        [expected] = tokenise(processor, [row["conversations"]], [[(scenes.SIZE, scenes.SIZE)]])
+        pixels = processor.image_processor(images=row["image"], return_tensors="pt")
         batch = collate(processor, [data[index]])
         assert data.lengths[index] == batch["input_ids"].shape[1]
-        for key in ("input_ids", "labels", "pixel_values"):
-            assert torch.equal(batch[key][0], expected[key])
+        for key, value in zip(("input_ids", "labels"), expand(expected), strict=True):
+            assert np.array_equal(batch[key][0], value)
+        assert torch.equal(batch["pixel_values"], pixels["pixel_values"])
 
 
 def test_a_batch_is_padded_on_the_right_and_padding_is_masked(own, processor, tmp_path):
@@ -596,9 +629,9 @@ def test_long_samples_are_cut_and_dropped_if_no_answer_is_left(own, processor, t
     files = split_files([tmp_path / "manifest.json"], "instruct")
     data = Conversations(files, processor, max_length=40)
     assert data.lengths == [40] and len(data[0]["input_ids"]) == 40
-    assert data[0]["image"].getpixel((0, 0)) == (1, 10, 20)  # that of the row that is left
+    assert data[0]["images"][0].getpixel((0, 0)) == (1, 10, 20)  # that of the row that is left
     assert "1 of 2 rows dropped: no answer within max_length 40" in caplog.text
-    with pytest.raises(ValueError, match="max_length 2 doesn't hold the 16 tokens"):
+    with pytest.raises(ValueError, match="max_length 2 doesn't hold the 18 tokens"):
         Conversations(files, processor, max_length=2)
 
 

@@ -40,6 +40,24 @@ def say(*rows):
     return findings.findings(pd.DataFrame([DENSE, *rows]))
 
 
+def test_each_family_speaks_of_its_own_baseline():
+    tiles = [
+        row("dense_tiles", 0.6, 1.0, 1.0, 1.0, 1.0, flops=1) | {"relative_to": "dense_tiles"},
+        row("sts_tiles", 0.5, 0.83, 0.8, 0.86, 0.9) | {"relative_to": "dense_tiles"},
+    ]
+    lines = say(row("sts", 0.79, 0.987, 0.9, 0.99, 0.9), row("one", 0.7, 0.9), *tiles)
+    below = [line for line in lines if line.startswith("Below")]
+    assert below == [
+        f"Below {name} in score, beyond the spread of the seeds:"
+        for name in ("DENSE", "DENSE_TILES")
+    ]
+    assert [said.partition(":")[0] for line in below for said in lines[line]] == [
+        "STS",
+        "STS_TILES",
+    ]
+    assert "DENSE_TILES: average score 60.0 %, 20.0 % with grey images." in lines
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [

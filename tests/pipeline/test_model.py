@@ -16,7 +16,7 @@ from transformers import (
 from zoo_tiles import CASES as OTHERS
 
 from sts.pipeline.config import MINI, load_scale
-from sts.pipeline.model import PARTS, SHIPPED, build_llava, freeze, write_manifest
+from sts.pipeline.model import PARTS, SHIPPED, build, build_llava, freeze, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,49 @@ def test_pretrained_parts_are_joined_and_learn_the_image_token(backbone, tmp_pat
 
     parts = {part: str(tmp_path / part) for part in ("vision", "language")}
     settings = load_scale(MINI).model.model_copy(update={"backbone": "pretrained", **parts})
+    with pytest.raises(
+        ValueError, match=r"model.layers: 8, but .*language has 1 decoder layers: set"
+    ):
+        write_manifest(settings, tmp_path / "manifest.json")
+    settings = settings.model_copy(update={"layers": 1})
     write_manifest(settings, tmp_path / "manifest.json")
     (model, processor), (again, _) = (build_llava(tmp_path / "manifest.json", 0) for _ in range(2))
     assert model.config.text_config.vocab_size == len(words) + 1
     ids = processor(text="<image>", images=torch.zeros(3, 64, 64))["input_ids"][0]
     assert ids == [model.config.image_token_id] * 16 == [len(words)] * 16
     assert all(map(torch.equal, model.parameters(), again.parameters())), "drawn from the seed"
+
+
+def test_a_whole_checkpoint_is_gone_on_with_as_it_is(manifest, tmp_path):
+    model, processor = build_llava(manifest, 1)
+    for one in (model, processor):
+        one.save_pretrained(tmp_path / "whole")
+    own = {"family": "whole", "checkpoint": str(tmp_path / "whole")}
+    settings = load_scale(MINI).model.model_copy(update=own)
+    start = write_manifest(settings, tmp_path / "whole.json")
+    again, same_processor = build(tmp_path / "whole.json", 2)
+    assert same_states(model, again) == (set(model.state_dict()), set())
+    assert same_processor.chat_template == processor.chat_template
+
+    fresh = settings.model_copy(update={"fresh": ["projector"]})
+    assert write_manifest(fresh, tmp_path / "fresh.json")["sha256"] != start["sha256"]
+    drawn, equal, other = (build(tmp_path / "fresh.json", seed)[0] for seed in (2, 2, 3))
+    assert not same_states(drawn, equal)[1]
+    for one in (model, other):
+        moved = same_states(drawn, one)[1]
+        assert moved and all("multi_modal_projector" in name for name in moved)
+
+    file = tmp_path / "whole" / "generation_config.json"
+    file.write_text(file.read_text() + " ")
+    assert write_manifest(settings, tmp_path / "whole.json")["sha256"] != start["sha256"]
+
+
+def same_states(a, b) -> tuple[set[str], set[str]]:
+    """Names of the weights that are equal in two models, and of those that are not."""
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    equal = {name for name in a if torch.equal(a[name], b[name])}
+    return equal, a.keys() - equal
 
 
 def test_missing_files_say_what_to_do(tmp_path):

@@ -1,6 +1,7 @@
 """Tables from small result files whose numbers can be checked by hand."""
 
 import json
+import shutil
 from xml.etree import ElementTree
 
 import pytest
@@ -144,6 +145,37 @@ def test_the_first_method_is_the_baseline_wherever_it_stands(results):
     assert list(rows) == ["sts", "dense"]
     assert float(rows["sts"]["time_ratio"]) == pytest.approx(0.8)
     assert "relative to dense" in markdown
+
+
+def test_each_family_is_compared_with_its_own_dense_row(results):
+    """The rows of a second family at half the score and twice the time change no ratio."""
+    bench = json.loads((results / "bench/main.json").read_text())
+    for id in ("dense", "sts"):
+        shutil.copytree(results / f"runs/{id}", results / f"runs/{id}_tiles")
+        shutil.copy(results / f"configs/{id}.yaml", results / f"configs/{id}_tiles.yaml")
+        timed = bench["variants"][id]
+        bench["variants"][f"{id}_tiles"] = timed | {"time_s": 2 * timed["time_s"]}
+        for file in (results / f"runs/{id}_tiles").glob("*/eval.json"):
+            found = json.loads(file.read_text())
+            for score in found["benchmarks"].values():
+                score["score"] /= 2
+            file.write_text(json.dumps(found))
+    (results / "bench/main.json").write_text(json.dumps(bench))
+    bases = {
+        "dense": "dense",
+        "sts": "dense",
+        "dense_tiles": "dense_tiles",
+        "sts_tiles": "dense_tiles",
+    }
+    heads = dict.fromkeys(bases, "paper")
+    rows, markdown, *_ = make(results, *bases, sources=heads, relative_to=bases)
+    for name in ("retention", "retention_low", "time_ratio", "flops_ratio", "realisation"):
+        assert rows["sts_tiles"][name] == rows["sts"][name]
+        assert rows["dense_tiles"][name] == rows["dense"][name]
+    assert float(rows["sts_tiles"]["average"]) == pytest.approx(float(rows["sts"]["average"]) / 2)
+    assert [row["relative_to"] for row in rows.values()] == list(bases.values())
+    assert "The paper's" not in markdown  # families stand together, not whose method it is
+    assert "relative to dense or dense_tiles" in markdown
 
 
 def test_every_source_that_an_ablation_may_name_has_a_head():

@@ -300,7 +300,7 @@ def test_a_bare_call_after_one_with_conda_says_what_is_missing_and_deletes_nothi
     project, conda, tmp_path
 ):
     variables = conda | without(tmp_path, "torch", "lm_eval")
-    manifests = ("data/smoke/scenes/manifest.json", "results/smoke/backbone/manifest.json")
+    manifests = ("data/smoke/scenes/manifest.json", "results/smoke/backbone/dense.json")
     run(project, SMOKE, "--use-conda", *manifests, **variables)
     before = state(project)
     assert before.keys() >= {project / name for name in manifests}

@@ -54,6 +54,7 @@ TABLES = ["main", "components", "compressor", "skipper"]
 FIGURES = ["pareto", "loss", "layers", "tokens"]
 GPUS = gpu_count()
 CODE = settings.CODE
+RECIPE = sorted((CODE / "mini").glob("*.py"))  # of the shipped backbones; a run follows their bytes
 CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
 
 # A job takes as many GPUs as it has processes, where there are any: --cores alone doesn't limit
@@ -78,8 +79,14 @@ wildcard_constraints:
     seed=r"\d+",
     stage="|".join(dict.fromkeys(name for one in CONFIGS.values() for name in one.stages)),
     dataset=r"[a-z][a-z0-9_]*",
+    split="|".join(settings.SPLITS),
     group="|".join([*TABLES, "real"]),
     figure="|".join(FIGURES),
+
+
+def once(items):
+    """Each item once, in the order in which they come first."""
+    return list(dict.fromkeys(items))
 
 
 def config_file(ablation):
@@ -91,6 +98,19 @@ def members(group):
     return [id for id, entry in ABLATIONS.items() if group in entry.groups]
 
 
+def bases(group):
+    """The ablation that each one of a table is compared with: itself where it is the one."""
+    ids = members(group)
+    return [ABLATIONS[id].relative_to or ids[0] for id in ids]
+
+
+@cache
+def modelled(ablation):
+    """The first ablation that starts from the same model: one backbone manifest serves them all."""
+    own = CONFIGS[ablation].model
+    return next(id for id in CONFIGS if CONFIGS[id].model == own)
+
+
 @cache
 def owner(ablation, stage):
     """The first ablation that trains this stage, and all before it, in the same way: one training
@@ -99,7 +119,10 @@ def owner(ablation, stage):
     def training(id):
         names = list(CONFIGS[id].stages)
         past = names[: names.index(stage) + 1] if stage in names else []
-        return [(name, CONFIGS[id].stage(name).identity()) for name in past]
+        return past and [
+            modelled(id),
+            *((name, CONFIGS[id].stage(name).identity()) for name in past),
+        ]
 
     own = training(ablation)
     return next(id for id in CONFIGS if training(id) == own) if own else None
@@ -116,11 +139,49 @@ def stage_of(wildcards):
     return CONFIGS[wildcards.ablation].stage(wildcards.stage)
 
 
+def backbone_of(ablation):
+    """The manifest of the model that a run starts from."""
+    return f"{RESULTS}/backbone/{modelled(ablation)}.json"
+
+
+def features_of(ablation, *stages):
+    """The features of the vision tower that stages of an ablation read, if they are cached."""
+    config = CONFIGS[ablation]
+    found = [
+        f"{RESULTS}/features/{modelled(ablation)}/{dataset}-{block.split}.json"
+        for stage, block in config.stages.items()
+        if stage in stages and config.reads_features(stage)
+        for dataset in block.data
+    ]
+    return once(found)
+
+
+def started_from(wildcards):
+    """The files that a backbone manifest hashes: of a checkpoint in a folder, of the repository's
+    backbones, or of the recipe of those that are trained anew."""
+    model = CONFIGS[wildcards.ablation].model
+    if model.family == "joined" and model.backbone == "rebuild":
+        return RECIPE
+    folder = Path(model.checkpoint if model.family == "whole" else "data/backbones/mini")
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def reader(wildcards):
+    """A stage of an ablation that trains on a split of a data set, whose features are computed."""
+    return next(
+        stage
+        for id, config in CONFIGS.items()
+        if modelled(id) == wildcards.ablation
+        for stage, block in config.stages.items()
+        if block.split == wildcards.split and wildcards.dataset in block.data
+    )
+
+
 def start_of(wildcards):
     """What a stage starts from: the manifest of the one before, or of the backbones."""
     before = CONFIGS[wildcards.ablation].before(wildcards.stage)
     if before == settings.BACKBONE:
-        return f"{RESULTS}/backbone/manifest.json"
+        return backbone_of(wildcards.ablation)
     return f"{RESULTS}/runs/{wildcards.ablation}/seed{wildcards.seed}/{before}.json"
 
 
@@ -164,7 +225,7 @@ def drawn_from(wildcards):
 
 
 def prepared(datasets):
-    return [f"data/{BASE.scale}/{name}/manifest.json" for name in dict.fromkeys(datasets)]
+    return [f"data/{BASE.scale}/{name}/manifest.json" for name in once(datasets)]
 
 
 def tables(names):
@@ -189,9 +250,11 @@ def evaluation_code(ablation):
     )
 
 
-def training_code(*stages, also=()):
-    """Code of trainings with these settings, and of the FLOPs in their manifests."""
-    files = {file for stage in stages for file in follows.training(stage)}
+def training_code(ablation, *stages, also=()):
+    """Code of the training of stages of an ablation, and of the FLOPs in their manifests."""
+    config = CONFIGS[ablation]
+    blocks = [config.stage(stage) for stage in stages]
+    files = {file for block in blocks for file in follows.training(block, config.model.family)}
     files |= {CODE / "pipeline" / name for name in ("cost.py", "history.py", *also)}
     return follows.code(*sorted(files))
 

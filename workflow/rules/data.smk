@@ -1,9 +1,5 @@
 # Prepared data and the backbones that every run starts from.
 
-REBUILDS = BASE.model.backbone == "rebuild"
-SHIPPED = sorted(file for file in Path("data/backbones/mini").rglob("*") if file.is_file())
-RECIPE = sorted((CODE / "mini").glob("*.py"))  # of the shipped backbones; a run follows their bytes
-
 
 rule data:
     input:
@@ -35,19 +31,47 @@ rule prepare:
 
 rule backbone:
     output:
-        "<results>/backbone/manifest.json",
+        "<results>/backbone/{ablation}.json",
     log:
-        "<results>/logs/backbone.log",
+        "<results>/logs/backbone/{ablation}.log",
     conda:
         "../../envs/sts.yaml"
     params:
-        config=config_file(BASELINE),
-        settings=settings.config_hash(BASE.model),
-        code=follows.code(CODE / "pipeline" / "model.py", *(RECIPE if REBUILDS else SHIPPED)),
+        config=lambda wildcards: config_file(wildcards.ablation),
+        settings=lambda wildcards: settings.config_hash(CONFIGS[wildcards.ablation].model),
+        code=lambda wildcards: follows.code(
+            CODE / "pipeline" / "model.py", *started_from(wildcards)
+        ),
     message:
-        f"backbones: {BASE.model.backbone}"
+        "what {wildcards.ablation} starts from"
     shell:
         "python -m sts backbone --config {params.config} --out {output} > {log} 2>&1"
+
+
+# What a frozen vision tower gives the projector, for all runs that start from it.
+rule features:
+    input:
+        init="<results>/backbone/{ablation}.json",
+        data="<data>/{dataset}/manifest.json",
+    output:
+        "<results>/features/{ablation}/{dataset}-{split}.json",
+    log:
+        "<results>/logs/features/{ablation}/{dataset}-{split}.log",
+    conda:
+        "../../envs/sts.yaml"
+    threads: 1
+    resources:
+        gpu=GPUS and 1,
+    params:
+        config=lambda wildcards: config_file(wildcards.ablation),
+        stage=lambda wildcards: reader(wildcards),
+        settings=lambda wildcards: CONFIGS[wildcards.ablation].stage(reader(wildcards)).precision,
+        code=code("pipeline/features.py"),
+    message:
+        "features of {wildcards.dataset}, {wildcards.split}"
+    shell:
+        "python -m sts features --config {params.config} --stage {params.stage}"
+        " --data {input.data} --init {input.init} --out {output} > {log} 2>&1"
 
 
 rule rebuild:

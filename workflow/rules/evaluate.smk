@@ -33,9 +33,14 @@ rule evaluate:
 
 rule timing:
     input:
-        init="<results>/backbone/manifest.json",
+        lambda wildcards: once(map(backbone_of, members(wildcards.group))),
         data=lambda wildcards: prepared(
             name for stage in stages(wildcards.group) for name in stage.data
+        ),
+        features=lambda wildcards: once(
+            file
+            for id in members(wildcards.group)
+            for file in features_of(id, *CONFIGS[id].stages)
         ),
     output:
         "<results>/bench/{group}.json",
@@ -48,12 +53,16 @@ rule timing:
         gpu=GPUS,
     params:
         configs=lambda wildcards: [config_file(id) for id in members(wildcards.group)],
+        inits=lambda wildcards: [backbone_of(id) for id in members(wildcards.group)],
         settings=lambda wildcards: settings.config_hash(
             BASE.bench, *(stage.identity() for stage in stages(wildcards.group))
         ),
-        code=lambda wildcards: training_code(*stages(wildcards.group), also=["bench.py"]),
+        code=lambda wildcards: [
+            training_code(id, *CONFIGS[id].stages, also=["bench.py"])
+            for id in members(wildcards.group)
+        ],
     message:
         "training time of the group {wildcards.group}"
     shell:
-        "python -m sts bench --configs {params.configs} --init {input.init} --data {input.data}"
-        " --out {output} > {log} 2>&1"
+        "python -m sts bench --configs {params.configs} --init {params.inits} --data {input.data}"
+        " --features {input.features} --out {output} > {log} 2>&1"

@@ -27,18 +27,20 @@ rule table:
         ablations=lambda wildcards: members(wildcards.group),
         labels=lambda wildcards: [ABLATIONS[id].label for id in members(wildcards.group)],
         sources=lambda wildcards: [ABLATIONS[id].source for id in members(wildcards.group)],
+        bases=lambda wildcards: bases(wildcards.group),
         code=code("pipeline/tables.py"),
     message:
         "table {wildcards.group}"
     shell:
         "python -m sts table --name {wildcards.group} --results {params.results}"
         " --ablations {params.ablations} --labels {params.labels:q}"
-        " --sources {params.sources} --out-stem {params.stem} > {log} 2>&1"
+        " --sources {params.sources} --relative-to {params.bases}"
+        " --out-stem {params.stem} > {log} 2>&1"
 
 
 rule tokens:
     input:
-        backbone="<results>/backbone/manifest.json",
+        backbone=backbone_of(BASELINE),
         data=prepared(BASE.training_data()[:1]),
     output:
         "<results>/tokens.json",

@@ -7,6 +7,7 @@ rule train:
     input:
         init=start_of,
         data=lambda wildcards: prepared(stage_of(wildcards).data),
+        features=lambda wildcards: features_of(wildcards.ablation, wildcards.stage),
     output:
         "<results>/runs/{ablation}/seed{seed}/{stage}.json",
     log:
@@ -22,13 +23,13 @@ rule train:
         config=lambda wildcards: config_file(wildcards.ablation),
         launch=lambda wildcards: launch(stage_of(wildcards)),
         settings=lambda wildcards: settings.config_hash(stage_of(wildcards).identity()),
-        code=lambda wildcards: training_code(stage_of(wildcards)),
+        code=lambda wildcards: training_code(wildcards.ablation, wildcards.stage),
     message:
         "{wildcards.stage} {wildcards.ablation}, seed {wildcards.seed}"
     shell:
         "{params.launch} train --config {params.config} --ablation {wildcards.ablation}"
         " --seed {wildcards.seed} --stage {wildcards.stage} --data {input.data}"
-        " --init {input.init} --out {output} > {log} 2>&1"
+        " --init {input.init} --features {input.features} --out {output} > {log} 2>&1"
 
 
 # Where another ablation trains a stage in the same way, its manifest is taken.

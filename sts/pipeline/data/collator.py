@@ -9,27 +9,33 @@ The t-th batch is a function of the data, the seed and t alone: a resumed traini
 one and needs no sampler state.
 """
 
+import io
 import json
 import logging
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset as Table
 from datasets import concatenate_datasets
+from PIL import ExifTags, Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from sts.pipeline.data.conversation import expand, image_id, image_tokens, tokenise
+from sts.pipeline.data.conversation import Size, cut, expand, tokenise
+from sts.pipeline.data.rows import images_of
 from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time
 MEGABATCH = 50  # batches within which samples are sorted by length, as in LLaVA
+IMAGES = ("image", "images")  # columns
+KINDS = frozenset({"mm_token_type_ids", "token_type_ids"})  # 1 on placeholders of images
 
 log = logging.getLogger(__name__)
 
@@ -55,60 +61,92 @@ class Conversations(Dataset):
     """The rows of Parquet files as samples for `collate`.
 
     Tokens longer than `max_length` are cut; rows that then have no answer left are dropped, with a
-    warning. Raises ValueError if `max_length` doesn't hold a row's image.
+    warning. features: row -> what a sample's images have been turned into before, name -> tensor
+    [rows, ...]. Raises ValueError if `max_length` doesn't hold a row's images.
 
-    lengths    tokens of each sample, the image's placeholders included
+    lengths    tokens of each sample, the placeholders of its images included
     has_image  whether each sample has an image
     """
 
-    def __init__(self, files: Sequence[str | Path], processor: ProcessorMixin, max_length: int):
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        processor: ProcessorMixin,
+        max_length: int,
+        features: Callable[[int], dict[str, torch.Tensor]] | None = None,
+    ):
         # Read into memory; `load_dataset` would copy the files to a cache of its own first.
         rows = concatenate_datasets([Table(pq.read_table(file)) for file in files])
-        self.image_id, self.image_tokens = image_id(processor), image_tokens(processor)
-        self.samples, self.lengths, self.has_image, kept = [], [], [], []
-        chunks = range(0, len(rows), CHUNK)
-        for start in tqdm(chunks, "tokenise", unit="k rows", disable=None):
-            chunk = rows.select_columns("conversations")[start : start + CHUNK]["conversations"]
-            for row, (ids, labels) in enumerate(tokenise(processor, chunk), start):
-                has_image = bool((ids == self.image_id).any())
-                room = max_length - has_image * (self.image_tokens - 1)
-                ids, labels = ids[: max(room, 0)], labels[: max(room, 0)]
-                if has_image and not (ids == self.image_id).any():
+        self.features = features
+        self.samples, self.lengths, self.has_image, self.kept = [], [], [], []
+        encoded = rows.with_format("arrow")  # images as they are stored: not decoded for their size
+        for start in tqdm(range(0, len(rows), CHUNK), "tokenise", unit="k rows", disable=None):
+            chunk = encoded[start : start + CHUNK]
+            sizes = [
+                [_size(image) for image in images_of(row)]
+                for row in _each(chunk.select([n for n in IMAGES if n in chunk.column_names]))
+            ]
+            conversations = chunk["conversations"].to_pylist()
+            tokenised = tokenise(processor, conversations, sizes)
+            for row, (sample, shown) in enumerate(zip(tokenised, sizes, strict=True), start):
+                if sample["shown"] > max_length:
                     raise ValueError(
-                        f"max_length {max_length} doesn't hold the {self.image_tokens} tokens of "
-                        "an image: raise it"
+                        f"max_length {max_length} doesn't hold the {sample['shown']} tokens up to "
+                        f"the end of the images of row {chunk['id'][row - start]} (height x width: "
+                        f"{', '.join(f'{h} x {w}' for h, w in shown)}): raise it"
                     )
-                if (labels == IGNORE_INDEX).all():
+                sample = cut(sample, max_length)
+                if (sample["labels"] == IGNORE_INDEX).all():
                     continue
-                self.samples.append((ids, labels))
-                self.lengths.append(len(ids) + has_image * (self.image_tokens - 1))
-                self.has_image.append(has_image)
-                kept.append(row)
-        if len(kept) < len(rows):
+                self.samples.append(sample)
+                self.lengths.append(len(sample["ids"]) + int((sample["counts"] - 1).sum()))
+                self.has_image.append(bool(shown))
+                self.kept.append(row)
+        if len(self.kept) < len(rows):
             log.warning(
                 "%d of %d rows dropped: no answer within max_length %d",
-                len(rows) - len(kept), len(rows), max_length,
+                len(rows) - len(self.kept), len(rows), max_length,
             )  # fmt: skip
-        self.images = rows.select_columns("image").select(kept)
+        self.images = rows.select_columns([n for n in IMAGES if n in rows.column_names])
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
-        """{"input_ids", "labels": int32 [tokens], "image": PIL image or None}."""
-        ids, labels = expand(*self.samples[index], self.image_id, self.image_tokens)
-        return {"input_ids": ids, "labels": labels, "image": self.images[index]["image"]}
+        """{"input_ids", "labels": int32 [tokens], "images": PIL images in the order of their
+        places, "features": name -> tensor [rows, ...], empty if there are none}."""
+        ids, labels = expand(self.samples[index])
+        row = self.kept[index]
+        sample = {"input_ids": ids, "labels": labels, "images": images_of(self.images[row])}
+        return sample | {"features": self.features(row) if self.features else {}}
+
+
+def _each(table: pa.Table) -> Iterator[dict]:
+    """The rows of a table, one at a time: all encoded images of a chunk may be large."""
+    for row in range(len(table)):
+        yield {name: table[name][row].as_py() for name in table.column_names}
+
+
+def _size(image: dict) -> Size:
+    """Height and width of a stored image {bytes, path} as it will be decoded, from its header."""
+    content = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
+    with Image.open(content) as header:
+        width, height = header.size
+        # `datasets` turns an image upright; a PNG would be decoded to look for what it rarely has
+        turned = "exif" in header.info and header.getexif().get(ExifTags.Base.Orientation, 1) > 4
+    return (width, height) if turned else (height, width)
 
 
 def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
     """Samples of `Conversations` as one batch, padded on the right.
 
-    Returns input_ids, attention_mask and labels, long [batch, tokens], and, if any sample has an
-    image, pixel_values [images, 3, height, width] in the order of the samples that have one.
+    Returns input_ids, attention_mask and labels, long [batch, tokens], the kinds of tokens if the
+    model asks for them, and, if any sample has an image, what the processor makes of the images in
+    the order of the samples (pixel_values, image_sizes, image_grid_thw, ...) and their features.
     """
     pad = processor.tokenizer.pad_token_id or 0  # without a pad token any id does: it is masked
 
-    def stack(rows: list[np.ndarray], filler: int) -> torch.Tensor:
+    def stack(rows: Sequence[np.ndarray], filler: int) -> torch.Tensor:
         tensors = [torch.from_numpy(row).long() for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=filler)
 
@@ -118,11 +156,39 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
         "attention_mask": stack([np.ones_like(row) for row in ids], 0),
         "labels": stack([sample["labels"] for sample in samples], IGNORE_INDEX),
     }
-    images = [sample["image"] for sample in samples if sample["image"] is not None]
-    if images:
-        pixels = processor.image_processor(images=images, return_tensors="pt")
-        batch["pixel_values"] = pixels["pixel_values"]
+    for name in _names(processor) & KINDS if processor.return_mm_token_type_ids else ():
+        kinds = processor.create_mm_token_type_ids([row.tolist() for row in ids])
+        batch[name] = stack([np.array(row) for row in kinds], 0)
+    if images := [sample["images"] for sample in samples if sample["images"]]:
+        batch |= pixels(processor, images)
+    found = [sample["features"] for sample in samples if sample["features"]]
+    for name in found[0] if found else ():
+        batch[name] = torch.cat([features[name] for features in found])
     return BatchFeature(batch)
+
+
+def pixels(processor: ProcessorMixin, images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
+    """What the processor gives a model for the images of each sample: pixel_values and, of some,
+    image_sizes, image_grid_thw, pixel_attention_mask, ..."""
+    made, names = _step(processor)(images), _names(processor)
+    return {name: made[name] for name in made if name in names}
+
+
+@lru_cache(maxsize=8)
+def _step(processor: ProcessorMixin) -> Callable[[list[list[Image.Image]]], dict]:
+    """What of the processor's call turns images into tensors; the rest makes text, which takes as
+    long again."""
+    settings = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
+    if type(processor)._process_images is ProcessorMixin._process_images:
+        return partial(processor.image_processor, **settings)
+    return lambda images: processor._process_images(images, **settings)[0]
+
+
+@lru_cache(maxsize=8)
+def _names(processor: ProcessorMixin) -> frozenset[str]:
+    """Names of all that the processor gives a model for a text and an image."""
+    image = Image.new("RGB", (64, 64))
+    return frozenset(processor(images=[[image]], text=[processor.image_token], return_tensors="pt"))
 
 
 def batch_order(

@@ -1,9 +1,8 @@
-"""A user's own data: a LLaVA-style JSON file and a folder of images."""
+"""A user's own data: a LLaVA-style JSON file and a folder of images, one or a list in a row."""
 
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sts.pipeline.config import CustomConfig, DataConfig
 from sts.pipeline.data.registry import DataSet
@@ -41,15 +40,19 @@ def _rows(name: str, spec: CustomConfig, _: DataConfig, __: None) -> dict[str, R
         raise DataError(
             f"data set {name}: {images} is not a folder. Correct data.custom.{name}.images"
         )
-    return {spec.split: (len(rows), (_row(row, i, images) for i, row in enumerate(rows)))}
+    rows = [row if isinstance(row, dict) else {} for row in rows]
+    several = any(isinstance(row.get("image"), list) for row in rows)
+    found = (_row(row, index, images, several) for index, row in enumerate(rows))
+    return {spec.split: (len(rows), found)}
 
 
-def _row(row: Any, index: int, images: Path) -> dict:
+def _row(row: dict, index: int, images: Path, several: bool) -> dict:
     """A row as it stands, malformed or not: `prepare` judges it and reports the index."""
-    row = row if isinstance(row, dict) else {}
     image = row.get("image")
+    listed = image if isinstance(image, list) else [] if image is None else [image]
+    paths = [images / str(one) for one in listed]
     return {
         "id": str(row.get("id", index)),
-        "image": images / str(image) if image is not None else None,
+        **({"images": paths} if several else {"image": paths[0] if paths else None}),
         "conversations": row.get("conversations"),
     }

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 from sts.pipeline.config import Config, DataConfig
 from sts.pipeline.data.registry import load
-from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows
+from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, images_of
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
 from sts.pipeline.provenance import sha256_json, write_json_atomic
 
 CHUNK = 1000  # rows of a Parquet row group
 TEXT = Value("string")
 TURNS = List({"from": TEXT, "value": TEXT})
-TRAINING = Features({"id": TEXT, "image": ImageColumn(mode="RGB"), "conversations": TURNS})
-BENCHMARK = Features(
-    {"id": TEXT, "image": ImageColumn(mode="RGB"), "question": TEXT, "answer": TEXT, "form": TEXT}
-)
+IMAGE = ImageColumn(mode="RGB")
+TRAINING = Features({"id": TEXT, "image": IMAGE, "conversations": TURNS})
+SEVERAL = Features({"id": TEXT, "images": List(IMAGE), "conversations": TURNS})
+BENCHMARK = Features({"id": TEXT, "image": IMAGE, "question": TEXT, "answer": TEXT, "form": TEXT})
 
 
 class BadRow(ValueError):
@@ -112,21 +112,27 @@ def _write(
         for index, row in enumerate(progress):
             try:
                 _check_text(row, data.max_text_chars)
-                cell, pixels = _image(row["image"], embed)
+                images = [_image(image, embed) for image in images_of(row)]
             except BadRow as error:
                 reason, detail = error.args
                 where = {"split": split, "row": index, "id": row["id"]}
                 bad.append({**where, "reason": reason, "detail": detail})
                 continue
-            texts = {key: value for key, value in row.items() if key != "image"}
-            shape = None if pixels is None else pixels.shape
-            digest.update(json.dumps([texts, shape], sort_keys=True).encode())
-            digest.update(b"" if pixels is None else pixels.tobytes())
-            yield {**texts, "image": cell}
+            texts = {key: value for key, value in row.items() if key not in ("image", "images")}
+            cells, shapes = [cell for cell, _ in images], [pixels.shape for _, pixels in images]
+            if "images" not in row:
+                cells, shapes = next(iter(cells), None), next(iter(shapes), None)
+            digest.update(json.dumps([texts, shapes], sort_keys=True).encode())
+            for _, pixels in images:
+                digest.update(pixels.tobytes())
+            yield {**texts, "images" if "images" in row else "image": cells}
 
-    features = BENCHMARK if split.startswith("test_") else TRAINING
-    written = _write_parquet(good(), features, file)
-    return written, digest.hexdigest(), bad
+    written = good()
+    first = list(islice(written, 1))
+    features = SEVERAL if first and "images" in first[0] else TRAINING
+    features = BENCHMARK if split.startswith("test_") else features
+    count = _write_parquet(chain(first, written), features, file)
+    return count, digest.hexdigest(), bad
 
 
 def _write_parquet(rows: Iterable[dict], features: Features, file: Path) -> int:
@@ -155,9 +161,10 @@ def _check_text(row: dict, max_chars: int) -> None:
         if len(turn["value"]) > max_chars:
             raise BadRow("text too long", f"turn {number}: {len(turn['value'])} > {max_chars}")
     named = [turn["value"].count(IMAGE_TOKEN) for turn in turns]
-    wanted = [int(row["image"] is not None)] + [0] * (len(turns) - 1)
-    if named != wanted:
-        raise BadRow("wrong placeholders", f"{IMAGE_TOKEN} in turns: {named}, must be {wanted}")
+    images = len(images_of(row))
+    if sum(named[::2]) != images or any(named[1::2]):
+        must = f"must be {images}, one for each image, in turns of a human"
+        raise BadRow("wrong placeholders", f"{IMAGE_TOKEN} in turns: {named}; {must}")
 
 
 def _as_turns(row: dict) -> list[dict]:
@@ -169,10 +176,8 @@ def _is_turn(turn: Any) -> bool:
     return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("from", "value"))
 
 
-def _image(image: Any, embed: bool) -> tuple[dict | None, np.ndarray | None]:
+def _image(image: Any, embed: bool) -> tuple[dict, np.ndarray]:
     """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]."""
-    if image is None:
-        return None, None
     if isinstance(image, Path):
         if not image.is_file():
             raise BadRow("missing image", str(image))

@@ -1,11 +1,12 @@
 """What a row of a data set is.
 
 training split    {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}
+                  or {"id", "images": [...], "conversations"} in all rows of the split
 test_<benchmark>  {"id", "image", "question", "answer", "form"}
 
-An image is a path, a PIL image, a uint8 array [height, width, 3], or None. The first turn of a
-conversation with an image has `IMAGE_TOKEN`, a question has none. `form` groups questions that have
-the same possible answers.
+An image is a path, a PIL image or a uint8 array [height, width, 3]; `image` may be None and
+`images` empty. `IMAGE_TOKEN` stands in a human's turn for each image, in their order; a question
+has none. `form` groups questions that have the same possible answers.
 """
 
 from collections.abc import Iterable
@@ -24,3 +25,9 @@ def conversation(id: str, image: Any, pairs: Iterable[tuple[str, str]]) -> dict:
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     turns[0]["value"] = f"{IMAGE_TOKEN}\n{turns[0]['value']}"
     return {"id": id, "image": image, "conversations": turns}
+
+
+def images_of(row: dict) -> list:
+    """The images of a row in their order, whichever of the two keys holds them."""
+    one, several = row.get("image"), row.get("images")
+    return [one] if one is not None else several or []

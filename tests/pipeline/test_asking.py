@@ -1,0 +1,96 @@
+"""lm-eval asks a model of any kind with the prompts that it was trained on, in batches, and stops
+at its own end of a turn."""
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from PIL import Image
+from processors import PROCESSORS
+from test_collator import model_of
+from transformers import AutoProcessor
+
+from sts.pipeline.data.conversation import end_token, parts, render
+from sts.pipeline.evaluate import load_model
+
+# to be loaded
+NEED_TORCHVISION = (
+    "llava_onevision", "smolvlm", "qwen2_5_vl", "qwen3_vl", "internvl", "pixtral",
+)  # fmt: skip
+SIZES = [[(40, 60)], [(24, 16), (33, 20)], [(64, 16)]]  # width and height of each one's images
+QUESTIONS = ["<image>\nwhat is it?", "a <image> and\n<image>\nwhich is red?", "what?\n<image>"]
+UNTIL = {"until": ["\n\n\n"], "do_sample": False, "max_gen_toks": 5}
+
+
+@pytest.fixture(scope="module")
+def images() -> list[list[Image.Image]]:
+    """Of several modes."""
+    random, modes = np.random.default_rng(0), iter(("RGB", "L", "RGBA", "P"))
+    return [
+        [
+            Image.fromarray(random.integers(0, 255, (height, width, 3), np.uint8)).convert(
+                next(modes)
+            )
+            for width, height in sizes
+        ]
+        for sizes in SIZES
+    ]
+
+
+@pytest.fixture(scope="module", params=PROCESSORS)
+def lm(request, tmp_path_factory):
+    """A checkpoint of random weights, loaded for lm-eval."""
+    folder, kind = tmp_path_factory.mktemp("weights"), request.param
+    processor = PROCESSORS[kind]()
+    model = model_of(kind, processor).double().eval()
+    model.generation_config.suppress_tokens = processor.tokenizer.all_special_ids  # to hear words
+    model.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if kind in NEED_TORCHVISION:
+            patch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
+        else:
+            processor.save_pretrained(folder)
+        yield load_model(folder, batch_size=3, threads=1)
+
+
+def ask(lm, images) -> list[str]:
+    """What lm-eval's own way from a question to its answer gives."""
+    requests = []
+    for number, (question, shown) in enumerate(zip(QUESTIONS, images, strict=True)):
+        prompt = lm.apply_chat_template([{"role": "user", "content": question}])
+        arguments = (prompt, UNTIL, {"visual": shown})
+        requests.append(Instance("generate_until", {}, arguments, number, ("task", number, 1)))
+    return lm.generate_until(requests, disable_tqdm=True)
+
+
+def test_answers_of_a_batch_are_those_that_each_question_gets_alone(lm, images):
+    alone = []
+    for question, shown in zip(QUESTIONS, images, strict=True):
+        prompt = render(lm.processor, [("user", parts(question))], ask=True)
+        inputs = lm.processor(
+            text=[prompt], images=[[one.convert("RGB") for one in shown]], return_tensors="pt"
+        ).to(lm.device, torch.float64)
+        made = lm.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        new = made[0, inputs["input_ids"].shape[1] :]
+        alone.append(lm.tokenizer.decode(new, skip_special_tokens=True))
+    assert ask(lm, images) == alone and any(alone)
+
+
+def test_an_answer_ends_with_the_turn(lm, images, monkeypatch):
+    said, end = lm.tokenizer("a", add_special_tokens=False)["input_ids"][0], end_token(lm.processor)
+    steps = iter([said, end] * 50)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = hidden.new_zeros(*hidden.shape[:-1], len(lm.tokenizer))
+        logits[..., next(steps)] = 1
+        return logits
+
+    monkeypatch.setattr(lm.model.generation_config, "suppress_tokens", None)
+    monkeypatch.setattr(lm.model.get_output_embeddings(), "forward", head)
+    assert ask(lm, images) == ["a"] * len(QUESTIONS)
+
+
+def test_a_prompt_may_begin_the_answer(lm):
+    chat = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "It is"}]
+    asked = lm.apply_chat_template(chat[:1])
+    assert lm.apply_chat_template(chat, add_generation_prompt=False) == f"{asked}It is"

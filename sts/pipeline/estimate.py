@@ -242,7 +242,8 @@ def feature_images(configs: Iterable[Config]) -> dict[tuple[str, str], int]:
         for stage, block in config.stages.items():
             for name in block.data if config.reads_features(stage) else ():
                 entry = dataset(name, config.data)
-                rows = {} if entry.source else entry.load(config.data, None)
+                made_here = entry.image_bytes and not entry.source
+                rows = entry.load(config.data, None) if made_here else {}
                 found[name, block.split] = rows[block.split][0] if block.split in rows else 0
     return found
 

@@ -45,7 +45,7 @@ def result(tmp_path_factory, backbone, prepared, one_core) -> dict:
         "short": config(instruct={"steps": 5}),
     }
     out = tmp_path_factory.mktemp("bench") / "main.json"
-    found = bench(variants, [prepared], backbone, out)
+    found = bench(variants, [prepared], dict.fromkeys(variants, backbone), out)
     assert json.loads(out.read_text()) == found
     return found
 
@@ -111,16 +111,16 @@ def test_a_stage_is_timed_on_its_own_data(tmp_path, backbone, prepared, one_core
     (extra / "manifest.json").write_text(json.dumps(manifest))
     data = [prepared, extra / "manifest.json"]
     variants = {"more": config(instruct={"data": ["scenes", "extra"]}, points=1)}
-    found = bench(variants, data, backbone, tmp_path / "bench.json")
+    found = bench(variants, data, dict.fromkeys(variants, backbone), tmp_path / "bench.json")
     assert found["variants"]["more"]["time_s"] > 0
     with pytest.raises(ValueError, match="no manifest of extra among scenes"):
-        bench(variants, [prepared], backbone, tmp_path / "bench.json")
+        bench(variants, [prepared], dict.fromkeys(variants, backbone), tmp_path / "bench.json")
 
 
 def test_variants_must_agree_on_the_points(tmp_path, backbone, prepared):
     variants = {"a": config(), "b": config(points=3)}
     with pytest.raises(ValueError, match="must be the same in a, b"):
-        bench(variants, [prepared], backbone, tmp_path / "out.json")
+        bench(variants, [prepared], dict.fromkeys(variants, backbone), tmp_path / "out.json")
 
 
 # ---- which steps are timed --------------------------------------------------------------------

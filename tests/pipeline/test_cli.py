@@ -12,8 +12,8 @@ from sts.pipeline.config import load_ablations, load_scale, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
-    "prepare", "backbone", "train", "evaluate", "bench", "tokens", "table", "figure", "summary",
-    "estimate", "ui", "reap", "close", "config",
+    "prepare", "backbone", "features", "train", "evaluate", "bench", "tokens", "table", "figure",
+    "summary", "estimate", "ui", "reap", "close", "config",
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def test_the_default_makes_the_tables_and_figures_of_the_main_job(finished):
 
 def test_a_stage_that_two_ablations_share_is_trained_once(finished):
     made = (finished / "done.txt").read_text().split()
-    aligned = {line for line in made if line.endswith("align.json")}
+    aligned = {line for line in made if line.endswith("/align.json")}
     ids = ("dense", "vtc", "pool")
     assert aligned == {f"results/smoke/runs/{id}/seed0/align.json" for id in ids}
     assert len(made) == len(set(made)), "something was made twice"

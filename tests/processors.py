@@ -11,10 +11,12 @@ from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
+import torch
 import transformers as hf
+from tiny import CASES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 IMAGE, PATCH = 64, 16  # pixels; 16 patch tokens an image
 
@@ -305,3 +307,12 @@ PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
     "pixtral": pixtral,
     "gemma3": gemma3,
 }
+
+
+def model_of(kind: str, processor: ProcessorMixin) -> PreTrainedModel:
+    """A tiny random model for the tokens of a processor."""
+    model = CASES[kind].build(torch.float32)
+    model.resize_token_embeddings(len(processor.tokenizer))
+    model.config.image_token_id = processor.image_token_ids[0]
+    model.config.video_token_id = getattr(processor, "video_token_id", None)
+    return model

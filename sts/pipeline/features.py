@@ -31,7 +31,7 @@ from sts.pipeline.bar import bar_of
 from sts.pipeline.config import Config, StageConfig
 from sts.pipeline.data.collator import pixels, split_files
 from sts.pipeline.data.rows import images_of
-from sts.pipeline.model import freeze, part_finder, readers
+from sts.pipeline.model import build, freeze, part_finder, readers
 from sts.pipeline.provenance import read_json, sha256_json, write_json_atomic
 from sts.pipeline.step import precision_here, prepare_process
 from sts.vtc import wants
@@ -183,8 +183,6 @@ def write_features(
     of the model that training starts from. Raises NotCached for a model whose features can't be
     kept.
     """
-    from sts.pipeline.train import load  # which imports this file
-
     block, out = config.stage(stage), Path(out)
     prepared = read_json(data)
     manifest = {
@@ -194,13 +192,13 @@ def write_features(
         "model": read_json(init)["sha256"],
         "precision": precision_here(block),
     }
-    code = follows.code(*follows.imported([Path(__file__)]))
+    code = follows.code(*follows.features())
     file = out.parent / f"{sha256_json([manifest, code])[:16]}.arrow"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_suffix(".lock")):
         if not file.exists():
             accelerator = prepare_process(block.model_copy(update={"processes": 1}))
-            model, processor = load(init, 0)
+            model, processor = build(init, 0)
             freeze(model.to(accelerator.device), ["projector"])
             part = file.with_suffix(".part")
             with torch.autocast(

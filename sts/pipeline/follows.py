@@ -17,6 +17,7 @@ from sts.pipeline.config import CODE, StageConfig
 from sts.pipeline.provenance import fingerprint
 
 STORY = CODE / "pipeline" / "train.py"
+FEATURES = CODE / "pipeline" / "features.py"
 ARCHITECTURES = CODE / "architectures"
 JOINED = ARCHITECTURES / "llava.py"  # of the model that is joined of parts
 OBSERVERS = {
@@ -53,11 +54,21 @@ def training(stage: StageConfig, family: str = "joined") -> list[Path]:
         files |= {lds.source_of(name) for name in (stage.lds.depth, stage.lds.unit)}
     acts = {"vtc": stage.compresses, "lds": stage.skips}
     closed = [room for name, rooms in ROOMS.items() if not acts[name] for room in rooms]
+    return _without(files - {None}, closed)
+
+
+def features() -> list[Path]:
+    """The source files that the features of a vision tower follow: VTC and LDS come after them."""
+    return _without({FEATURES}, [room for rooms in ROOMS.values() for room in rooms])
+
+
+def _without(files: set[Path], closed: list[Path]) -> list[Path]:
+    """The files and what they import, without observers and the rooms that are closed."""
 
     def left_out(file: Path) -> bool:
         return file in OBSERVERS or any(file.is_relative_to(room) for room in closed)
 
-    return imported(files - {None}, left_out)
+    return imported(files, left_out)
 
 
 def imported(

@@ -6,8 +6,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from PIL import Image
-from processors import PROCESSORS
-from test_collator import model_of
+from processors import PROCESSORS, model_of
 from transformers import AutoProcessor
 
 from sts.pipeline.data.conversation import end_token, parts, render

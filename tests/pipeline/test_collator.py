@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from processors import PROCESSORS
-from tiny import CASES
-from transformers import PreTrainedModel, ProcessorMixin
+from processors import PROCESSORS, model_of
+from transformers import ProcessorMixin
 
 from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
 from sts.pipeline.data.collator import Conversations, collate, split_files
@@ -79,15 +78,6 @@ def processor(kind) -> ProcessorMixin:
 @pytest.fixture(scope="module")
 def data(files, processor) -> Conversations:
     return Conversations(files, processor, 2048)
-
-
-def model_of(kind: str, processor: ProcessorMixin) -> PreTrainedModel:
-    """A tiny random model for the tokens of a processor."""
-    model = CASES[kind].build(torch.float32)
-    model.resize_token_embeddings(len(processor.tokenizer))
-    model.config.image_token_id = processor.image_token_ids[0]
-    model.config.video_token_id = getattr(processor, "video_token_id", None)
-    return model
 
 
 def test_a_batch_is_what_the_processor_gives_for_texts_and_images(processor, data, folder):

@@ -66,7 +66,7 @@ rule features:
         config=lambda wildcards: config_file(wildcards.ablation),
         stage=lambda wildcards: reader(wildcards),
         settings=lambda wildcards: CONFIGS[wildcards.ablation].stage(reader(wildcards)).precision,
-        code=code("pipeline/features.py"),
+        code=follows.code(*follows.features()),
     message:
         "features of {wildcards.dataset}, {wildcards.split}"
     shell:

@@ -21,3 +21,11 @@ ROWS = {
 FOUR = [*ROWS[MIXED], ["big", 17, 18, 19]]
 ALIKE = [["big", 5, 6, 7, 8], ["big", 9, 10, 11], [12, "big", 13, 14], ["big", 15, 16, 17, 18]]
 CLASS_TOKEN = ("internvl", "llava", "llava_next", "vipllava")
+
+
+def turns(*values: str) -> list[dict]:
+    """A LLaVA conversation: a human's turn and an answer by turns."""
+    return [
+        {"from": "gpt" if index % 2 else "human", "value": value}
+        for index, value in enumerate(values)
+    ]

@@ -16,23 +16,32 @@ import transformers as hf
 from tiny import CASES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import (
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from sts.mini import scenes
+from sts.pipeline.data.conversation import CHAT_TEMPLATE
 
 IMAGE, PATCH = 64, 16  # pixels; 16 patch tokens an image
 
 
 def tiny_processor():
     """LlavaProcessor with a word-level tokenizer over the words of `scenes`."""
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    from sts.mini import scenes
-    from sts.pipeline.data.conversation import CHAT_TEMPLATE
-
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
     words = [*special, *sorted({"user", "assistant", ":", "\n", *scenes.vocabulary()})]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return llava_around(tokenizer, IMAGE, PATCH)
+
+
+def llava_around(tokenizer: Tokenizer, side: int, patch: int) -> LlavaProcessor:
+    """LLaVA's processor of joined parts, for square images and a tokenizer with <pad>, <unk>, <s>,
+    </s> and <image>."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -42,15 +51,31 @@ def tiny_processor():
         additional_special_tokens=["<image>"],
         padding_side="right",
     )
-    side = {"height": IMAGE, "width": IMAGE}
     return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size=side),
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
         tokenizer=fast,
-        patch_size=PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
         num_additional_image_tokens=1,
     )
+
+
+def byte_level(special: list[str], texts: list[str], size: int) -> Tokenizer:
+    """A tokenizer that spells any text in bytes, with `size` tokens at most, made from `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 # ---- one of every kind, for images in patches of 4 pixels as the models of tiny.py --------------
@@ -110,16 +135,8 @@ def byte_pairs(*special: str, bos: str | None = None, writes_bos: bool = False, 
     every = list(
         dict.fromkeys(["<pad>", "</s>", *([bos] if bos else []), *special, *named.values()])
     )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=every,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["what is it a red circle user assistant \n\n"] * 9, trainer)
+    texts = ["what is it a red circle user assistant \n\n"] * 9
+    tokenizer = byte_level(every, texts, 400)
     if writes_bos:
         tokenizer.post_processor = TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, every.index(bos))]

@@ -127,7 +127,7 @@ def run(folder: Path, scale: str | None, *arguments: str, ok: bool = True, **env
     return said
 
 
-def planned(folder: Path, *arguments: str, scale: str = SMOKE, **env: str) -> dict[str, int]:
+def planned(folder: Path, *arguments: str, scale: str | None = SMOKE, **env: str) -> dict[str, int]:
     """Jobs by rule that a call would run."""
     said = run(folder, scale, "-n", *(arguments or BOTH), **env)
     if "Nothing to be done" in said:

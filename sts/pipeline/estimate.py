@@ -241,10 +241,7 @@ def feature_images(configs: Iterable[Config]) -> dict[tuple[str, str], int]:
     for config in configs:
         for stage, block in config.stages.items():
             for name in block.data if config.reads_features(stage) else ():
-                entry = dataset(name, config.data)
-                made_here = entry.image_bytes and not entry.source
-                rows = entry.load(config.data, None) if made_here else {}
-                found[name, block.split] = rows[block.split][0] if block.split in rows else 0
+                found[name, block.split] = rows_made_here(name, config.data).get(block.split, 0)
     return found
 
 
@@ -329,13 +326,17 @@ def data_bytes(configs: Iterable[Config]) -> float:
     fetched is not known before."""
     configs = list(configs)
     data = configs[0].data
-    found = 0.0
-    for name in data_names(configs):
-        entry = dataset(name, data)
-        if entry.image_bytes and not entry.source:
-            rows = sum(count for count, _ in entry.load(data, None).values())
-            found += entry.image_bytes * rows
-    return found
+    return sum(
+        (dataset(name, data).image_bytes or 0.0) * sum(rows_made_here(name, data).values())
+        for name in data_names(configs)
+    )
+
+
+def rows_made_here(name: str, data: DataConfig) -> dict[str, int]:
+    """Split -> rows of a data set that is made here; none of one that is fetched or the user's."""
+    entry = dataset(name, data)
+    made_here = entry.image_bytes and not entry.source
+    return {s: count for s, (count, _) in entry.load(data, None).items()} if made_here else {}
 
 
 # ---- time -------------------------------------------------------------------------------------

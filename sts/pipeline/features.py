@@ -31,7 +31,7 @@ from sts.pipeline.bar import bar_of
 from sts.pipeline.config import Config, StageConfig
 from sts.pipeline.data.collator import pixels, split_files
 from sts.pipeline.data.rows import images_of
-from sts.pipeline.model import build, freeze, part_finder, readers
+from sts.pipeline.model import build, freeze, readers, tower_layers
 from sts.pipeline.provenance import read_json, sha256_json, write_json_atomic
 from sts.pipeline.step import precision_here, prepare_process
 from sts.vtc import wants
@@ -50,7 +50,7 @@ def usable(
     block: StageConfig, data: Sequence[str | Path], features: Sequence[str | Path]
 ) -> list[Path]:
     """The files of `features` that a stage trains on, one for each of its data sets `data` (all are
-    manifests). None if its VTC asks how the tower's class token attends, which no file says, or if
+    manifests). Empty if its VTC asks how the tower's class token attends, which no file says, or if
     they were computed in another precision than the stage's.
 
     Raises ValueError if there is none for a data set.
@@ -69,16 +69,6 @@ def usable(
         found.append(fit[0])
     same = all(described[file]["precision"] == precision_here(block) for file in found)
     return found if same else []
-
-
-def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the vision tower."""
-    part_of, lists = part_finder(model), {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in lists)
-        if isinstance(module, nn.ModuleList) and part_of(name) == "vision_tower" and not inside:
-            lists[name] = module
-    return [layer for one in lists.values() for layer in one]
 
 
 def skip_tower(model: PreTrainedModel) -> tuple[dict[str, Tensor], Callable[[], None]]:
@@ -101,7 +91,7 @@ def skip_tower(model: PreTrainedModel) -> tuple[dict[str, Tensor], Callable[[], 
     hooks = [model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)]
     for name, module in readers(model).items():
         hooks.append(module.register_forward_pre_hook(partial(give, name), with_kwargs=True))
-    skipped = layers(model)
+    skipped = tower_layers(model)
     for layer in skipped:
         layer.forward = _as_it_is
 
@@ -126,7 +116,8 @@ def seen_by_projector(
 
     Raises NotCached for a module that is not called once.
     """
-    calls: dict[str, list[Tensor]] = {name: [] for name in readers(model)}
+    modules = readers(model)
+    calls: dict[str, list[Tensor]] = {name: [] for name in modules}
 
     def see(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
         first, *others = [*args, *kwargs.values()]
@@ -136,7 +127,7 @@ def seen_by_projector(
 
     hooks = [
         module.register_forward_pre_hook(partial(see, name), with_kwargs=True)
-        for name, module in readers(model).items()
+        for name, module in modules.items()
     ]
     try:
         made = _embedded(model, inputs)

@@ -200,12 +200,34 @@ def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
 def readers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Name -> module of the projector, the largest ones: what they are called with comes from the
     vision tower."""
-    part_of, found = part_finder(model), {}
-    for name, module in model.named_modules():
+    part_of = part_finder(model)
+
+    def whole(name: str, module: nn.Module) -> bool:
         inner = [f"{name}.{own}" for own, _ in module.named_parameters()]
-        whole = inner and all(part_of(one) == "projector" for one in inner)
+        called = inner and not isinstance(module, nn.ModuleList)
+        return called and all(part_of(one) == "projector" for one in inner)
+
+    return _outermost(model, whole)
+
+
+def tower_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the vision tower."""
+    part_of = part_finder(model)
+
+    def listed(name: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.ModuleList) and part_of(name) == "vision_tower"
+
+    return [layer for one in _outermost(model, listed).values() for layer in one]
+
+
+def _outermost(
+    model: PreTrainedModel, wanted: Callable[[str, nn.Module], bool]
+) -> dict[str, nn.Module]:
+    """Name -> module that is wanted and in no other one that is."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in found)
-        if whole and not inside and not isinstance(module, nn.ModuleList):
+        if not inside and wanted(name, module):
             found[name] = module
     return found
 

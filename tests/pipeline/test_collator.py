@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import turns
 from PIL import ExifTags, Image
 from processors import PROCESSORS, model_of
 from transformers import ProcessorMixin
@@ -18,13 +19,6 @@ from sts.settings import IGNORE_INDEX
 
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 SIZES = {"a.png": (40, 60), "b.jpg": (24, 16), "c.png": (33, 20)}  # width and height
-
-
-def turns(*values: str) -> list[dict]:
-    return [
-        {"from": "gpt" if index % 2 else "human", "value": value}
-        for index, value in enumerate(values)
-    ]
 
 
 ROWS = [

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from PIL import Image
-from processors import PROCESSORS, byte_pairs, images
+from processors import PROCESSORS, byte_level, byte_pairs, images, llava_around
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoProcessor, CLIPImageProcessorPil, Idefics2Processor, LlavaProcessor
-from transformers import PreTrainedTokenizerFast as Fast
+from transformers import AutoProcessor, Idefics2Processor, LlavaProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sts.pipeline.data.conversation import (
@@ -60,17 +59,7 @@ def words() -> Tokenizer:
 
 
 def bytes_alone() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*QUESTIONS, *ANSWERS], trainer)
-    return tokenizer
+    return byte_level(SPECIAL, [*QUESTIONS, *ANSWERS], 300)
 
 
 def like_llama() -> Tokenizer:
@@ -88,22 +77,7 @@ def like_llama() -> Tokenizer:
 
 def joined(tokenizer: Tokenizer) -> LlavaProcessor:
     """64x64 images in patches of 8, so 64 placeholders, as at the mini scale."""
-    side = {"height": 64, "width": 64}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size=side),
-        tokenizer=Fast(
-            tokenizer_object=tokenizer,
-            pad_token="<pad>",
-            unk_token="<unk>",
-            bos_token="<s>",
-            eos_token="</s>",
-            additional_special_tokens=["<image>"],
-        ),
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    return llava_around(tokenizer, 64, 8)
 
 
 TOKENIZERS = (words, bytes_alone, like_llama)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cases import turns
 from datasets import Dataset
 from PIL import Image
 from processors import tiny_processor
@@ -389,13 +390,6 @@ def test_the_manifest_is_a_function_of_the_configuration(prepared_scenes, tmp_pa
 
 
 # --- a user's own data, good and bad ---
-
-
-def turns(*values: str) -> list[dict]:
-    return [
-        {"from": "gpt" if index % 2 else "human", "value": value}
-        for index, value in enumerate(values)
-    ]
 
 
 GOOD = [

@@ -15,7 +15,7 @@ from sts.pipeline.bench import bench
 from sts.pipeline.config import Config
 from sts.pipeline.feed import load_data
 from sts.pipeline.history import read_history
-from sts.pipeline.model import build, freeze
+from sts.pipeline.model import build, freeze, tower_layers
 from sts.pipeline.train import train
 
 BOTH = ["projector", "language_model"]
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_the_tower_or_the_model_is_refused(name)
     loss, grads = learnt(model, batch)
 
     ran = []
-    for layer in features.layers(model):
+    for layer in tower_layers(model):
         layer.register_forward_hook(lambda *call: ran.append(call[1][0] is call[2]))
     given = {features.KEY + reader: tensor.detach() for reader, tensor in found.items()}
     features.skip_tower(model)

@@ -71,6 +71,19 @@ def test_every_other_named_target_plans_its_jobs(project, target, expected):
     assert expected.items() <= jobs.items(), jobs
 
 
+def test_a_checkpoint_in_a_folder_is_one_entry_and_its_files_are_followed(project):
+    whole = project / "whole"
+    whole.mkdir()
+    (whole / "config.json").write_text("{}")
+    (project / "whole.yaml").write_text("model: {family: whole, checkpoint: whole}\n")
+    start = "results/smoke/backbone/dense.json"
+    arguments = (start, "--configfile", SMOKE, "whole.yaml")
+    run(project, None, *arguments)
+    assert planned(project, *arguments, scale=None) == {}
+    (whole / "config.json").write_text("[]")
+    assert planned(project, *arguments, scale=None) == {"backbone": 1}
+
+
 def test_the_paper_scale_is_planned_with_its_processes_and_its_own_data(project):
     said = run(project, "workflow/config/paper.yaml", "-n", "-p", "table_main")
     assert "accelerate launch --num_processes 8 -m sts train" in said

@@ -107,8 +107,8 @@ def bases(group):
 @cache
 def modelled(ablation):
     """The first ablation that starts from the same model: one backbone manifest serves them all."""
-    own = CONFIGS[ablation].model
-    return next(id for id in CONFIGS if CONFIGS[id].model == own)
+    own = settings.config_hash(CONFIGS[ablation].model)
+    return next(id for id in CONFIGS if settings.config_hash(CONFIGS[id].model) == own)
 
 
 @cache
@@ -156,14 +156,18 @@ def features_of(ablation, *stages):
     return once(found)
 
 
-def started_from(wildcards):
-    """The files that a backbone manifest hashes: of a checkpoint in a folder, of the repository's
-    backbones, or of the recipe of those that are trained anew."""
-    model = CONFIGS[wildcards.ablation].model
+def backbone_code(ablation):
+    """What a backbone manifest follows: the repository's backbones, or the recipe of those that are
+    trained anew, byte by byte; of a checkpoint, which may be large, names, sizes and dates."""
+    model, writer = CONFIGS[ablation].model, CODE / "pipeline" / "model.py"
     if model.family == "joined" and model.backbone == "rebuild":
-        return RECIPE
+        return follows.code(writer, *RECIPE)
     folder = Path(model.checkpoint if model.family == "whole" else "data/backbones/mini")
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if model.family == "joined":
+        return follows.code(writer, *files)
+    seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [follows.code(writer), seen]
 
 
 def reader(wildcards):

@@ -39,9 +39,7 @@ rule backbone:
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
         settings=lambda wildcards: settings.config_hash(CONFIGS[wildcards.ablation].model),
-        code=lambda wildcards: follows.code(
-            CODE / "pipeline" / "model.py", *started_from(wildcards)
-        ),
+        code=lambda wildcards: backbone_code(wildcards.ablation),
     message:
         "what {wildcards.ablation} starts from"
     shell:

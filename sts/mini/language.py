@@ -15,18 +15,21 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sts.mini import scenes
-from sts.mini.vision import WIDTH, autocast, batched, patch_places
+from sts.mini.muon import Muon
+from sts.mini.vision import autocast, batched, patch_places
 from sts.pipeline.step import lr_factor
 from sts.settings import IGNORE_INDEX
 
-BATCH = 32  # samples of a step
+BATCH = 24  # samples of a step
+WIDTH, MLP_WIDTH = 64, 192
+FEW = 48  # slots of a picture that most steps show
 
 
 def language_config(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
+        intermediate_size=MLP_WIDTH,
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=2048,
@@ -49,9 +52,9 @@ def slot_ids(tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 
 def written_slots(embed: nn.Embedding, table: Tensor, truth: Tensor) -> Tensor:
-    """Truth [batch, 64, attributes] -> slots [batch, 64, dim], each a sum of word embeddings."""
+    """Truth [batch, 144, attributes] -> slots [batch, 144, dim], each a sum of word embeddings."""
     values = torch.cat([truth, patch_places().expand(len(truth), -1, -1) + 1], -1)
-    ids = table[torch.arange(len(table)), values]  # [batch, 64, attributes + 2]
+    ids = table[torch.arange(len(table)), values]  # [batch, 144, attributes + 2]
     return (embed(ids) * (values > 0)[..., None]).sum(2)
 
 
@@ -80,7 +83,7 @@ def encode_turns(
 def written_batch(
     tokenizer: PreTrainedTokenizerFast, rows: list[dict], captions: int
 ) -> dict[str, Tensor]:
-    """Rows as tensors: truth [batch, 64, attributes]; ids, labels, turn, place [batch, tokens].
+    """Rows as tensors: truth [batch, 144, attributes]; ids, labels, turn, place [batch, tokens].
 
     The first `captions` rows are captioned, the others asked. `place` counts from 0 in every turn.
     """
@@ -117,8 +120,8 @@ def ask(
     """Answer logits [answer tokens, vocabulary] and their labels.
 
     Every turn sees the written picture and itself, not the other turns: they would otherwise be the
-    nearest place to look up a word, and the picture is not learnt to be read. `only` [batch, 64]
-    leaves out the slots where it is false (the curriculum's short pictures); `noise` [batch, 64,
+    nearest place to look up a word, and the picture is not learnt to be read. `only` [batch, 144]
+    leaves out the slots where it is false (the curriculum's short pictures); `noise` [batch, 144,
     dim], in standard deviations of the slots, is added to them; `length` [batch, 1, 1] is a factor
     on them.
     """
@@ -147,32 +150,41 @@ def ask(
     return model.lm_head(hidden[answers]).float(), batch["labels"][answers]
 
 
+def few(truth: Tensor, generator: torch.Generator) -> Tensor:
+    """Truth [batch, 144, attributes] -> [batch, 144] bool, true for `FEW` slots a picture: all
+    centres, then mostly other slots of things, and some of background."""
+    rank = torch.rand(truth.shape[:2], generator=generator)
+    rank = rank + 0.5 * (truth[..., 0] > 0) + 2 * (truth[..., -1] > 0)
+    return rank >= rank.topk(FEW, dim=1).values[:, -1:]
+
+
 def train_language(
     tokenizer: PreTrainedTokenizerFast, steps: int, layers: int, batch: int = BATCH, seed: int = 0
 ) -> LlamaForCausalLM:
     """A decoder that answers about, and captions, written pictures.
 
-    Half of the steps teach to read. Until 3/8 of them all questions, on pictures that grow from a
+    The first third of the steps, to read. Until 3/8 of them all questions, on pictures that grow from a
     slot a thing to all slots of things to all slots. Then two steps of three (from 0.7 on: one) are
     a drill in finding, counting and comparing places (`scenes.drill`), again from short pictures to
     whole ones: without them relations stay at chance, and with nothing else before them colours do.
-    The other half, two legs at half the learning rate, makes every picture's slots 1/2 to 16 times
-    as long: a projector's outputs are about ten times as long as word embeddings. Muon on the
-    matrices (it needed far fewer steps than AdamW here), AdamW on embeddings and norms.
+    The rest, four legs at half the learning rate, makes every picture's slots 1/2 to 16 times as
+    long: a projector's outputs are about ten times as long as word embeddings. Whole pictures are
+    long, so until the second and the fourth leg they have `FEW` slots. Muon on the matrices (it
+    needed far fewer steps than AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("sdpa")
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # a sum of 2 x layers terms
             parameter.data /= math.sqrt(2 * layers)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        Muon(matrices, lr=0.02),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    first, leg = steps // 2, steps // 4
+    first, leg = steps // 3, steps // 6
 
     def rate(step: int) -> float:
         if step < first:
@@ -198,6 +210,8 @@ def train_language(
             only = truth[..., -1] > 0
         elif done < (0.7 if drilling else 1 / 6):
             only = truth[..., 0] > 0
+        if only is None and (done < 1 or (step - first) // leg % 2 == 0):
+            only = few(truth, errors)
         inputs["truth"] = smudge(truth, errors)
         noise = 0.1 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
         length = torch.ones(batch, 1, 1)

@@ -1,4 +1,4 @@
-"""`scenes`: the embedded data set. Seeded 64x64 pictures with captions, questions and ground truth.
+"""`scenes`: the embedded data set. Seeded 72x72 pictures with captions, questions and ground truth.
 
 Everything is integer numpy on a counter-based generator (Philox) keyed by (seed, split, index), so
 the same arguments give the same pixels and words on every machine, and any row can be made alone.
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-VERSION = "3"
-SIZE, PATCH = 64, 8
+VERSION = "4"
+SIZE, PATCH = 72, 6
 GRID = SIZE // PATCH
 
 SHAPES = ["circle", "square", "triangle", "cross", "diamond", "ring"]
@@ -102,7 +102,7 @@ def _pick(rng: np.random.Generator, items: list) -> Any:
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """[64, 64, 3] int16: a dark tint, a slope across it, and noise."""
+    """[72, 72, 3] int16: a dark tint, a slope across it, and noise."""
     tint = rng.integers(20, 85, size=3)
     slope = rng.integers(-24, 25, size=2)
     ramp = np.arange(SIZE)
@@ -112,7 +112,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def _mask(shape: str, cx: int, cy: int, r: int) -> np.ndarray:
-    """[64, 64] bool: the pixels of a shape of radius `r` pixels."""
+    """[72, 72] bool: the pixels of a shape of radius `r` pixels."""
     y, x = np.mgrid[:SIZE, :SIZE]
     dx, dy = x - cx, y - cy
     ax, ay, square = abs(dx), abs(dy), dx * dx + dy * dy
@@ -206,7 +206,7 @@ def _draw_text(rng: np.random.Generator) -> Scene:
 
 def _draw_chart(rng: np.random.Generator) -> Scene:
     image, owner = _background(rng), np.full((SIZE, SIZE), -1, np.int8)
-    base, left, unit = int(rng.integers(54, 61)), int(rng.integers(4, 10)), 9
+    base, left, unit = int(rng.integers(SIZE - 10, SIZE - 3)), int(rng.integers(4, SIZE - 54)), 10
     image[base : base + 2, left - 2 : left + 52] = 160
     image[base - 5 * unit - 2 : base, left - 3 : left - 1] = 160
     while True:
@@ -234,7 +234,7 @@ def _draw_chart(rng: np.random.Generator) -> Scene:
 
 
 def _truth(scene: Scene) -> np.ndarray:
-    """[64, 7] uint8, a row a patch in reading order, a column an entry of `ATTRIBUTES`.
+    """[144, 7] uint8, a row a patch in reading order, a column an entry of `ATTRIBUTES`.
 
     A patch belongs to the thing that covers most of it (at least 1/8), or whose centre it holds;
     value v of attribute a means ATTRIBUTES[a][v - 1], 0 means none.
@@ -261,7 +261,7 @@ def _truth(scene: Scene) -> np.ndarray:
 
 
 def written(truth: np.ndarray) -> list[list[str]]:
-    """The picture in words: for each of the 64 patches what is there, its row and its column.
+    """The picture in words: for each of the 144 patches what is there, its row and its column.
 
     A language model that reads these words slot by slot knows all that a perfect vision tower sees.
     """
@@ -426,8 +426,8 @@ def _pixels(scene: Scene) -> np.ndarray:
 def rows(split: str, count: int, seed: int, turns: int = 5) -> Iterator[dict]:
     """Training rows.
 
-    Yields `count` of {"id", "image": uint8 [64, 64, 3], "caption": str, "qa": [{"question",
-    "answer", "skill", "form"}], "truth": uint8 [64, 7] (see `_truth`)}; about 2/3 objects, 1/6
+    Yields `count` of {"id", "image": uint8 [72, 72, 3], "caption": str, "qa": [{"question",
+    "answer", "skill", "form"}], "truth": uint8 [144, 7] (see `_truth`)}; about 2/3 objects, 1/6
     text, 1/6 charts, with at most `turns` different questions each.
     """
     for index in range(count):
@@ -456,7 +456,7 @@ def rows(split: str, count: int, seed: int, turns: int = 5) -> Iterator[dict]:
         }
 
 
-def drill(split: str, count: int, seed: int, turns: int = 9) -> Iterator[dict]:
+def drill(split: str, count: int, seed: int, turns: int = 6) -> Iterator[dict]:
     """Rows for a language model that learns to find things and to compare places.
 
     As `rows`, but objects only and mostly relations and places ("where is the red ring?", answered
@@ -491,7 +491,7 @@ def drill(split: str, count: int, seed: int, turns: int = 9) -> Iterator[dict]:
 
 
 def benchmark(skill: str, count: int, seed: int) -> list[dict]:
-    """Test rows of one skill: {"id", "image": uint8 [64, 64, 3], "question", "answer", "form"}.
+    """Test rows of one skill: {"id", "image": uint8 [72, 72, 3], "question", "answer", "form"}.
 
     One question a scene; forms take turns and, within a form, each answer comes equally often (up
     to rounding). Raises ValueError for an unknown skill.

@@ -1,8 +1,10 @@
-"""The stand-in for CLIP, trained on the generator's ground truth.
+"""The stand-ins' vision towers, trained on the generator's ground truth.
 
-Every patch is told what it shows, the CLS token which things the picture holds.
+Every feature that a projector is called with is told what its patch shows, and where; a class
+token, which things its view holds.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -11,33 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import LlamaConfig, PreTrainedModel, ProcessorMixin
 
 from sts.mini import scenes
-from sts.mini.words import MEAN, STD
+from sts.mini.families import FAMILIES, build, places_of, put_tower
+from sts.mini.muon import Muon
+from sts.mini.words import make_tokenizer
 from sts.pipeline.device import bf16_is_native
 from sts.pipeline.step import lr_factor
 
-WIDTH = 128  # channels, of the language model too
-BATCH = 48  # pictures of a step
-
-
-def vision_config() -> CLIPVisionConfig:
-    """Five layers: LLaVA reads the fourth (`vision_feature_layer: -2`), CLS learns on the last."""
-    return CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        image_size=scenes.SIZE,
-        patch_size=scenes.PATCH,
-    )
-
-
-def pixels(images: np.ndarray) -> Tensor:
-    """uint8 [batch, 64, 64, 3] -> float [batch, 3, 64, 64], as the image processor does it."""
-    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (scaled - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+BATCH = 16  # pictures of a step
+SIZES = [len(values) + 1 for values in scenes.ATTRIBUTES.values()]  # 0 is "none"
 
 
 def batched(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
@@ -47,15 +33,8 @@ def batched(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
 
 
 def patch_places() -> Tensor:
-    """[64, 2]: row and column of every patch, from 0."""
-    patch = torch.arange(scenes.GRID**2)
-    return torch.stack([patch // scenes.GRID, patch % scenes.GRID], -1)
-
-
-def projected(hidden_states: tuple[Tensor, ...]) -> Tensor:
-    """What the projector will be given: the patches [batch, 64, dim] of the layer before the last,
-    here as unit-variance features."""
-    return F.layer_norm(hidden_states[-2][:, 1:].float(), (WIDTH,))
+    """[144, 2]: row and column of every patch, from 0."""
+    return places_of(torch.arange(scenes.GRID**2))
 
 
 def autocast() -> torch.autocast:
@@ -63,81 +42,170 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_native())
 
 
-def train_vision(
-    steps: int, batch: int = BATCH, seed: int = 0, lr: float = 1.5e-3
-) -> CLIPVisionModel:
-    """Dense supervision: from a patch's feature, each attribute of the thing that it shows, and
-    its row and column (the decoder reads places from the features, not from their order)."""
-    torch.manual_seed(seed)
-    model = CLIPVisionModel(vision_config()).train()
-    model.set_attn_implementation("eager")  # the backward of the fused kernel is slow on a CPU
-    sizes = [len(values) + 1 for values in scenes.ATTRIBUTES.values()]
-    patch_head = nn.Linear(WIDTH, sum(sizes))
-    place_head = nn.Linear(WIDTH, 2 * scenes.GRID)
-    scene_head = nn.Linear(WIDTH, sum(sizes))
-    heads = nn.ModuleList([patch_head, place_head, scene_head])
-    parameters = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: lr_factor(s, steps, 50))
-    rows_of = batched(scenes.rows("vision", steps * batch, seed, turns=1), batch)
-    bar = tqdm(rows_of, "vision", total=steps, mininterval=10)
-    for rows in bar:
-        truth = torch.from_numpy(np.stack([row["truth"] for row in rows])).long()
-        with autocast():
-            out = model(pixels(np.stack([row["image"] for row in rows])), output_hidden_states=True)
-        features = projected(out.hidden_states)
-        logits = patch_head(features).split(sizes, -1)
-        where = place_head(features).unflatten(-1, (2, scenes.GRID))
+def with_tower(
+    family: str, tower: PreTrainedModel | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The family's whole model, with a decoder that is never called, and this tower."""
+    text = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    model, processor = build(family, make_tokenizer(), text)
+    if tower is not None:
+        put_tower(model, family, tower)
+    return model, processor
+
+
+def seen(
+    family: str, model: PreTrainedModel, processor: ProcessorMixin, images: list[np.ndarray]
+) -> tuple[Tensor, Tensor | None]:
+    """What the projector is called with for pictures uint8 [72, 72, 3], as features of unit
+    variance [pictures, features, dim]; and the class tokens [pictures, views, dim], if any."""
+    found: dict[str, Tensor] = {}
+
+    def of_projector(_: nn.Module, args: tuple) -> None:
+        found["features"] = args[0]
+
+    def of_tower(_: nn.Module, args: tuple, out) -> None:
+        if FAMILIES[family].class_token:
+            found["classes"] = out.pooler_output
+
+    hooks = [
+        model.get_submodule(FAMILIES[family].projector).register_forward_pre_hook(of_projector),
+        model.get_submodule(FAMILIES[family].tower).register_forward_hook(of_tower),
+    ]
+    with autocast():
+        model.get_image_features(**processor.image_processor(images=images, return_tensors="pt"))
+    for hook in hooks:
+        hook.remove()
+    features, classes = found["features"], found.get("classes")
+    features = F.layer_norm(features.float(), features.shape[-1:])
+    features = features.reshape(len(images), -1, features.shape[-1])
+    if classes is not None:
+        classes = classes.float().view(len(images), -1, classes.shape[-1])
+    return features, classes
+
+
+def shown(family: str, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Truth [batch, 144, attributes] -> that of each feature [batch, features, attributes], and its
+    place [batch, features, 2]."""
+    patches, places = FAMILIES[family].shows(truth)
+    return truth.gather(1, patches[..., None].expand(-1, -1, truth.shape[-1])), places
+
+
+def truth_of(rows: list[dict]) -> Tensor:
+    """[batch, 144, attributes]"""
+    return torch.from_numpy(np.stack([row["truth"] for row in rows])).long()
+
+
+def wave_places(tower: nn.Module) -> None:
+    """Let learned position embeddings begin as waves over rows and columns, which tell what lies
+    side by side; a tower without any is left as it is."""
+    for name, table in tower.named_parameters():
+        if name.endswith("position_embedding.weight"):
+            side = torch.arange(math.isqrt(len(table)))
+            rates = torch.pi / 2 * 0.5 ** torch.linspace(0, 5, table.shape[1] // 4)
+            angles = torch.cartesian_prod(side, side)[..., None] * rates
+            waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+            table.data[-len(waves) :] = 0.3 * waves  # the class token's comes first
+
+
+def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
+    """Of what features say [batch, features, values of all attributes] about what they show [batch,
+    features, attributes]."""
+    things = truth[..., 0] > 0
+    total = torch.zeros(())
+    for index, part in enumerate(logits.split(SIZES, -1)):
         # nine patches of ten show background: they weigh a tenth, or the things are learnt late;
         # an attribute is asked for only where it applies; centres, which counting hangs on, triply
-        things = truth[..., 0] > 0
-        weight = torch.where(things, 1.0, 0.1)
-        weights = [weight, *((truth[..., i] > 0).float() for i in range(1, len(sizes) - 1)), things]
-        factors = [1.0] * (len(sizes) - 1) + [3.0]
-        loss = sum(
-            (
-                F.cross_entropy(part.movedim(-1, 1), truth[..., i], reduction="none") * weights[i]
-            ).sum()
-            * factors[i]
-            / weights[i].sum().clamp(min=1)
-            for i, part in enumerate(logits)
-        )
-        place = patch_places().expand(len(rows), -1, -1)
-        loss = loss + F.cross_entropy(where.movedim(-1, 1), place)
-        present = torch.cat(
-            [F.one_hot(truth[..., i], n).amax(1) for i, n in enumerate(sizes)], -1
-        ).float()
-        seen = scene_head(out.pooler_output.float())
-        loss = loss + F.binary_cross_entropy_with_logits(seen, present)
-        optimizer.zero_grad()
+        weight, factor = (truth[..., index] > 0).float(), 1.0
+        if index == 0:
+            weight = torch.where(things, 1.0, 0.1)
+        elif index == len(SIZES) - 1:
+            weight, factor = things.float(), 3.0
+        losses = F.cross_entropy(part.movedim(-1, 1), truth[..., index], reduction="none")
+        total = total + factor * (losses * weight).sum() / weight.sum().clamp(min=1)
+    return total
+
+
+def train_vision(
+    family: str, steps: int, batch: int = BATCH, seed: int = 0, losses: list[float] | None = None
+) -> PreTrainedModel:
+    """A family's tower, by dense supervision: from a feature, each attribute of the thing that its
+    patch shows, and its row and column (the decoder reads places from the features, not from their
+    order). `losses` gets that of each step."""
+    torch.manual_seed(seed)
+    model, processor = with_tower(family)
+    tower = model.get_submodule(FAMILIES[family].tower).train()
+    # in bf16 on a CPU the backward of fused attention takes longer than all the rest
+    model.set_attn_implementation("eager" if bf16_is_native() else "sdpa")
+    wave_places(tower)
+    width = tower.config.hidden_size
+    _, places = shown(family, torch.zeros(1, scenes.GRID**2, len(SIZES), dtype=torch.long))
+    spots = int(places.max()) + 1
+    patch_head = nn.Linear(width, sum(SIZES))
+    place_head = nn.Linear(width, 2 * spots)
+    scene_head = nn.Linear(width, sum(SIZES))
+    heads = [*patch_head.parameters(), *place_head.parameters(), *scene_head.parameters()]
+    unused = set(model.get_submodule(FAMILIES[family].projector).parameters())  # in Qwen's tower
+    named = [(name, p) for name, p in tower.named_parameters() if p not in unused]
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        Muon(matrices, lr=0.02),
+        torch.optim.AdamW([*others, *heads], lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.02),
+    ]
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, 50))
+        for optimizer in optimizers
+    ]
+    rows_of = batched(scenes.rows("vision", steps * batch, seed, turns=1), batch)
+    bar = tqdm(rows_of, f"vision {family}", total=steps, mininterval=10)
+    for rows in bar:
+        features, classes = seen(family, model, processor, [row["image"] for row in rows])
+        truth, places = shown(family, truth_of(rows))
+        where = place_head(features).unflatten(-1, (2, spots))
+        loss = loss_of(patch_head(features), truth)
+        loss = loss + F.cross_entropy(where.movedim(-1, 1), places)
+        if classes is not None:
+            held = truth.view(*classes.shape[:2], -1, len(SIZES))  # by view
+            held = [F.one_hot(held[..., i], size).amax(2) for i, size in enumerate(SIZES)]
+            loss = loss + F.binary_cross_entropy_with_logits(
+                scene_head(classes), torch.cat(held, -1).float()
+            )
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
+        nn.utils.clip_grad_norm_([*matrices, *others, *heads], 1.0)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        if losses is not None:
+            losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return model.eval()
+    return tower.eval()
 
 
 @torch.no_grad()
-def seeing(model: CLIPVisionModel, rows: int = 768) -> dict[str, float]:
-    """Share of patches that show a thing of which a linear probe (discriminant analysis, fitted on
-    three quarters of the pictures) names an attribute rightly; of those only that have it."""
+def seeing(family: str, tower: PreTrainedModel, rows: int = 768) -> dict[str, float]:
+    """Share of features that show a thing of which a linear probe (discriminant analysis, fitted on
+    three quarters of the pictures) names an attribute rightly, of those only that have it; and its
+    row and column."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis  # only a rebuild needs it
 
+    model, processor = with_tower(family, tower)
     pictures = list(scenes.rows("seeing", rows, 0, turns=1))
-    outputs = (
-        model(pixels(np.stack([row["image"] for row in part])), output_hidden_states=True)
-        for part in batched(iter(pictures), 64)
-    )
-    seen = torch.cat([projected(out.hidden_states) for out in outputs]).numpy()
-    truth = np.stack([row["truth"] for row in pictures])
-    fitted = 3 * rows // 4
-    shares = {}
-    for index, name in enumerate(scenes.ATTRIBUTES):
-        asked = truth[..., 0 if name == "centre" else index] > 0
+    features = torch.cat(
+        [
+            seen(family, model.eval(), processor, [row["image"] for row in part])[0]
+            for part in batched(iter(pictures), 64)
+        ]
+    ).numpy()
+    told = torch.cat(shown(family, truth_of(pictures)), -1).numpy()
+    things, fitted, shares = told[..., 0] > 0, 3 * rows // 4, {}
+    for index, name in enumerate([*scenes.ATTRIBUTES, "row", "column"]):
+        answer = told[..., index]
+        asked = things if name in ("centre", "row", "column") else answer > 0
         known, judged = asked[:fitted], asked[fitted:]
         probe = LinearDiscriminantAnalysis()
-        probe.fit(seen[:fitted][known], truth[:fitted, :, index][known])
-        right = probe.score(seen[fitted:][judged], truth[fitted:, :, index][judged])
+        probe.fit(features[:fitted][known], answer[:fitted][known])
+        right = probe.score(features[fitted:][judged], answer[fitted:][judged])
         shares[name] = round(float(right), 3)
     return shares

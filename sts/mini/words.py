@@ -1,16 +1,13 @@
-"""What the stand-ins take for words and pictures: tokenizer and processor."""
+"""What the stand-ins take for words."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import PreTrainedTokenizerFast
 
 from sts.mini import scenes
-from sts.pipeline.data.conversation import CHAT_TEMPLATE
 
 EXTRA_WORDS = (
     "does the image contain not present in shape rectangle gray black teal brown true false or"
 )
-MEAN, STD = [0.5] * 3, [0.25] * 3  # of a pixel's channels
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -41,19 +38,4 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
         model_max_length=2048,
-    )
-
-
-def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Images squashed to 64x64, 64 placeholders an image, our chat template."""
-    side = {"height": scenes.SIZE, "width": scenes.SIZE}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size=side, crop_size=side, do_center_crop=False, image_mean=MEAN, image_std=STD
-        ),
-        tokenizer=tokenizer,
-        patch_size=scenes.PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
     )

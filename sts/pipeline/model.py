@@ -173,7 +173,7 @@ def pretrained_processor(
         patch_size=vision.config.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
     )
 
 

@@ -22,6 +22,7 @@ from sts.vtc import KINDS
 FOLDER = Path("workflow/schemas")
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 NAMES = {"pattern": f"^{NAME.pattern}$"}
+OVERRIDDEN = {"evaluate": "EvaluateConfig", "model": "ModelConfig"}  # besides stages
 SHARE = {"minimum": 0, "maximum": 1}
 ACCEPTED: dict[type, dict[str, Any]] = {  # what sts.settings checks, key by key
     VTC: {
@@ -72,9 +73,11 @@ def schemas() -> dict[str, dict[str, Any]]:
         "propertyNames": NAMES | {"not": {"enum": list(RESERVED)}},
     }
     entry["properties"]["overrides"] |= {
-        "properties": {"evaluate": {"$ref": "#/$defs/EvaluateConfig"}},
+        "properties": {
+            name: {"$ref": f"#/$defs/{block}"} for name, block in OVERRIDDEN.items()
+        },
         "additionalProperties": stage,
-        "propertyNames": NAMES | {"not": {"enum": [n for n in RESERVED if n != "evaluate"]}},
+        "propertyNames": NAMES | {"not": {"enum": [n for n in RESERVED if n not in OVERRIDDEN]}},
     }
     table = {
         "description": "Id -> a named delta of a scale; the first is the baseline.",

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AutoProcessor,
     AutoTokenizer,
     CLIPVisionModel,
     LlamaForCausalLM,
@@ -23,13 +22,6 @@ from sts.mini.backbone import rebuild
 from sts.mini.words import make_tokenizer
 from sts.pipeline.config import MINI, load_scale
 from sts.pipeline.model import SHIPPED
-
-
-def test_pixels_equal_the_image_processor():
-    processor = AutoProcessor.from_pretrained(SHIPPED / "processor")
-    image = next(scenes.rows("align", 1, 0))["image"]
-    theirs = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(vision.pixels(image[None]), theirs, atol=1e-5, rtol=0)
 
 
 def test_tokenizer_has_one_token_a_word_and_spells_the_rest():
@@ -71,10 +63,8 @@ def test_a_turn_sees_the_picture_and_itself_only():
     np.testing.assert_allclose(logits[0][-last:], logits[1][-last:], atol=1e-5)
 
 
-def test_a_few_steps_of_both_trainings():
+def test_a_few_steps_of_the_decoder():
     torch.set_num_threads(1)
-    seen = vision.train_vision(2, batch=4)
-    assert not seen.training and all(torch.isfinite(p).all() for p in seen.parameters())
     model = language.train_language(make_tokenizer(), steps=6, layers=2, batch=4)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -84,7 +74,10 @@ def quality_of(folder: Path) -> dict[str, dict[str, float]]:
     tower = CLIPVisionModel.from_pretrained(folder / "vision", dtype=torch.float32)
     decoder = LlamaForCausalLM.from_pretrained(folder / "language", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "processor")
-    return {"seeing": vision.seeing(tower), "reading": language.reading(decoder, tokenizer)}
+    return {
+        "seeing": vision.seeing("llava", tower),
+        "reading": language.reading(decoder, tokenizer),
+    }
 
 
 @pytest.mark.slow

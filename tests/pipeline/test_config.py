@@ -149,14 +149,14 @@ WRONG = {
     ),
     "rate that leaves no layer": (
         "{align: {lds: {policy: layerdrop, rate: 0.95}}}",
-        "align.lds.rate", "at most 0.875, so that one of 8 layers always runs",
+        "align.lds.rate", "at most 0.916, so that one of 12 layers always runs",
     ),
     "all layers protected": (
-        "{instruct: {lds: {policy: layerdrop, rate: 0.5, protect_first: 8}}}",
-        "instruct.lds.protect_first", "fewer than the 8 layers",
+        "{instruct: {lds: {policy: layerdrop, rate: 0.5, protect_first: 12}}}",
+        "instruct.lds.protect_first", "fewer than the 12 layers",
     ),
     "more layers protected than there are": (
-        "{instruct: {lds: {protect_last: 9}}}", "instruct.lds.protect_last", "at most 8 layers",
+        "{instruct: {lds: {protect_last: 13}}}", "instruct.lds.protect_last", "at most 12 layers",
     ),
     "rate without a policy": ("{align: {lds: {rate: 0.5}}}", "align.lds.rate", "policy is none"),
     "unknown policy": ("{align: {lds: {policy: luck}}}", "align.lds.policy", "sts, layerdrop"),

@@ -191,7 +191,7 @@ def test_a_rebuild_is_estimated_with_the_samples_that_the_recipe_trains(
     whole = load_scale(scale)
     shape = cost.shape_of(estimate.model_config(whole))
     text, answer = estimate.tokens(whole.stage("instruct"), whole.data)
-    sizes = {"visual_tokens": 64, "text_tokens": text, "answer_tokens": answer, "trains": BOTH}
+    sizes = {"visual_tokens": 144, "text_tokens": text, "answer_tokens": answer, "trains": BOTH}
     vision = cost.flop_parts(shape, batch=100 * RECIPE["vision"], **sizes)
     language = cost.flop_parts(shape, batch=50 * RECIPE["language"], **sizes)
     flops = 3 * vision["vision"] + language["decoder"] + language["head"]

@@ -256,7 +256,7 @@ def test_every_question_is_asked_with_its_image_and_once_more_with_a_grey_one(me
     assert asked == Counter(2 * [f"<image>\n{row['question']}" for row in rows])
     grey = [image for _, _, [image] in oracle.shown if (image == GREY).all()]
     assert len(grey) == len(oracle.shown) / 2 == 40
-    assert {image.shape for _, _, [image] in oracle.shown} == {(64, 64, 3)}
+    assert {image.shape for _, _, [image] in oracle.shown} == {(72, 72, 3)}
 
 
 def test_decoding_is_greedy_and_as_long_as_configured(measure):

@@ -35,7 +35,7 @@ def test_the_picture_is_what_the_tower_sees(kept, prepared):
 
     rows = load_dataset("parquet", data_files=str(prepared.parent / "align.parquet"), split="train")
     with Image.open(io.BytesIO(base64.b64decode(kept["picture"]))) as picture:
-        assert picture.tobytes() == rows[0]["image"].convert("RGB").tobytes()  # 64 x 64 already
+        assert picture.tobytes() == rows[0]["image"].convert("RGB").tobytes()  # 72 x 72 already
 
 
 def test_a_missing_manifest_is_named(backbone, prepared, tmp_path):

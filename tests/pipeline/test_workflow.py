@@ -47,7 +47,10 @@ def members(group: str) -> int:
 
 @pytest.mark.parametrize("group", get_args(GROUPS))
 def test_a_table_plans_the_runs_that_it_shows(project, group):
-    jobs, shown = planned(project, f"table_{group}" if "real" not in group else group), members(group)
+    jobs, shown = (
+        planned(project, f"table_{group}" if "real" not in group else group),
+        members(group),
+    )
     assert {"table": 1, "timing": 1, "evaluate": shown}.items() <= jobs.items()
     assert jobs["train"] + jobs.get("share", 0) >= 2 * shown
     assert jobs["train"] <= 2 * shown + 1

@@ -163,10 +163,11 @@ def train_language(
 ) -> LlamaForCausalLM:
     """A decoder that answers about, and captions, written pictures.
 
-    The first third of the steps, to read. Until 3/8 of them all questions, on pictures that grow from a
-    slot a thing to all slots of things to all slots. Then two steps of three (from 0.7 on: one) are
-    a drill in finding, counting and comparing places (`scenes.drill`), again from short pictures to
-    whole ones: without them relations stay at chance, and with nothing else before them colours do.
+    The first third of the steps is to read. Until 3/8 of them all questions, on pictures that grow
+    from a slot a thing to all slots of things to all slots. Then two of three (from 0.7 on: one)
+    are a drill in finding, counting and comparing places (`scenes.drill`), again from short
+    pictures to whole ones: without them relations stay at chance, and with nothing else before them
+    colours do.
     The rest, four legs at half the learning rate, makes every picture's slots 1/2 to 16 times as
     long: a projector's outputs are about ten times as long as word embeddings. Whole pictures are
     long, so until the second and the fourth leg they have `FEW` slots. Muon on the matrices (it

@@ -112,10 +112,10 @@ rule rebuild:
 rule rebuild_whole:
     output:
         "<results>/backbone_rebuilt/{family}.json",
-    wildcard_constraints:
-        family="|".join(WHOLE_STANDINS),
     log:
         "<results>/logs/backbone_rebuilt/{family}.log",
+    wildcard_constraints:
+        family="|".join(WHOLE_STANDINS),
     conda:
         "../../envs/sts.yaml"
     threads: BASE.model.threads

@@ -7,7 +7,6 @@ from sts.pipeline.config import DataConfig
 from sts.pipeline.data.registry import DataSet
 from sts.pipeline.data.rows import Rows, conversation
 
-
 TURNS = 9  # of a conversation: questions are few tokens beside the image
 
 

@@ -23,6 +23,7 @@ from sts.settings import IGNORE_INDEX
 BATCH = 24  # samples of a step
 WIDTH, MLP_WIDTH = 64, 192
 FEW = 48  # slots of a picture that most steps show
+LAST = 4  # of the legs, from 0
 
 
 def language_config(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaConfig:
@@ -163,15 +164,16 @@ def train_language(
 ) -> LlamaForCausalLM:
     """A decoder that answers about, and captions, written pictures.
 
-    The first third of the steps is to read. Until 3/8 of them all questions, on pictures that grow
+    Two sevenths of the steps are to read. Until 3/8 of them all questions, on pictures that grow
     from a slot a thing to all slots of things to all slots. Then two of three (from 0.7 on: one)
     are a drill in finding, counting and comparing places (`scenes.drill`), again from short
     pictures to whole ones: without them relations stay at chance, and with nothing else before them
     colours do.
-    The rest, four legs at half the learning rate, makes every picture's slots 1/2 to 16 times as
-    long: a projector's outputs are about ten times as long as word embeddings. Whole pictures are
-    long, so until the second and the fourth leg they have `FEW` slots. Muon on the matrices (it
-    needed far fewer steps than AdamW here), AdamW on embeddings and norms.
+    The rest, five legs at half the learning rate, makes every picture's slots 1/2 to 16 times as
+    long: a projector's outputs are about ten times as long as word embeddings. Whole pictures take
+    long, so they come in every other leg, else they have `FEW` slots. The last leg is for captions,
+    which a projector is aligned with: before it the decoder read places but hardly wrote them.
+    Muon on the matrices (it needed far fewer steps than AdamW here), AdamW on embeddings and norms.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
@@ -185,7 +187,7 @@ def train_language(
         Muon(matrices, lr=0.02),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    first, leg = steps // 3, steps // 6
+    first, leg = 2 * steps // 7, steps // 7
 
     def rate(step: int) -> float:
         if step < first:
@@ -201,9 +203,10 @@ def train_language(
     for step in bar:
         done = step / first
         drilling = done >= 3 / 8 and (step % 3 == 0 or (step % 3 == 1 and done < 0.7))
+        legs = (step - first) // leg
         if done >= 1:
-            drilling = step % 2 == 0
-        captions = 0 if drilling else batch // 8
+            drilling = step % (4 if legs == LAST else 2) == 0
+        captions = 0 if drilling else batch // (2 if legs == LAST else 8)
         inputs = written_batch(tokenizer, next(drills if drilling else mixed), captions)
         truth = inputs["truth"]
         only = None
@@ -211,7 +214,8 @@ def train_language(
             only = truth[..., -1] > 0
         elif done < (0.7 if drilling else 1 / 6):
             only = truth[..., 0] > 0
-        if only is None and (done < 1 or (step - first) // leg % 2 == 0):
+        whole = step % 2 if legs == LAST else legs % 2
+        if only is None and (done < 1 or not whole):
             only = few(truth, errors)
         inputs["truth"] = smudge(truth, errors)
         noise = 0.1 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
@@ -220,10 +224,10 @@ def train_language(
             length = 2 ** torch.empty(batch, 1, 1).uniform_(-1, 4, generator=errors)
         with autocast():
             logits, labels = ask(model, tokenizer, table, inputs, only, noise, length)
-        # the end token and the words of a caption are easy and many
+        # the end token is easy, and so are the many words of a caption but for its places
         row = (inputs["labels"] != IGNORE_INDEX).nonzero()[:, 0]
         weight = torch.where(labels == tokenizer.eos_token_id, 0.2, 1.0)
-        weight = torch.where(row < captions, 0.3, weight)
+        weight = torch.where(row < captions, 1.0 if legs == LAST else 0.3, weight)
         losses = F.cross_entropy(logits, labels, reduction="none") * weight
         loss = losses.sum() / weight.sum()
         model.zero_grad()

@@ -12,8 +12,8 @@ from sts.pipeline.config import load_ablations, load_scale, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
-    "prepare", "backbone", "features", "train", "evaluate", "bench", "tokens", "table", "figure",
-    "summary", "estimate", "ui", "reap", "close", "config",
+    "prepare", "backbone", "smollm2", "features", "train", "evaluate", "bench", "tokens", "table",
+    "figure", "summary", "estimate", "ui", "reap", "close", "config",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_config_prints_the_papers_formula_with_its_values_and_reads_back(tmp_pat
     (formula,) = [line for line in said.splitlines() if line.startswith("#")]
     assert formula == (
         "# instruct.lds, t = share of the stage done: p_l(t) = 0.6 * (1 - t)^2 * "
-        "(1 + 0.5 (2 l - 7) / 7), l = 0 .. 7; t in steps; draw: independent; unit: layer"
+        "(1 + 0.5 (2 l - 11) / 11), l = 0 .. 11; t in steps; draw: independent; unit: layer"
     )
     (tmp_path / "printed.yaml").write_text(said)
     mine = load_scale(ROOT / "workflow/config/mini.yaml")

@@ -184,7 +184,7 @@ WRONG = {
         "{align: {trains: [lora, language_model]}}", "align.trains", "lora or language_model",
     ),
     "a rate for some parts": (
-        "{instruct: {lr: {projector: 1e-3}}}", "instruct.lr", "one for each of projector, language",
+        "{align: {lr: {vision_tower: 1e-3}}}", "align.lr", "one for each of projector",
     ),
     "a rate of 0": ("{align: {lr: 0}}", "align.lr", "greater than 0"),
     "no start": ("{align: {init: luck}}", "align.init", "one of backbone, instruct"),
@@ -307,7 +307,7 @@ def test_features_are_cached_as_long_as_nothing_has_trained_the_tower(tmp_path, 
     ).reads_features("align")
     for overrides, expected in (
         ("{}", [True, True]),
-        (f"{{instruct: {tower}}}", [True, False]),
+        (f"{{instruct: {tower[:-1]}, lr: 1e-3}}}}", [True, False]),
         (f"{{align: {tower}}}", [False, False]),  # it starts from another tower
     ):
         config = resolved(tmp_path, cached, overrides)

@@ -27,6 +27,7 @@ from processors import tiny_processor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sts.mini import scenes
+from sts.mini.sets.scenes import TURNS
 from sts.pipeline.config import MINI, Config, datasets, deep_merge, load_yaml, validate
 from sts.pipeline.data import source
 from sts.pipeline.data.collator import (
@@ -375,7 +376,7 @@ def test_align_asks_for_the_caption_and_instruct_asks_every_question(prepared_sc
         ]  # fmt: skip
         assert np.array_equal(np.asarray(row["image"]), scene["image"])
     for row, scene in zip(
-        rows_of(prepared_scenes, "instruct"), scenes.rows("instruct", 10, 3), strict=True
+        rows_of(prepared_scenes, "instruct"), scenes.rows("instruct", 10, 3, TURNS), strict=True
     ):
         assert len(row["conversations"]) == 2 * len(scene["qa"]) > 0
         assert row["conversations"][-1]["value"] == scene["qa"][-1]["answer"]

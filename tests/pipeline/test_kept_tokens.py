@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 from PIL import Image
+from processors import IMAGE
 
 from sts.pipeline.kept_tokens import kept_tokens
 from sts.vtc import KINDS
@@ -35,7 +36,8 @@ def test_the_picture_is_what_the_tower_sees(kept, prepared):
 
     rows = load_dataset("parquet", data_files=str(prepared.parent / "align.parquet"), split="train")
     with Image.open(io.BytesIO(base64.b64decode(kept["picture"]))) as picture:
-        assert picture.tobytes() == rows[0]["image"].convert("RGB").tobytes()  # 72 x 72 already
+        shown = rows[0]["image"].convert("RGB").resize((IMAGE, IMAGE), Image.Resampling.BICUBIC)
+        assert picture.tobytes() == shown.tobytes()
 
 
 def test_a_missing_manifest_is_named(backbone, prepared, tmp_path):

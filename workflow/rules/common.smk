@@ -50,7 +50,7 @@ def checked():
 BASE, CONFIGS, ABLATIONS = checked()
 BASELINE = next(iter(CONFIGS))
 RESULTS = f"results/{BASE.scale}"
-TABLES = ["main", "components", "compressor", "skipper", "architectures"]
+TABLES = ["main", "components", "compressor", "skipper"]
 FIGURES = ["pareto", "loss", "layers", "tokens"]
 GPUS = gpu_count()
 CODE = settings.CODE

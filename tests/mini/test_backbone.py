@@ -95,7 +95,7 @@ def test_shipped_backbones_are_as_good_as_is_said():
 def test_a_rebuild_cut_short_learns_to_see_and_to_read(tmp_path):
     """A kind is 1 in 8, an untrained decoder answers nothing rightly."""
     scale, out = tmp_path / "scale.yaml", tmp_path / "manifest.json"
-    scale.write_text("model: {layers: 2, vision_steps: 200, language_steps: 60, threads: 1}")
+    scale.write_text("model: {layers: 2, vision_steps: 200, language_steps: 140, threads: 1}")
     command = ["backbone", "--rebuild", "--config", str(scale), "--out", str(out)]
     assert main(command) == 0
     folder = Path(json.loads(out.read_text())["vision"]).parent

@@ -33,6 +33,7 @@ IMAGE_PART = {
     ),
     "qwen2_5_vl": (144, "<|vision_start|>" + "<|image_pad|>" * 144 + "<|vision_end|>"),
 }
+SLOW = pytest.mark.slow
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -105,7 +106,14 @@ def test_a_tower_comes_back_from_the_checkpoint(family, folders):
             torch.testing.assert_close(saved[name], value.half().float())
 
 
-@each_family
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava",
+        "idefics3",
+        *(pytest.param(name, marks=SLOW) for name in ("llava_next", "qwen2_5_vl")),
+    ],
+)
 def test_a_checkpoint_is_trained_by_the_scheme_and_asked_with_all_it_has(
     family, folders, prepared, tmp_path, monkeypatch
 ):

@@ -25,7 +25,7 @@ def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed") / "bench.json"
     settings = [COMPRESSED, SKIPPED, f"{COMPRESSED}+{SKIPPED}"]
     found = speed(
-        "llava-1.5-7b", settings, out, layers=4, width=1 / 32, batch=1, text=8, repeats=2,
+        "llava-1.5-7b", settings, out, layers=4, width=1 / 32, batch=1, text=8, repeats=1,
         checkpointing=[False, True],
     )  # fmt: skip
     assert json.loads(out.read_text()) == found

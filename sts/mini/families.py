@@ -278,7 +278,7 @@ def qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> P
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(
-        steps=2600,
+        steps=3900,
         tower="model.vision_tower",
         projector="model.multi_modal_projector",
         config=llava,
@@ -288,7 +288,7 @@ FAMILIES: dict[str, Family] = {
         tokens={"image_token": "<image>"},
     ),
     "llava_next": Family(
-        steps=2000,
+        steps=3000,
         tower="model.vision_tower",
         projector="model.multi_modal_projector",
         config=llava_next,
@@ -298,7 +298,7 @@ FAMILIES: dict[str, Family] = {
         tokens={"image_token": "<image>"},
     ),
     "idefics3": Family(
-        steps=1400,
+        steps=2100,
         tower="model.vision_model",
         projector="model.connector",
         config=idefics3,
@@ -312,7 +312,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen2_5_vl": Family(
-        steps=1400,
+        steps=2100,
         tower="model.visual",
         projector="model.visual.merger",
         config=qwen2_5_vl,

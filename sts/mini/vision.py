@@ -125,12 +125,25 @@ def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
     return total
 
 
+def pictures(count: int, seed: int, words_from: int) -> Iterator[dict]:
+    """Rows of pictures; after the first `words_from` every second shows a word, not every sixth:
+    letters are learnt last."""
+    wanted = iter(range(count))
+    for index, row in enumerate(scenes.rows("vision", 10**9, seed, turns=1)):
+        if index >= words_from and row["qa"][0]["skill"] != "text" and index % 5:
+            continue
+        if next(wanted, None) is None:
+            return
+        yield row
+
+
 def train_vision(
     family: str, steps: int, batch: int = BATCH, seed: int = 0, losses: list[float] | None = None
 ) -> PreTrainedModel:
     """A family's tower, by dense supervision: from a feature, each attribute of the thing that its
     patch shows, and its row and column (the decoder reads places from the features, not from their
-    order). `losses` gets that of each step."""
+    order). Two thirds of the steps are one leg; in the other, at half the learning rate, every
+    second picture is a word. `losses` gets that of each step."""
     torch.manual_seed(seed)
     model, processor = with_tower(family)
     tower = model.get_submodule(FAMILIES[family].tower).train()
@@ -152,11 +165,15 @@ def train_vision(
         Muon(matrices, lr=0.02),
         torch.optim.AdamW([*others, *heads], lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.02),
     ]
-    schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, 50))
-        for optimizer in optimizers
-    ]
-    rows_of = batched(scenes.rows("vision", steps * batch, seed, turns=1), batch)
+    first = 2 * steps // 3
+
+    def rate(step: int) -> float:
+        if step < first:
+            return lr_factor(step, first, 50)
+        return lr_factor(step - first, steps - first, 50) / 2
+
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    rows_of = batched(pictures(steps * batch, seed, first * batch), batch)
     bar = tqdm(rows_of, f"vision {family}", total=steps, mininterval=10)
     for rows in bar:
         features, classes = seen(family, model, processor, [row["image"] for row in rows])

@@ -196,7 +196,7 @@ class ModelConfig(Block):
     """Layer of the vision tower whose features are projected."""
     layers: Count = 12
     """Decoder layers of the language model; what skip rates are checked against."""
-    vision_steps: Count = 2600
+    vision_steps: Count = 3900
     """Training steps of the vision tower of `rebuild`."""
     language_steps: Count = 6300
     """Training steps of the language model of `rebuild`."""

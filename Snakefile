@@ -50,34 +50,10 @@ rule all:
 
 
 # Named targets: `snakemake --cores all NAME`.
-for name in TABLES:
+for name, files in TARGETS.items():
 
     rule:
         name:
-            f"table_{name}"
+            name
         input:
-            tables([name]),
-
-
-for name in FIGURES:
-
-    rule:
-        name:
-            f"fig_{name}"
-        input:
-            figures([name]),
-
-
-rule ablations:
-    input:
-        tables(TABLES),
-
-
-rule real:
-    input:
-        tables(["real"]),
-
-
-rule real_lm:
-    input:
-        tables(["real_lm"]),
+            files,

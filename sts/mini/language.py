@@ -187,7 +187,7 @@ def train_language(
         Muon(matrices, lr=0.02),
         torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
-    first, leg = 2 * steps // 7, steps // 7
+    first, leg = max(2 * steps // 7, 1), max(steps // 7, 1)
 
     def rate(step: int) -> float:
         if step < first:

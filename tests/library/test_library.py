@@ -52,7 +52,7 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["own_loop", "trainer"])
+@pytest.mark.parametrize("name", ["own_loop", pytest.param("trainer", marks=pytest.mark.slow)])
 def test_examples_run(name, model_folder, tmp_path):
     example = ROOT / "examples" / f"{name}.py"
     text = example.read_text()

@@ -348,8 +348,10 @@ COMMAND = f"snakemake --report results/smoke/report.html --configfile {SMOKE}"
     ("flags", "missing", "env", "expected"),
     [
         ([], [], {}, COMMAND),
-        (["--use-conda"], ["torch"], {}, COMMAND),
-        ([], ["pygments"], {}, f"pip install pygments; {COMMAND}"),
+        pytest.param(["--use-conda"], ["torch"], {}, COMMAND, marks=pytest.mark.slow),
+        pytest.param(
+            [], ["pygments"], {}, f"pip install pygments; {COMMAND}", marks=pytest.mark.slow
+        ),
         ([], [], {"MAKELEVEL": "1"}, "make report SCALE=smoke"),
     ],
     ids=["bare", "conda", "no pygments", "make"],

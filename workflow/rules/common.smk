@@ -51,6 +51,7 @@ BASE, CONFIGS, ABLATIONS = checked()
 BASELINE = next(iter(CONFIGS))
 RESULTS = f"results/{BASE.scale}"
 TABLES = ["main", "components", "compressor", "skipper"]
+REAL = ["real", "real_lm"]  # tables that need a mirror or the internet
 FIGURES = ["pareto", "loss", "layers", "tokens"]
 GPUS = gpu_count()
 CODE = settings.CODE
@@ -82,7 +83,7 @@ wildcard_constraints:
     stage="|".join(dict.fromkeys(name for one in CONFIGS.values() for name in one.stages)),
     dataset=r"[a-z][a-z0-9_]*",
     split="|".join(settings.SPLITS),
-    group="|".join([*TABLES, "real", "real_lm"]),
+    group="|".join([*TABLES, *REAL]),
     figure="|".join(FIGURES),
 
 
@@ -240,6 +241,14 @@ def tables(names):
 
 def figures(names):
     return [f"{RESULTS}/figures/{name}.svg" for name in names]
+
+
+TARGETS = {
+    **{f"table_{name}": tables([name]) for name in TABLES},
+    **{f"fig_{name}": figures([name]) for name in FIGURES},
+    **{name: tables([name]) for name in REAL},
+    "ablations": tables(TABLES),
+}
 
 
 def code(*files):

@@ -32,11 +32,7 @@ def backbone(args: argparse.Namespace) -> None:
     if args.rebuild or model.backbone == "rebuild":
         from sts.mini.backbone import rebuilt
 
-        folder = rebuilt(model, args.out.parent, args.family)
-        part = {"backbone": "rebuild"}
-        if args.family:
-            part = {"family": "whole", "checkpoint": str(folder), "fresh": ["projector"]}
-        model = model.model_copy(update=part)
+        model, folder = rebuilt(model, args.out.parent, args.rebuild or "llava")
     write_manifest(model, args.out, folder)
 
 
@@ -256,9 +252,10 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset", required=True, metavar="NAME")
     add = verb(backbone)
     paths(add, config="resolved configuration or scale file", out=out)
-    add("--rebuild", action="store_true", help="train them anew, beside OUT")
-    text = "with --rebuild: a whole checkpoint of the mini scale (llava_next, idefics3, ...)"
-    add("--family", metavar="NAME", help=text)
+    text = (
+        "train the mini scale's anew, beside OUT: LLaVA's, or of llava_next, idefics3, qwen2_5_vl"
+    )
+    add("--rebuild", nargs="?", const="llava", metavar="FAMILY", help=text)
     add = verb(smollm2)
     paths(add, out="folder to write")
     add = verb(features)

@@ -1,10 +1,11 @@
 """The stand-ins trained from nothing; what is shipped in data/backbones came from here.
 
 python -m sts backbone --rebuild --config workflow/config/mini.yaml --out backbone.json
-python -m sts backbone --rebuild --family idefics3 --config ... --out backbone.json
+python -m sts backbone --rebuild idefics3 --config ... --out backbone.json
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
@@ -19,21 +20,29 @@ from sts.pipeline.data.conversation import CHAT_TEMPLATE
 from sts.pipeline.model import SHIPPED
 from sts.pipeline.provenance import fingerprint, sha256_json, write_json_atomic
 
+# steps of the towers of whole checkpoints; LLaVA's two parts have theirs in the scale's file
+TOWER_STEPS = {"llava_next": 3000, "idefics3": 2100, "qwen2_5_vl": 2100}
 
-def rebuilt(model: ModelConfig, beside: Path, family: str | None = None) -> Path:
-    """The folder with the backbones of these settings, or with a family's whole checkpoint, of the
-    recipe as it is, which is all of this room; trained now if it is not there yet."""
-    expect(family in [None, *FAMILIES], "--family", family, f"one of {', '.join(FAMILIES)}")
+
+def rebuilt(model: ModelConfig, beside: Path, family: str) -> tuple[ModelConfig, Path]:
+    """The settings that take a family's stand-in, and the folder with it: the two parts of LLaVA, a
+    whole checkpoint of another, of the recipe as it is, which is all of this room; trained now if
+    it is not there yet."""
+    known = ["llava", *TOWER_STEPS]
+    expect(family in known, "--rebuild", family, f"one of {', '.join(known)}")
     recipe = fingerprint(*Path(__file__).parent.glob("*.py"))
     key = sha256_json([model.model_dump(), recipe, family])[:8]
     folder = beside / f"rebuilt-{key}"
     if not (folder / "quality.json").exists():
         torch.set_num_threads(model.threads)
-        if family:
-            rebuild_whole(family, folder, FAMILIES[family].steps)
+        if family in TOWER_STEPS:
+            rebuild_whole(family, folder, TOWER_STEPS[family])
         else:
             rebuild(folder, model.layers, model.vision_steps, model.language_steps)
-    return folder
+    start: dict[str, Any] = {"backbone": "rebuild"}
+    if family in TOWER_STEPS:
+        start = {"family": "whole", "checkpoint": str(folder), "fresh": ["projector"]}
+    return model.model_copy(update=start), folder
 
 
 def rebuild(folder: Path, layers: int, vision_steps: int, language_steps: int) -> None:

@@ -59,7 +59,6 @@ class Family(NamedTuple):
     features, 2]) of each feature that the projector is called with, in that order.
     """
 
-    steps: int  # that its tower is trained
     tower: str  # where it lies in the model
     projector: str  # and the module that is called with what it sees
     config: Callable[[LlamaConfig, PreTrainedTokenizerFast], PreTrainedConfig]
@@ -278,7 +277,6 @@ def qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> P
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(
-        steps=3900,
         tower="model.vision_tower",
         projector="model.multi_modal_projector",
         config=llava,
@@ -288,7 +286,6 @@ FAMILIES: dict[str, Family] = {
         tokens={"image_token": "<image>"},
     ),
     "llava_next": Family(
-        steps=3000,
         tower="model.vision_tower",
         projector="model.multi_modal_projector",
         config=llava_next,
@@ -298,7 +295,6 @@ FAMILIES: dict[str, Family] = {
         tokens={"image_token": "<image>"},
     ),
     "idefics3": Family(
-        steps=2100,
         tower="model.vision_model",
         projector="model.connector",
         config=idefics3,
@@ -312,7 +308,6 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen2_5_vl": Family(
-        steps=2100,
         tower="model.visual",
         projector="model.visual.merger",
         config=qwen2_5_vl,

@@ -15,9 +15,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sts.mini import scenes
-from sts.mini.muon import Muon
+from sts.mini.muon import apart, learner
 from sts.mini.vision import autocast, batched, patch_places
-from sts.pipeline.step import lr_factor
 from sts.settings import IGNORE_INDEX
 
 BATCH = 24  # samples of a step
@@ -181,20 +180,9 @@ def train_language(
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):  # a sum of 2 x layers terms
             parameter.data /= math.sqrt(2 * layers)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
-    optimizers = [
-        Muon(matrices, lr=0.02),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
     first, leg = max(2 * steps // 7, 1), max(steps // 7, 1)
-
-    def rate(step: int) -> float:
-        if step < first:
-            return lr_factor(step, first, 50)
-        return lr_factor((step - first) % leg, leg, 50) / 2
-
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+    matrices, others = apart(model.named_parameters())
+    learn = learner(matrices, others, first, leg, lr=3e-3, weight_decay=0.0, fused=True)
     table = slot_ids(tokenizer)
     errors = torch.Generator().manual_seed(seed)
     mixed = batched(scenes.rows("language", 10**9, seed), batch)
@@ -230,12 +218,7 @@ def train_language(
         weight = torch.where(row < captions, 1.0 if legs == LAST else 0.3, weight)
         losses = F.cross_entropy(logits, labels, reduction="none") * weight
         loss = losses.sum() / weight.sum()
-        model.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
+        learn(loss)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return model.eval()
 

@@ -4,10 +4,12 @@ It needs about half the steps of AdamW here. torch's own computes in bf16, which
 long as float32 on a processor that has no bf16.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from sts.pipeline.step import lr_factor
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's coefficients, as torch has them
 
@@ -49,3 +51,42 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = parameter.shape
                 parameter.mul_(1 - lr * group["decay"])
                 parameter.add_(update, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+
+
+def apart(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[list, list]:
+    """Parameters by name -> (the matrices that are for Muon, those for AdamW: embeddings, norms,
+    biases and convolutions)."""
+    matrices, others = [], []
+    for name, one in named:
+        (matrices if one.ndim == 2 and "embed" not in name else others).append(one)
+    return matrices, others
+
+
+def learner(
+    matrices: Sequence[nn.Parameter],
+    others: Sequence[nn.Parameter],
+    first: int,
+    leg: int,
+    **adamw: float | bool,
+) -> Callable[[Tensor], None]:
+    """The function that takes a step from a loss: Muon on the matrices, AdamW on the others, the
+    gradients' norm clipped to 1. The learning rate makes a leg of `first` steps, then legs of `leg`
+    at half of it; each rises over 50 steps and falls by half a cosine."""
+    optimizers = [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), **adamw)]
+
+    def rate(step: int) -> float:
+        if step < first:
+            return lr_factor(step, first, 50)
+        return lr_factor((step - first) % leg, leg, 50) / 2
+
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
+
+    def learn(loss: Tensor) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
+        for part in (*optimizers, *schedulers):
+            part.step()
+
+    return learn

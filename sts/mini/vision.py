@@ -17,10 +17,9 @@ from transformers import LlamaConfig, PreTrainedModel, ProcessorMixin
 
 from sts.mini import scenes
 from sts.mini.families import FAMILIES, build, places_of, put_tower
-from sts.mini.muon import Muon
+from sts.mini.muon import apart, learner
 from sts.mini.words import make_tokenizer
 from sts.pipeline.device import bf16_is_native
-from sts.pipeline.step import lr_factor
 
 BATCH = 16  # pictures of a step
 SIZES = [len(values) + 1 for values in scenes.ATTRIBUTES.values()]  # 0 is "none"
@@ -125,16 +124,12 @@ def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
     return total
 
 
-def pictures(count: int, seed: int, words_from: int) -> Iterator[dict]:
-    """Rows of pictures; after the first `words_from` every second shows a word, not every sixth:
-    letters are learnt last."""
-    wanted = iter(range(count))
+def pictures(seed: int, words_from: int) -> Iterator[dict]:
+    """Rows of pictures without end; after the first `words_from` every second shows a word, not
+    every sixth: letters are learnt last."""
     for index, row in enumerate(scenes.rows("vision", 10**9, seed, turns=1)):
-        if index >= words_from and row["qa"][0]["skill"] != "text" and index % 5:
-            continue
-        if next(wanted, None) is None:
-            return
-        yield row
+        if index < words_from or row["qa"][0]["skill"] == "text" or index % 5 == 0:
+            yield row
 
 
 def train_vision(
@@ -159,21 +154,12 @@ def train_vision(
     heads = [*patch_head.parameters(), *place_head.parameters(), *scene_head.parameters()]
     unused = set(model.get_submodule(FAMILIES[family].projector).parameters())  # in Qwen's tower
     named = [(name, p) for name, p in tower.named_parameters() if p not in unused]
-    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
-    optimizers = [
-        Muon(matrices, lr=0.02),
-        torch.optim.AdamW([*others, *heads], lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.02),
-    ]
+    matrices, others = apart(named)
     first = 2 * steps // 3
-
-    def rate(step: int) -> float:
-        if step < first:
-            return lr_factor(step, first, 50)
-        return lr_factor(step - first, steps - first, 50) / 2
-
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    rows_of = batched(pictures(steps * batch, seed, first * batch), batch)
+    learn = learner(
+        matrices, [*others, *heads], first, max(steps - first, 1), lr=1.5e-3, weight_decay=0.02
+    )
+    rows_of = batched(islice(pictures(seed, first * batch), steps * batch), batch)
     bar = tqdm(rows_of, f"vision {family}", total=steps, mininterval=10)
     for rows in bar:
         features, classes = seen(family, model, processor, [row["image"] for row in rows])
@@ -187,13 +173,7 @@ def train_vision(
             loss = loss + F.binary_cross_entropy_with_logits(
                 scene_head(classes), torch.cat(held, -1).float()
             )
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_([*matrices, *others, *heads], 1.0)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
+        learn(loss)
         if losses is not None:
             losses.append(loss.item())
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)

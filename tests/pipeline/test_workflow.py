@@ -66,7 +66,7 @@ def test_a_table_plans_the_runs_that_it_shows(project, group):
         ("ablations", {"table": 4, "timing": 4}),
         ("bench", {"timing": 1}),
         ("data", {"prepare": 1}),
-        ("backbones", {"rebuild": 1, "rebuild_whole": 3}),
+        ("backbones", {"rebuild": 4}),
     ],
 )
 def test_every_other_named_target_plans_its_jobs(project, target, expected):

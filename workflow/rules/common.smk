@@ -56,7 +56,7 @@ FIGURES = ["pareto", "loss", "layers", "tokens"]
 GPUS = gpu_count()
 CODE = settings.CODE
 SMOLLM2 = "data/smollm2"  # of the rows `real_lm`
-WHOLE_STANDINS = ["llava_next", "idefics3", "qwen2_5_vl"]  # as in sts/mini/families.py
+STANDINS = ["llava", "llava_next", "idefics3", "qwen2_5_vl"]  # as in sts/mini/families.py
 RECIPE = sorted((CODE / "mini").glob("*.py"))  # of the shipped backbones; a run follows their bytes
 CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
 

@@ -8,8 +8,7 @@ rule data:
 
 rule backbones:
     input:
-        f"{RESULTS}/backbone_rebuilt/manifest.json",
-        expand(f"{RESULTS}/backbone_rebuilt/{{family}}.json", family=WHOLE_STANDINS),
+        expand(f"{RESULTS}/backbone_rebuilt/{{family}}.json", family=STANDINS),
 
 
 rule prepare:
@@ -88,34 +87,14 @@ rule features:
         " --data {input.data} --init {input.init} --out {output} > {log} 2>&1"
 
 
+# LLaVA's two parts; of another family a whole checkpoint with the decoder that is shipped.
 rule rebuild:
-    output:
-        "<results>/backbone_rebuilt/manifest.json",
-    log:
-        "<results>/logs/backbone_rebuilt.log",
-    conda:
-        "../../envs/sts.yaml"
-    threads: BASE.model.threads
-    resources:
-        gpu=GPUS and 1,
-    params:
-        config=config_file(BASELINE),
-        settings=settings.config_hash(BASE.model),
-        code=follows.code(CODE / "pipeline" / "model.py", *RECIPE),
-    message:
-        "backbones from scratch"
-    shell:
-        "python -m sts backbone --rebuild --config {params.config} --out {output} > {log} 2>&1"
-
-
-# A whole checkpoint with the decoder that is shipped and a tower trained anew.
-rule rebuild_whole:
     output:
         "<results>/backbone_rebuilt/{family}.json",
     log:
         "<results>/logs/backbone_rebuilt/{family}.log",
     wildcard_constraints:
-        family="|".join(WHOLE_STANDINS),
+        family="|".join(STANDINS),
     conda:
         "../../envs/sts.yaml"
     threads: BASE.model.threads
@@ -128,5 +107,5 @@ rule rebuild_whole:
     message:
         "{wildcards.family} from scratch"
     shell:
-        "python -m sts backbone --rebuild --family {wildcards.family} --config {params.config}"
+        "python -m sts backbone --rebuild {wildcards.family} --config {params.config}"
         " --out {output} > {log} 2>&1"

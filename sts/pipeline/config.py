@@ -203,6 +203,13 @@ class ModelConfig(Block):
     threads: Count = 1
     """CPU threads of a rebuild."""
 
+    @property
+    def sources(self) -> list[str]:
+        """Folders or hub ids that are not ours: a whole checkpoint, or both pretrained parts."""
+        of_parts = (self.vision, self.language) if self.backbone == "pretrained" else ()
+        wanted = (self.checkpoint,) if self.family == "whole" else of_parts
+        return [source for source in wanted if source]
+
 
 class LoraConfig(Block):
     """Low-rank adapters on the linear layers of the language model's decoder, merged at the end."""

@@ -54,28 +54,24 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
     """
     if model.family == "whole" or model.backbone == "pretrained":
         _check_layers(model)
+    manifest: dict[str, Any]
     if model.family == "whole":
         manifest = {"checkpoint": model.checkpoint, "fresh": model.fresh}
-        files = sorted(path for path in Path(model.checkpoint).rglob("*") if path.is_file())
-        hashes = [[file.name, sha256_file(file)] for file in files]
-        write_json_atomic(out, manifest := manifest | {"sha256": sha256_json([manifest, hashes])})
-        return manifest
-    if model.backbone == "pretrained":
-        parts = {"vision": model.vision, "language": model.language, "processor": None}
-        manifest = {**parts, "sha256": sha256_json(parts)}
+    elif model.backbone == "pretrained":
+        manifest = {"vision": model.vision, "language": model.language, "processor": None}
     else:
-        parts = {name: folder / name for name in ("vision", "language", "processor")}
-        files = sorted(
-            path for part in parts.values() for path in part.rglob("*") if path.is_file()
-        )
-        if not files:
+        manifest = {name: str(folder / name) for name in ("vision", "language", "processor")}
+    sources = model.sources or [folder / name for name in ("vision", "language", "processor")]
+    files = [file for source in sources for file in sorted(Path(source).rglob("*"))]
+    hashes = [[file.name, sha256_file(file)] for file in files if file.is_file()]
+    if model.family == "joined":
+        manifest["vision_feature_layer"] = model.vision_feature_layer
+        if model.backbone != "pretrained" and not hashes:
             raise FileNotFoundError(
                 f"{folder}: no backbone files; get them with `git checkout -- {folder}` or set "
                 "model.backbone: rebuild"
             )
-        manifest = {name: str(part) for name, part in parts.items()}
-        manifest["sha256"] = sha256_json([[file.name, sha256_file(file)] for file in files])
-    manifest["vision_feature_layer"] = model.vision_feature_layer
+    manifest["sha256"] = sha256_json([manifest, hashes])
     write_json_atomic(out, manifest)
     return manifest
 

@@ -1,5 +1,6 @@
 """Parts join to a model, from shipped files or pretrained ones, and are trained or frozen."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,12 @@ def test_pretrained_parts_are_joined_and_learn_the_image_token(backbone, tmp_pat
     ids = processor(text="<image>", images=torch.zeros(3, 72, 72))["input_ids"][0]
     assert ids == [model.config.image_token_id] * 16 == [len(words)] * 16
     assert all(map(torch.equal, model.parameters(), again.parameters())), "drawn from the seed"
+
+    start = json.loads((tmp_path / "manifest.json").read_text())
+    file = tmp_path / "language" / "config.json"
+    file.write_text(file.read_text() + " ")
+    changed = write_manifest(settings, tmp_path / "manifest.json")
+    assert changed["sha256"] != start["sha256"], "the bytes of a folder count, not its name alone"
 
 
 def test_a_language_model_keeps_the_chat_template_that_it_was_tuned_with(backbone, tmp_path):

@@ -161,13 +161,19 @@ def features_of(ablation, *stages):
 
 def backbone_code(ablation):
     """What a backbone manifest follows: the repository's backbones, or the recipe of those that are
-    trained anew, byte by byte; of a checkpoint, which may be large, names, sizes and dates."""
+    trained anew, byte by byte; of other folders, which may be large, names, sizes and dates."""
     model, writer = CONFIGS[ablation].model, CODE / "pipeline" / "model.py"
     if model.family == "joined" and model.backbone == "rebuild":
         return follows.code(writer, *RECIPE)
-    folder = Path(model.checkpoint if model.family == "whole" else "data/backbones/mini")
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    if model.family == "joined":
+    folders = model.sources or ["data/backbones/mini"]
+    files = [
+        file
+        for folder in folders
+        if folder != SMOLLM2  # an input of the rule
+        for file in sorted(Path(folder).rglob("*"))
+        if file.is_file()
+    ]
+    if not model.sources:
         return follows.code(writer, *files)
     seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return [follows.code(writer), seen]

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from sts.checks import expect
 from sts.mini.families import FAMILIES, assemble
-from sts.mini.language import reading, train_language
+from sts.mini.language import reading, reading_without, train_language
 from sts.mini.vision import seeing, train_vision
 from sts.mini.words import make_tokenizer
 from sts.pipeline.config import ModelConfig
@@ -54,7 +54,11 @@ def rebuild(folder: Path, layers: int, vision_steps: int, language_steps: int) -
     processor.image_processor.save_pretrained(folder / "vision")  # a tower goes with its own
     vision = train_vision("llava", vision_steps)
     language = train_language(tokenizer, language_steps, layers)
-    quality = {"seeing": seeing("llava", vision), "reading": reading(language, tokenizer)}
+    quality = {
+        "seeing": seeing("llava", vision),
+        "reading": reading(language, tokenizer),
+        "reading_without": reading_without(language, tokenizer),
+    }
     vision.half().save_pretrained(folder / "vision")
     language.half().save_pretrained(folder / "language")
     write_json_atomic(folder / "quality.json", quality)

@@ -225,12 +225,15 @@ def train_language(
 
 @torch.no_grad()
 def reading(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 256
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: int = 256,
+    split: str = "reading",
 ) -> dict[str, float]:
     """Share of right answers, by skill, to questions about written pictures not trained on."""
     table = slot_ids(tokenizer)
     right: dict[str, list[bool]] = {}
-    for part in batched(scenes.rows("reading", rows, 0), 64):
+    for part in batched(scenes.rows(split, rows, 0), 64):
         batch = written_batch(tokenizer, part, captions=0)
         logits, labels = ask(model.eval(), tokenizer, table, batch)
         row, token = (batch["labels"] != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -241,3 +244,19 @@ def reading(
             skill = part[index // 100]["qa"][index % 100 - 1]["skill"]
             right.setdefault(skill, []).append(bool(correct[index]))
     return {skill: round(float(np.mean(found)), 3) for skill, found in sorted(right.items())}
+
+
+def reading_without(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: int = 512
+) -> dict[str, float]:
+    """The mean of the skills with each decoder layer left out, by its index; `none`: with all."""
+    layers, means = model.model.layers, {}
+    for index in (None, *range(len(layers))):
+        rest = (layer for place, layer in enumerate(layers) if place != index)
+        model.model.layers = torch.nn.ModuleList(rest)
+        skills = reading(model, tokenizer, rows, split="reading_without")
+        means["none" if index is None else str(index)] = round(
+            float(np.mean([*skills.values()])), 3
+        )
+    model.model.layers = layers
+    return means

@@ -77,6 +77,7 @@ def quality_of(folder: Path) -> dict[str, dict[str, float]]:
     return {
         "seeing": vision.seeing("llava", tower),
         "reading": language.reading(decoder, tokenizer),
+        "reading_without": language.reading_without(decoder, tokenizer, rows=128),
     }
 
 
@@ -88,6 +89,10 @@ def test_shipped_backbones_are_as_good_as_is_said():
     for part in ("seeing", "reading"):
         assert measured[part] == pytest.approx(said[part], abs=0.03)
         assert min(said[part].values()) > 0.85
+    without = said["reading_without"]
+    assert measured["reading_without"] == pytest.approx(without, abs=0.03)
+    middle = [without[str(index)] for index in (4, 5, 6)]
+    assert min(middle) >= without["none"] - 0.01, "one of the middle layers can be left out"
 
 
 @pytest.mark.slow

@@ -254,9 +254,7 @@ def reading_without(
     for index in (None, *range(len(layers))):
         rest = (layer for place, layer in enumerate(layers) if place != index)
         model.model.layers = torch.nn.ModuleList(rest)
-        skills = reading(model, tokenizer, rows, split="reading_without")
-        means["none" if index is None else str(index)] = round(
-            float(np.mean([*skills.values()])), 3
-        )
+        shares = [*reading(model, tokenizer, rows, split="reading_without").values()]
+        means["none" if index is None else str(index)] = round(float(np.mean(shares)), 3)
     model.model.layers = layers
     return means

@@ -57,7 +57,8 @@ FIGURES = 4
 # Split -> (text, answer) tokens of a sample where the data set doesn't say: a guess at what LLaVA's
 # two data sets hold.
 TOKENS = {"align": (40, 25), "instruct": (250, 130)}
-START_SECONDS = 10  # imports and loading, each job
+START_SECONDS = 20  # imports and loading, each job
+ANSWER_SECONDS = 0.004  # of a short answer's other tokens and the harness, a question on a core
 PROCESS_BYTES = 0.7e9  # torch, transformers and tracking in memory before any model
 MATMUL_SHARE = 0.4  # of a matrix product's speed that a training of a large model reaches
 
@@ -416,14 +417,14 @@ def matmul_rate(block: StageConfig, largest: int = 2048, enough: float = 0.1) ->
 
 
 def evaluation_seconds(shape: cost.Shape, config: Config, speed: float) -> float:
-    """One evaluation job: a forward pass of every question (a third of a training step's FLOPs),
-    twice over for the answer's tokens and the harness, and again with a grey image if `blind`."""
+    """One evaluation job: a forward pass of every question (a third of a training step's FLOPs) and
+    what its answer takes beside, and again with a grey image if `blind`."""
     questions = len(config.evaluate.benchmarks) * config.data.scenes.test
+    questions *= 2 if config.evaluate.blind else 1
     whole = {"trains": ["projector", "language_model"], "vtc": VTC(), "lds": LDS()}
     block = config.stage(config.last).model_copy(update=whole)
     forward = step_flops(shape, block, config.data, 0.0) / global_batch(block) / 3
-    passes = 2 * (2 if config.evaluate.blind else 1)
-    return START_SECONDS + questions * passes * forward / speed
+    return START_SECONDS + questions * (forward / speed + ANSWER_SECONDS)
 
 
 def backbone_seconds(

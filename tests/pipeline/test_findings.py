@@ -134,7 +134,7 @@ def test_what_was_asked_comes_from_the_resolved_configuration():
     training, score = findings.asked(config).items()
     assert training[0] == "Training of the first method, with 3 seeds:"
     assert [line.partition(":")[0] for line in training[1]] == list(config["stages"])
-    assert "400 steps of 8 samples of scenes; trains projector, language model" in training[1][1]
+    assert "340 steps of 8 samples of scenes; trains projector, language model" in training[1][1]
     assert score[0].startswith("Score: 8 benchmarks (existence, ")
     assert findings.asked({}) == {}
 

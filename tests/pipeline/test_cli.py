@@ -45,7 +45,7 @@ def test_help_needs_no_heavy_import():
 
 def test_config_prints_an_ablation_with_its_values_in_place(capsys):
     assert main(["config", "--ablation", "vtc"]) == 0
-    assert "kind: uniform" in capsys.readouterr().out
+    assert "kind: random" in capsys.readouterr().out
 
 
 def test_config_prints_the_papers_formula_with_its_values_and_reads_back(tmp_path, capsys):
@@ -53,8 +53,8 @@ def test_config_prints_the_papers_formula_with_its_values_and_reads_back(tmp_pat
     said = capsys.readouterr().out
     (formula,) = [line for line in said.splitlines() if line.startswith("#")]
     assert formula == (
-        "# instruct.lds, t = share of the stage done: p_l(t) = 0.6 * (1 - t)^2 * "
-        "(1 + 0.5 (2 l - 11) / 11), l = 0 .. 11; t in steps; draw: independent; unit: layer"
+        "# instruct.lds, t = share of the stage done: p_l(t) = 0.5 * (1 - t)^2 * "
+        "(1 + 1 (2 l - 11) / 11), l = 0 .. 11; t in steps; draw: independent; unit: layer"
     )
     (tmp_path / "printed.yaml").write_text(said)
     mine = load_scale(ROOT / "workflow/config/mini.yaml")

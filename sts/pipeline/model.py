@@ -61,7 +61,7 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
         manifest = {"vision": model.vision, "language": model.language, "processor": None}
     else:
         manifest = {name: str(folder / name) for name in ("vision", "language", "processor")}
-    sources = model.sources or [folder / name for name in ("vision", "language", "processor")]
+    sources = model.sources or list(manifest.values())
     files = [file for source in sources for file in sorted(Path(source).rglob("*"))]
     hashes = [[file.name, sha256_file(file)] for file in files if file.is_file()]
     if model.family == "joined":

@@ -343,8 +343,8 @@ class EvaluateConfig(Block):
     """Benchmark -> metric that is its score, where it is not the first one of its task."""
     batch_size: Count = 64
     """Questions answered at once; a part of the result's identity."""
-    blind: bool = True
-    """Also answer every question with a grey image."""
+    blind: Share = 0.25
+    """Share of the questions that are also asked with a grey image; 0: none."""
     max_new_tokens: Count = 4
     """Longest answer to our own questions; lm-eval's tasks have their own limits."""
     limit: Count | None = None

@@ -418,9 +418,9 @@ def matmul_rate(block: StageConfig, largest: int = 2048, enough: float = 0.1) ->
 
 def evaluation_seconds(shape: cost.Shape, config: Config, speed: float) -> float:
     """One evaluation job: a forward pass of every question (a third of a training step's FLOPs) and
-    what its answer takes beside, and again with a grey image if `blind`."""
+    what its answer takes beside, and of a share again with a grey image."""
     questions = len(config.evaluate.benchmarks) * config.data.scenes.test
-    questions *= 2 if config.evaluate.blind else 1
+    questions *= 1 + config.evaluate.blind
     whole = {"trains": ["projector", "language_model"], "vtc": VTC(), "lds": LDS()}
     block = config.stage(config.last).model_copy(update=whole)
     forward = step_flops(shape, block, config.data, 0.0) / global_batch(block) / 3

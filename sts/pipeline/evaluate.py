@@ -6,7 +6,7 @@
 
 score     the benchmark's metric over the answers of lm-eval's `hf-multimodal`: for our own the
           share that match
-blind     the same model and questions with every image turned grey: what the words give away
+blind     the same on a share of the questions with every image turned grey: what the words give away
 majority  the most frequent answer of each question form: no question-only guess that knows forms
           does better
 chance    a uniform guess among the answers of each form
@@ -17,6 +17,7 @@ import copy
 import gc
 import json
 import logging
+import math
 import os
 import random
 import time
@@ -91,7 +92,7 @@ def evaluate(
         threads = config.stage(config.last).threads
         lm = load_model(trained["weights"], settings.batch_size, threads)
         began, cpu_began = time.monotonic(), time.process_time()
-        scores, samples = answer(lm, asked, metrics, settings.limit)
+        scores, samples = answer(lm, asked, metrics, settings.limit, settings.blind)
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
         for name, rows in samples.items():
             write_jsonl(out.parent / "samples" / f"{name}.jsonl", rows)
@@ -291,24 +292,24 @@ def answer(
     asked: Mapping[str, Benchmark],
     metrics: Mapping[str, str],
     limit: int | None = None,
+    grey: float = 1.0,
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Let a model answer all questions at once, so that batches are full whatever the task.
 
-    limit: of a benchmark with more questions, so many drawn by a fixed seed. Returns ({name:
-    {score, stderr, version, metric, share}}, {name: [{id, question, form, target, output,
-    correct}]}).
+    limit, grey: as in `drawn`. Returns ({name: {score, stderr, version, metric, share}}, {name:
+    [{id, question, form, target, output, correct}]}).
     """
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
     lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
     # known by both names, as one task may be asked by two benchmarks
     tasks = {(name, task.task_name): task for name, b in asked.items() for task in tasks_of(b)}
-    places = drawn(tasks, limit) if limit else None
+    places = drawn(tasks, limit, grey)
     set_seed(0)  # MMMU's task guesses where it finds no letter in the answer
     gc.freeze()  # `hf-multimodal` collects garbage after every batch: half of the time otherwise
     try:
         found = lm_eval.evaluate(
             lm=lm,
-            task_dict={"tasks": {id: tasks[id] for id in places or tasks}},
+            task_dict={"tasks": {id: tasks[id] for id in places}},
             samples=places,
             apply_chat_template=True,
             bootstrap_iters=1,  # the error of a mean has a formula; 0 would leave it out
@@ -346,16 +347,22 @@ def answer(
     return scores, samples
 
 
-def drawn(tasks: Mapping[tuple[str, str], Task], limit: int) -> dict[tuple[str, str], list[int]]:
-    """(benchmark, task) -> places of the questions that are asked: `limit` of each benchmark, drawn
-    by a fixed seed. A task of which none is asked is left out."""
+def drawn(
+    tasks: Mapping[tuple[str, str], Task], limit: int | None, grey: float
+) -> dict[tuple[str, str], list[int]]:
+    """(benchmark, task) -> places of the questions that are asked: `limit` of each benchmark (None:
+    all), and of those the share `grey` in its blind twin. They are the first of an order that a
+    fixed seed gives, so fewer are a part of more. A task of which none is asked is left out."""
     every = defaultdict(list)
     for id, task in tasks.items():
         every[id[0]] += [(id, place) for place in range(len(task.eval_docs))]
     places = defaultdict(list)
-    for questions in every.values():
+    for name, questions in every.items():
         count = len(questions)
-        for index in sorted(random.Random(count).sample(range(count), min(limit, count))):
+        most = min(limit or count, count)
+        most = math.ceil(most * grey) if name.endswith(BLIND) else most
+        order = random.Random(count).sample(range(count), count)
+        for index in sorted(order[:most]):
             id, place = questions[index]
             places[id].append(place)
     return dict(places)

@@ -62,9 +62,10 @@ def untracked(monkeypatch):
 
 
 def configured(evaluate: dict, **more):
-    """A small configuration with these values of `evaluate`."""
+    """A small configuration with these values of `evaluate`, which asks all again in grey."""
     data = {"scenes": {"seed": 5, "align": 4, "instruct": 4, "test": 20}, **more}
     stages = {"instruct": {"trains": ["projector"]}}
+    evaluate = {"blind": 1, **evaluate}
     return validate({"data": data, "stages": stages, "evaluate": evaluate}, "test.yaml")
 
 
@@ -266,8 +267,19 @@ def test_decoding_is_greedy_and_as_long_as_configured(measure):
 
 
 def test_blind_can_be_left_out(measure, config):
-    oracle, result = measure(lambda prompt, image: "yes", varied(config, blind=False))
+    oracle, result = measure(lambda prompt, image: "yes", varied(config, blind=0))
     assert len(oracle.shown) == 40 and result["benchmarks"]["existence"]["blind"] is None
+
+
+def test_a_share_of_the_questions_is_asked_in_grey(measure, config, answers):
+    oracle, result = measure(lambda prompt, image: "yes", varied(config, blind=0.25))
+    grey = [image for _, _, [image] in oracle.shown if (image == GREY).all()]
+    assert (len(oracle.shown), len(grey)) == (2 * (20 + 5), 2 * 5)
+    for name in BENCHMARKS:
+        some, every = answers(f"{name}_blind"), answers(name)
+        assert len(some) == 5 and some == [row for row in every if row in some] != every[:5]
+        right = sum(row["correct"] for row in some) / 5
+        assert result["benchmarks"][name]["blind"] == right and result["benchmarks"][name]["n"] == 20
 
 
 def test_majority_and_chance_are_taken_within_each_question_form():
@@ -388,7 +400,7 @@ def test_the_batch_size_changes_no_answer(weights, trained, tmp_path, answers):
     (data / "manifest.json").write_text(json.dumps({"dataset": "scenes", "splits": splits}))
     given = []
     for size in (1, 7, 64):
-        config = configured({"benchmarks": ["existence"], "batch_size": size, "blind": False})
+        config = configured({"benchmarks": ["existence"], "batch_size": size, "blind": 0})
         evaluate(
             config, "dense", 1, trained(weights), [data / "manifest.json"], tmp_path / "eval.json"
         )
@@ -409,6 +421,7 @@ def test_a_limit_asks_the_same_part_of_the_questions_with_and_without_images(
     assert len(some) == 7 and some == [id for id in every if id in some] != every[:7]
     assert ids(7, "colour_blind") == some
     assert ids(50, "colour") == every
+    assert set(some) < set(ids(9, "colour")), "fewer are a part of more"
 
 
 # ---- benchmarks of one's own ------------------------------------------------------------------

@@ -47,7 +47,7 @@ def new_knobs(project: Path) -> None:
     config, own = project / "sts/pipeline/config.py", project / "sts/settings.py"
     knob = 'Annotated[Number, Neutral(0.0)] = 0.0\n    """A new knob."""\n'
     edit(config, "    steps: Count = 200\n", f"    ema: {knob}    steps: Count = 200\n")
-    edit(config, "    blind: bool = True\n", f"    noise: {knob}    blind: bool = True\n")
+    edit(config, "    blind: Share = 0.25\n", f"    noise: {knob}    blind: Share = 0.25\n")
     edit(own, "    keep: float = 1.0\n", "    keep: float = 1.0\n    heat: float = neutral(1.0)\n")
 
 

@@ -36,7 +36,7 @@ from sts.settings import LDS, VTC
 CODE = Path(__file__).resolve().parents[1]
 MINI = CODE.parent / "workflow" / "config" / "mini.yaml"
 SETS = (CODE / "mini" / "sets", CODE / "pipeline" / "data" / "sets")  # folders of data sets
-GROUPS = Literal["main", "components", "compressor", "skipper", "real", "real_lm"]
+GROUPS = Literal["main", "components", "compressor", "skipper", "architectures", "real", "real_lm"]
 SPLITS = ("align", "instruct")  # captions, conversations
 BACKBONE = "backbone"  # what the first stage starts from
 # no names of stages: they have files and keys of their own

@@ -6,7 +6,7 @@
 
 score     the benchmark's metric over the answers of lm-eval's `hf-multimodal`: for our own the
           share that match
-blind     the same on a share of the questions with every image turned grey: what the words give away
+blind     the same of a share of the questions, images turned grey: what the words give away
 majority  the most frequent answer of each question form: no question-only guess that knows forms
           does better
 chance    a uniform guess among the answers of each form

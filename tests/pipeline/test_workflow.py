@@ -63,7 +63,7 @@ def test_a_table_plans_the_runs_that_it_shows(project, group):
         ("fig_loss", {"figure": 1}),
         ("fig_layers", {"figure": 1}),
         ("fig_tokens", {"figure": 1, "tokens": 1, "prepare": 1, "backbone": 1}),
-        ("ablations", {"table": 4, "timing": 4}),
+        ("ablations", {"table": 5, "timing": 5}),
         ("bench", {"timing": 1}),
         ("data", {"prepare": 1}),
         ("backbones", {"rebuild": 4}),

@@ -50,7 +50,7 @@ def checked():
 BASE, CONFIGS, ABLATIONS = checked()
 BASELINE = next(iter(CONFIGS))
 RESULTS = f"results/{BASE.scale}"
-TABLES = ["main", "components", "compressor", "skipper"]
+TABLES = ["main", "components", "compressor", "skipper", "architectures"]
 REAL = ["real", "real_lm"]  # tables that need a mirror or the internet
 FIGURES = ["pareto", "loss", "layers", "tokens"]
 GPUS = gpu_count()

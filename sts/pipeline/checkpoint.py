@@ -1,23 +1,36 @@
-"""What a training keeps on disk: one state to go on from, and at the end a plain checkpoint."""
+"""What a training keeps on disk: two states to go on from, and at the end a plain checkpoint.
+
+A state is a folder of torch.distributed.checkpoint: whatever the number of processes that wrote it,
+another can read it. Each process hashes what it wrote, for the format itself does not notice a
+broken file.
+"""
 
 import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
 from sts.pipeline import provenance
 from sts.pipeline.config import Config, config_hash
 from sts.pipeline.lora import merge_adapters
-from sts.pipeline.provenance import write_json_atomic
-from sts.scheme import Scheme, unsparsify
+from sts.pipeline.parallel import everywhere, rank, wait, world
+from sts.pipeline.provenance import sha256_file, write_json_atomic
+from sts.scheme import Scheme
+
+KEPT = 2  # states of a training: the last one may be broken
+
+OWN, SUMS = "process-{}.pt", "process-{}.sha256"  # what no other has; hashes of all it wrote
 
 log = logging.getLogger(__name__)
 
@@ -53,61 +66,145 @@ def save_state(
     scheme: Scheme,
     step: int,
 ) -> None:
-    """Checkpoint before `step`: one file, whole or not at all; the one before stays until then.
+    """Checkpoint before `step`: a folder, whole or not there at all, in which every process has
+    written its part and the hash of it. The one before stays. All processes call this; `history` is
+    the first one's, None elsewhere.
 
-    Raises OSError, naming the file, if it can't be written.
+    Raises OSError, naming the folder, if it can't be written.
     """
-    history.flush()
-    os.fsync(history.fileno())
-    state = {
-        "step": step,
-        "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
-        "optimizer": optimizer.state_dict(),
-        "scheme": scheme.state_dict(),
-        "rng": torch.get_rng_state(),
-    }
-    target = folder / "state" / "checkpoint.pt"
-    target.parent.mkdir(exist_ok=True)
+    target = folder / "state" / f"{step:08d}"
     part = target.with_suffix(".part")
     try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except (OSError, RuntimeError) as error:  # torch wraps what the file system says
+        if rank() == 0:
+            history.flush()
+            os.fsync(history.fileno())
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        wait()
+        with warnings.catch_warnings(action="ignore"):  # that there is one process
+            dcp.save(tensors(model, optimizer), checkpoint_id=part)
+        own = part / OWN.format(rank())
+        torch.save({"step": step, "scheme": scheme.state_dict(), **_draws()}, own)
+        shared = [part / ".metadata"] if rank() == 0 else []
+        files = [own, *shared, *sorted(part.glob(f"__{rank()}_*"))]
+        hashes = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
+        (part / SUMS.format(rank())).write_text(hashes)
+        wait()
+        if rank() == 0:
+            _sync(part)
+            shutil.rmtree(target, ignore_errors=True)  # a broken one
+            os.replace(part, target)
+            _sync(target.parent)
+            for old in saved(folder)[KEPT:]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, CheckpointException):  # of each process what the disk said
+            error = next(iter(error.failures.values()))[0]
         raise OSError(
             f"{target}: the checkpoint before step {step} was not written ({error}). Is the disk "
             "full? The one before is kept: make room and start again"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_state(
     folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheme: Scheme
 ) -> int:
-    """Take up the checkpoint in `folder`, if there is one; the step to go on with."""
-    file = folder / "state" / "checkpoint.pt"
-    if not file.exists():
-        return 0
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in state["model"].items():
-            own[name].copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
-    scheme.load_state_dict(state["scheme"])
-    torch.set_rng_state(state["rng"])
-    log.info("going on from step %d: %s", state["step"], file)
-    return state["step"]
+    """Take up the last checkpoint in `folder` that is whole, if there is one; the step to go on
+    with. The number of processes may be another than that which wrote it."""
+    for target in saved(folder):
+        if not everywhere(_unbroken(target)):
+            log.warning("%s: broken, the checkpoint before it is taken", target)
+            continue
+        state = tensors(model, optimizer, _names(target))
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(state, checkpoint_id=target)
+        for name, parameter in model.named_parameters():
+            if name in state["optimizer"]:
+                optimizer.state[parameter] = state["optimizer"][name]
+        own = target / OWN.format(rank())
+        own = torch.load(own if own.exists() else target / OWN.format(0), weights_only=True)
+        scheme.load_state_dict(own["scheme"])
+        torch.set_rng_state(own["cpu"])
+        if "gpu" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["gpu"])
+        log.info("going on from step %d: %s", own["step"], target)
+        return own["step"]
+    return 0
+
+
+def _draws() -> dict[str, torch.Tensor]:
+    """Where torch's generators stand, which dropout draws from."""
+    gpu = {"gpu": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **gpu}
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a training, the last first."""
+    return sorted((folder / "state").glob("[0-9]*[0-9]"), reverse=True)
+
+
+def tensors(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, moved: Collection[str] | None = None
+) -> dict[str, dict]:
+    """{"model": name -> trained weight, "optimizer": name -> AdamW's state of it}, the very tensors
+    that are trained. moved: names that AdamW shall have a state of, zeros where it has none yet;
+    default: those that it has one of. A layer that was always skipped has none."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if moved is None:
+        moved = [name for name, p in trained.items() if optimizer.state.get(p)]
+    return {
+        "model": {name: p.detach() for name, p in trained.items()},
+        "optimizer": {
+            name: optimizer.state.get(trained[name]) or _zeros(trained[name]) for name in moved
+        },
+    }
+
+
+def _zeros(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """What AdamW (fused) holds of a parameter before its first step."""
+    return {
+        "step": torch.zeros((), device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _names(target: Path) -> list[str]:
+    """Names of the parameters that a checkpoint has AdamW's state of."""
+    paths = dcp.FileSystemReader(target).read_metadata().planner_data.values()
+    return list(dict.fromkeys(path[1] for path in paths if path[0] == "optimizer"))
+
+
+def _unbroken(target: Path) -> bool:
+    """Whether the files of a checkpoint, of which every process looks at some, are as they were
+    written."""
+    try:
+        lists = sorted(target.glob(SUMS.format("*")))
+        lines = [line for one in lists for line in one.read_text().splitlines()]
+        pairs = [line.split("  ") for line in lines[rank() :: world()]]
+        same = all(sha256_file(target / name) == said for said, name in pairs)
+        return same and bool(lines) and bool(_names(target))
+    except Exception as error:  # whatever a broken file gives
+        log.warning("%s: %r", target, error)
+        return False
+
+
+def _sync(path: Path) -> None:
+    """What a folder, or the files in it, are to hold is on the disk."""
+    for one in (*path.glob("*"), path):
+        if one.is_file() or one == path:
+            handle = os.open(one, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def finish(
     folder: Path, model: PreTrainedModel, adapters: Any, processor: Any, config: Config
 ) -> None:
     """Save the plain model and its processor; `done.json`, the last file, says that it is whole."""
-    unsparsify(model)
     if adapters is not None:
         merge_adapters(adapters)
     model.save_pretrained(folder)

@@ -241,6 +241,8 @@ class StageConfig(Block):
     """Forward passes of one optimizer step."""
     processes: Annotated[Count, Neutral(1)] = 1
     """Data-parallel processes (GPUs) of one training."""
+    parallel: Annotated[Literal["ddp", "fsdp2"], Neutral("ddp")] = "ddp"
+    """What each process holds: a copy of the model, or a shard of every layer."""
     lr: RateOfParts = 1.0e-3
     """Peak learning rate, one for all or one for each part that is trained; cosine schedule."""
     warmup_ratio: Annotated[Number, Ge(0), Lt(1), Neutral(0.0)] = 0.03
@@ -269,6 +271,11 @@ class StageConfig(Block):
     """Layer skipping."""
 
     @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step, over all processes and micro-batches."""
+        return self.batch_size * self.gradient_accumulation_steps * self.processes
+
+    @property
     def compresses(self) -> bool:
         """Whether VTC acts."""
         return self.vtc.kind != "none" and self.vtc.keep < 1
@@ -280,14 +287,18 @@ class StageConfig(Block):
 
     def identity(self) -> dict[str, Any]:
         """The values that the trained weights depend on. What a stage starts from is not among
-        them: its bytes are hashed beside them."""
+        them: its bytes are hashed beside them. Nor is how a step's samples are split: a training
+        may change hands."""
         idle = {
             "vtc": not self.compresses,
             "lds": not self.skips,
             "lora": "lora" not in self.trains,
         }
+        split = {"batch_size", "gradient_accumulation_steps", "processes"}
         left_out = {"init", "checkpoint_every", *(name for name, off in idle.items() if off)}
-        return {key: value for key, value in identity(self).items() if key not in left_out}
+        left_out |= split
+        values = {key: value for key, value in identity(self).items() if key not in left_out}
+        return values | {"global_batch": self.global_batch}
 
 
 def _kept(stages: Any) -> Any:

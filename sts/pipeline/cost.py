@@ -282,8 +282,10 @@ def peak_memory(
     patches: float | None = None,
     checkpointing: bool = False,
     value_bytes: int = 4,
+    shards: int = 1,
 ) -> dict[str, float]:
-    """Rough peak bytes of training a micro-batch with AdamW: weights, optimizer, activations.
+    """Rough peak bytes of training a micro-batch with AdamW: weights, optimizer, activations, and
+    `gathered` where weights and optimizer are split over processes.
 
     `weights` in float32; `optimizer` is gradients and two moments, float32, of what is trained;
     `activations` at `value_bytes` per value are what backward needs of each decoder layer that
@@ -291,7 +293,9 @@ def peak_memory(
     attention output and MLP intermediates, less the inputs of matrices without trained weights or
     adapters; of a vision tower that is trained the same, of each layer up to the one whose features
     are used; with `checkpointing` a layer's input each and one layer in full. Logits in float32
-    three times over. patches: of the micro-batch (default: a tile a sample). Left out: a frozen
+    three times over. patches: of the micro-batch (default: a tile a sample). Of `shards` a process
+    has one, and at `value_bytes`, as weights and as gradients, all outside the layers and two of
+    them: the one that runs and the next. Left out: a frozen
     vision tower's working set, allocator overhead, attention scores (fused attention stores none).
     Expect the true figure within half and twice of it. Raises ValueError for parts that can't be
     trained.
@@ -327,9 +331,12 @@ def peak_memory(
         held = [8 * one.width + 3 * one.mlp[-1].inputs for one in used]
         seen = patches + patches / s.patches * s.class_tokens
         values += seen * stored(held, [one.width for one in used])
+    outside = s.parameters["projector"] + s.parameters["head"]
+    together = outside + 2 * s.parameters["decoder"] / s.layers
     return {
-        "weights": 4.0 * (sum(s.parameters.values()) + adapters),
-        "optimizer": 12.0 * trained,
+        "weights": 4.0 * (sum(s.parameters.values()) + adapters) / shards,
+        "optimizer": 12.0 * trained / shards,
+        "gathered": 2.0 * value_bytes * together if shards > 1 else 0.0,
         "activations": value_bytes * values + 12.0 * batch * answer_tokens * s.vocab,
     }
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 from sts.lds.decision import expected_work
 from sts.pipeline import cost, shapes
 from sts.pipeline.bench import REPEATS
+from sts.pipeline.checkpoint import KEPT
 from sts.pipeline.config import (
     Ablation,
     Config,
@@ -37,8 +38,8 @@ from sts.pipeline.config import (
 )
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.features import asks_tower
-from sts.pipeline.feed import global_batch
 from sts.pipeline.lora import train_parts
+from sts.pipeline.memory import step_memory
 from sts.pipeline.model import SHIPPED
 from sts.pipeline.step import (
     fused_attention,
@@ -59,7 +60,6 @@ FIGURES = 4
 TOKENS = {"align": (40, 25), "instruct": (250, 130)}
 START_SECONDS = 20  # imports and loading, each job
 ANSWER_SECONDS = 0.004  # of a short answer's other tokens and the harness, a question on a core
-PROCESS_BYTES = 0.7e9  # torch, transformers and tracking in memory before any model
 MATMUL_SHARE = 0.4  # of a matrix product's speed that a training of a large model reaches
 
 
@@ -133,7 +133,7 @@ def forecast(
     }
     weights = 4.0 * sum(shape.parameters.values())
     blocks = [config.stage(stage) for config, stage in trainings]
-    peak = max(step_memory(shape, block, data) for block in blocks)
+    peak = max(sum(step_memory(shape, block, *tokens(block, data)).values()) for block in blocks)
     return {
         "scale": base.scale,
         "jobs": jobs(configs, groups),
@@ -286,7 +286,7 @@ def step_flops(
     text, answer = tokens(block, data)
     return cost.step_flops(
         shape,
-        batch=global_batch(block),
+        batch=block.global_batch,
         visual_tokens=keep * shape.visual_tokens,
         text_tokens=text,
         answer_tokens=answer,
@@ -299,27 +299,9 @@ def step_flops(
     )
 
 
-def step_memory(shape: cost.Shape, block: StageConfig, data: DataConfig) -> float:
-    """Peak bytes of one process of a training, at all tokens and layers."""
-    text, answer = tokens(block, data)
-    parts = cost.peak_memory(
-        shape,
-        batch=block.batch_size,
-        visual_tokens=shape.visual_tokens,
-        text_tokens=text,
-        answer_tokens=answer,
-        layers_run=shape.layers,
-        trains=block.trains,
-        lora_rank=block.lora.rank,
-        checkpointing=block.gradient_checkpointing,
-        value_bytes=2 if precision_here(block) == "bf16" else 4,
-    )
-    return PROCESS_BYTES + sum(parts.values())
-
-
 def state_bytes(shape: cost.Shape, block: StageConfig) -> float:
-    """Bytes of a checkpoint while the next is written: trained weights and two moments, twice."""
-    return 2 * 12.0 * cost.trained_parameters(shape, block.trains, block.lora.rank)
+    """Bytes of the checkpoints kept while the next is written: trained weights, two moments."""
+    return (KEPT + 1) * 12.0 * cost.trained_parameters(shape, block.trains, block.lora.rank)
 
 
 def data_bytes(configs: Iterable[Config]) -> float:
@@ -383,7 +365,7 @@ def training_rate(
         torch.manual_seed(0)
         built = shapes.random_model(model)
     train_parts(built, block, seed=0)
-    scheme = put_scheme(built, block, 0, "estimate", global_batch(block))
+    scheme = put_scheme(built, block, 0, "estimate", block.global_batch)
     wrapped, optimizer = accelerator.prepare(built, make_optimizer(built, block))
     batches = [batch] * block.gradient_accumulation_steps
     seconds: list[float] = []
@@ -423,7 +405,7 @@ def evaluation_seconds(shape: cost.Shape, config: Config, speed: float) -> float
     questions *= 1 + config.evaluate.blind
     whole = {"trains": ["projector", "language_model"], "vtc": VTC(), "lds": LDS()}
     block = config.stage(config.last).model_copy(update=whole)
-    forward = step_flops(shape, block, config.data, 0.0) / global_batch(block) / 3
+    forward = step_flops(shape, block, config.data, 0.0) / block.global_batch / 3
     return START_SECONDS + questions * (forward / speed + ANSWER_SECONDS)
 
 

@@ -33,16 +33,11 @@ def load_data(
     order = batch_order(
         samples.lengths,
         samples.has_image,
-        global_batch(block),
+        block.global_batch,
         seed,
         block.group_by_length,
     )
     return samples, order
-
-
-def global_batch(block: StageConfig) -> int:
-    """Samples of an optimizer step, over all processes and micro-batches."""
-    return block.batch_size * block.gradient_accumulation_steps * block.processes
 
 
 def my_pieces(indices: list[int], accumulation: int, accelerator: Accelerator) -> list[list[int]]:

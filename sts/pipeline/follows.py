@@ -32,6 +32,7 @@ OBSERVERS = {
         "pipeline/cost.py",  # FLOPs of what was done
         "pipeline/device.py",  # which GPU; the precision is in the key itself
         "pipeline/follows.py",
+        "pipeline/memory.py",  # errors
         "pipeline/history.py",  # what was done, written down
         "pipeline/bar.py",  # progress
         "pipeline/provenance.py",

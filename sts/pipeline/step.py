@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sts.lds import UNITS
@@ -123,7 +124,8 @@ def optimizer_step(
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
     scheme.after_backward()
-    norm = accelerator.clip_grad_norm_(model.parameters(), block.max_grad_norm).item()
+    norm = accelerator.clip_grad_norm_(model.parameters(), block.max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss = accelerator.reduce(total, "sum").item()
     if math.isfinite(loss) and math.isfinite(norm):
         for group in optimizer.param_groups:

@@ -17,7 +17,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from sts.pipeline.checkpoint import finish, load_state, locked, save_state
 from sts.pipeline.config import Config, StageConfig, config_hash
 from sts.pipeline.device import lease
 from sts.pipeline.features import skip_tower, usable
-from sts.pipeline.feed import feed, global_batch, load_data
+from sts.pipeline.feed import feed, load_data
 from sts.pipeline.history import (
     measure,
     open_history,
@@ -39,7 +41,9 @@ from sts.pipeline.history import (
     with_speed,
 )
 from sts.pipeline.lora import train_parts
+from sts.pipeline.memory import check_memory
 from sts.pipeline.model import build, load_whole, recompute
+from sts.pipeline.parallel import gathered, load_shared, of_first, shards, shared
 from sts.pipeline.provenance import read_json, write_json_atomic
 from sts.pipeline.step import (
     check_finite,
@@ -51,7 +55,7 @@ from sts.pipeline.step import (
     precision_here,
     prepare_process,
 )
-from sts.scheme import Scheme, sparsify
+from sts.scheme import Scheme, sparsify, unsparsify
 
 CHECKPOINT_SECONDS = 600  # a slow training is checkpointed this often whatever `checkpoint_every`
 
@@ -127,18 +131,19 @@ def fit(
             stage, block.precision, precision_here(block),
         )  # fmt: skip
     accelerator = prepare_process(block)
-    model, processor = load(init, seed)
+    model, processor = load_shared(block, partial(load, init, seed))
     adapters = train_parts(model, block, derived_seed(seed, f"{stage}/lora"))
     shape = cost.shape_of(model.config)
     cached = usable(block, data, features)
     if cached:
         skip_tower(model)
     samples, order = load_data(data, block, processor, derived_seed(seed, f"{stage}/order"), cached)
+    text = max(1.0, fmean(samples.lengths) - shape.visual_tokens)
+    check_memory(shape, stage, block, text, answer=text)  # the most that there may be
     scheme = put_scheme(model, block, seed, stage, len(samples))
     torch.manual_seed(derived_seed(seed, f"{stage}/dropout"))  # nothing else draws from it
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
-
-    plain = accelerator.unwrap_model(model)
+    plain, model = model, shared(accelerator, model, block)
+    optimizer = accelerator.prepare(make_optimizer(plain, block))
     folder.mkdir(parents=True, exist_ok=True)
     first = load_state(folder, plain, optimizer, scheme)
     history = open_history(folder, first) if accelerator.is_main_process else None
@@ -148,10 +153,9 @@ def fit(
     for step, batches in feed(samples, order, processor, block, accelerator, first):
         scheme.begin_step(step)
         # checkpoints come after begin_step: what it measured is now averaged over the processes
-        late = time.monotonic() - saved > CHECKPOINT_SECONDS
+        late = of_first(time.monotonic() - saved > CHECKPOINT_SECONDS)
         if step > first and (late or step % block.checkpoint_every == 0):
-            if history is not None:
-                save_state(folder, history, plain, optimizer, scheme, step)
+            save_state(folder, history, plain, optimizer, scheme, step)
             saved = time.monotonic()
         factor = lr_factor(step, block.steps, math.ceil(block.warmup_ratio * block.steps))
         loss, norm = optimizer_step(accelerator, model, optimizer, batches, block, factor, scheme)
@@ -168,7 +172,13 @@ def fit(
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
     bar.close()
-    accelerator.wait_for_everyone()
+    unsparsify(plain)
+    if shards(block):
+        weights = gathered(plain)
+        if history is not None:  # the first process, which has the weights
+            plain, _ = load(init, seed)
+            adapters = train_parts(plain, block, seed)
+            plain.load_state_dict(weights)
     if history is not None:
         history.close()
         finish(folder, plain, adapters, processor, config)
@@ -227,7 +237,7 @@ def put_scheme(
         vtc=block.vtc,
         lds=block.lds,
         total_steps=block.steps,
-        steps_per_epoch=math.ceil(samples / global_batch(block)),
+        steps_per_epoch=math.ceil(samples / block.global_batch),
         seed=derived_seed(seed, f"{stage}/scheme"),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForImageTextToText,
     AutoTokenizer,
     CLIPVisionModel,
     LlamaForCausalLM,
@@ -18,7 +19,8 @@ from transformers import (
 
 from sts.__main__ import main
 from sts.mini import language, scenes, vision
-from sts.mini.backbone import rebuild
+from sts.mini.backbone import TOWER_STEPS, rebuild
+from sts.mini.families import FAMILIES
 from sts.mini.words import make_tokenizer
 from sts.pipeline.config import MINI, load_scale
 from sts.pipeline.model import SHIPPED
@@ -93,6 +95,17 @@ def test_shipped_backbones_are_as_good_as_is_said():
     assert measured["reading_without"] == pytest.approx(without, abs=0.03)
     middle = [without[str(index)] for index in (4, 5, 6)]
     assert min(middle) >= without["none"] - 0.01, "one of the middle layers can be left out"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TOWER_STEPS)
+def test_the_tower_of_a_shipped_checkpoint_sees_what_is_said(family):
+    folder = SHIPPED.parent / family
+    said = json.loads((folder / "quality.json").read_text())["seeing"]
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    seen = vision.seeing(family, model.get_submodule(FAMILIES[family].tower))
+    assert seen == pytest.approx(said, abs=0.03)
+    assert min(said[name] for name in ("kind", "colour", "size")) > 0.9
 
 
 @pytest.mark.slow

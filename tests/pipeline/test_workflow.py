@@ -425,7 +425,7 @@ def test_a_real_training_killed_halfway_ends_with_the_same_weights(tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     file = killed / "results/smoke/logs/runs/sts/seed0/instruct.log"
-    wait_for(lambda: file.exists() and list(killed.rglob("state/checkpoint.pt")), seconds=200)
+    wait_for(lambda: file.exists() and list(killed.rglob("state/0*/process-0.sha256")), seconds=200)
     os.killpg(begun.pid, signal.SIGKILL)
     begun.wait()
     run(killed, SMOKE, target)

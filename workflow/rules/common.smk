@@ -300,7 +300,7 @@ def launch(stage):
     """How a verb is started for a stage: one process, or one for each GPU."""
     if stage.processes == 1:
         return "python -m sts"
-    return f"accelerate launch --num_processes {stage.processes} -m sts"
+    return f"torchrun --standalone --nproc-per-node {stage.processes} -m sts"
 
 
 def write_configs():

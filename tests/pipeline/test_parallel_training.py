@@ -1,0 +1,124 @@
+"""Several processes of one training: the steps of one, shards, going on by other processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from configs import short as config
+from transformers import LlavaForConditionalGeneration
+
+from sts.pipeline.history import read_history
+from sts.pipeline.train import train
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+HALF = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count"}  # three of the layers
+
+# Trains a stage as the pipeline does, and dies before a step if one is named
+WORKER = """
+import os, signal, sys
+import torch
+from sts.pipeline import train
+from sts.pipeline.config import Config
+
+taken, left = train.optimizer_step, int(sys.argv[6])
+
+def step(*args):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return taken(*args)
+
+train.optimizer_step = step
+config = Config.model_validate_json(sys.argv[1])
+train.train(config, "dense", 0, sys.argv[2], [sys.argv[3]], sys.argv[4], sys.argv[5])
+"""
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setenv("STS_TRACKING", "off")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+
+
+@pytest.fixture
+def several(tmp_path, prepared):
+    """several(settings, stage, init, name, after) -> the manifest of a training of as many
+    processes as it says, or None if all are killed before step `after`."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+
+    def call(settings, stage, init, name, after=-1):
+        out = tmp_path / name / "runs" / "dense" / "seed0" / f"{stage}.json"
+        command = [sys.executable]
+        if (number := settings.stage(stage).processes) > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        arguments = [settings.model_dump_json(by_alias=True), stage, prepared, init, out, after]
+        done = subprocess.run(
+            [*command, script, *map(str, arguments)],
+            timeout=300, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode == 0) == (after < 0), done.stderr[-3000:]
+        return json.loads(out.read_text()) if after < 0 else None
+
+    return call
+
+
+@pytest.fixture
+def aligned(tmp_path, backbone, prepared):
+    out = tmp_path / "results" / "runs" / "dense" / "seed0" / "align.json"
+    train(config(), "dense", 0, "align", [prepared], backbone, out)
+    return out
+
+
+def weights(manifest: dict) -> dict[str, torch.Tensor]:
+    return LlavaForConditionalGeneration.from_pretrained(manifest["weights"]).state_dict()
+
+
+def same_steps(one: dict, other: dict) -> None:
+    for a, b in zip(*(read_history(run["weights"]) for run in (one, other)), strict=True):
+        assert a["skipped"] == b["skipped"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_processes_take_the_same_steps_as_one(parallel, aligned, several):
+    """Also with skipped layers, whose gradients no process sends, and what is saved is a plain
+    checkpoint."""
+    both = {"lds": HALF, "vtc": {"kind": "uniform", "keep": 0.5}}
+    alone = several(config(**both, batch_size=4), "instruct", aligned, "one")
+    split = config(**both, batch_size=2, processes=2, parallel=parallel)
+    result = several(split, "instruct", aligned, "two")
+    same_steps(alone, result)
+    for (name, a), (other, b) in zip(weights(alone).items(), weights(result).items(), strict=True):
+        assert name == other
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["align", "instruct"])
+def test_shards_that_are_killed_go_on_to_the_same_weights(stage, backbone, aligned, several):
+    init = backbone if stage == "align" else aligned
+    adapters = {"trains": ["projector", "lora"], "lora": {"rank": 2, "dropout": 0.5}}
+    more = adapters if stage == "instruct" else {}
+    settings = config(batch_size=2, processes=2, parallel="fsdp2", lds=HALF, **more)
+    straight = several(settings, stage, init, "straight")
+    several(settings, stage, init, "killed", after=3)
+    again = several(settings, stage, init, "killed")
+    assert again["weights_sha256"] == straight["weights_sha256"]
+
+
+def test_another_number_of_processes_goes_on_with_a_training(tmp_path, aligned, several):
+    two = config(batch_size=2, processes=2, parallel="fsdp2", lds=HALF)
+    several(two, "instruct", aligned, "moved", after=3)
+    [folder] = (tmp_path / "moved" / "weights").glob("*/")
+    begun = read_history(folder)[:2]
+    one = config(batch_size=4, parallel="fsdp2", lds=HALF)
+    moved = several(one, "instruct", aligned, "moved")
+    assert read_history(moved["weights"])[:2] == begun, "it went on, and did not begin again"
+    same_steps(several(one, "instruct", aligned, "stayed"), moved)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sts.pipeline import config as settings
+from sts.pipeline.gpus import GPUS
 
 MINI = Path("workflow/config/mini.yaml")
 ABLATIONS = Path("workflow/ablations.yaml")
@@ -152,9 +153,11 @@ def estimate(args: argparse.Namespace) -> None:
     """Say what a run will cost before anything is trained: jobs, FLOPs, time, disk, memory."""
     from sts.mini import language, vision
     from sts.pipeline import estimate
+    from sts.pipeline.gpus import Machine
 
     recipe = {"vision": vision.BATCH, "language": language.BATCH}
-    estimate.estimate(args.configfile, args.ablations, recipe, args.json)
+    on = Machine(args.gpu, args.gpus, args.price) if args.gpu else None
+    estimate.estimate(args.configfile, args.ablations, recipe, args.json, on)
 
 
 def ui(args: argparse.Namespace) -> None:
@@ -303,6 +306,9 @@ def parser() -> argparse.ArgumentParser:
     add = verb(estimate)
     scale(add)
     add("--json", action="store_true", help="as JSON")
+    add("--gpu", choices=GPUS, help="of another machine: the kind of its GPUs")
+    add("--gpus", type=int, default=8, help="and their number (default: %(default)s)")
+    add("--price", type=float, help="of a GPU-hour, in whatever money")
     verb(ui)("--port", type=int, default=5000, help="(default: %(default)s)")
     verb(reap)
     add = verb(close)

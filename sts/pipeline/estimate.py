@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -38,8 +38,9 @@ from sts.pipeline.config import (
 )
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.features import asks_tower
+from sts.pipeline.gpus import SHARE, Machine
 from sts.pipeline.lora import train_parts
-from sts.pipeline.memory import step_memory
+from sts.pipeline.memory import lacking, memory_here, step_memory
 from sts.pipeline.model import SHIPPED
 from sts.pipeline.step import (
     fused_attention,
@@ -68,8 +69,10 @@ def estimate(
     ablations: str | Path,
     recipe: Mapping[str, int],
     as_json: bool = False,
+    on: Machine | None = None,
 ) -> dict[str, Any]:
-    """Print, as a table or as JSON, and return what the bare command will cost with this scale.
+    """Print, as a table or as JSON, and return what the bare command will cost with this scale, on
+    this machine or another.
 
     recipe: samples of a step of the `vision` and the `language` training of a rebuild. Raises
     ConfigError for a file that is not accepted, ValueError for a pretrained model whose sizes are
@@ -78,7 +81,7 @@ def estimate(
     base, table = load_scale(configfile), load_ablations(ablations)
     configs = {id: resolve(base, entry) for id, entry in shown(table).items()}
     groups = {name: [id for id, e in table.items() if name in e.groups] for name in GROUPS}
-    found = forecast(base, configs, groups, recipe)
+    found = forecast(base, configs, groups, recipe, on)
     if as_json:
         print(json.dumps(found, indent=2, sort_keys=True))
     else:
@@ -96,20 +99,23 @@ def forecast(
     configs: Mapping[str, Config],
     groups: Mapping[str, Sequence[str]],
     recipe: Mapping[str, int],
+    on: Machine | None = None,
 ) -> dict[str, Any]:
     """Everything that `show` prints, as plain numbers: seconds, bytes, FLOPs."""
     model, data = model_config(base), base.data
     shape = cost.shape_of(model)
     trainings = unique_trainings(configs)
-    speed, source = calibrate(base, configs, model)
-    slots = concurrent(base)
+    speed, source = calibrate(base, configs, model, on)
+    slots = concurrent(base, on)
     images = feature_images(configs.values())
     live, cached = (forward_flops(shape, cached) for cached in (False, True))
 
+    def flops(config: Config, stage: str) -> float:
+        cached = reads_features(config, stage)
+        return stage_flops(shape, config.stage(stage), data, cached=cached, on=on)
+
     def seconds(config: Config, stage: str) -> float:
-        block = config.stage(stage)
-        flops = stage_flops(shape, block, data, cached=reads_features(config, stage))
-        return flops / speed[stage] / block.processes
+        return flops(config, stage) / speed[stage] / config.stage(stage).processes
 
     training = [seconds(config, stage) + START_SECONDS for config, stage in trainings]
     evaluation = [
@@ -133,22 +139,24 @@ def forecast(
     }
     weights = 4.0 * sum(shape.parameters.values())
     blocks = [config.stage(stage) for config, stage in trainings]
-    peak = max(sum(step_memory(shape, block, *tokens(block, data)).values()) for block in blocks)
+    needs = [
+        step_memory(shape, block, *tokens(block, data), on_gpu=on is not None) for block in blocks
+    ]
+    peak = max(sum(parts.values()) for parts in needs)
+    there = on.gpu.memory if on else memory_here(slots)
+    lacks = [
+        lacking(stage, block, parts, there)
+        for (_, stage), block, parts in zip(trainings, blocks, needs, strict=True)
+    ]
     return {
         "scale": base.scale,
         "jobs": jobs(configs, groups),
         "flops": {
             "runs": {
-                id: {
-                    stage: stage_flops(shape, block, data, cached=reads_features(config, stage))
-                    for stage, block in config.stages.items()
-                }
+                id: {stage: flops(config, stage) for stage in config.stages}
                 for id, config in configs.items()
             },
-            "total": sum(
-                stage_flops(shape, config.stage(stage), data, cached=reads_features(config, stage))
-                for config, stage in trainings
-            ),
+            "total": sum(flops(config, stage) for config, stage in trainings),
         },
         "seconds": {**parts, "total": sum(parts.values())},
         "speed": {"flops_per_s": speed, "source": source, "trainings_at_once": slots},
@@ -159,8 +167,31 @@ def forecast(
             "checkpoints": slots * max(state_bytes(shape, block) for block in blocks),
             "free": float(shutil.disk_usage(".").free),
         },
-        "memory_bytes": {"of_a_training": peak, "at_once": slots * peak},
+        "memory_bytes": {"of_a_training": peak, "at_once": slots * peak, "of_a_process": there},
+        "lacking": list(dict.fromkeys(filter(None, lacks))),
+        **({"gpu_hours": gpu_hours(configs, seconds, parts, slots, on)} if on else {}),
     }
+
+
+def gpu_hours(
+    configs: Mapping[str, Config],
+    seconds: Callable[[Config, str], float],
+    parts: Mapping[str, float],
+    slots: int,
+    on: Machine,
+) -> dict[str, Any]:
+    """GPU-hours of the stages of each run of one seed and of all that is done, and its price."""
+    runs = {
+        id: {
+            stage: config.stage(stage).processes * seconds(config, stage) / 3600
+            for stage in config.stages
+        }
+        for id, config in configs.items()
+    }
+    widest = max(c.stage(stage).processes for c in configs.values() for stage in c.stages)
+    total = sum(parts.values()) * min(on.count, slots * widest) / 3600
+    price = {} if on.price is None else {"price": total * on.price}
+    return {"runs": runs, "total": total, **price}
 
 
 def jobs(configs: Mapping[str, Config], groups: Mapping[str, Sequence[str]]) -> dict[str, int]:
@@ -265,10 +296,11 @@ def stage_flops(
     data: DataConfig,
     points: int = 50,
     cached: bool = False,
+    on: Machine | None = None,
 ) -> float:
     """FLOPs of a whole stage on all processes, with its schedules for keep ratio and skip rate."""
     return block.steps * fmean(
-        step_flops(shape, block, data, (i + 0.5) / points, cached) for i in range(points)
+        step_flops(shape, block, data, (i + 0.5) / points, cached, on) for i in range(points)
     )
 
 
@@ -278,6 +310,7 @@ def step_flops(
     data: DataConfig,
     fraction: float,
     cached: bool = False,
+    on: Machine | None = None,
 ) -> float:
     """FLOPs of one optimizer step at a fraction of the stage, on all processes; cached: the vision
     tower's features are read."""
@@ -295,7 +328,7 @@ def step_flops(
         trains=block.trains,
         lora_rank=block.lora.rank,
         checkpointing=block.gradient_checkpointing,
-        fused_attention=fused_attention(block),
+        fused_attention=on is not None or fused_attention(block),
     )
 
 
@@ -325,22 +358,29 @@ def rows_made_here(name: str, data: DataConfig) -> dict[str, int]:
 # ---- time -------------------------------------------------------------------------------------
 
 
-def concurrent(config: Config) -> int:
+def concurrent(config: Config, on: Machine | None = None) -> int:
     """Trainings that run at once: by GPUs if there are any, else by cores."""
     block = config.stage(config.last)
+    if on:
+        return max(1, on.count // block.processes)
     if torch.cuda.is_available():
         return max(1, torch.cuda.device_count() // block.processes)
     return max(1, len(os.sched_getaffinity(0)) // block.threads)
 
 
 def calibrate(
-    base: Config, configs: Mapping[str, Config], model: PreTrainedConfig
+    base: Config,
+    configs: Mapping[str, Config],
+    model: PreTrainedConfig,
+    on: Machine | None = None,
 ) -> tuple[dict[str, float], str]:
     """({stage: FLOPs a second of one training}, how it was measured), within seconds. Of stages of
     one name the first counts."""
     blocks: dict[str, StageConfig] = {}
     for config in (base, *configs.values()):
         blocks = {**config.stages, **blocks}
+    if on:
+        return dict.fromkeys(blocks, SHARE * on.gpu.flops), f"{SHARE:.0%} of the peak of {on.kind}"
     if base.model.family == "whole" or base.model.backbone == "pretrained":
         rate = MATMUL_SHARE * matmul_rate(base.stage(base.last))
         share = f"{MATMUL_SHARE:.0%} of a matrix product's speed"
@@ -446,9 +486,19 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     disk, memory = found["disk_bytes"], found["memory_bytes"]
     for name in ("data", "features", "weights", "checkpoints", "free"):
         table.add_row(f"disk: {name}", size(disk[name]))
-    table.add_row("memory of a training", size(memory["of_a_training"]))
+    there = f"{size(memory['of_a_training'])}, there are {size(memory['of_a_process'])}"
+    table.add_row("memory of a process", there)
     table.add_row("memory at once", size(memory["at_once"]))
+    for id, stages in found.get("gpu_hours", {}).get("runs", {}).items():
+        each = " + ".join(f"{hours:.3g} {stage}" for stage, hours in stages.items())
+        table.add_row(f"GPU-hours of {id}", f"{each} = {sum(stages.values()):.3g}")
+    if "gpu_hours" in found:
+        spent = found["gpu_hours"]
+        price = f", price {spent['price']:,.0f}" if "price" in spent else ""
+        table.add_row("GPU-hours of all", f"{spent['total']:.3g}{price}")
     console.print(table)
+    for said in found["lacking"]:
+        console.print(f"[bold]Does not fit[/bold]: {said}", highlight=False)
     speed = found["speed"]
     rates = ", ".join(f"{rate / 1e9:.3g} GFLOP/s {s}" for s, rate in speed["flops_per_s"].items())
     console.print(

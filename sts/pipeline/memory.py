@@ -15,10 +15,11 @@ log = logging.getLogger(__name__)
 
 
 def step_memory(
-    shape: cost.Shape, block: StageConfig, text: float, answer: float
+    shape: cost.Shape, block: StageConfig, text: float, answer: float, on_gpu: bool = False
 ) -> dict[str, float]:
     """Peak bytes of one process of a training, at all visual tokens and layers, by what they hold
-    (cost.peak_memory). text, answer: tokens of a sample."""
+    (cost.peak_memory). text, answer: tokens of a sample. on_gpu: of a machine that this is not."""
+    precision = block.precision if on_gpu else precision_here(block)
     parts = cost.peak_memory(
         shape,
         batch=block.batch_size,
@@ -29,7 +30,7 @@ def step_memory(
         trains=block.trains,
         lora_rank=block.lora.rank,
         checkpointing=block.gradient_checkpointing,
-        value_bytes=2 if precision_here(block) == "bf16" else 4,
+        value_bytes=2 if precision == "bf16" else 4,
         shards=block.processes if block.parallel == "fsdp2" else 1,
     )
     return {"process": PROCESS_BYTES, **parts}
@@ -50,9 +51,18 @@ def check_memory(
     them don't fit, which is known; warn if its activations may not, which is a rough figure."""
     there = memory_here(int(os.environ.get("LOCAL_WORLD_SIZE", block.processes)))
     parts = step_memory(shape, block, text, answer)
+    said = lacking(stage, block, parts, there)
+    if said and sum(parts.values()) - parts["activations"] > there:
+        raise MemoryError(said)
+    if said:
+        log.warning("%s", said)
+
+
+def lacking(stage: str, block: StageConfig, parts: dict[str, float], there: float) -> str:
+    """What a process needs, and the keys that would help, if it has not so many bytes; else ""."""
     needed = sum(parts.values())
     if needed <= there:
-        return
+        return ""
     held = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in parts.items() if value)
     keys = []
     if block.parallel != "fsdp2" or block.processes == 1:
@@ -65,10 +75,7 @@ def check_memory(
         keys.append("gradient_checkpointing: true")
     if block.batch_size > 1:
         keys.append("a smaller batch_size with more gradient_accumulation_steps")
-    text = (
+    return (
         f"stages.{stage}: a process needs about {needed / 1e9:.3g} GB ({held}), and has "
         f"{there / 1e9:.3g} GB. What helps: {'; '.join(keys)}"
     )
-    if needed - parts["activations"] > there:
-        raise MemoryError(text)
-    log.warning("%s", text)

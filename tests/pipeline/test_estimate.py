@@ -198,6 +198,37 @@ def test_a_rebuild_is_estimated_with_the_samples_that_the_recipe_trains(
     assert seconds == pytest.approx(estimate.START_SECONDS + flops / 1e9)
 
 
+def asked(capsys, *more):
+    assert main(["estimate", "--configfile", str(PAPER), "--json", *more]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_gpus_that_are_not_here_take_the_hours_that_were_published(capsys):
+    """LLaVA-1.5-7B took 3.5 h and 10 h on 8 A100 of 40 GB (LLaVA's README)."""
+    found = asked(capsys, "--gpu", "a100-40", "--gpus", "8", "--price", "2")
+    hours = {stage: each / 8 for stage, each in found["gpu_hours"]["runs"]["dense"].items()}
+    assert hours == {
+        "align": pytest.approx(3.5, rel=0.2), "instruct": pytest.approx(10, rel=0.2)
+    }  # fmt: skip
+    assert not found["lacking"] and found["memory_bytes"]["of_a_process"] == 40e9
+    spent = found["gpu_hours"]
+    assert spent["price"] == 2 * spent["total"]
+    assert spent["total"] > sum(spent["runs"]["dense"].values()) + spent["runs"]["sts"]["instruct"]
+    faster = asked(capsys, "--gpu", "h100")
+    assert faster["seconds"]["total"] < found["seconds"]["total"]
+    assert "price" not in faster["gpu_hours"]
+
+
+def test_what_does_not_fit_on_gpus_is_said_with_the_keys_that_help(tmp_path, capsys):
+    scale = tmp_path / "scale.yaml"
+    scale.write_text(PAPER.read_text().replace("parallel: fsdp2", "parallel: ddp"))
+    assert main(["estimate", "--configfile", str(scale), "--gpu", "h100"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Does not fit: stages.instruct: a process needs about 117 GB" in said
+    assert "and has 80 GB. What helps: parallel: fsdp2" in said
+    assert "stages.align" not in said
+
+
 @pytest.mark.slow
 def test_jobs_are_those_that_the_workflow_would_run(tmp_path, smoke):
     """In a copy without results, so that nothing counts as done."""

@@ -47,6 +47,13 @@ def dataset_of(name: str) -> str | None:
     return (read(TASKS / f"{name}.yaml").get("dataset_kwargs") or {}).get("dataset")
 
 
+def questions_of(name: str) -> int | None:
+    """How many questions a benchmark of ours on the hub says that it has; None for others."""
+    if name not in ours():
+        return None
+    return (read(TASKS / f"{name}.yaml").get("metadata") or {}).get("questions")
+
+
 def sources(names: Iterable[str]) -> list[Path]:
     """The files of ours that the questions of these benchmarks are made of."""
     own = [TASKS / f"{name}.yaml" for name in names if name in ours()]

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 from sts.lds.decision import expected_work
 from sts.pipeline import cost, shapes
 from sts.pipeline.bench import REPEATS
+from sts.pipeline.benchmarks import questions_of
 from sts.pipeline.checkpoint import KEPT
 from sts.pipeline.config import (
     Ablation,
@@ -441,8 +442,9 @@ def matmul_rate(block: StageConfig, largest: int = 2048, enough: float = 0.1) ->
 def evaluation_seconds(shape: cost.Shape, config: Config, speed: float) -> float:
     """One evaluation job: a forward pass of every question (a third of a training step's FLOPs) and
     what its answer takes beside, and of a share again with a grey image."""
-    questions = len(config.evaluate.benchmarks) * config.data.scenes.test
-    questions *= 1 + config.evaluate.blind
+    asked = config.evaluate
+    each = [questions_of(name) or config.data.scenes.test for name in asked.benchmarks]
+    questions = sum(min(count, asked.limit or count) for count in each) * (1 + asked.blind)
     whole = {"trains": ["projector", "language_model"], "vtc": VTC(), "lds": LDS()}
     block = config.stage(config.last).model_copy(update=whole)
     forward = step_flops(shape, block, config.data, 0.0) / block.global_batch / 3

@@ -144,7 +144,7 @@ def load_benchmarks(
         found[name] = _load(name, manager, file, mirror)
         for task in tasks_of(found[name]):
             task.set_fewshot_seed(FEWSHOT_SEED)
-            if name in benchmarks.ours():
+            if benchmarks.dataset_of(name):  # our own questions
                 limit = {"max_gen_toks": settings.max_new_tokens}
                 task.set_config("generation_kwargs", limit, update=True)
     return found
@@ -370,6 +370,8 @@ def drawn(
 
 def _row(task: Task, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
     doc, value = sample["doc"], sample[metric]
+    if isinstance(value, Mapping):  # what an aggregation needs to know
+        value = value["correct"]
     return {
         "id": doc.get("id", f"{task.task_name}/{sample['doc_id']}"),
         "question": doc["question"] if "form" in doc else task.doc_to_text(doc),

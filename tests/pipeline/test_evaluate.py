@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lm_eval.api.model import LM
-from PIL import Image
+from asking import Oracle, picture, write_parquet
 
 from sts.__main__ import main
 from sts.pipeline import benchmarks
@@ -28,31 +27,6 @@ from sts.pipeline.model import build_llava
 PAGE = Path(__file__).resolve().parents[2] / "docs/evaluation.md"
 BENCHMARKS = ["existence", "colour"]
 GREY = 128
-
-
-class Oracle(LM):
-    """Answers what `reply(question, *images)` says; remembers what it was shown."""
-
-    MULTIMODAL = True
-    tokenizer_name = "oracle"
-
-    def __init__(self, reply):
-        super().__init__()
-        self.reply, self.shown = reply, []
-
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
-        return chat_history[-1]["content"]
-
-    def generate_until(self, requests, disable_tqdm=False):
-        for prompt, settings, extra in (request.args for request in requests):
-            self.shown.append((prompt, settings, [np.asarray(one) for one in extra["visual"]]))
-        return [self.reply(prompt, *images) for prompt, _, images in self.shown]
-
-    def loglikelihood(self, requests):
-        raise NotImplementedError
-
-    def loglikelihood_rolling(self, requests):
-        raise NotImplementedError
 
 
 @pytest.fixture(autouse=True)
@@ -159,11 +133,6 @@ def tasks(tmp_path, monkeypatch):
     return folder
 
 
-def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
-    colours = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-    return Image.fromarray(colours).convert(mode)
-
-
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
     """Folder with data sets of the hub: all columns of ChartQA and of the four subjects of MMMU's
@@ -204,11 +173,6 @@ def mirror(tmp_path_factory):
     card = f"---\n{yaml.safe_dump({'configs': parts})}---\n"
     (root / "MMMU/MMMU/README.md").write_text(card)
     return root
-
-
-def write_parquet(rows: list[dict], columns: dict, file: Path) -> None:
-    file.parent.mkdir(parents=True)
-    datasets.Dataset.from_list(rows, features=datasets.Features(columns)).to_parquet(file)
 
 
 GROUP = "mmmu_val_art_and_design"

@@ -1,0 +1,43 @@
+"""What tests of benchmarks ask, and who answers."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+from lm_eval.api.model import LM
+from PIL import Image
+
+
+class Oracle(LM):
+    """Answers what `reply(question, *images)` says; remembers what it was shown."""
+
+    MULTIMODAL = True
+    tokenizer_name = "oracle"
+
+    def __init__(self, reply):
+        super().__init__()
+        self.reply, self.shown = reply, []
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        return chat_history[-1]["content"]
+
+    def generate_until(self, requests, disable_tqdm=False):
+        for prompt, settings, extra in (request.args for request in requests):
+            self.shown.append((prompt, settings, [np.asarray(one) for one in extra["visual"]]))
+        return [self.reply(prompt, *images) for prompt, _, images in self.shown]
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    def loglikelihood_rolling(self, requests):
+        raise NotImplementedError
+
+
+def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
+    colours = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+    return Image.fromarray(colours).convert(mode)
+
+
+def write_parquet(rows: list[dict], columns: dict, file: Path) -> None:
+    file.parent.mkdir(parents=True)
+    datasets.Dataset.from_list(rows, features=datasets.Features(columns)).to_parquet(file)

@@ -1,0 +1,293 @@
+"""The hub's benchmarks: questions as LLaVA asks them, scores as their authors reckon them."""
+
+import datasets
+import pytest
+import yaml
+from asking import Oracle, picture, write_parquet
+
+from sts.pipeline import benchmarks
+from sts.pipeline.config import validate
+from sts.pipeline.evaluate import answer, load_benchmarks, metric_of, tasks_of
+from sts.pipeline.tasks import official
+
+TEXT, IMAGE, NUMBER = datasets.Value("string"), datasets.Image(), datasets.Value("int64")
+TEXTS = datasets.List(TEXT)
+
+
+# ---- rules, by hand -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("Yes.", "yes"),
+        ("The two dogs", "2 dogs"),
+        ("none", "0"),
+        ("dont know", "don't know"),
+        ("It couldntve been", "it couldntve been"),
+        ("couldn'tve", "couldn't've"),
+        ("1,000", "1000"),
+        ("2.5", "2.5"),
+        ("U.S.A.", "usa"),
+        ("black-white", "black white"),
+        ("black - white", "black white"),
+        ("Tom's", "tom 's"),
+        ("  a   cat\nand\tan owl ", "cat and owl"),
+    ],
+)
+def test_an_answer_is_compared_as_the_servers_of_vqa_do(said, meant):
+    assert official.normal(said) == meant
+
+
+def test_an_answer_is_worth_as_many_as_say_so():
+    """Of ten people each is left out once: of 3 who say it, 7 of 10 times 3 are left, else 2."""
+    people = ["red"] * 3 + ["blue"] * 2 + ["green"] * 1 + ["pink"] * 4
+    assert official.agreement("red", people) == pytest.approx((7 * 1 + 3 * 2 / 3) / 10)
+    assert official.agreement("blue", people) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
+    assert official.agreement("green", people) == pytest.approx((9 * 1 / 3 + 0) / 10)
+    assert official.agreement("pink", people) == 1
+    assert official.agreement("grey", people) == 0
+
+
+def test_vqa_compares_as_it_is_where_all_agree():
+    agreed = {"answers": [{"answer": "2 dogs"}] * 10}
+    assert official.vqa(agreed, ["Two dogs."]) == {"accuracy": 1.0}
+    unlike = {"answers": [{"answer": "the dog"}] * 10}
+    assert official.vqa(unlike, ["the dog"]) == {"accuracy": 0.0}, "as the official code has it"
+    mixed = {"answers": [{"answer": "the dog"}] * 9 + [{"answer": "cat"}]}
+    assert official.vqa(mixed, ["the dog"]) == {"accuracy": 1.0}
+
+
+def test_text_of_people_is_made_alike_on_both_sides():
+    row = {"answers": ["Coca Cola", "coca-cola", "coca cola!", *["pepsi"] * 7]}
+    assert official.people(row, ["COCA COLA"])["accuracy"] == pytest.approx((7 + 3 * 2 / 3) / 10)
+
+
+@pytest.mark.parametrize(
+    ("said", "correct"),
+    [("No", False), ("Yes, there is no dog.", False), ("There is. No doubt", True), ("Yes", True)],
+)
+def test_pope_hears_yes_unless_the_first_sentence_says_no(said, correct):
+    row = {"category": "random", "answer": "yes"}
+    assert official.pope(row, [said])["accuracy"] == float(correct)
+
+
+def test_pope_is_the_mean_of_the_f1_of_each_way_of_choosing():
+    def found(category, *pairs):
+        return [{"category": category, "said": said, "answer": right} for said, right in pairs]
+
+    random = found("random", ("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"))
+    popular = found("popular", ("yes", "yes"), ("no", "no"), ("yes", "no"))
+    silent = found("adversarial", ("no", "no"))
+    assert official.mean_f1(random) == 0.5
+    assert official.mean_f1(popular) == pytest.approx(2 * 1 / 3)
+    assert official.mean_f1(random + popular + silent) == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
+
+
+def test_mme_adds_the_share_of_answers_and_of_whole_pairs():
+    def found(category, image, *corrects):
+        return [{"category": category, "image": image, "correct": one} for one in corrects]
+
+    count = found("count", "a", True, True) + found("count", "b", True, False)
+    scene = found("scene", "a", False, False)
+    assert official.mme_total(count) == pytest.approx(100 * (3 / 4 + 1 / 2))
+    assert official.mme_total(count + scene) == official.mme_total(count)
+    assert official.mme_total(count + found("scene", "c", True)) == pytest.approx(125 + 100)
+    row = {"category": "count", "question_id": "x.png", "answer": "No"}
+    for said, right in (("No.", 1), ("no, it is", 1), ("n", 1), ("Yes", 0), ("maybe not", 0)):
+        assert official.mme(row, [said])["accuracy"] == right, said
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("B", 1), ("B. a dog", 1), ("The answer is B.", 1), ("A", 0), ("Because", 0), ("b", 0)],
+)
+def test_scienceqa_reads_a_letter(said, right):
+    assert official.scienceqa({"answer": 1}, [said])["accuracy"] == right
+
+
+def test_mmbench_counts_a_question_if_every_turn_of_it_is_right():
+    options = {"A": "a dog", "B": "two cats", "C": "nan", "D": None}
+    rows = [
+        {"index": 7, "answer": "A", **options},
+        {"index": 1_000_007, "answer": "B", **options},
+        {"index": 8, "answer": "B", **options},
+    ]
+    given = [official.circular(row, [said])["circular"] for row, said in zip(
+        rows, ["A", "A.", "(B)"], strict=True)]  # fmt: skip
+    assert [one["correct"] for one in given] == [True, False, True]
+    assert official.all_copies(given) == 0.5
+    assert official.named("It shows Two cats", official.options_of(rows[0])) == "B"
+    assert official.named("A or B", official.options_of(rows[0])) is None
+    assert official.named("A thing with a tail", official.options_of(rows[0])) is None
+
+
+# ---- through lm-eval, on files of the form of the hub's ----------------------------------------
+
+
+def people_of(*answers):
+    return [{"answer": one, "answer_id": i} for i, one in enumerate(answers)]
+
+
+QUESTION = {"question_id": TEXT, "question": TEXT, "image": IMAGE}
+LETTERED = {"A": TEXT, "B": TEXT, "C": TEXT, "D": TEXT}
+# data set -> configuration -> split -> (columns, rows)
+SETS = {
+    "lmms-lab/POPE": {"default": {"test": (
+        QUESTION | {"answer": TEXT, "category": TEXT},
+        [{"question": f"Is there a {thing}?", "answer": right, "category": kind}
+         for kind in ("random", "popular", "adversarial")
+         for thing, right in (("yes", "yes"), ("no", "no"))],
+    )}},
+    "lmms-lab/GQA": {
+        "testdev_balanced_instructions": {"testdev": (
+            {"id": TEXT, "imageId": TEXT, "question": TEXT, "answer": TEXT},
+            [{"id": str(i), "imageId": f"n{i % 2}", "question": f"say {w}", "answer": w}
+             for i, w in enumerate(["red", "blue", "left"])],
+        )},
+        "testdev_balanced_images": {"testdev": (
+            {"id": TEXT, "image": IMAGE}, [{"id": "n1"}, {"id": "n0"}],
+        )},
+    },
+    "lmms-lab/ScienceQA": {"ScienceQA-IMG": {"test": (
+        {"image": IMAGE, "question": TEXT, "choices": TEXTS, "answer": NUMBER, "hint": TEXT},
+        [{"question": "say B", "choices": ["x", "y"], "answer": 1, "hint": "Look."},
+         {"question": "say A", "choices": ["x", "y", "z"], "answer": 0, "hint": ""}],
+    )}},
+    "lmms-lab/textvqa": {"default": {"validation": (
+        QUESTION | {"answers": TEXTS, "ocr_tokens": TEXTS},
+        [{"question": "say stop", "answers": ["stop"] * 10, "ocr_tokens": ["STOP", "ALL"]}],
+    )}},
+    "lmms-lab/VizWiz-VQA": {"default": {"val": (
+        QUESTION | {"answers": TEXTS},
+        [{"question": "say unanswerable", "answers": ["unanswerable"] * 10}],
+    )}},
+    "lmms-lab/VQAv2": {"default": {"validation": (
+        QUESTION | {"answers": datasets.List({"answer": TEXT, "answer_id": NUMBER}),
+                    "multiple_choice_answer": TEXT},
+        [{"question": "say two", "answers": people_of(*["2"] * 9, "three"),
+          "multiple_choice_answer": "2"}],
+    )}},
+    "lmms-lab/MME": {"default": {"test": (
+        QUESTION | {"answer": TEXT, "category": TEXT},
+        [{"question_id": kind, "question": f"say {right} Please answer yes or no.",
+          "answer": right, "category": kind}
+         for kind in ("count", "scene", "code_reasoning") for right in ("Yes", "No")],
+    )}},
+    "lmms-lab/SEED-Bench": {"default": {"test": (
+        {"question_id": TEXT, "question": TEXT, "image": datasets.List(IMAGE), "answer": TEXT,
+         "data_type": TEXT, **{f"choice_{letter}": TEXT for letter in "abcd"}},
+        [{"question": "say C", "answer": "C", "data_type": kind, "image": [None] * n}
+         for kind, n in (("image", 1), ("video", 3))],
+    )}},
+    "lmms-lab/MMBench": {name: {"dev": (
+        {"index": NUMBER, "question": TEXT, "hint": TEXT, "answer": TEXT, "image": IMAGE,
+         "category": TEXT, **LETTERED},
+        [{"index": 3, "question": "say A", "hint": "nan", "answer": "A", "A": "x", "B": "y"},
+         {"index": 1_000_003, "question": "say B", "hint": "Look.", "answer": "B", "A": "y",
+          "B": "x"}],
+    )} for name in ("en", "cn")},
+}  # fmt: skip
+HIGHEST = {"mme_perception": 400.0, "mme_cognition": 200.0}  # two categories, and one
+ASKED = {
+    "pope": 6, "gqa": 3, "scienceqa_img": 2, "textvqa": 1, "textvqa_ocr": 1, "vizwiz": 1,
+    "vqav2": 1, "mme_perception": 4, "mme_cognition": 2, "seed_image": 1, "mmbench_en": 2,
+    "mmbench_cn": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mirror(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mirror")
+    for path, configurations in SETS.items():
+        card = []
+        for name, splits in configurations.items():
+            files = []
+            for split, (columns, rows) in splits.items():
+                filled = [
+                    {key: _filled(key, kind, row.get(key), i) for key, kind in columns.items()}
+                    for i, row in enumerate(rows)
+                ]
+                write_parquet(filled, columns, root / path / name / f"{split}-0.parquet")
+                files.append({"split": split, "path": f"{name}/{split}-*"})
+            card.append({"config_name": name, "data_files": files})
+        (root / path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': card})}---\n")
+    return root
+
+
+def _filled(key, kind, value, place):
+    """What a row does not say: another picture each, words that mean nothing."""
+    if kind == IMAGE:
+        return picture(place)
+    if isinstance(kind, datasets.List) and kind.feature == IMAGE:
+        return [picture(10 * place + i) for i in range(len(value))]
+    return f"{key} {place}" if value is None and kind == TEXT else value
+
+
+def settings(mirror, *names):
+    scale = {"stages": {"instruct": {"trains": ["projector"]}}, "data": {"mirror": str(mirror)},
+             "evaluate": {"benchmarks": list(names)}}  # fmt: skip
+    return validate(scale, "test.yaml").evaluate
+
+
+def asked(mirror, *names):
+    given = settings(mirror, *names)
+    found = load_benchmarks(given, [], str(mirror))
+    return found, {name: metric_of(name, one, given) for name, one in found.items()}
+
+
+def says(prompt, *_):
+    """What a question asks for: the word after `say`."""
+    words = prompt.replace("?", "").split()
+    asks = [word.lower() for word in words]
+    return words[asks.index("say") + 1] if "say" in asks else words[4]
+
+
+def test_every_benchmark_of_the_hub_is_asked_and_scored(mirror, monkeypatch):
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    assert set(ASKED) == {name for name in benchmarks.ours() if not benchmarks.dataset_of(name)}
+    found, metrics = asked(mirror, *ASKED)
+    oracle = Oracle(says)
+    scores, samples = answer(oracle, found, metrics)
+    assert {name: len(rows) for name, rows in samples.items()} == ASKED
+    for name, score in scores.items():
+        assert score["score"] == HIGHEST.get(name, 1.0), name
+        assert score["share"] == (name not in HIGHEST)
+        assert all(row["correct"] is True for row in samples[name]), name
+    for prompt, asked_for, images in oracle.shown:
+        assert prompt.count("<image>") == len(images) and all(one.std() > 0 for one in images)
+        assert asked_for["max_gen_toks"] == 16
+    wrong, _ = answer(Oracle(lambda *_: "what of it"), found, metrics)
+    assert {name for name, one in wrong.items() if one["score"]} == {"pope"}, "that is a yes"
+
+
+def test_questions_are_llavas(mirror, monkeypatch):
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    found, _ = asked(mirror, *ASKED)
+    first = {name: one.doc_to_text(next(iter(one.eval_docs))) for name, one in found.items()}
+    word, letter = f"\n{official.WORD}", f"\n{official.LETTER}"
+    assert first == {
+        "pope": "<image>\nIs there a yes?" + word,
+        "gqa": "<image>\nsay red" + word,
+        "scienceqa_img": "<image>\nContext: Look.\nsay B\nA. x\nB. y" + letter,
+        "textvqa": "<image>\nSay stop" + word,
+        "textvqa_ocr": "<image>\nSay stop\nReference OCR token: STOP, ALL" + word,
+        "vizwiz": f"<image>\nSay unanswerable\n{official.UNKNOWN}" + word,
+        "vqav2": "<image>\nsay two" + word,
+        "mme_perception": "<image>\nsay Yes Please answer yes or no.",
+        "mme_cognition": "<image>\nsay Yes Please answer yes or no.",
+        "seed_image": "<image>\nsay C\nA. choice_a 0\nB. choice_b 0\nC. choice_c 0\nD. choice_d 0"
+        + letter,
+        "mmbench_en": "<image>\nsay A\nA. x\nB. y\nC. C 0\nD. D 0" + letter,
+        "mmbench_cn": "<image>\nsay A\nA. x\nB. y\nC. C 0\nD. D 0\n请直接回答选项字母。",
+    }
+
+
+def test_gqa_finds_the_picture_that_a_question_names(mirror, monkeypatch):
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    found, _ = asked(mirror, "gqa")
+    [task] = tasks_of(found["gqa"])
+    images = [task.doc_to_image(row)[0] for row in task.eval_docs]
+    assert [list(one.getdata()) for one in images] == [
+        list(picture(place).getdata()) for place in (1, 0, 1)
+    ]  # n0 is the second of the pictures

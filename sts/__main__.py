@@ -131,6 +131,13 @@ def table(args: argparse.Namespace) -> None:
     )
 
 
+def expected(args: argparse.Namespace) -> None:
+    """Write published scores beside those that a run obtained, with a verdict."""
+    from sts.pipeline import expected
+
+    expected.expected(args.reference, args.results, args.out_stem)
+
+
 def figure(args: argparse.Namespace) -> None:
     """Write a figure as SVG and PNG from result files."""
     from sts.pipeline import figures
@@ -302,6 +309,10 @@ def parser() -> argparse.ArgumentParser:
     text = "which one each is compared with, in the same order (default: the first)"
     add("--relative-to", nargs="+", metavar="ID", help=text)
     shown(verb(figure))
+    add = verb(expected)
+    add("--reference", required=True, type=Path, help="file with the published scores")
+    results(add)
+    add("--out-stem", required=True, type=Path, help="file without suffix")
     results(verb(summary))
     add = verb(estimate)
     scale(add)

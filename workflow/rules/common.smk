@@ -55,6 +55,7 @@ REAL = ["real", "real_lm"]  # tables that need a mirror or the internet
 FIGURES = ["pareto", "loss", "layers", "tokens"]
 GPUS = gpu_count()
 CODE = settings.CODE
+REFERENCE = Path(f"workflow/reference/{BASE.scale}.yaml")  # published scores
 SMOLLM2 = "data/smollm2"  # of the rows `real_lm`
 STANDINS = ["llava", "llava_next", "idefics3", "qwen2_5_vl"]  # as in sts/mini/families.py
 RECIPE = sorted((CODE / "mini").glob("*.py"))  # of the shipped backbones; a run follows their bytes

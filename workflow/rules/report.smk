@@ -38,6 +38,35 @@ rule table:
         " --out-stem {params.stem} > {log} 2>&1"
 
 
+# Published scores beside those obtained, for a scale that some are known of.
+if REFERENCE.exists():
+
+    rule expected:
+        input:
+            reference=REFERENCE,
+            runs=[
+                f"{RESULTS}/runs/{id}/seed{seed}/eval.json"
+                for id in [settings.load_yaml(REFERENCE)["ablation"]]
+                for seed in CONFIGS[id].seeds
+            ],
+        output:
+            f"{RESULTS}/tables/expected.md",
+            f"{RESULTS}/tables/expected.csv",
+        log:
+            f"{RESULTS}/logs/tables/expected.log",
+        conda:
+            "../../envs/sts.yaml"
+        params:
+            results=RESULTS,
+            stem=f"{RESULTS}/tables/expected",
+            code=code("pipeline/expected.py"),
+        message:
+            "published scores, and those obtained"
+        shell:
+            "python -m sts expected --reference {input.reference} --results {params.results}"
+            " --out-stem {params.stem} > {log} 2>&1"
+
+
 rule tokens:
     input:
         backbone=backbone_of(BASELINE),

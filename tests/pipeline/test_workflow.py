@@ -89,9 +89,14 @@ def test_a_checkpoint_in_a_folder_is_one_entry_and_its_files_are_followed(projec
 
 def test_the_paper_scale_is_planned_with_its_processes_and_its_own_data(project):
     said = run(project, "workflow/config/paper.yaml", "-n", "-p", "table_main")
-    assert "accelerate launch --num_processes 8 -m sts train" in said
+    assert "torchrun --standalone --nproc-per-node 8 -m sts train" in said
     assert "data/paper/llava_pretrain/manifest.json" in said
     assert "scenes" not in said.partition("rule ")[0]
+
+
+def test_published_scores_are_a_target_of_the_scale_that_they_are_of(project):
+    jobs = planned(project, "expected", scale="workflow/config/paper.yaml")
+    assert jobs == {"prepare": 2, "backbone": 1, "train": 2, "evaluate": 1, "expected": 1}
 
 
 def test_the_default_scale_is_mini_with_three_seeds(project):

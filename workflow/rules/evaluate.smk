@@ -16,7 +16,9 @@ rule evaluate:
         "<results>/logs/runs/{ablation}/seed{seed}/eval.log",
     conda:
         "../../envs/sts.yaml"
-    threads: 1
+    threads: lambda wildcards: CONFIGS[wildcards.ablation].stages[
+        CONFIGS[wildcards.ablation].last
+    ].threads
     resources:
         gpu=GPUS and 1,
     params:

@@ -143,6 +143,12 @@ def stage_of(wildcards):
     return CONFIGS[wildcards.ablation].stage(wildcards.stage)
 
 
+def last_stage(wildcards):
+    """The block of a run's last stage, whose threads its evaluation has too."""
+    config = CONFIGS[wildcards.ablation]
+    return config.stage(config.last)
+
+
 def backbone_of(ablation):
     """The manifest of the model that a run starts from."""
     return f"{RESULTS}/backbone/{modelled(ablation)}.json"

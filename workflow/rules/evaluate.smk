@@ -16,9 +16,7 @@ rule evaluate:
         "<results>/logs/runs/{ablation}/seed{seed}/eval.log",
     conda:
         "../../envs/sts.yaml"
-    threads: lambda wildcards: CONFIGS[wildcards.ablation].stages[
-        CONFIGS[wildcards.ablation].last
-    ].threads
+    threads: lambda wildcards: last_stage(wildcards).threads
     resources:
         gpu=GPUS and 1,
     params:

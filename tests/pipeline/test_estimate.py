@@ -45,7 +45,7 @@ def config(model: dict | None = None, **stages: dict) -> Config:
 def no_timing(monkeypatch):
     """A GFLOP/s in every stage."""
 
-    def speed(base, configs, _):
+    def speed(base, configs, *_):
         names = [name for config in (base, *configs.values()) for name in config.stages]
         return dict.fromkeys(names, 1e9), "a test"
 

@@ -34,13 +34,15 @@ def shown(table: Path) -> tuple[dict[str, str], dict[str, str]]:
 def test_a_reference_table_follows_from_the_reference_runs(file, tmp_path):
     name, folder = file.stem, file.parents[1]
     labels, sources = shown(file.with_suffix(".csv"))
-    tables.table(name, folder, list(labels), tmp_path / name, labels, sources=sources)
+    bases = pd.read_csv(file.with_suffix(".csv")).set_index("ablation").get("relative_to")
+    bases = None if bases is None else bases.to_dict()
+    tables.table(name, folder, list(labels), tmp_path / name, labels, sources, bases)
     assert rows(tmp_path / f"{name}.md") == rows(file)
     assert tables.MISSING not in file.read_text()
 
 
 def test_the_tables_that_the_readme_links_are_among_them():
-    assert {file.stem for file in TABLES} == {"main", "compressor", "skipper"}
+    assert {file.stem for file in TABLES} == {"main", "compressor", "skipper", "architectures"}
 
 
 @pytest.mark.parametrize("name", ["pareto", "tokens"])  # the others need the histories

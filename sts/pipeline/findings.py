@@ -55,15 +55,16 @@ def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     retention leaves out 1.
     """
     lines: dict[str, list[str]] = {}
-    for _, family in rows.groupby("relative_to", sort=False):
-        for line, methods in _findings(family.set_index("ablation")).items():
+    for base in dict.fromkeys(rows["relative_to"]):
+        family = rows[(rows["relative_to"] == base) | (rows["ablation"] == base)]
+        for line, methods in _findings(family.set_index("ablation"), base).items():
             lines.setdefault(line, []).extend(methods)
     return lines
 
 
-def _findings(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """Of the methods that are relative to one."""
-    base, names = rows["relative_to"].iloc[0], rows["method"]
+def _findings(rows: pd.DataFrame, base: str) -> dict[str, list[str]]:
+    """Of the methods that are relative to `base`."""
+    names = rows["method"]
     # no interval in the table at all where nothing could be compared
     numbers = rows.reindex(columns=NUMBERS).apply(pd.to_numeric, errors="coerce")
     name, dense, others = names[base], numbers.loc[base], numbers.drop(base)

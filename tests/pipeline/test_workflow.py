@@ -94,6 +94,13 @@ def test_the_paper_scale_is_planned_with_its_processes_and_its_own_data(project)
     assert "scenes" not in said.partition("rule ")[0]
 
 
+def test_a_baseline_of_its_own_is_compared_with_itself(project):
+    said = run(project, None, "-n", "-p", "table_architectures")
+    families = ["", "next_", "idefics3_", "qwen_"]
+    pairs = " ".join(f"{name}dense {name}dense" for name in families)
+    assert f"--relative-to {pairs} --out-stem" in said
+
+
 def test_published_scores_are_a_target_of_the_scale_that_they_are_of(project):
     jobs = planned(project, "expected", scale="workflow/config/paper.yaml")
     assert jobs == {"prepare": 2, "backbone": 1, "train": 2, "evaluate": 1, "expected": 1}

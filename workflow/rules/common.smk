@@ -103,9 +103,10 @@ def members(group):
 
 
 def bases(group):
-    """The ablation that each one of a table is compared with: itself where it is the one."""
+    """The ablation that each one of a table is compared with; itself where others are with it."""
     ids = members(group)
-    return [ABLATIONS[id].relative_to or ids[0] for id in ids]
+    named = {ABLATIONS[id].relative_to for id in ids}
+    return [ABLATIONS[id].relative_to or (id if id in named else ids[0]) for id in ids]
 
 
 @cache

@@ -55,9 +55,20 @@ def questions_of(name: str) -> int | None:
 
 
 def sources(names: Iterable[str]) -> list[Path]:
-    """The files of ours that the questions of these benchmarks are made of."""
+    """The files of ours that the questions and scores of these benchmarks are made of."""
     own = [TASKS / f"{name}.yaml" for name in names if name in ours()]
-    return sorted({*TASKS.glob("*.py"), *(part for file in own for part, _ in _parts(file))})
+    parts = {part: content for file in own for part, content in _parts(file)}
+    modules = {name.partition(".")[0] for name in _functions(list(parts.values()))}
+    return sorted({*parts, *(TASKS / f"{module}.py" for module in modules)})
+
+
+def _functions(content: Any) -> Iterator[str]:
+    """Names of the functions that a task file refers to."""
+    if isinstance(content, _Function):
+        yield content
+    elif isinstance(content, dict | list):
+        for one in content.values() if isinstance(content, dict) else content:
+            yield from _functions(one)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -74,11 +85,15 @@ def _parts(file: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     yield file, content
 
 
+class _Function(str):
+    """What stands behind lm-eval's tag `!function`: file.name."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Takes lm-eval's tag `!function` too."""
+    """Takes that tag too."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: node.value)
+_Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
 
 
 @cache

@@ -101,6 +101,8 @@ def save_state(
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, CheckpointException):  # of each process what the disk said
             error = next(iter(error.failures.values()))[0]
+        if not isinstance(error, Exception):  # Ctrl-C or SIGTERM came meanwhile
+            raise error from None
         raise OSError(
             f"{target}: the checkpoint before step {step} was not written ({error}). Is the disk "
             "full? The one before is kept: make room and start again"

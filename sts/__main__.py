@@ -19,7 +19,7 @@ ABLATIONS = Path("workflow/ablations.yaml")
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Make a data set ready: rows as Parquet, a manifest, a report of rejected rows."""
+    """Make a data set ready: rows as Arrow files, a manifest, a report of rejected rows."""
     from sts.pipeline.data import prepare
 
     prepare.prepare(config=settings.load_scale(args.config), name=args.dataset, out=args.out)

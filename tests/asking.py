@@ -4,6 +4,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from lm_eval.api.model import LM
 from PIL import Image
 
@@ -36,6 +37,16 @@ class Oracle(LM):
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
     colours = np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
     return Image.fromarray(colours).convert(mode)
+
+
+def write_arrow(rows: list[dict], columns: dict, file: Path) -> None:
+    """As `prepare` writes a split."""
+    file.parent.mkdir(parents=True)
+    features = datasets.Features(columns)
+    table = datasets.Dataset.from_list(rows, features=features).data.table
+    schema = features.arrow_schema
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_table(table.cast(schema))
 
 
 def write_parquet(rows: list[dict], columns: dict, file: Path) -> None:

@@ -1,6 +1,6 @@
 """Tiny shared material: a LLaVA in two parts, its processor, prepared data and a resolved config.
 
-Everything is real (Hugging Face classes, Parquet files, manifests of the pipeline's own shape) and
+Everything is real (Hugging Face classes, Arrow files, manifests of the pipeline's own shape) and
 small enough that a whole training stage takes seconds on one core.
 """
 

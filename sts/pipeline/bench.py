@@ -61,6 +61,7 @@ def bench(
     if any(other.bench != first.bench for other in others):
         raise ValueError(f"bench: points and warmup must be the same in {', '.join(configs)}")
     variants: dict[str, dict[str, Any]] = {id: {} for id in configs}
+    tokens = Path(out).parents[1] / "tokens"
     with lease():
         for stage in dict.fromkeys(name for config in configs.values() for name in config.stages):
             for init in dict.fromkeys(inits.values()):
@@ -74,7 +75,7 @@ def bench(
                 reads = {id: configs[id].reads_features(stage) for id in blocks}
                 own = seen_by(init, features)
                 cached = {id: own if reads[id] else () for id in blocks}
-                timed = time_stage(blocks, stage, data, init, first.bench, cached)
+                timed = time_stage(blocks, stage, data, init, first.bench, cached, tokens)
                 for id, found in timed.items():
                     variants[id][stage] = found
         facts = provenance.hardware()
@@ -108,6 +109,7 @@ def time_stage(
     init: str | Path,
     plan: BenchConfig,
     features: Mapping[str, Sequence[str | Path]],
+    tokens: Path,
 ) -> dict[str, dict[str, Any]]:
     """id -> {steps, stage_s, flops (of the stage), and at each point step (its number), step_s
     (median seconds), layers_run, visual_tokens, order (places of its timed steps among all)}."""
@@ -124,7 +126,8 @@ def time_stage(
     processor, shape = next(iter(trained.values()))[2:]
     seed = derived_seed(SEED, f"{stage}/order")
     feeds = {
-        id: load_data(sets[id], block, processor, seed, files[id]) for id, block in blocks.items()
+        id: load_data(sets[id], block, processor, seed, files[id], tokens)
+        for id, block in blocks.items()
     }
     on_gpu = accelerator.device.type == "cuda"
     chosen = {}

@@ -150,14 +150,28 @@ class ScenesConfig(Block):
 
 
 class CustomConfig(Block):
-    """A user's own data: a LLaVA-style JSON file and the folder its image paths start from."""
+    """A user's own data, a LLaVA-style JSON file and the folder its image paths start from, or a
+    set of the hub with images, and texts or conversations."""
 
-    json_file: str = Field(alias="json")
+    json_file: str | None = Field(alias="json", default=None)
     """JSON list of {id, image, conversations}."""
-    images: str
+    images: str | None = None
     """Folder that the image paths are relative to."""
+    hub: str | None = None
+    """Name of a set of the hub, or a folder with its files."""
+    files: str = "**/*.parquet"
+    """Which of its Parquet files, such as vqav2/*.parquet."""
+    revision: str = "main"
+    """Its branch, tag or commit."""
     split: Literal["align", "instruct"] = "instruct"
     """Stage that trains on it."""
+
+
+def _one_kind(custom: CustomConfig) -> CustomConfig:
+    given = [key for key, value in (("json", custom.json_file), ("hub", custom.hub)) if value]
+    expect(len(given) == 1, "custom.json", custom.json_file, "json and images, or else hub")
+    expect(custom.hub or custom.images, "custom.images", custom.images, "a folder, beside json")
+    return custom
 
 
 class DataConfig(Block):
@@ -169,9 +183,15 @@ class DataConfig(Block):
     """Share of rejected rows above which preparation stops."""
     max_text_chars: Count = 4000
     """Characters of one turn above which a row is rejected."""
+    threads: Annotated[Count, Neutral(EVER)] = 1
+    """Threads that decode and check the images of a set."""
+    rows: dict[str, Count] = {}
+    """Data set -> rows that are taken of each training split, always the same; all of others."""
+    folders: dict[str, str] = {}
+    """Data set -> folder where its files lie already, for those that are fetched."""
     scenes: ScenesConfig = ScenesConfig()
     """The embedded data set."""
-    custom: dict[str, CustomConfig] = {}
+    custom: dict[str, Annotated[CustomConfig, AfterValidator(_one_kind)]] = {}
     """Name -> the user's own data."""
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset as Table
 from filelock import FileLock
@@ -203,7 +202,7 @@ def write_features(
 
 
 def _write(model: PreTrainedModel, processor: Any, pictures: Path, part: Path) -> None:
-    rows = Table(pq.read_table(pictures)).remove_columns("conversations")
+    rows = Table.from_file(str(pictures)).remove_columns("conversations")
     names, checked = list(readers(model)), False
     fields = [(name, pa.large_binary()) for name in names]
     fields += [(f"{name}{SHAPE}", pa.list_(pa.int32())) for name in names]

@@ -10,9 +10,12 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import BatchFeature
 
-from sts.pipeline.config import StageConfig
+from sts.pipeline import follows
+from sts.pipeline.config import CODE, StageConfig
 from sts.pipeline.data.collator import Conversations, batch_order, collate, split_files
+from sts.pipeline.data.conversation import template_of
 from sts.pipeline.features import reader_of
+from sts.pipeline.provenance import read_json, sha256_json
 
 LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
 
@@ -23,13 +26,17 @@ def load_data(
     processor: Any,
     seed: int,
     features: Sequence[str | Path] = (),
+    cache: Path | None = None,
 ) -> tuple[Conversations, Callable[[int], list[int]]]:
     """The samples of a stage, and the function step -> indices of that step's global batch.
 
-    features: manifests of vision features of the data sets, if they are cached.
+    features: manifests of vision features of the data sets, if they are cached. cache: folder of
+    tokens, which all trainings share that have the same data and processor.
     """
     read = reader_of(features) if features else None
-    samples = Conversations(split_files(data, block.split), processor, block.max_length, read)
+    tokens = cache and cache / f"{tokens_key(data, block, processor)}.arrow"
+    files = split_files(data, block.split)
+    samples = Conversations(files, processor, block.max_length, read, tokens)
     order = batch_order(
         samples.lengths,
         samples.has_image,
@@ -38,6 +45,20 @@ def load_data(
         block.group_by_length,
     )
     return samples, order
+
+
+def tokens_key(data: Sequence[str | Path], block: StageConfig, processor: Any) -> str:
+    """16 hex digits of all that the tokens of a stage's data depend on."""
+    own = [processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()]
+    return sha256_json(
+        {
+            "data": [read_json(manifest)["sha256"] for manifest in data],
+            "split": block.split,
+            "max_length": block.max_length,
+            "processor": [type(processor).__name__, template_of(processor), *own],
+            "code": follows.code(*follows.imported([CODE / "pipeline/data/collator.py"])),
+        }
+    )[:16]
 
 
 def my_pieces(indices: list[int], accumulation: int, accelerator: Accelerator) -> list[list[int]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModel
@@ -86,7 +86,7 @@ def first_picture(data: Path) -> Image.Image:
     splits = read_json(data)["splits"]
     split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
     file = data.parent / splits[split]["file"]
-    rows = load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    rows = Dataset.from_file(str(file))
     return next(images_of(row)[0] for row in rows if images_of(row))
 
 

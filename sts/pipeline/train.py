@@ -137,7 +137,8 @@ def fit(
     cached = usable(block, data, features)
     if cached:
         skip_tower(model)
-    samples, order = load_data(data, block, processor, derived_seed(seed, f"{stage}/order"), cached)
+    shuffled, tokens = derived_seed(seed, f"{stage}/order"), folder.parents[1] / "tokens"
+    samples, order = load_data(data, block, processor, shuffled, cached, tokens)
     text = max(1.0, fmean(samples.lengths) - shape.visual_tokens)
     check_memory(shape, stage, block, text, answer=text)  # the most that there may be
     scheme = put_scheme(model, block, seed, stage, len(samples))

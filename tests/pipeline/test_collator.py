@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def prepared(rows: list[dict], images: Path, out: Path) -> list[Path]:
-    """The Parquet file of rows of a user's own."""
+    """The Arrow file of rows of a user's own."""
     out.mkdir(exist_ok=True)
     (out / "own.json").write_text(json.dumps(rows))
     own = {"custom": {"own": {"json": str(out / "own.json"), "images": str(images)}}}

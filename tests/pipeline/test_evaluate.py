@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from asking import Oracle, picture, write_parquet
+from asking import Oracle, picture, write_arrow, write_parquet
 
 from sts.__main__ import main
 from sts.pipeline import benchmarks
@@ -317,8 +317,8 @@ def test_a_benchmark_without_data_is_named_with_the_fix(config, scenes, trained,
 def test_a_lost_data_file_is_named_with_the_fix(config, scenes, trained, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(scenes.parent, copy)
-    (copy / "test_colour.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"test_colour\.parquet: missing.*again"):
+    (copy / "test_colour.arrow").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_colour\.arrow: missing.*again"):
         evaluate(
             config, "sts", 0, trained("unused"), [copy / "manifest.json"], tmp_path / "eval.json"
         )
@@ -359,8 +359,8 @@ def test_the_batch_size_changes_no_answer(weights, trained, tmp_path, answers):
     ]  # fmt: skip
     columns = dict.fromkeys(["id", "question", "answer", "form"], datasets.Value("string"))
     data = tmp_path / "data"
-    write_parquet(rows, {**columns, "image": datasets.Image()}, data / "questions.parquet")
-    splits = {"test_existence": {"file": "questions.parquet"}}
+    write_arrow(rows, {**columns, "image": datasets.Image()}, data / "questions.arrow")
+    splits = {"test_existence": {"file": "questions.arrow"}}
     (data / "manifest.json").write_text(json.dumps({"dataset": "scenes", "splits": splits}))
     given = []
     for size in (1, 7, 64):

@@ -291,7 +291,8 @@ def training_code(ablation, *stages, also=()):
 def preparation(dataset):
     """The settings that the prepared rows of a data set depend on."""
     own = BASE.data.custom.get(dataset) or getattr(BASE.data, dataset, "")
-    return settings.config_hash(own, {"max_text_chars": BASE.data.max_text_chars})
+    rows = {"rows": BASE.data.rows[dataset]} if dataset in BASE.data.rows else {}
+    return settings.config_hash(own, {"max_text_chars": BASE.data.max_text_chars, **rows})
 
 
 def preparation_code(dataset):

@@ -18,6 +18,7 @@ rule prepare:
         "<results>/logs/data/{dataset}.log",
     conda:
         "../../envs/sts.yaml"
+    threads: BASE.data.threads
     params:
         config=config_file(BASELINE),
         settings=lambda wildcards: preparation(wildcards.dataset),

@@ -1,4 +1,5 @@
-"""Prepared data as batches: tokens in memory, images decoded when asked for, a seeded order.
+"""Prepared data as batches: tokens made once, all of it mapped, images decoded when asked for, a
+seeded order.
 
     data = Conversations(split_files(manifests, "instruct"), processor, max_length=2048)
     order = batch_order(data.lengths, data.has_image, batch_size=32, seed=0)
@@ -18,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset as Table
 from datasets import concatenate_datasets
+from filelock import FileLock
 from PIL import ExifTags, Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -35,13 +36,18 @@ from sts.settings import IGNORE_INDEX
 CHUNK = 1000  # conversations tokenised at a time
 MEGABATCH = 50  # batches within which samples are sorted by length, as in LLaVA
 IMAGES = ("image", "images")  # columns
+MADE = ("ids", "labels", "at", "counts")  # of `tokenise`, all int32
+TOKENS = pa.schema(
+    [(name, pa.list_(pa.int32())) for name in MADE]
+    + [("row", pa.int32()), ("length", pa.int32()), ("has_image", pa.bool_())]
+)
 KINDS = frozenset({"mm_token_type_ids", "token_type_ids"})  # 1 on placeholders of images
 
 log = logging.getLogger(__name__)
 
 
 def split_files(manifests: Sequence[str | Path], split: str) -> list[Path]:
-    """The Parquet file of a split in each data manifest.
+    """The Arrow file of a split in each data manifest.
 
     Raises ValueError if a manifest's data set has no such split.
     """
@@ -58,11 +64,14 @@ def split_files(manifests: Sequence[str | Path], split: str) -> list[Path]:
 
 
 class Conversations(Dataset):
-    """The rows of Parquet files as samples for `collate`.
+    """The rows of Arrow files as samples for `collate`; neither they nor their tokens are read into
+    memory.
 
     Tokens longer than `max_length` are cut; rows that then have no answer left are dropped, with a
     warning. features: row -> what a sample's images have been turned into before, name -> tensor
-    [rows, ...]. Raises ValueError if `max_length` doesn't hold a row's images.
+    [rows, ...]. tokens: file that holds, or gets, what the processor makes of these rows; processes
+    that ask for it at once wait for the first. Raises ValueError if `max_length` doesn't hold a
+    row's images.
 
     lengths    tokens of each sample, the placeholders of its images included
     has_image  whether each sample has an image
@@ -74,38 +83,30 @@ class Conversations(Dataset):
         processor: ProcessorMixin,
         max_length: int,
         features: Callable[[int], dict[str, torch.Tensor]] | None = None,
+        tokens: Path | None = None,
     ):
-        # Read into memory; `load_dataset` would copy the files to a cache of its own first.
-        rows = concatenate_datasets([Table(pq.read_table(file)) for file in files])
-        self.features = features
-        self.samples, self.lengths, self.has_image, self.kept = [], [], [], []
-        encoded = rows.with_format("arrow")  # images as they are stored: not decoded for their size
-        for start in tqdm(range(0, len(rows), CHUNK), "tokenise", unit="k rows", disable=None):
-            chunk = encoded[start : start + CHUNK]
-            sizes = [
-                [_size(image) for image in images_of(row)]
-                for row in _each(chunk.select([n for n in IMAGES if n in chunk.column_names]))
-            ]
-            conversations = chunk["conversations"].to_pylist()
-            tokenised = tokenise(processor, conversations, sizes)
-            for row, (sample, shown) in enumerate(zip(tokenised, sizes, strict=True), start):
-                if sample["shown"] > max_length:
-                    raise ValueError(
-                        f"max_length {max_length} doesn't hold the {sample['shown']} tokens up to "
-                        f"the end of the images of row {chunk['id'][row - start]} (height x width: "
-                        f"{', '.join(f'{h} x {w}' for h, w in shown)}): raise it"
-                    )
-                sample = cut(sample, max_length)
-                if (sample["labels"] == IGNORE_INDEX).all():
-                    continue
-                self.samples.append(sample)
-                self.lengths.append(len(sample["ids"]) + int((sample["counts"] - 1).sum()))
-                self.has_image.append(bool(shown))
-                self.kept.append(row)
-        if len(self.kept) < len(rows):
+        rows = concatenate_datasets([Table.from_file(str(file)) for file in files])
+        make = partial(_write_tokens, rows, processor, max_length)
+        if tokens is None:
+            sink = pa.BufferOutputStream()
+            make(sink)
+            held = pa.BufferReader(sink.getvalue())
+        else:
+            tokens.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(tokens.with_suffix(".lock")):
+                if not tokens.exists():
+                    part = tokens.with_suffix(".part")
+                    with pa.OSFile(str(part), "wb") as sink:
+                        make(sink)
+                    part.replace(tokens)
+            held = pa.memory_map(str(tokens))
+        self.features, self.samples = features, pa.ipc.open_file(held).read_all()
+        self.lengths = self.samples["length"].to_pylist()
+        self.has_image = self.samples["has_image"].to_pylist()
+        if len(self.samples) < len(rows):
             log.warning(
                 "%d of %d rows dropped: no answer within max_length %d",
-                len(rows) - len(self.kept), len(rows), max_length,
+                len(rows) - len(self.samples), len(rows), max_length,
             )  # fmt: skip
         self.images = rows.select_columns([n for n in IMAGES if n in rows.column_names])
 
@@ -115,10 +116,42 @@ class Conversations(Dataset):
     def __getitem__(self, index: int) -> dict:
         """{"input_ids", "labels": int32 [tokens], "images": PIL images in the order of their
         places, "features": name -> tensor [rows, ...], empty if there are none}."""
-        ids, labels = expand(self.samples[index])
-        row = self.kept[index]
+        sample = {name: self.samples[name][index].values.to_numpy() for name in MADE}
+        ids, labels = expand(sample)
+        row = self.samples["row"][index].as_py()
         sample = {"input_ids": ids, "labels": labels, "images": images_of(self.images[row])}
         return sample | {"features": self.features(row) if self.features else {}}
+
+
+def _write_tokens(
+    rows: Table, processor: ProcessorMixin, max_length: int, sink: pa.NativeFile
+) -> None:
+    """Write what the processor makes of the texts and of the sizes of the images, as TOKENS."""
+    encoded = rows.with_format("arrow")  # images as they are stored: not decoded for their size
+    with pa.ipc.new_file(sink, TOKENS) as writer:
+        for start in tqdm(range(0, len(rows), CHUNK), "tokenise", unit="k rows", disable=None):
+            chunk = encoded[start : start + CHUNK]
+            sizes = [
+                [_size(image) for image in images_of(row)]
+                for row in _each(chunk.select([n for n in IMAGES if n in chunk.column_names]))
+            ]
+            conversations = chunk["conversations"].to_pylist()
+            tokenised = tokenise(processor, conversations, sizes)
+            made = []
+            for place, (sample, shown) in enumerate(zip(tokenised, sizes, strict=True)):
+                if sample["shown"] > max_length:
+                    raise ValueError(
+                        f"max_length {max_length} doesn't hold the {sample['shown']} tokens up to "
+                        f"the end of the images of row {chunk['id'][place]} (height x width: "
+                        f"{', '.join(f'{h} x {w}' for h, w in shown)}): raise it"
+                    )
+                sample = cut(sample, max_length)
+                if (sample["labels"] == IGNORE_INDEX).all():
+                    continue
+                length = len(sample["ids"]) + int((sample["counts"] - 1).sum())
+                facts = {"row": start + place, "length": length, "has_image": bool(shown)}
+                made.append({name: sample[name] for name in MADE} | facts)
+            writer.write_batch(pa.RecordBatch.from_pylist(made, schema=TOKENS))
 
 
 def _each(table: pa.Table) -> Iterator[dict]:

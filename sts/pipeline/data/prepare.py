@@ -1,4 +1,4 @@
-"""From a registered data set to Parquet files and a manifest; bad rows are counted and listed."""
+"""From a registered data set to Arrow files and a manifest; bad rows are counted and listed."""
 
 import hashlib
 import io
@@ -7,13 +7,14 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain, compress, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Features, List, Value
 from datasets import Image as ImageColumn
 from PIL import Image
@@ -25,7 +26,8 @@ from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, images_of
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
 from sts.pipeline.provenance import sha256_json, write_json_atomic
 
-CHUNK = 1000  # rows of a Parquet row group
+CHUNK = 100  # rows of a record batch, which may hold large images
+TOGETHER = 64  # rows whose images are decoded at once, by all threads
 TEXT = Value("string")
 TURNS = List({"from": TEXT, "value": TEXT})
 IMAGE = ImageColumn(mode="RGB")
@@ -39,7 +41,7 @@ class BadRow(ValueError):
 
 
 def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
-    """Write a data set's splits as Parquet beside `out`, its manifest, and return the manifest.
+    """Write a data set's splits as Arrow files beside `out`, its manifest, and return the manifest.
 
     Rows that can't be used are listed in bad_rows.jsonl. All files are written aside and renamed
     when all are whole, the manifest last. Raises DataError if the data can't be had, a split is
@@ -52,12 +54,16 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
     part.mkdir(parents=True)
     try:
         bad: list[dict] = []
+        notes: Counter[str] = Counter()
         described = {}
         for split, rows in splits.items():
-            file = part / f"{split}.parquet"
-            count, sha256, rejected = _write(name, rows, file, entry.embed, config.data)
+            file = part / f"{split}.arrow"
+            if name in config.data.rows and not split.startswith("test_"):
+                rows = _some(rows, config.data.rows[name])
+            count, sha256, rejected, noted = _write(name, rows, file, entry.embed, config.data)
             described[split] = {"rows": count, "sha256": sha256, "file": file.name}
             bad += rejected
+            notes += noted
         report = out.parent / "bad_rows.jsonl"
         (part / report.name).write_text("".join(json.dumps(row) + "\n" for row in bad))
         os.replace(part / report.name, report)
@@ -76,8 +82,18 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
         "bad_rows": reasons,
     }
     manifest["sha256"] = sha256_json(manifest)
+    if notes:
+        manifest["notes"] = dict(notes)
     write_json_atomic(out, manifest)
     return manifest
+
+
+def _some(rows: Rows, count: int) -> Rows:
+    """So many of the rows, always the same ones, in their order."""
+    total, stream = rows
+    taken = np.zeros(total, bool)
+    taken[np.random.default_rng(0).permutation(total)[:count]] = True
+    return int(taken.sum()), compress(stream, taken.tolist())
 
 
 def _check(
@@ -98,26 +114,26 @@ def _check(
 
 def _write(
     name: str, rows: Rows, file: Path, embed: bool, data: DataConfig
-) -> tuple[int, str, list[dict]]:
-    """Write the good rows of a split; (how many, SHA-256 of their content, the bad rows).
+) -> tuple[int, str, list[dict], Counter[str]]:
+    """Write the good rows of a split; (how many, SHA-256 of their content, the bad rows, what was
+    odd about the good ones).
 
     The hash is of texts and decoded pixels, so it doesn't depend on how images or tables are
     encoded.
     """
     split, (count, stream) = file.stem, rows
-    digest, bad = hashlib.sha256(), []
+    digest, bad, notes = hashlib.sha256(), [], Counter()
 
     def good() -> Iterator[dict]:
         progress = tqdm(stream, f"{name} {split}", count, unit="row", disable=None)
-        for index, row in enumerate(progress):
-            try:
-                _check_text(row, data.max_text_chars)
-                images = [_image(image, embed) for image in images_of(row)]
-            except BadRow as error:
-                reason, detail = error.args
+        for index, (row, judged) in enumerate(_judged(progress, embed, data)):
+            if isinstance(judged, BadRow):
+                reason, detail = judged.args
                 where = {"split": split, "row": index, "id": row["id"]}
                 bad.append({**where, "reason": reason, "detail": detail})
                 continue
+            images, odd = judged
+            notes.update(odd)
             texts = {key: value for key, value in row.items() if key not in ("image", "images")}
             cells, shapes = [cell for cell, _ in images], [pixels.shape for _, pixels in images]
             if "images" not in row:
@@ -131,18 +147,51 @@ def _write(
     first = list(islice(written, 1))
     features = SEVERAL if first and "images" in first[0] else TRAINING
     features = BENCHMARK if split.startswith("test_") else features
-    count = _write_parquet(chain(first, written), features, file)
-    return count, digest.hexdigest(), bad
+    count = _write_arrow(chain(first, written), features, file)
+    return count, digest.hexdigest(), bad, notes
 
 
-def _write_parquet(rows: Iterable[dict], features: Features, file: Path) -> int:
-    """Write rows in chunks, so that any number fits in memory; how many there were."""
-    rows, written = iter(rows), 0
-    with pq.ParquetWriter(file, features.arrow_schema) as writer:
+def _write_arrow(rows: Iterable[dict], features: Features, file: Path) -> int:
+    """Write rows in chunks, so that any number fits in memory, as `datasets` maps them; how many
+    there were."""
+    rows, written, schema = iter(rows), 0, features.arrow_schema
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while chunk := list(islice(rows, CHUNK)):
-            writer.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
+            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
             written += len(chunk)
     return written
+
+
+def _judged(
+    rows: Iterable[dict], embed: bool, data: DataConfig
+) -> Iterator[tuple[dict, tuple[list, list[str]] | BadRow]]:
+    """Each row, and its images as (cell, pixels) with what is odd about it, or why it is bad."""
+    rows, judge = iter(rows), partial(_judge, embed, data.max_text_chars)
+    with ThreadPoolExecutor(data.threads) as pool:
+        while some := list(islice(rows, TOGETHER)):
+            yield from zip(some, pool.map(judge, some), strict=True)
+
+
+def _judge(embed: bool, max_chars: int, row: dict) -> tuple[list, list[str]] | BadRow:
+    try:
+        _check_text(row, max_chars)
+        return [_image(image, embed) for image in images_of(row)], list(_odd(row))
+    except BadRow as error:
+        return error
+
+
+def _odd(row: dict) -> Iterator[str]:
+    """What others stumble over and this pipeline doesn't: labels are found by rendering, images are
+    opened by what they are."""
+    for turn in row.get("conversations", ()):
+        if turn["from"] == "gpt" and "ASSISTANT:" in turn["value"]:
+            yield "ASSISTANT: in an answer"
+    for path in images_of(row):
+        if isinstance(path, Path):
+            with Image.open(path) as image:
+                kind, named = image.format, Image.registered_extensions().get(path.suffix.lower())
+            if kind != named:
+                yield f"{kind} named {path.suffix}"
 
 
 def _check_text(row: dict, max_chars: int) -> None:
@@ -187,6 +236,12 @@ def _image(image: Any, embed: bool) -> tuple[dict, np.ndarray]:
             raise BadRow("corrupt image", f"{image}: {error}") from error
         content = image.read_bytes() if embed else None
         return {"bytes": content, "path": None if embed else str(image)}, pixels
+    if isinstance(image, bytes):  # of an image file
+        try:
+            pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+        except BROKEN_IMAGE as error:
+            raise BadRow("corrupt image", str(error)) from error
+        return {"bytes": image, "path": None}, pixels
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     png = io.BytesIO()
     picture.save(png, "PNG")

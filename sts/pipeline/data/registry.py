@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from sts.pipeline.config import CODE, Config, DataConfig, datasets
+from sts.pipeline.data.fetch import File, folder_of
 from sts.pipeline.data.rows import Rows
 from sts.pipeline.data.source import DataError, Source, read
 
@@ -23,8 +24,11 @@ class DataSet:
     homepage: str
     citation: str
     load: Callable[[DataConfig, Any], dict[str, Rows]]
-    """Split -> rows, from the configuration and what the source gave (None if there is none)."""
+    """Split -> rows, from the configuration and what the source gave: its questions, the folder of
+    its files, or None if there is neither."""
     source: Source | None = None
+    files: tuple[File, ...] = ()
+    """Those of a large set, which may lie in a folder of the user's."""
     embed: bool = True
     """Image files are copied into the prepared data; else these hold their paths."""
     tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -59,5 +63,10 @@ def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows]]:
     Raises DataError for an unknown name, files that can't be had, and files that are damaged.
     """
     entry = dataset(name, config.data)
-    questions = read(name, entry.source, config.data.mirror) if entry.source else None
-    return entry, entry.load(config.data, questions)
+    data = config.data
+    had: Any = None
+    if entry.source:
+        had = read(name, entry.source, data.mirror)
+    elif entry.files:
+        had = folder_of(name, entry.files, data.folders, data.mirror)
+    return entry, entry.load(data, had)

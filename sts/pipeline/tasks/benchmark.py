@@ -4,12 +4,11 @@ _base.yaml)."""
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 
 def find(dataset: str, split: str, manifests: list[str]) -> Path:
-    """Parquet file of a split of a prepared data set, whose manifest is one of `manifests`.
+    """Arrow file of a split of a prepared data set, whose manifest is one of `manifests`.
 
     Raises FileNotFoundError that says what is missing, where, and what to do.
     """
@@ -26,12 +25,12 @@ def find(dataset: str, split: str, manifests: list[str]) -> Path:
                 f"{manifest}: no split '{split}', but {', '.join(described['splits'])}; correct "
                 "the task file, or prepare the data set again"
             )
-        parquet = manifest.parent / described["splits"][split]["file"]
-        if not parquet.is_file():
+        file = manifest.parent / described["splits"][split]["file"]
+        if not file.is_file():
             raise FileNotFoundError(
-                f"{parquet}: missing although {manifest} lists it; prepare the data set again"
+                f"{file}: missing although {manifest} lists it; prepare the data set again"
             )
-        return parquet
+        return file
     searched = ", ".join(map(str, manifests)) or "no data manifest at all"
     raise FileNotFoundError(
         f"no data set '{dataset}', whose split '{split}' is asked, in {searched}; pass its "
@@ -57,9 +56,8 @@ def load(
             f"{config_source}: dataset_kwargs must name a prepared data set and a split of it, as "
             "{dataset: scenes, split: test_chart}"
         )
-    parquet = find(dataset, split, [manifests] if isinstance(manifests, str) else list(manifests))
-    rows = Dataset(pq.read_table(parquet))  # in memory: `load_dataset` would copy it to a cache
-    return {"test": rows}
+    file = find(dataset, split, [manifests] if isinstance(manifests, str) else list(manifests))
+    return {"test": Dataset.from_file(str(file))}
 
 
 def prompt(row: dict) -> str:

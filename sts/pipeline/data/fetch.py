@@ -1,0 +1,132 @@
+"""The files of a large public set: from a folder that the user has, or fetched one by one, each to
+go on where it was interrupted, unpacked, and noted when it is whole."""
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.file_download import http_get
+from tqdm import tqdm
+
+from sts.pipeline.data.source import DOWNLOADS, DataError, mirror_folder
+from sts.pipeline.provenance import sha256_file, write_json_atomic
+
+WHOLE = ".whole"  # folder of notes, one for each file that is there, with its size and SHA-256
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a data set; a .zip is unpacked and deleted."""
+
+    url: str
+    """https://..., or <owner>/<name>/<path> of a data set of the hub."""
+    into: str = "."
+    """Folder, below that of the set, that it lies or is unpacked in."""
+    there: str = ""
+    """What it is known by in a folder that the user has; its own name by default."""
+
+    @property
+    def name(self) -> str:
+        """Its name at the source."""
+        return PurePosixPath(self.url).name
+
+    @property
+    def known_by(self) -> str:
+        """What is there, below the folder of the set, if the file is."""
+        return self.there or str(PurePosixPath(self.into) / self.name)
+
+
+def folder_of(
+    name: str, files: Sequence[File], folders: dict[str, str], mirror: str | None
+) -> Path:
+    """The folder with all files of a set: `folders[name]`, `<mirror>/<name>`, else data/raw/<name>,
+    where what is missing is fetched.
+
+    Raises DataError that says what is missing in a folder, or which file can't be had.
+    """
+    root = mirror_folder(mirror)
+    given = folders.get(name) or (root and (root / name).is_dir() and root / name)
+    if given:
+        missing = [one.known_by for one in files if not (Path(given) / one.known_by).exists()]
+        if missing:
+            raise DataError(
+                f"data set {name}: {given} lacks {', '.join(missing)}. Add them (docs/data.md says "
+                f"how they lie), correct data.folders.{name}, or take it out to have all fetched"
+            )
+        return Path(given)
+    folder = DOWNLOADS / name
+    for file in files:
+        note = folder / WHOLE / f"{file.known_by.replace('/', '-')}.json"
+        if note.exists():
+            continue
+        try:
+            _have(file, folder, note)
+        except (OSError, HfHubHTTPError, ValueError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"data set {name}: {file.url} can't be had: {error}. What is whole was kept: the "
+                f"same call goes on. Or set data.folders.{name} to a folder that holds the set"
+            ) from error
+    return folder
+
+
+def _have(file: File, folder: Path, note: Path) -> None:
+    """Fetch a file, compare it with what its source says of it, unpack it, note it."""
+    place = folder / file.into
+    place.mkdir(parents=True, exist_ok=True)
+    note.parent.mkdir(exist_ok=True)
+    got = _from_web(file, place) if "://" in file.url else _from_hub(file, place)
+    facts = {"url": file.url, "bytes": got.stat().st_size, "sha256": sha256_file(got)}
+    if "://" not in file.url:
+        owner, name, *path = file.url.split("/")
+        said = get_hf_file_metadata(
+            hf_hub_url(f"{owner}/{name}", "/".join(path), repo_type="dataset")
+        )
+        facts["commit"] = said.commit_hash
+        if said.etag and len(said.etag) == 64 and said.etag != facts["sha256"]:  # SHA-256
+            got.unlink()
+            raise OSError(f"SHA-256 {facts['sha256']}, not {said.etag} as the hub says")
+    if got.suffix == ".zip":
+        unpack(got, place)
+        got.unlink()
+    write_json_atomic(note, facts)
+
+
+def _from_hub(file: File, place: Path) -> Path:
+    owner, name, *path = file.url.split("/")
+    got = hf_hub_download(
+        f"{owner}/{name}", "/".join(path), repo_type="dataset", local_dir=place / ".hub"
+    )
+    return Path(got).replace(place / file.name)
+
+
+def _from_web(file: File, place: Path) -> Path:
+    """Fetched with the client of the hub, which goes on where a part ends and tries again."""
+    whole = place / file.name
+    part = whole.with_name(f"{file.name}.part")
+    if not whole.exists():
+        with part.open("ab") as stream:
+            try:
+                http_get(file.url, stream, resume_size=part.stat().st_size)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 416:  # it begins where the file ends: it is whole
+                    raise
+        part.replace(whole)
+    return whole
+
+
+def unpack(archive: Path, place: Path) -> None:
+    """Unpack a .zip into a folder; what lies there in full already, from a call before, is left.
+
+    Raises OSError for a path that leads out of the folder, zipfile.BadZipFile for a damaged one.
+    """
+    with zipfile.ZipFile(archive) as packed:
+        for member in tqdm(packed.infolist(), f"unpack {archive.name}", unit="file", disable=None):
+            path = place / member.filename
+            if not path.resolve().is_relative_to(place.resolve()):
+                raise OSError(f"{archive.name} has the path {member.filename}")
+            if member.is_dir() or (path.is_file() and path.stat().st_size == member.file_size):
+                continue
+            packed.extract(member, place)

@@ -1,0 +1,101 @@
+"""Data sets of the hub: any whose Parquet files have `images` or `image` and `texts` (the_cauldron)
+or `conversations` (LLaVA-OneVision), by one entry of the configuration."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from sts.pipeline.data.rows import IMAGE_TOKEN, Rows
+from sts.pipeline.data.source import DOWNLOADS, DataError
+
+CHUNK = 100  # rows read at a time, with their images
+
+
+def hub_rows(name: str, source: str, files: str, revision: str) -> Rows:
+    """The rows of a set of the hub, or of a folder that holds its files.
+
+    files: pattern of the Parquet files, such as vqav2/*.parquet. What was fetched before is not
+    fetched again, and what was interrupted goes on. Raises DataError for what can't be had or has
+    other columns.
+    """
+    key = f"data.custom.{name}"
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = DOWNLOADS / name
+        try:
+            snapshot_download(
+                source,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=files,
+                local_dir=folder,
+            )
+        except (OSError, HfHubHTTPError, ValueError) as error:
+            raise DataError(
+                f"data set {name}: {source} of the hub, revision {revision}, can't be had: {error} "
+                f"Go online, correct {key}.hub, or give a folder that holds its files"
+            ) from error
+    found = sorted(folder.glob(files))
+    if not found:
+        raise DataError(f"data set {name}: {folder} has no files {files}. Correct {key}.files")
+    try:
+        heads = [pq.ParquetFile(file) for file in found]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(
+            f"data set {name}: {error}. Delete {folder} and run again, or correct {key}.files"
+        ) from error
+    columns = heads[0].schema_arrow.names
+    images = next((one for one in ("images", "image") if one in columns), None)
+    texts = next((one for one in ("conversations", "texts") if one in columns), None)
+    if not images or not texts:
+        raise DataError(
+            f"data set {name}: {found[0]} has the columns {', '.join(columns)}, but needs images "
+            f"or image, and texts or conversations. Correct {key}.files"
+        )
+    count = sum(head.metadata.num_rows for head in heads)
+    return count, _rows(found, images, texts, "id" in columns)
+
+
+def _rows(files: list[Path], images: str, texts: str, named: bool) -> Iterator[dict]:
+    columns = [images, texts, *(["id"] if named else [])]
+    index = 0
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(CHUNK, columns=columns):
+            for row in batch.to_pylist():
+                pictures = row[images] if images == "images" else [row[images]]
+                pictures = [one["bytes"] for one in pictures or [] if one]
+                yield {
+                    "id": str(row["id"]) if named else f"{index:08d}",
+                    **(
+                        {"images": pictures}
+                        if images == "images"
+                        else {"image": pictures[0] if pictures else None}
+                    ),
+                    "conversations": turns(row[texts], len(pictures)),
+                }
+                index += 1
+
+
+def turns(texts: Any, images: int) -> Any:
+    """LLaVA's turns {from, value} of either form: those themselves, or pairs {user, assistant}.
+    Where no text says where the images stand, they come first."""
+    if not isinstance(texts, list) or not all(isinstance(one, dict) for one in texts):
+        return texts  # `prepare` judges it
+    if texts and "user" in texts[0]:
+        pairs = [(one.get("user"), one.get("assistant")) for one in texts]
+        texts = [
+            {"from": role, "value": value}
+            for pair in pairs
+            for role, value in zip(("human", "gpt"), pair, strict=True)
+        ]
+    else:
+        texts = [{"from": one.get("from"), "value": one.get("value")} for one in texts]
+    said = [turn["value"] or "" for turn in texts]
+    if texts and said[0] and not any(IMAGE_TOKEN in one for one in said):
+        texts[0]["value"] = f"{IMAGE_TOKEN}\n" * images + said[0]
+    return texts

@@ -1,0 +1,44 @@
+"""LLaVA-1.5's mix of 665,298 conversations to instruct with, 40,688 of them text alone."""
+
+from pathlib import Path
+
+from sts.pipeline.config import DataConfig
+from sts.pipeline.data.fetch import File
+from sts.pipeline.data.llava import llava_rows
+from sts.pipeline.data.registry import DataSet
+from sts.pipeline.data.rows import Rows
+
+JSON = "llava_v1_5_mix665k.json"
+
+
+def _rows(_: DataConfig, folder: Path) -> dict[str, Rows]:
+    return {"instruct": llava_rows("llava_mix665k", folder / JSON, folder)}
+
+
+DATASET = DataSet(
+    version="665k",
+    licence="CC-BY-4.0 for the texts, within OpenAI's terms of use; the images have their own",
+    homepage="https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K",
+    citation="Liu et al. Improved Baselines with Visual Instruction Tuning. CVPR 2024.",
+    load=_rows,
+    # where LLaVA's README says that the images are
+    files=(
+        File(f"liuhaotian/LLaVA-Instruct-150K/{JSON}"),
+        File("http://images.cocodataset.org/zips/train2017.zip", "coco", "coco/train2017"),
+        File("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", "gqa/images"),
+        File(
+            "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+            "textvqa",
+            "textvqa/train_images",
+        ),
+        File("https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip", "vg", "vg/VG_100K"),
+        File("https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip", "vg", "vg/VG_100K_2"),
+        # the publishers' links are mostly dead; this copy is that of LLaVA's pull request 1458
+        File(
+            "weizhiwang/llava_v15_instruction_images/ocr_vqa_images_llava_v15.zip",
+            "ocr_vqa/images",
+            "ocr_vqa/images",
+        ),
+    ),
+    embed=False,
+)

@@ -1,0 +1,109 @@
+"""A local server of files that speaks what huggingface_hub asks of the hub, and ranges."""
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)/(?P<what>revision|tree)/.+")
+
+
+class Hub:
+    """Serves `folder`: data sets as hub/<owner>/<name>/..., other files by their path.
+
+    asked: (method, path, first byte) of every request. cut: path -> bytes after which the
+    connection breaks, once. wrong: paths whose checksum is said wrongly.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.url = folder, ""
+        self.asked: list[tuple[str, str, int]] = []
+        self.cut: dict[str, int] = {}
+        self.wrong: set[str] = set()
+
+    def fetched(self, name: str) -> list[int]:
+        """The first byte of each download of a file of that name."""
+        return [at for method, path, at in self.asked if method == "GET" and path.endswith(name)]
+
+
+@contextmanager
+def hub(folder: Path) -> Iterator[Hub]:
+    """A hub that serves a folder while the context lasts."""
+    served = Hub(folder)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.answer(body=False)
+
+        def do_GET(self):
+            self.answer(body=True)
+
+        def answer(self, body: bool) -> None:
+            path = self.path.partition("?")[0]
+            asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            first = int(asked[1]) if asked else 0
+            served.asked.append((self.command, path, first))
+            if found := API.match(path):
+                return self.tell(found)
+            at = RESOLVE.match(path)
+            inner = f"hub/{at['repo']}/{at['file']}" if at else path.lstrip("/")
+            if not (served.folder / inner).is_file():
+                return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
+            content = (served.folder / inner).read_bytes()
+            headers = {"Accept-Ranges": "bytes"}
+            if at:
+                told = b"other" if path in served.wrong else content
+                headers |= {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(told)}"'}
+            if first >= len(content) > 0:
+                return self.reply(416, b"", {"Content-Range": f"bytes */{len(content)}"}, body)
+            if asked:
+                headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+            cut = served.cut.pop(path, None) if body else None
+            self.reply(206 if asked else 200, content[first:], headers, body, cut)
+
+        def tell(self, found: re.Match) -> None:
+            root = served.folder / "hub" / found["repo"]
+            files = sorted(str(one.relative_to(root)) for one in root.rglob("*") if one.is_file())
+            told = {"id": found["repo"], "sha": COMMIT}
+            told |= {"siblings": [{"rfilename": file} for file in files]}
+            if found["what"] == "tree":
+                told = [
+                    {"type": "file", "path": file, "oid": sha256(file.encode())[:40],
+                     "size": (root / file).stat().st_size}
+                    for file in files
+                ]  # fmt: skip
+            headers = {"Content-Type": "application/json"}
+            self.reply(200 if files else 404, json.dumps(told).encode(), headers, True)
+
+        def reply(
+            self, code: int, content: bytes, headers: dict, body: bool, cut: int | None = None
+        ) -> None:
+            self.send_response(code)
+            for key, value in {**headers, "Content-Length": len(content)}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            if body:
+                self.wfile.write(content if cut is None else content[:cut])
+            if cut is not None:
+                self.close_connection = True
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        served.url = f"http://127.0.0.1:{server.server_port}"
+        yield served
+        server.shutdown()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

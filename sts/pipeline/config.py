@@ -204,6 +204,11 @@ class ModelConfig(Block):
     """Hub id or folder of any image-text-to-text model, with its processor, where family: whole."""
     fresh: Annotated[list[Literal["projector", "language_model", "vision_tower"]], Neutral([])] = []
     """Parts of `checkpoint` that are drawn anew from the run's seed."""
+    template: Annotated[Literal["own", "v1"], Neutral("own")] = "own"
+    """Chat template of joined parts: the language model's, if it has none ours; or LLaVA-1.5's."""
+    image_aspect_ratio: Annotated[Literal["own", "pad"], Neutral("own")] = "own"
+    """How pictures of joined parts become squares: as the tower's processor has it (CLIP's cuts the
+    centre out), or padded in its mean colour, as in LLaVA-1.5."""
     features: Annotated[Literal["live", "cached"], Neutral(EVER)] = "live"
     """Of a frozen vision tower: computed in every step, or once for all runs; results are equal."""
     backbone: Literal["shipped", "rebuild", "pretrained"] = "shipped"
@@ -253,6 +258,8 @@ class StageConfig(Block):
     """Names of the data sets, mixed."""
     split: Literal["align", "instruct"] | None = None
     """Split of the data sets: captions or conversations; null: that of the stage's name."""
+    template: Annotated[Literal["plain"] | None, Neutral(None)] = None
+    """Text of a row: the model's chat template, or plain, LLaVA's of alignment: image, caption."""
     steps: Count = 200
     """Optimizer steps."""
     batch_size: Count = 32
@@ -277,6 +284,9 @@ class StageConfig(Block):
     """Recompute activations in the backward pass to save memory."""
     group_by_length: Annotated[bool, Neutral(False)] = True
     """Batches of samples of similar length and the same modality."""
+    sorted_batches: Annotated[Count, Neutral(50)] = 50
+    """So many batches' samples are sorted by length together; 1: a batch is of any length, as in
+    LLaVA, and only its parts for processes and micro-batches are of similar length."""
     max_length: Count = 2048
     """Tokens of a sample; longer ones are cut."""
     checkpoint_every: Count = 100

@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from sts.pipeline import follows
@@ -16,6 +17,7 @@ from sts.pipeline.data.collator import Conversations, batch_order, collate, spli
 from sts.pipeline.data.conversation import template_of
 from sts.pipeline.features import reader_of
 from sts.pipeline.provenance import read_json, sha256_json
+from sts.settings import IGNORE_INDEX
 
 LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
 
@@ -36,13 +38,14 @@ def load_data(
     read = reader_of(features) if features else None
     tokens = cache and cache / f"{tokens_key(data, block, processor)}.arrow"
     files = split_files(data, block.split)
-    samples = Conversations(files, processor, block.max_length, read, tokens)
+    samples = Conversations(files, processor, block.max_length, read, block.template, tokens)
     order = batch_order(
         samples.lengths,
         samples.has_image,
         block.global_batch,
         seed,
         block.group_by_length,
+        block.sorted_batches,
     )
     return samples, order
 
@@ -55,23 +58,53 @@ def tokens_key(data: Sequence[str | Path], block: StageConfig, processor: Any) -
             "data": [read_json(manifest)["sha256"] for manifest in data],
             "split": block.split,
             "max_length": block.max_length,
+            "template": block.template,
             "processor": [type(processor).__name__, template_of(processor), *own],
             "code": follows.code(*follows.imported([CODE / "pipeline/data/collator.py"])),
         }
     )[:16]
 
 
-def my_pieces(indices: list[int], accumulation: int, accelerator: Accelerator) -> list[list[int]]:
+def my_pieces(
+    indices: list[int],
+    accumulation: int,
+    accelerator: Accelerator,
+    has_image: Sequence[bool] = (),
+) -> list[list[int]]:
     """This process's share of a global batch, as its micro-batches.
 
     A batch at the end of an epoch may be small: then there are fewer micro-batches, and a few
-    samples come twice if the processes could not share them evenly.
+    samples come twice if the processes could not share them evenly. Where other processes see an
+    image and this one would not, it is given one, as ~index: a sample without its labels
+    (`Shown`). All then run the same modules, as those that share weights must. has_image: of every
+    sample.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     even = indices + indices[: -len(indices) % world]
     parts = min(accumulation * world, len(even))
     bounds = [len(even) * i // parts for i in range(parts + 1)]
-    return [even[bounds[i] : bounds[i + 1]] for i in range(rank, parts, world)]
+    pieces = [even[bounds[i] : bounds[i + 1]] for i in range(parts)]
+    for first in range(0, parts if has_image else 0, world):
+        at_once = pieces[first : first + world]
+        seen = [[index for index in piece if has_image[index]] for piece in at_once]
+        if any(seen) and not all(seen):
+            lent = next(filter(None, seen))[0]
+            for piece, own in zip(at_once, seen, strict=True):
+                piece.extend([] if own else [~lent])
+    return pieces[rank::world]
+
+
+class Shown(Dataset):
+    """Samples, of which ~index is one that is seen and has no labels: nothing is learnt of it."""
+
+    def __init__(self, samples: Conversations):
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> dict:
+        if index >= 0:
+            return self.samples[index]
+        sample = self.samples[~index]
+        return sample | {"labels": np.full_like(sample["labels"], IGNORE_INDEX)}
 
 
 def feed(
@@ -84,12 +117,13 @@ def feed(
 ) -> Iterator[tuple[int, list[BatchFeature]]]:
     """(step, this process's micro-batches on its device) for every step from `first` on."""
     steps = range(first, block.steps)
+    accumulation = block.gradient_accumulation_steps
     pieces = [
-        my_pieces(order(step), block.gradient_accumulation_steps, accelerator) for step in steps
+        my_pieces(order(step), accumulation, accelerator, samples.has_image) for step in steps
     ]
     gpu = accelerator.device.type == "cuda"
     loader = DataLoader(
-        samples,
+        Shown(samples),
         batch_sampler=[piece for mine in pieces for piece in mine],
         collate_fn=partial(collate, processor),
         num_workers=LOADERS if gpu else 0,

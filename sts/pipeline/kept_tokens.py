@@ -4,7 +4,8 @@
         --data data/mini/scenes/manifest.json --out results/mini/tokens.json
 
 Kinds that look at text are left out: it is compared with projected tokens, of which there are none
-here; so are those with weights, which nothing has trained.
+here; so are those with weights, which nothing has trained, and those that ask for a class token
+where the tower has none.
 """
 
 import base64
@@ -17,10 +18,9 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionModel
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from sts.pipeline.data.rows import images_of
+from sts.pipeline.model import TOWERS, image_processor, load_tower
 from sts.pipeline.provenance import read_json
 from sts.vtc import KINDS, compress, kind_of, wants
 
@@ -39,7 +39,8 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
     seen, grid, features, scores = look(read_json(backbone), first_picture(Path(data)))
     png = io.BytesIO()
     seen.save(png, format="PNG")
-    usable = [kind for kind in KINDS if "text" not in wants(kind)]
+    missing = {"text"} if scores is not None else {"text", "scores"}
+    usable = [kind for kind in KINDS if not missing & set(wants(kind))]
     result = {
         "picture": base64.b64encode(png.getvalue()).decode(),
         "grid": grid,
@@ -57,7 +58,7 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
 
 
 def weights(
-    kind: str, features: Tensor, grid: tuple[int, int], scores: Tensor
+    kind: str, features: Tensor, grid: tuple[int, int], scores: Tensor | None
 ) -> list[list[tuple[int, float]]]:
     """Of each output of a kind, the tokens in it and how much of each.
 
@@ -92,12 +93,12 @@ def first_picture(data: Path) -> Image.Image:
 
 def look(
     parts: dict[str, Any], picture: Image.Image
-) -> tuple[Image.Image, tuple[int, int], Tensor, Tensor]:
+) -> tuple[Image.Image, tuple[int, int], Tensor, Tensor | None]:
     """What the vision tower of a backbone manifest makes of a picture: what it sees, its grid of
     patches (rows, columns), their features [1, patches, dim], and the attention that its class
-    token pays each [1, patches]."""
-    prepare = CLIPImageProcessorPil.from_pretrained(parts["processor"] or parts["vision"])
-    tower = CLIPVisionModel.from_pretrained(parts["vision"], attn_implementation="eager").eval()
+    token, if it has one, pays each [1, patches]."""
+    prepare = image_processor(parts)
+    tower = load_tower(parts["vision"], attn_implementation="eager").eval()
     pixels = prepare(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         out = tower(pixels, output_attentions=True, output_hidden_states=True)
@@ -106,4 +107,7 @@ def look(
     side = tower.config.image_size // tower.config.patch_size
     seen = pixels[0].permute(1, 2, 0).numpy() * prepare.image_std + prepare.image_mean
     image = Image.fromarray((255 * seen.clip(0, 1)).round().astype("uint8"))
-    return image, (side, side), out.hidden_states[feature][:, 1:], before.mean(1)[:, 0, 1:]
+    features, scores = out.hidden_states[feature], before.mean(1)[:, 0, 1:]
+    if TOWERS[tower.config.model_type] == "full":
+        return image, (side, side), features, None
+    return image, (side, side), features[:, 1:], scores

@@ -16,15 +16,17 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    CLIPVisionModel,
     GenerationConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
     LlavaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -32,12 +34,14 @@ from transformers import (
 from sts.architectures import architecture_of, head_of
 from sts.checks import expect
 from sts.pipeline.config import ModelConfig
-from sts.pipeline.data.conversation import CHAT_TEMPLATE
+from sts.pipeline.data.conversation import CHAT_TEMPLATE, V1
 from sts.pipeline.data.rows import IMAGE_TOKEN
 from sts.pipeline.provenance import read_json, sha256_file, sha256_json, write_json_atomic
 
 SHIPPED = Path("data/backbones/mini")
 PARTS = ("projector", "language_model", "vision_tower")
+# Towers that are joined -> what is projected: of CLIP's all but the class token, SigLIP has none
+TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 # What transformers calls the encoders of images, and, wherever it lies, what joins them to a
 # language model (Qwen's merger is a part of its tower)
 TOWER = re.compile(r"(tower|visual|vision_model|vision_encoder|vqmodel)\.")
@@ -50,10 +54,12 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
     that lie in a folder.
 
     Raises FileNotFoundError if there are none, ValueError if the language model has not the number
-    of layers that the configuration says.
+    of layers that the configuration says, or the tower is none of TOWERS.
     """
     if model.family == "whole" or model.backbone == "pretrained":
         _check_layers(model)
+    if model.family == "joined" and model.backbone == "pretrained":
+        tower_config(model.vision)
     manifest: dict[str, Any]
     if model.family == "whole":
         manifest = {"checkpoint": model.checkpoint, "fresh": model.fresh}
@@ -66,6 +72,8 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
     hashes = [[file.name, sha256_file(file)] for file in files if file.is_file()]
     if model.family == "joined":
         manifest["vision_feature_layer"] = model.vision_feature_layer
+        chosen = {"template": model.template, "image_aspect_ratio": model.image_aspect_ratio}
+        manifest |= {name: value for name, value in chosen.items() if value != "own"}
         if model.backbone != "pretrained" and not hashes:
             raise FileNotFoundError(
                 f"{folder}: no backbone files; get them with `git checkout -- {folder}` or set "
@@ -122,14 +130,18 @@ def build_llava(
     """The two parts of a backbone manifest, float32, joined by a projector drawn from `seed`; what
     pretrained parts need beside it, the embedding of the image token, is drawn too."""
     parts = read_json(manifest)
-    vision = CLIPVisionModel.from_pretrained(parts["vision"], dtype=torch.float32)
-    language = LlamaForCausalLM.from_pretrained(parts["language"], dtype=torch.float32)
+    vision = load_tower(parts["vision"], dtype=torch.float32)
+    language = AutoModelForCausalLM.from_pretrained(parts["language"], dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if parts["processor"]:
             processor = LlavaProcessor.from_pretrained(parts["processor"])
         else:
             processor = pretrained_processor(parts["vision"], parts["language"], vision, language)
+        if "image_aspect_ratio" in parts:
+            processor.image_processor = image_processor(parts)
+        if "template" in parts:
+            processor.chat_template = V1
         tokenizer = processor.tokenizer
         model = LlavaForConditionalGeneration(
             LlavaConfig(
@@ -137,13 +149,13 @@ def build_llava(
                 text_config=language.config,
                 image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
                 vision_feature_layer=parts.get("vision_feature_layer", -2),
-                vision_feature_select_strategy="default",
+                vision_feature_select_strategy=TOWERS[vision.config.model_type],
                 tie_word_embeddings=language.config.tie_word_embeddings,
             )
         )
     model.model.vision_tower.load_state_dict(vision.state_dict())
-    model.model.language_model.load_state_dict(language.model.state_dict())
-    model.lm_head.load_state_dict(language.lm_head.state_dict())
+    model.model.language_model.load_state_dict(language.get_decoder().state_dict())
+    model.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -152,8 +164,45 @@ def build_llava(
     return model, processor
 
 
+def tower_config(name: str) -> PreTrainedConfig:
+    """The configuration of a vision tower of a folder or the hub, without what LLaVA doesn't read
+    of it. Raises ValueError if it is none of TOWERS."""
+    config = AutoConfig.from_pretrained(name)
+    return as_tower(name, getattr(config, "vision_config", config))
+
+
+def as_tower(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """A tower's configuration, as `tower_config` gives it."""
+    expect(
+        config.model_type in TOWERS,
+        "model.vision",
+        f"{name} ({config.model_type})",
+        f"a tower of {', '.join(TOWERS)}",
+    )
+    if hasattr(config, "vision_use_head"):  # SigLIP's, which pools the patches
+        config.vision_use_head = False
+    return config
+
+
+def load_tower(name: str, **settings: Any) -> PreTrainedModel:
+    """The vision tower of a folder or the hub. Raises ValueError as `tower_config`."""
+    return AutoModel.from_pretrained(name, config=tower_config(name), **settings)
+
+
+def image_processor(parts: dict[str, Any]) -> Any:
+    """What turns pictures into tensors for the tower of a backbone manifest: the tower's own, or
+    one that pads them to squares first. It is saved with the model, which so is asked as it was
+    trained."""
+    own = AutoImageProcessor.from_pretrained(parts["processor"] or parts["vision"])
+    if "image_aspect_ratio" not in parts:
+        return own
+    settings = own.to_dict() | {"do_pad": True, "do_center_crop": bool(own.do_center_crop)}
+    del settings["image_processor_type"]
+    return LlavaImageProcessorPil(**settings)
+
+
 def pretrained_processor(
-    vision_name: str, language_name: str, vision: CLIPVisionModel, language: LlamaForCausalLM
+    vision_name: str, language_name: str, vision: PreTrainedModel, language: PreTrainedModel
 ) -> LlavaProcessor:
     """A LLaVA processor from the two parts' own; the image token is added to the language model."""
     tokenizer = AutoTokenizer.from_pretrained(language_name, padding_side="left")
@@ -162,13 +211,15 @@ def pretrained_processor(
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    language.resize_token_embeddings(len(tokenizer))
+    if len(tokenizer) > language.config.vocab_size:  # some have rows to spare
+        language.resize_token_embeddings(len(tokenizer))
+    strategy = TOWERS[vision.config.model_type]
     return LlavaProcessor(
         image_processor=AutoImageProcessor.from_pretrained(vision_name),
         tokenizer=tokenizer,
         patch_size=vision.config.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=1 if strategy == "default" else 0,
         chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
     )
 

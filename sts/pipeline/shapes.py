@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 from sts.checks import expect
-from sts.pipeline.model import SHIPPED
+from sts.pipeline.model import SHIPPED, TOWERS, as_tower
 from sts.settings import IGNORE_INDEX
 
 IMAGE_TOKEN = 3  # id of the placeholder
@@ -35,10 +37,27 @@ VICUNA_13B = LlamaConfig(
     vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
     num_attention_heads=40,
 )  # fmt: skip
+BASE = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "patch_size": 16,
+}  # fmt: skip
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)  # fmt: skip
+QWEN_05B = Qwen2Config(
+    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+    num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
 PARTS: dict[str, PreTrainedConfig] = {
     "openai/clip-vit-large-patch14-336": CLIP_L,
+    "openai/clip-vit-base-patch16": CLIPVisionConfig(**BASE),
+    "google/siglip-base-patch16-224": SiglipVisionConfig(**BASE),
     "lmsys/vicuna-7b-v1.5": VICUNA_7B,
     "lmsys/vicuna-13b-v1.5": VICUNA_13B,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
+    "Qwen/Qwen2.5-0.5B-Instruct": QWEN_05B,
 }
 # Small, but the language model dominates it as it does a large one
 WIDE = (
@@ -112,12 +131,13 @@ def joined(
 ) -> LlavaConfig:
     """A vision tower and a language model as LLaVA joins them; vocabulary: instead of the language
     model's own."""
-    vision, language = deepcopy(vision), deepcopy(language)
+    vision, language = as_tower("the tower", deepcopy(vision)), deepcopy(language)
     language.vocab_size = vocabulary or language.vocab_size
     return LlavaConfig(
         vision_config=vision,
         text_config=language,
         vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=TOWERS[vision.model_type],
         image_token_index=IMAGE_TOKEN,
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         tie_word_embeddings=language.tie_word_embeddings,

@@ -30,8 +30,10 @@ def prepare_process(block: StageConfig) -> Accelerator:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
-    # skipped layers have no gradient: without this, data-parallel processes would wait for them
-    unused = block.skips and not UNITS[block.lds.unit].trains_all
+    # skipped layers have no gradient, nor has what sees in a batch of text alone: without this,
+    # data-parallel processes would wait for them
+    sees = {"projector", "vision_tower"} & set(block.trains)
+    unused = bool(sees) or (block.skips and not UNITS[block.lds.unit].trains_all)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     if accelerator.num_processes != block.processes:

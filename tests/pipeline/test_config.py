@@ -67,6 +67,15 @@ def test_the_paper_scale_is_the_recipe_of_llava(mini):
     assert align.batch_size * align.gradient_accumulation_steps * align.processes == 256
     assert instruct.batch_size * instruct.gradient_accumulation_steps * instruct.processes == 128
     assert (align.lr, instruct.lr) == (1e-3, 2e-5)
+    assert (align.trains, instruct.trains) == (["projector"], ["projector", "language_model"])
+    assert (align.template, instruct.template, paper.model.template) == ("plain", None, "v1")
+    assert paper.model.image_aspect_ratio == "pad" and paper.model.vision_feature_layer == -2
+    assert (align.group_by_length, instruct.group_by_length) == (False, True)
+    assert instruct.sorted_batches == 1
+    for block in (align, instruct):
+        assert (block.warmup_ratio, block.weight_decay, block.max_grad_norm) == (0.03, 0, 1)
+        assert (block.precision, block.gradient_checkpointing) == ("bf16", True)
+        assert block.max_length == 2048
     assert paper.data.custom["llava_mix665k"].split == "instruct"
 
 

@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 from zoo import ZOO
 
@@ -34,6 +36,7 @@ from sts.pipeline.history import measure
 from sts.pipeline.lora import add_adapters
 from sts.pipeline.model import freeze, part_finder, recompute
 from sts.pipeline.shape_bench import FUSED_ON_CPU
+from sts.pipeline.shapes import joined, made_up_batch, random_model
 from sts.pipeline.shapes import shape as known
 
 SHAPES = {
@@ -185,6 +188,30 @@ def test_flops_agree_with_torch_within_one_percent(name, trains, setting, attent
         fused_attention=attention == "sdpa",
     )
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("trains", ["align", "instruct", "all"])
+def test_flops_of_a_tower_without_a_class_token_agree_with_torch(trains):
+    """SigLIP's, to which a Qwen2 is joined; its pooling head is not."""
+    seen = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    said = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
+    config = joined(
+        SiglipVisionConfig(**seen, num_hidden_layers=3, image_size=48, patch_size=8),
+        Qwen2Config(**said, num_hidden_layers=4, num_key_value_heads=2, vocab_size=512),
+    )
+    model, batch = random_model(config), made_up_batch(config, BATCH, TEXT, ANSWERS)
+    freeze(model, TRAINED[trains])
+    recompute(model, False)
+    with sparsify(model) as scheme:
+        scheme.begin_step(0)
+        model(**batch)
+    scheme = sparse(model, "vtc and lds")
+    with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
+        model(**batch).loss.backward()
+    shape, metrics = shape_of(config), scheme.metrics()
+    assert (shape.class_tokens, shape.patches, shape.visual_tokens) == (0, 36, 36)
+    found = step_flops(shape, **settings_of(metrics, TRAINED[trains]), work=metrics["work"])
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 MODULES = {

@@ -21,9 +21,9 @@ from sts.pipeline import cost, estimate
 from sts.pipeline.config import Config, StageConfig, load_ablations, load_scale
 
 ROOT = Path(__file__).parents[2]
-SMOKE, PAPER, ABLATIONS = (
+SMOKE, PAPER, SMALL, ABLATIONS = (
     ROOT / "workflow" / name
-    for name in ("config/smoke.yaml", "config/paper.yaml", "ablations.yaml")
+    for name in ("config/smoke.yaml", "config/paper.yaml", "config/small.yaml", "ablations.yaml")
 )
 RECIPE = {
     name: inspect.signature(function).parameters["batch"].default
@@ -217,6 +217,16 @@ def test_gpus_that_are_not_here_take_the_hours_that_were_published(capsys):
     faster = asked(capsys, "--gpu", "h100")
     assert faster["seconds"]["total"] < found["seconds"]["total"]
     assert "price" not in faster["gpu_hours"]
+
+
+def test_the_small_scale_is_an_evening_on_one_gpu(capsys):
+    """At 35 % of the peak; small matrices may reach a third of that, which an evening has too."""
+    arguments = ["--configfile", str(SMALL), "--gpu", "rtx4090", "--gpus", "1", "--json"]
+    assert main(["estimate", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not found["lacking"]
+    assert 1 < found["seconds"]["total"] / 3600 < 2.5
+    assert found["speed"]["trainings_at_once"] == 1
 
 
 def test_what_does_not_fit_on_gpus_is_said_with_the_keys_that_help(tmp_path, capsys):

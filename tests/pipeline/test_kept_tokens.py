@@ -5,6 +5,7 @@ import io
 from collections import Counter
 
 import pytest
+from parts import joined
 from PIL import Image
 from processors import IMAGE
 
@@ -38,6 +39,15 @@ def test_the_picture_is_what_the_tower_sees(kept, prepared):
     with Image.open(io.BytesIO(base64.b64decode(kept["picture"]))) as picture:
         shown = rows[0]["image"].convert("RGB").resize((IMAGE, IMAGE), Image.Resampling.BICUBIC)
         assert picture.tobytes() == shown.tobytes()
+
+
+def test_a_tower_without_a_class_token_has_the_other_kinds(prepared, tmp_path):
+    whole, other = (
+        kept_tokens(joined(tmp_path / tower, tower), prepared, tmp_path / f"{tower}.json")
+        for tower in ("clip", "siglip")
+    )
+    assert whole["grid"] == other["grid"] == (4, 4)
+    assert whole["kinds"].keys() - other["kinds"].keys() == {"cls_topk", "cls_merge"}
 
 
 def test_a_missing_manifest_is_named(backbone, prepared, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import LANGUAGES, TOWERS, VISUAL, joined
 from tiny import CASES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -83,6 +84,48 @@ def test_pretrained_parts_are_joined_and_learn_the_image_token(backbone, tmp_pat
     file.write_text(file.read_text() + " ")
     changed = write_manifest(settings, tmp_path / "manifest.json")
     assert changed["sha256"] != start["sha256"], "the bytes of a folder count, not its name alone"
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_towers_with_and_without_a_class_token_are_joined_to_any_language_model(
+    tmp_path, tower, language
+):
+    start = joined(tmp_path, tower, language)
+    model, processor = build(start, 0)
+    _, own, _ = TOWERS[tower]
+    seen = own.from_pretrained(tmp_path / "vision").eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = seen(pixels, output_hidden_states=True).hidden_states[-2]
+    assert features.shape[1] == VISUAL + (tower == "clip")
+    expected = model.model.multi_modal_projector(features[:, -VISUAL:])
+    found = model.eval().get_image_features(pixels).pooler_output
+    assert torch.equal(torch.stack(tuple(found)), expected)
+    ids = processor(text="<image>", images=torch.zeros(3, 50, 70))["input_ids"][0]
+    assert ids.count(model.config.image_token_id) == VISUAL
+    assert type(model.model.language_model).__name__.lower() == f"{language}model"
+    assert not [name for name, _ in model.named_parameters() if "vision_tower.head" in name]
+
+
+def test_a_tower_that_is_not_known_is_refused_before_it_is_loaded(tmp_path):
+    joined(tmp_path)
+    file = tmp_path / "vision" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "dinov2"}))
+    with pytest.raises(ValueError, match=r"model\.vision.*dinov2.*clip_vision_model, siglip_vis"):
+        build(tmp_path / "backbone.json", 0)
+    parts = {name: str(tmp_path / name) for name in ("vision", "language")}
+    settings = ModelConfig(backbone="pretrained", **parts, layers=2)
+    with pytest.raises(ValueError, match=r"model\.vision.*dinov2"):
+        write_manifest(settings, tmp_path / "again.json")
+
+
+def test_what_changes_nothing_is_not_in_the_manifest(tmp_path):
+    """So a model that was made before there was a choice is the same one."""
+    own = json.loads(joined(tmp_path / "own").read_text())
+    assert own.keys() == {"vision", "language", "processor", "vision_feature_layer", "sha256"}
+    chosen = {"template": "v1", "image_aspect_ratio": "pad"}
+    other = json.loads(joined(tmp_path / "other", **chosen).read_text())
+    assert chosen.items() <= other.items()
 
 
 def test_a_language_model_keeps_the_chat_template_that_it_was_tuned_with(backbone, tmp_path):

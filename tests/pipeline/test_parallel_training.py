@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from asking import picture
+from cases import turns
 from configs import short as config
 from transformers import LlavaForConditionalGeneration
 
+from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
+from sts.pipeline.data.prepare import prepare
 from sts.pipeline.history import read_history
 from sts.pipeline.train import train
 
@@ -53,12 +57,12 @@ def several(tmp_path, prepared):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
 
-    def call(settings, stage, init, name, after=-1):
+    def call(settings, stage, init, name, after=-1, data=prepared):
         out = tmp_path / name / "runs" / "dense" / "seed0" / f"{stage}.json"
         command = [sys.executable]
         if (number := settings.stage(stage).processes) > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-        arguments = [settings.model_dump_json(by_alias=True), stage, prepared, init, out, after]
+        arguments = [settings.model_dump_json(by_alias=True), stage, data, init, out, after]
         done = subprocess.run(
             [*command, script, *map(str, arguments)],
             timeout=300, capture_output=True, text=True, check=False,
@@ -99,6 +103,40 @@ def test_two_processes_take_the_same_steps_as_one(parallel, aligned, several):
     for (name, a), (other, b) in zip(weights(alone).items(), weights(result).items(), strict=True):
         assert name == other
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+
+
+@pytest.fixture
+def some_without_an_image(tmp_path) -> Path:
+    """Manifest of eight conversations about an image and four without, of other lengths."""
+    rows = []
+    for number in range(12):
+        said = " ".join(["red"] * (number + 1))
+        shown = {"image": f"{number}.png"} if number < 8 else {}
+        mark = "<image>\n" if shown else ""
+        rows.append({"id": str(number), **shown, "conversations": turns(f"{mark}is it?", said)})
+        picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    own = {"own": {"json": str(tmp_path / "own.json"), "images": str(tmp_path)}}
+    merged = validate(deep_merge(load_yaml(MINI), {"data": {"custom": own}}), "test")
+    prepare(merged, "own", tmp_path / "own" / "manifest.json")
+    return tmp_path / "own" / "manifest.json"
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("global_batch", [4, 6])
+def test_processes_of_which_one_sees_no_image_take_the_steps_of_one(
+    parallel, global_batch, aligned, several, some_without_an_image
+):
+    """Of four, one step is of text alone; of six, one process of a step would have text alone."""
+    own = {"data": some_without_an_image}
+    few = {"steps": 3, "trains": ["projector", "language_model"]}
+    alone = several(config(**few, batch_size=global_batch), "instruct", aligned, "one", **own)
+    images = [row["images"] for row in read_history(alone["weights"])]
+    assert sum(images) == 8 or global_batch == 6
+    assert (0 in images) == (global_batch == 4)
+    half = {"batch_size": global_batch // 2, "processes": 2, "parallel": parallel}
+    split = several(config(**few, **half), "instruct", aligned, "two", **own)
+    same_steps(alone, split)
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct"])

@@ -94,6 +94,13 @@ def test_the_paper_scale_is_planned_with_its_processes_and_its_own_data(project)
     assert "scenes" not in said.partition("rule ")[0]
 
 
+@pytest.mark.parametrize("group", ["main", "components", "compressor", "skipper"])
+def test_the_small_scale_is_planned_with_all_its_tables(project, group):
+    jobs = planned(project, f"table_{group}", scale="workflow/config/small.yaml")
+    assert {"prepare": 2, "backbone": 1, "timing": 1, "table": 1}.items() <= jobs.items()
+    assert jobs["evaluate"] == members(group)
+
+
 def test_a_baseline_of_its_own_is_compared_with_itself(project):
     said = run(project, None, "-n", "-p", "table_architectures")
     families = ["", "next_", "idefics3_", "qwen_"]

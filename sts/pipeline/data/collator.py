@@ -34,7 +34,6 @@ from sts.pipeline.data.rows import images_of
 from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time
-MEGABATCH = 50  # batches within which samples are sorted by length, as in LLaVA
 IMAGES = ("image", "images")  # columns
 MADE = ("ids", "labels", "at", "counts")  # of `tokenise`, all int32
 TOKENS = pa.schema(
@@ -69,9 +68,9 @@ class Conversations(Dataset):
 
     Tokens longer than `max_length` are cut; rows that then have no answer left are dropped, with a
     warning. features: row -> what a sample's images have been turned into before, name -> tensor
-    [rows, ...]. tokens: file that holds, or gets, what the processor makes of these rows; processes
-    that ask for it at once wait for the first. Raises ValueError if `max_length` doesn't hold a
-    row's images.
+    [rows, ...]. template: as in `tokenise`. tokens: file that holds, or gets, what the processor
+    makes of these rows; processes that ask for it at once wait for the first. Raises ValueError if
+    `max_length` doesn't hold a row's images.
 
     lengths    tokens of each sample, the placeholders of its images included
     has_image  whether each sample has an image
@@ -83,10 +82,11 @@ class Conversations(Dataset):
         processor: ProcessorMixin,
         max_length: int,
         features: Callable[[int], dict[str, torch.Tensor]] | None = None,
+        template: str | None = None,
         tokens: Path | None = None,
     ):
         rows = concatenate_datasets([Table.from_file(str(file)) for file in files])
-        make = partial(_write_tokens, rows, processor, max_length)
+        make = partial(_write_tokens, rows, processor, max_length, template)
         if tokens is None:
             sink = pa.BufferOutputStream()
             make(sink)
@@ -124,7 +124,11 @@ class Conversations(Dataset):
 
 
 def _write_tokens(
-    rows: Table, processor: ProcessorMixin, max_length: int, sink: pa.NativeFile
+    rows: Table,
+    processor: ProcessorMixin,
+    max_length: int,
+    template: str | None,
+    sink: pa.NativeFile,
 ) -> None:
     """Write what the processor makes of the texts and of the sizes of the images, as TOKENS."""
     encoded = rows.with_format("arrow")  # images as they are stored: not decoded for their size
@@ -136,7 +140,7 @@ def _write_tokens(
                 for row in _each(chunk.select([n for n in IMAGES if n in chunk.column_names]))
             ]
             conversations = chunk["conversations"].to_pylist()
-            tokenised = tokenise(processor, conversations, sizes)
+            tokenised = tokenise(processor, conversations, sizes, template)
             made = []
             for place, (sample, shown) in enumerate(zip(tokenised, sizes, strict=True)):
                 if sample["shown"] > max_length:
@@ -230,6 +234,7 @@ def batch_order(
     batch_size: int,
     seed: int,
     group_by_length: bool = True,
+    sorted_batches: int = 50,
 ) -> Callable[[int], list[int]]:
     """The function step -> indices of that step's batch, over as many epochs as are asked for.
 
@@ -240,7 +245,9 @@ def batch_order(
 
     @lru_cache(maxsize=2)
     def epoch(number: int) -> list[list[int]]:
-        return batch_indices(lengths, has_image, batch_size, seed, number, group_by_length)
+        return batch_indices(
+            lengths, has_image, batch_size, seed, number, group_by_length, sorted_batches
+        )
 
     size = len(epoch(0))  # the same in every epoch
     return lambda step: epoch(step // size)[step % size]
@@ -253,11 +260,14 @@ def batch_indices(
     seed: int,
     epoch: int,
     group_by_length: bool = True,
+    sorted_batches: int = 50,
 ) -> list[list[int]]:
     """The batches of one epoch: every sample once, in an order given by (seed, epoch).
 
-    Grouped (as LLaVA's `group_by_modality_length`), a batch holds samples of similar length that
-    all have an image or all have none; what doesn't fill a batch of its kind is put together. All
+    Grouped, a batch holds samples that all have an image or all have none; what doesn't fill a
+    batch of its kind is put together. So many batches' samples are sorted by length before they are
+    dealt out: with 50 a batch is of similar lengths, as transformers groups them; with 1 it is a
+    random one of its kind, as by LLaVA's `group_by_modality_length`, with the longest first. All
     batches are full but one, which stands anywhere, if batch_size doesn't divide the samples.
     """
     rng = np.random.default_rng([seed, epoch])
@@ -267,7 +277,7 @@ def batch_indices(
     lengths, has_image = np.asarray(lengths), np.asarray(has_image, bool)
     full, rest = [], []
     for kind in (order[has_image[order]], order[~has_image[order]]):
-        for block in _chunks(kind, MEGABATCH * batch_size):
+        for block in _chunks(kind, sorted_batches * batch_size):
             block = block[np.argsort(-lengths[block], kind="stable")]
             full += _chunks(block, batch_size)
         if full and len(full[-1]) < batch_size:

@@ -45,6 +45,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+# LLaVA-1.5's, which is Vicuna's
+V1 = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. "
+) + CHAT_TEMPLATE.replace("user: ", "USER: ").replace("assistant:", "ASSISTANT:")
 
 Size = tuple[int, int]  # height and width of an image in pixels
 Spans = list[tuple[int, int]]  # first and last + 1 of the characters of each answer
@@ -190,6 +195,29 @@ def answers(processor: ProcessorMixin, chat: Sequence[Message]) -> tuple[str, Sp
     return text, _find(processor, chat)  # the template does more with a text than write it
 
 
+def plain(processor: ProcessorMixin, chat: Sequence[Message]) -> tuple[str, Spans]:
+    """The text of a captioned image as LLaVA aligns on it, and where its answer is: the images,
+    then the caption and a newline. What the caption was asked for with is left out.
+
+    The space before the caption is the one with which Llama's tokenizer begins a text; LLaVA has
+    the caption tokenised as a text of its own. Raises ValueError if it isn't one question and one
+    answer.
+    """
+    if [role for role, _ in chat] != ["user", "assistant"]:
+        raise ValueError(
+            f"template: plain is for one question and one answer, not for {len(chat)} turns: "
+            f"{str(chat)[:200]}...; leave it out of the stage, or their data set"
+        )
+    (_, asked), (_, caption) = chat
+    marks = processor.image_token * asked.count(None)
+    text = f"{marks} {''.join(filter(None, caption))}\n"
+    return text, [(len(marks), len(text))]
+
+
+# What a stage's `template` may say: how a conversation becomes a text with answers in it
+WRITERS: dict[str | None, Callable[..., tuple[str, Spans]]] = {None: answers, "plain": plain}
+
+
 @lru_cache(maxsize=1024)
 def _layout(processor: ProcessorMixin, template: str, shape: tuple) -> Callable | None:
     """The function texts -> (text, spans) of conversations with as many turns, texts and images;
@@ -275,8 +303,10 @@ def tokenise(
     processor: ProcessorMixin,
     conversations: Sequence[Sequence[dict]],
     sizes: Sequence[Sequence[Size]],
+    template: str | None = None,
 ) -> list[dict[str, np.ndarray | int]]:
-    """The tokens of LLaVA conversations that have images of these sizes, each as
+    """The tokens of LLaVA conversations that have images of these sizes, by the processor's chat
+    template or by another of WRITERS, each as
 
     ids, labels  int32 [tokens], where a run of the same placeholder is one token. A label is the id
                  itself on tokens of an answer and its end, else `IGNORE_INDEX`
@@ -288,7 +318,7 @@ def tokenise(
     """
     if any(sizes):
         _check(processor, template_of(processor))
-    return _tokenise(processor, conversations, sizes)
+    return _tokenise(processor, conversations, sizes, WRITERS[template])
 
 
 @lru_cache(maxsize=8)
@@ -297,7 +327,7 @@ def _check(processor: ProcessorMixin, template: str) -> None:
     for sizes in ([(64, 64)], [(64, 64), (32, 96)]):
         question = f"{IMAGE_TOKEN * len(sizes)}\nwhat?"
         asked = [{"from": "human", "value": question}, {"from": "gpt", "value": "this"}]
-        [sample] = _tokenise(processor, [asked], [sizes])
+        [sample] = _tokenise(processor, [asked], [sizes], answers)
         text, images = render(processor, messages(asked)), [_blank(size) for size in sizes]
         [expected] = processor(images=[images], text=[text])["input_ids"]
         if not np.array_equal(expand(sample)[0], expected):
@@ -316,10 +346,11 @@ def _tokenise(
     processor: ProcessorMixin,
     conversations: Sequence[Sequence[dict]],
     sizes: Sequence[Sequence[Size]],
+    write: Callable[..., tuple[str, Spans]],
 ) -> list[dict[str, np.ndarray | int]]:
     texts, spans, counts, ends = [], [], [], []
     for conversation, images in zip(conversations, sizes, strict=True):
-        text, found = answers(processor, messages(conversation))
+        text, found = write(processor, messages(conversation))
         text, found, count, end = _show(processor, text, found, images)
         texts.append(text)
         spans.append(found)

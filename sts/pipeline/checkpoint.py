@@ -235,6 +235,11 @@ def finish(
     processor.save_pretrained(folder)
     write_json_atomic(folder / "provenance.json", provenance.collect(config_hash(config)))
     write_json_atomic(folder / "done.json", {"weights_sha256": weights_sha256(folder)})
+    forget_states(folder)
+
+
+def forget_states(folder: Path) -> None:
+    """Finished weights need no states any more. Also where a kill came between the two."""
     shutil.rmtree(folder / "state", ignore_errors=True)
 
 

@@ -54,7 +54,7 @@ def my_pieces(indices: list[int], accumulation: int, accelerator: Accelerator) -
     return [even[bounds[i] : bounds[i + 1]] for i in range(rank, parts, world)]
 
 
-def _leave_sigterm(_: int) -> None:
+def leave_sigterm(_: int) -> None:
     """A scheduler sends SIGTERM to every process: the training ends its loaders when it is done."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -78,7 +78,7 @@ def feed(
         batch_sampler=[piece for mine in pieces for piece in mine],
         collate_fn=partial(collate, processor),
         num_workers=LOADERS if gpu else 0,
-        worker_init_fn=_leave_sigterm,
+        worker_init_fn=leave_sigterm,
         pin_memory=gpu,
         generator=torch.Generator(),  # else a resumed training draws from torch's once more
     )

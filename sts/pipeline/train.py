@@ -27,7 +27,14 @@ from transformers import PreTrainedModel
 
 from sts.pipeline import cost, follows, provenance, tracking
 from sts.pipeline.bar import bar_of
-from sts.pipeline.checkpoint import finish, load_state, locked, save_state, sigterm_put_off
+from sts.pipeline.checkpoint import (
+    finish,
+    forget_states,
+    load_state,
+    locked,
+    save_state,
+    sigterm_put_off,
+)
 from sts.pipeline.config import Config, StageConfig, config_hash
 from sts.pipeline.device import lease
 from sts.pipeline.features import skip_tower, usable
@@ -102,6 +109,7 @@ def train(
         ):
             if finished:
                 log.info("%s: %s is finished: reused", stage, folder)
+                forget_states(folder)
                 for row in read_history(folder):
                     tracked.log(with_speed(row), row["step"])
             else:

@@ -1,6 +1,7 @@
 """One stage of one run: what moves, what resumes, what is reused, what is written."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ from sts import vtc
 from sts.pipeline import checkpoint, follows, memory, step
 from sts.pipeline import train as training
 from sts.pipeline.config import Config
-from sts.pipeline.feed import my_pieces
+from sts.pipeline.feed import leave_sigterm, my_pieces
 from sts.pipeline.history import read_history
 from sts.pipeline.step import lr_factor
 from sts.pipeline.train import train
@@ -259,6 +260,13 @@ def test_finished_weights_are_reused_at_once_also_by_another_ablation(run, monke
     assert {**same, "ablation": "dense", "out": None} == {**first, "out": None}
 
 
+def test_states_that_a_kill_after_the_last_step_left_go_when_the_weights_are_reused(run):
+    state = Path(run(config())["weights"]) / "state" / "00000002"
+    state.mkdir(parents=True)
+    run(config())
+    assert not state.parent.exists()
+
+
 def test_what_the_weights_depend_on_changes_the_key(backbone, prepared):
     def key(seed=0, **stage):
         return training.stage_key(
@@ -434,6 +442,18 @@ def test_sigterm_is_answered_with_a_checkpoint_and_no_step_is_taken_twice(
     assert f"going on from step {taken}: " in caplog.text
     assert resumed["weights_sha256"] == straight["weights_sha256"]
     assert [row["step"] for row in read_history(folder)] == list(range(8))
+
+
+def test_sigterm_to_a_process_that_loads_data_does_not_end_the_training():
+    """A scheduler sends it to all processes. A dead loader would raise before the checkpoint."""
+    loader = torch.utils.data.DataLoader(
+        range(40), batch_size=None, num_workers=1, worker_init_fn=leave_sigterm
+    )
+    batches = iter(loader)
+    seen = [next(batches)]
+    [process] = multiprocessing.active_children()
+    os.kill(process.pid, signal.SIGTERM)
+    assert [int(one) for one in [*seen, *batches]] == list(range(40))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(run, monkeypatch):

@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -181,7 +181,8 @@ class Campaign:
         except Exception as error:
             trial.survived, trial.note = False, f"{type(error).__name__}: {error}"
             for process in psutil.Process().children(recursive=True):
-                process.kill()
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         print(asdict(trial), flush=True)
 
     @contextmanager
@@ -291,19 +292,23 @@ def equal(project: Path, expected: dict[str, str], timed: bool = False) -> None:
             assert here == made["weights_sha256"], f"{made['weights']} are not those of {file}"
 
 
-def under_way(project: Path) -> list[tuple[int, int]]:
-    """Of each training that is not finished: steps taken, and step of the last checkpoint."""
-    found = []
+def under_way(project: Path) -> dict[int, tuple[int, int]]:
+    """Of each training that is not finished: steps taken, and step of the last checkpoint. The key
+    is that of its history's file, which is a new one when it goes on."""
+    found = {}
     for history in (project / "results/smoke/weights").glob("*/history.jsonl"):
         if not (history.parent / "done.json").exists():
             saved = [int(state.name) for state in checkpoint.saved(history.parent)]
-            found.append((history.read_bytes().count(b"\n"), max(saved, default=0)))
+            taken = history.read_bytes().count(b"\n")
+            found[history.stat().st_ino] = taken, max(saved, default=0)
     return found
 
 
-def steps_again(project: Path) -> int:
-    """Finished steps that trainings have to take again when they go on."""
-    return sum(taken - saved for taken, saved in under_way(project))
+def steps_again(project: Path, before: Collection[int] = ()) -> int:
+    """Finished steps that trainings have to take again when they go on. before: the trainings that
+    were under way, of which those that have not gone on yet don't count again."""
+    found = under_way(project).items()
+    return sum(taken - saved for key, (taken, saved) in found if key not in before)
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
@@ -315,7 +320,7 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 300) -
 
 def wait_for_steps(project: Path, number: int = 1) -> None:
     """Until a training has taken so many."""
-    wait_for(lambda: any(n >= number for n, _ in under_way(project)), f"step {number}")
+    wait_for(lambda: any(n >= number for n, _ in under_way(project).values()), f"step {number}")
 
 
 # ---- starting and ending processes ---------------------------------------------------------------
@@ -415,12 +420,14 @@ def calls(place: Campaign) -> None:
         moment = place.draw.uniform(0, job.seconds)
         with place.trial("calls", job, moment) as trial:
             trials.append(trial)
-            (project / job.log).unlink(missing_ok=True)
+            before, log = under_way(project), project / job.log
+            log.unlink(missing_ok=True)
             began = Call(project, *place.targets)
-            wait_for((project / job.log).exists, f"{job} to begin")
+            wait_for(lambda: log.exists() or began.poll() is not None, f"{job} to begin")  # noqa: B023
+            assert began.poll() is None, began.end()
             time.sleep(moment)
             end_call(began)
-            trial.again = steps_again(project)
+            trial.again = steps_again(project, before)
     with place.end_of(trials):
         go_on(project, *place.targets)
         equal(project, place.expected)
@@ -455,12 +462,13 @@ def kill_twice(place: Campaign, project: Path, job: Verb) -> list[Trial]:
         moment = place.draw.uniform(0, took)
         with place.trial("verbs", job, moment) as trial:
             trials.append(trial)
+            before = under_way(project)
             number = fork(project, job)
             time.sleep(moment)
             killed(number)
-            trial.again = steps_again(project)
+            trial.again = steps_again(project, before)
     with place.end_of(trials):
-        saved = max((step for _, step in under_way(project)), default=0)
+        saved = max((step for _, step in under_way(project).values()), default=0)
         log = do(project, job)
         assert not saved or f"going on from step {saved}:" in log, f"{job}: not from step {saved}"
         if job.name == "train":
@@ -513,7 +521,7 @@ def sigterm(place: Campaign) -> None:
             wait_for_steps(project, after)
             os.kill(number, signal.SIGTERM)
             assert ended(number) == 143
-            [(taken, saved)] = under_way(project)
+            [(taken, saved)] = under_way(project).values()
             trial.again = taken - saved
             assert taken == saved, f"{taken} steps taken, checkpoint of step {saved}"
             assert f"going on from step {saved}:" in do(project, job), f"not from step {saved}"
@@ -551,8 +559,8 @@ def spoilt_checkpoint(place: Campaign) -> None:
                 number = fork(project, job)
                 wait_for(lambda: len(states(project)) >= 2, "two checkpoints")  # noqa: B023
                 killed(number)
-                last, before = states(project)
-                [(taken, _)] = under_way(project)
+                last, before, *_ = states(project)
+                [(taken, _)] = under_way(project).values()
                 spoil(last, kind, place.draw)
                 start = int(before.name)
                 if kind.startswith("both"):

@@ -87,6 +87,14 @@ pool:
 """
 
 
+def real_project(folder: Path) -> Path:
+    """A copy of what the workflow consists of, in which nothing is cut short."""
+    for name in ("sts", "workflow", "envs", "data/backbones"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", folder)
+    return folder
+
+
 def make_project(folder: Path, ablations: str | None = None) -> Path:
     """A copy of what the workflow consists of, with stand-ins for the long work.
 

@@ -9,8 +9,10 @@ import hashlib
 import logging
 import os
 import shutil
+import signal
+import threading
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ from transformers import PreTrainedModel
 from sts.pipeline import provenance
 from sts.pipeline.config import Config, config_hash
 from sts.pipeline.lora import merge_adapters
-from sts.pipeline.parallel import everywhere, rank, wait, world
+from sts.pipeline.parallel import everywhere, of_first, rank, wait, world
 from sts.pipeline.provenance import sha256_file, write_json_atomic
 from sts.scheme import Scheme
 
 KEPT = 2  # states of a training: the last one may be broken
+ASK_SECONDS = 30  # between two words of the first process to others, which wait for some minutes
 
 OWN, SUMS = "process-{}.pt", "process-{}.sha256"  # what no other has; hashes of all it wrote
 
@@ -40,22 +43,41 @@ def locked(folder: Path) -> Iterator[None]:
     """Only one training at a time works on a key; another waits and then finds it finished.
 
     The lock goes with the process, however it ends. Of several processes of one training the first
-    holds it for all.
+    holds it for all; none begins before.
     """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("another training makes %s: waiting for it", folder)
-        lock.acquire()
+    lock, seconds = FileLock(folder.with_suffix(".lock")), 0
+    while not of_first(rank() == 0 and _acquired(lock, seconds)):
+        if rank() == 0 and not seconds:
+            log.info("another training makes %s: waiting for it", folder)
+        seconds = ASK_SECONDS
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock, seconds: float) -> bool:
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        return False
+    return True
+
+
+@contextmanager
+def sigterm_put_off() -> Iterator[Callable[[], bool]]:
+    """SIGTERM, which a scheduler sends some seconds before it kills, does nothing at once. The
+    function that is given says whether it has come: time for a last checkpoint."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # Python gives signals to the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def save_state(
@@ -213,6 +235,11 @@ def finish(
     processor.save_pretrained(folder)
     write_json_atomic(folder / "provenance.json", provenance.collect(config_hash(config)))
     write_json_atomic(folder / "done.json", {"weights_sha256": weights_sha256(folder)})
+    forget_states(folder)
+
+
+def forget_states(folder: Path) -> None:
+    """Finished weights need no states any more. Also where a kill came between the two."""
     shutil.rmtree(folder / "state", ignore_errors=True)
 
 

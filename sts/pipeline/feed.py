@@ -1,5 +1,6 @@
 """What a training is fed with: the batch of each optimizer step, in a seeded order, in pieces."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,11 @@ class Shown(Dataset):
         return sample | {"labels": np.full_like(sample["labels"], IGNORE_INDEX)}
 
 
+def leave_sigterm(_: int) -> None:
+    """A scheduler sends SIGTERM to every process: the training ends its loaders when it is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def feed(
     samples: Conversations,
     order: Callable[[int], list[int]],
@@ -127,6 +133,7 @@ def feed(
         batch_sampler=[piece for mine in pieces for piece in mine],
         collate_fn=partial(collate, processor),
         num_workers=LOADERS if gpu else 0,
+        worker_init_fn=leave_sigterm,
         pin_memory=gpu,
         generator=torch.Generator(),  # else a resumed training draws from torch's once more
     )

@@ -53,6 +53,11 @@ def everywhere(here: bool) -> bool:
     return all(answers)
 
 
+def anywhere(here: bool) -> bool:
+    """Whether it is so on any process."""
+    return not everywhere(not here)
+
+
 def of_first(value: Any) -> Any:
     """What the first process gives, on all."""
     values = [value]

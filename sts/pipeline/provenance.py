@@ -119,7 +119,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_json_atomic(path: str | Path, value: Any) -> None:
     """Write JSON so that the same value gives the same bytes and no reader sees half a file.
 
-    Keys are sorted. Creates the folder. Raises ValueError for NaN or infinity: not JSON.
+    Keys are sorted. Creates the folder; takes away what a write that was killed has left in it.
+    Raises ValueError for NaN or infinity: not JSON.
     """
     path = Path(path)
     try:
@@ -127,6 +128,9 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
     except ValueError as error:
         raise ValueError(f"{path}: not written: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{path.name}.*.part"):
+        if not _is_alive(int(old.name.split(".")[-2])):
+            old.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -136,6 +140,16 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of somebody else
+        return True
+    return True
 
 
 def collect(config_hash: str | None = None, command: str | None = None) -> dict[str, Any]:

@@ -27,7 +27,14 @@ from transformers import PreTrainedModel
 
 from sts.pipeline import cost, follows, provenance, tracking
 from sts.pipeline.bar import bar_of
-from sts.pipeline.checkpoint import finish, load_state, locked, save_state
+from sts.pipeline.checkpoint import (
+    finish,
+    forget_states,
+    load_state,
+    locked,
+    save_state,
+    sigterm_put_off,
+)
 from sts.pipeline.config import Config, StageConfig, config_hash
 from sts.pipeline.device import lease
 from sts.pipeline.features import skip_tower, usable
@@ -43,7 +50,7 @@ from sts.pipeline.history import (
 from sts.pipeline.lora import train_parts
 from sts.pipeline.memory import check_memory
 from sts.pipeline.model import build, load_whole, recompute
-from sts.pipeline.parallel import gathered, load_shared, of_first, shards, shared
+from sts.pipeline.parallel import anywhere, gathered, load_shared, of_first, shards, shared
 from sts.pipeline.provenance import read_json, write_json_atomic
 from sts.pipeline.step import (
     check_finite,
@@ -86,8 +93,10 @@ def train(
         "ablation": ablation, "seed": seed, "stage": stage, "key": key,
         "config": config_hash(config), "data": _data_version(data),
     }  # fmt: skip
+    if block.processes > 1:  # which have their GPUs, and now can talk
+        prepare_process(block)
     with locked(folder):
-        finished = (folder / "done.json").exists()
+        finished = of_first((folder / "done.json").exists())
         with (
             contextlib.nullcontext() if finished else lease(),
             tracking.run(
@@ -96,13 +105,16 @@ def train(
                 tags={**tags, "reused": finished},
                 directory=out.with_suffix("") / key,  # another key is another run
             ) as tracked,
+            sigterm_put_off() as stopped,
         ):
             if finished:
                 log.info("%s: %s is finished: reused", stage, folder)
+                forget_states(folder)
                 for row in read_history(folder):
                     tracked.log(with_speed(row), row["step"])
             else:
-                fit(config, ablation, seed, stage, data, init, folder, tracked.log, features)
+                run = (config, ablation, seed, stage, data, init, folder)
+                fit(*run, tracked.log, stopped, features)
     manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
                 "precision": precision_here(block),
                 "weights": str(folder), **summary(folder, block)}  # fmt: skip
@@ -120,9 +132,14 @@ def fit(
     init: str | Path,
     folder: Path,
     report: Callable[[dict, int], None],
+    stopped: Callable[[], bool],
     features: Sequence[str | Path] = (),
 ) -> None:
-    """Train from the last checkpoint in `folder`, or from `init`, to the finished `folder`."""
+    """Train from the last checkpoint in `folder`, or from `init`, to the finished `folder`.
+
+    stopped: whether SIGTERM has come to this process. Then a checkpoint is written after the step
+    that is being taken, and SystemExit(143) raised.
+    """
     block = config.stage(stage)
     if precision_here(block) != block.precision:
         log.warning(
@@ -154,10 +171,14 @@ def fit(
     for step, batches in feed(samples, order, processor, block, accelerator, first):
         scheme.begin_step(step)
         # checkpoints come after begin_step: what it measured is now averaged over the processes
-        late = of_first(time.monotonic() - saved > CHECKPOINT_SECONDS)
-        if step > first and (late or step % block.checkpoint_every == 0):
+        late = time.monotonic() - saved > CHECKPOINT_SECONDS
+        due = step % block.checkpoint_every == 0 or anywhere(late or stopped())
+        if due and step > first:
             save_state(folder, history, plain, optimizer, scheme, step)
             saved = time.monotonic()
+        if due and anywhere(stopped()):
+            log.info("SIGTERM: %s stops before step %d", stage, step)
+            raise SystemExit(tracking.TERMINATED)
         factor = lr_factor(step, block.steps, math.ceil(block.warmup_ratio * block.steps))
         loss, norm = optimizer_step(accelerator, model, optimizer, batches, block, factor, scheme)
         check_finite(loss, norm, stage, step, factor, block)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from asking import picture
 from cases import turns
 from configs import short as config
+from filelock import FileLock
 from transformers import LlavaForConditionalGeneration
 
 from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
@@ -24,7 +26,7 @@ HALF = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count"}  # three of t
 
 # Trains a stage as the pipeline does, and dies before a step if one is named
 WORKER = """
-import os, signal, sys
+import logging, os, signal, sys
 import torch
 from sts.pipeline import train
 from sts.pipeline.config import Config
@@ -39,6 +41,7 @@ def step(*args):
     return taken(*args)
 
 train.optimizer_step = step
+logging.basicConfig(level=logging.INFO)
 config = Config.model_validate_json(sys.argv[1])
 train.train(config, "dense", 0, sys.argv[2], [sys.argv[3]], sys.argv[4], sys.argv[5])
 """
@@ -53,24 +56,41 @@ def alone(monkeypatch):
 @pytest.fixture
 def several(tmp_path, prepared):
     """several(settings, stage, init, name, after) -> the manifest of a training of as many
-    processes as it says, or None if all are killed before step `after`."""
+    processes as it says, or None if all are killed before step `after`. several.start begins it
+    alone: the process that starts them all."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
 
-    def call(settings, stage, init, name, after=-1, data=prepared):
-        out = tmp_path / name / "runs" / "dense" / "seed0" / f"{stage}.json"
+    def out_of(name, stage):
+        return tmp_path / name / "runs" / "dense" / "seed0" / f"{stage}.json"
+
+    begun = []
+
+    def start(settings, stage, init, name, after=-1, data=prepared):
         command = [sys.executable]
         if (number := settings.stage(stage).processes) > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        out = out_of(name, stage)
         arguments = [settings.model_dump_json(by_alias=True), stage, data, init, out, after]
-        done = subprocess.run(
-            [*command, script, *map(str, arguments)],
-            timeout=300, capture_output=True, text=True, check=False,
+        begun.append(
+            subprocess.Popen(
+                [*command, script, *map(str, arguments)],
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
         )  # fmt: skip
-        assert (done.returncode == 0) == (after < 0), done.stderr[-3000:]
-        return json.loads(out.read_text()) if after < 0 else None
+        return begun[-1]
 
-    return call
+    def call(settings, stage, init, name, after=-1, data=prepared):
+        began = start(settings, stage, init, name, after, data)
+        _, said = began.communicate(timeout=300)
+        assert (began.returncode == 0) == (after < 0), said[-3000:]
+        return json.loads(out_of(name, stage).read_text()) if after < 0 else None
+
+    call.start = start
+    yield call
+    for one in begun:
+        one.terminate()  # and the processes that it started
+        one.wait()
 
 
 @pytest.fixture
@@ -160,3 +180,26 @@ def test_another_number_of_processes_goes_on_with_a_training(tmp_path, aligned, 
     moved = several(one, "instruct", aligned, "moved")
     assert read_history(moved["weights"])[:2] == begun, "it went on, and did not begin again"
     same_steps(several(one, "instruct", aligned, "stayed"), moved)
+
+
+def test_all_processes_wait_for_another_training_of_the_key_and_take_its_weights(
+    tmp_path, aligned, prepared, several
+):
+    """As after a kill -9 of torchrun alone: its processes live on and train to the end."""
+    settings = config(batch_size=2, processes=2, parallel="fsdp2", lds=HALF)
+    made = several(settings, "instruct", aligned, "first")
+    other = tmp_path / "second" / "weights" / made["key"]
+    other.parent.mkdir(parents=True)
+    with FileLock(other.with_suffix(".lock")):
+        began = several.start(settings, "instruct", aligned, "second")
+        for line in began.stderr:
+            if "another training makes" in line:
+                break
+        else:
+            raise AssertionError("it did not wait")
+        shutil.copytree(made["weights"], other)
+    _, said = began.communicate(timeout=300)
+    assert began.returncode == 0, said[-3000:]
+    assert said.count("is finished: reused") == 2, "one of each process"
+    again = json.loads((tmp_path / "second/runs/dense/seed0/instruct.json").read_text())
+    assert again["weights_sha256"] == made["weights_sha256"]

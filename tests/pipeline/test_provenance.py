@@ -12,6 +12,7 @@ import pytest
 
 from sts.pipeline import provenance
 
+ROOT = Path(__file__).parents[2]
 CODE = """
 def area(radius):
     return 3.14 * radius**2  # of a circle
@@ -174,6 +175,26 @@ def test_json_is_written_the_same_and_whole(tmp_path):
     assert first.endswith(b"}\n")
     assert json.loads(first) == {"a": [1.5, None], "b": 1}
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+KILLED = """
+import os, signal
+from sts.pipeline import provenance
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+provenance.write_json_atomic("x.json", 1)
+"""
+
+
+def test_what_a_killed_write_left_goes_with_the_next_and_a_living_one_is_let_be(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    died = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, env=environment)
+    assert died.returncode == -9
+    [left] = tmp_path.iterdir()
+    living = tmp_path / f".x.json.{os.getppid()}.part"
+    living.touch()
+    provenance.write_json_atomic(tmp_path / "x.json", 2)
+    assert left.suffix == ".part"
+    assert set(tmp_path.iterdir()) == {living, tmp_path / "x.json"}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, object()])

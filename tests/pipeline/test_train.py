@@ -1,6 +1,7 @@
 """One stage of one run: what moves, what resumes, what is reused, what is written."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -20,7 +21,7 @@ from sts import vtc
 from sts.pipeline import checkpoint, follows, memory, step
 from sts.pipeline import train as training
 from sts.pipeline.config import Config
-from sts.pipeline.feed import my_pieces
+from sts.pipeline.feed import leave_sigterm, my_pieces
 from sts.pipeline.history import read_history
 from sts.pipeline.step import lr_factor
 from sts.pipeline.train import train
@@ -259,6 +260,13 @@ def test_finished_weights_are_reused_at_once_also_by_another_ablation(run, monke
     assert {**same, "ablation": "dense", "out": None} == {**first, "out": None}
 
 
+def test_states_that_a_kill_after_the_last_step_left_go_when_the_weights_are_reused(run):
+    state = Path(run(config())["weights"]) / "state" / "00000002"
+    state.mkdir(parents=True)
+    run(config())
+    assert not state.parent.exists()
+
+
 def test_what_the_weights_depend_on_changes_the_key(backbone, prepared):
     def key(seed=0, **stage):
         return training.stage_key(
@@ -293,7 +301,8 @@ def test_killed_after_a_checkpoint_it_resumes_to_the_same_weights(
     vtc = {"kind": "random", "keep": 0.5, "schedule": "rising_linear"}
     settings = config(steps=8, lds=RESUMED[name], vtc=vtc)
     straight = run(settings, results="straight")
-    folder = _killed_once(tmp_path / "killed", backbone, prepared, settings)
+    folder, status = _stopped_once(tmp_path / "killed", backbone, prepared, settings)
+    assert status == -signal.SIGKILL
     seen = (folder / "history.jsonl").read_text().splitlines()
     assert 2 <= len(seen) < 8
     assert not (folder / "done.json").exists()
@@ -380,8 +389,17 @@ def test_a_kind_with_weights_is_trained_resumes_and_is_not_in_the_checkpoint(run
     assert torch.equal(scales[-2], scales[-1])
 
 
-def _killed_once(results: Path, backbone: Path, prepared: Path, settings: Config) -> Path:
-    """Train in a process of its own, slowly, and kill -9 it after its first checkpoint."""
+def _stopped_once(
+    results: Path,
+    backbone: Path,
+    prepared: Path,
+    settings: Config,
+    number: int = signal.SIGKILL,
+    sign: str = "state/*/process-0.sha256",
+) -> tuple[Path, int]:
+    """Train in a process of its own, slowly, and send it a signal when the file `sign` of the
+    training is there and not empty: by default kill -9 after its first checkpoint. The folder of
+    the weights, and how the process ended."""
     script = textwrap.dedent("""
         import sys, time
         from sts.pipeline import train
@@ -398,13 +416,44 @@ def _killed_once(results: Path, backbone: Path, prepared: Path, settings: Config
     arguments = [settings.model_dump_json(by_alias=True), prepared, backbone, out]
     process = subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)])
     deadline = time.monotonic() + 120
-    while not (found := list(results.glob("weights/*/state/*/process-0.sha256"))):
-        assert process.poll() is None, "ended before it was killed"
-        assert time.monotonic() < deadline, "no checkpoint"
+    while not any(file.stat().st_size for file in results.glob(f"weights/*/{sign}")):
+        assert process.poll() is None, "ended before it was stopped"
+        assert time.monotonic() < deadline, f"no {sign}"
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    return found[0].parents[2]
+    os.kill(process.pid, number)
+    [folder] = results.glob("weights/*/")
+    return folder, process.wait(timeout=120)
+
+
+def test_sigterm_is_answered_with_a_checkpoint_and_no_step_is_taken_twice(
+    tmp_path, backbone, prepared, run, caplog
+):
+    """As a scheduler sends it: long before the next regular checkpoint."""
+    settings = config(steps=8, checkpoint_every=100)
+    straight = run(settings, results="straight")
+    folder, status = _stopped_once(
+        tmp_path / "stopped", backbone, prepared, settings, signal.SIGTERM, "history.jsonl"
+    )
+    taken = len(read_history(folder))
+    assert status == 143
+    assert 1 <= taken < 8
+    caplog.set_level("INFO")
+    resumed = run(settings, results="stopped")
+    assert f"going on from step {taken}: " in caplog.text
+    assert resumed["weights_sha256"] == straight["weights_sha256"]
+    assert [row["step"] for row in read_history(folder)] == list(range(8))
+
+
+def test_sigterm_to_a_process_that_loads_data_does_not_end_the_training():
+    """A scheduler sends it to all processes. A dead loader would raise before the checkpoint."""
+    loader = torch.utils.data.DataLoader(
+        range(40), batch_size=None, num_workers=1, worker_init_fn=leave_sigterm
+    )
+    batches = iter(loader)
+    seen = [next(batches)]
+    [process] = multiprocessing.active_children()
+    os.kill(process.pid, signal.SIGTERM)
+    assert [int(one) for one in [*seen, *batches]] == list(range(40))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(run, monkeypatch):

@@ -7,7 +7,6 @@ the same shape at once. What is tested is what is run, when, and what a user is 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,18 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from project import ABLATIONS, BIN, ROOT, SMOKE, call, edit, environment, planned, run
+from project import (
+    ABLATIONS,
+    BIN,
+    ROOT,
+    SMOKE,
+    call,
+    edit,
+    environment,
+    planned,
+    real_project,
+    run,
+)
 
 from sts.pipeline.config import GROUPS, load_ablations
 
@@ -429,11 +439,8 @@ def test_the_report_is_one_file_made_offline_that_opens_on_what_was_found(finish
 def test_a_real_training_killed_halfway_ends_with_the_same_weights(tmp_path):
     """Nothing is cut short here: one run of `sts`, once in one go, once through `kill -9`."""
     target = "results/smoke/runs/sts/seed0/instruct.json"
-    copies = [tmp_path / "whole", tmp_path / "killed"]
+    copies = [real_project(tmp_path / "whole"), real_project(tmp_path / "killed")]
     for copy in copies:
-        for name in ("sts", "workflow", "envs", "data/backbones"):
-            shutil.copytree(ROOT / name, copy / name)
-        shutil.copy(ROOT / "Snakefile", copy)
         scale = "instruct: {steps: 40, batch_size: 8, checkpoint_every: 5}"
         edit(copy / SMOKE, "instruct: {steps: 6, batch_size: 8, checkpoint_every: 2}", scale)
     whole, killed = copies

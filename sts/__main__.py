@@ -163,6 +163,8 @@ def estimate(args: argparse.Namespace) -> None:
     from sts.pipeline.gpus import Machine
 
     recipe = {"vision": vision.BATCH, "language": language.BATCH}
+    if args.gpus < 1:
+        raise settings.ConfigError("command line", "--gpus", args.gpus, "1 or more")
     on = Machine(args.gpu, args.gpus, args.price) if args.gpu else None
     estimate.estimate(args.configfile, args.ablations, recipe, args.json, on)
 

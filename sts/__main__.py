@@ -93,6 +93,7 @@ def bench(args: argparse.Namespace) -> None:
                 args.shape, args.settings, args.out, stages=args.stages, batch=args.batch,
                 checkpointing=[choice == "on" for choice in args.checkpointing], text=args.text,
                 layers=args.layers, width=args.width, repeats=args.repeats,
+                attention=args.attention,
             )  # fmt: skip
         except ValueError as error:
             raise settings.ConfigError("command line", "--shape", args.shape, str(error)) from error
@@ -303,6 +304,8 @@ def parser() -> argparse.ArgumentParser:
     add("--layers", type=int, help="that many of the shape's (default: all; few without a GPU)")
     add("--width", type=float, help="that share of the width (default: 1; 1/8 without a GPU)")
     add("--repeats", type=int, default=7, help="timed steps a setting (default: %(default)s)")
+    text = "sdpa, eager, flash_attention_2 (which needs flash-attn; default: %(default)s)"
+    add("--attention", default="sdpa", metavar="NAME", help=text)
     manifests = {"backbone": "backbone manifest", "data": "manifest of a prepared data set"}
     paths(verb(tokens), **manifests, out=out)
     add = verb(table)

@@ -82,6 +82,14 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluate.evaluate(config, **run, data=args.data, out=args.out)
 
 
+def submission(args: argparse.Namespace) -> None:
+    """Answer a benchmark whose answers are not public; write the file that its server takes."""
+    from sts.pipeline import submission
+
+    config = settings.load_scale(args.config)
+    submission.submission(config, args.benchmark, args.run, args.out, args.questions)
+
+
 def bench(args: argparse.Namespace) -> None:
     """Time variants, interleaved, with the machine to themselves: the trainings of several
     configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
@@ -285,6 +293,13 @@ def parser() -> argparse.ArgumentParser:
     run(add)
     data(add, least="*")
     paths(add, run="manifest of the trained run's last stage", out=out)
+    add = verb(submission)
+    text = "vqav2_testdev, vqav2_test, vizwiz_test, mmbench_en_dev, ... (docs/evaluation.md)"
+    add("--benchmark", required=True, metavar="NAME", help=text)
+    paths(add, config="resolved configuration", run="manifest of the trained run's last stage")
+    paths(add, out="file to write (JSON; MMBench: a table with tabs)")
+    text = "v2_OpenEnded_mscoco_test2015_questions.json, for vqav2_testdev"
+    add("--questions", type=Path, metavar="FILE", help=text)
     add = verb(bench)
     text = "resolved configurations, named by ablation; the first is the baseline"
     add("--configs", type=Path, nargs="+", metavar="FILE", help=text)

@@ -172,9 +172,13 @@ def estimate(args: argparse.Namespace) -> None:
     from sts.pipeline.gpus import Machine
 
     recipe = {"vision": vision.BATCH, "language": language.BATCH}
-    if args.gpus < 1:
+    for name in ("gpus", "price"):
+        if getattr(args, name) is not None and not args.gpu:
+            accepted = f"together with --gpu, one of {', '.join(GPUS)}"
+            raise settings.ConfigError("command line", f"--{name}", getattr(args, name), accepted)
+    if args.gpus is not None and args.gpus < 1:
         raise settings.ConfigError("command line", "--gpus", args.gpus, "1 or more")
-    on = Machine(args.gpu, args.gpus, args.price) if args.gpu else None
+    on = Machine(args.gpu, args.gpus or 8, args.price) if args.gpu else None
     estimate.estimate(args.configfile, args.ablations, recipe, args.json, on)
 
 
@@ -338,7 +342,7 @@ def parser() -> argparse.ArgumentParser:
     scale(add)
     add("--json", action="store_true", help="as JSON")
     add("--gpu", choices=GPUS, help="of another machine: the kind of its GPUs")
-    add("--gpus", type=int, default=8, help="and their number (default: %(default)s)")
+    add("--gpus", type=int, help="and their number (default: 8)")
     add("--price", type=float, help="of a GPU-hour, in whatever money")
     verb(ui)("--port", type=int, default=5000, help="(default: %(default)s)")
     verb(reap)

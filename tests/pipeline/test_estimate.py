@@ -247,7 +247,13 @@ def test_gpus_of_which_some_stay_idle_and_those_that_are_none(capsys):
     assert main(["estimate", "--gpu", "h100", "--gpus", "3", "--configfile", str(PAPER)]) == 0
     assert "Fewer GPUs: stages.align: 8 processes do not run on 3" in capsys.readouterr().out
     assert main(["estimate", "--gpu", "h100", "--gpus", "0"]) == 2
-    assert "--gpus" in capsys.readouterr().err
+    assert "--gpus: 0 is not accepted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--gpus", "--price"])
+def test_gpus_of_no_kind_are_refused(flag, capsys):
+    assert main(["estimate", flag, "4"]) == 2
+    assert "together with --gpu, one of a100-40" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("pieces", [(8, 1), (8, 3), (6, 2), (1, 5)])

@@ -8,7 +8,7 @@ BIN := .venv/bin
 RESULTS := results/$(SCALE)
 SNAKEMAKE := $(BIN)/snakemake $(if $(filter mini,$(SCALE)),,--configfile workflow/config/$(SCALE).yaml)
 
-.PHONY: help reproduce data report test test-all campaign lint schemas lock reference clean
+.PHONY: help reproduce data report test test-all campaign gpu-check lint schemas lock reference clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make report      the HTML report of the results that are there"
 	@echo "make test        the everyday tests; make test-all: the slow ones too (JOBS=2 side by side)"
 	@echo "make campaign    kills, full disks, broken files, ...: what the pipeline survives (half an hour)"
+	@echo "make gpu-check   on a machine with a GPU: its tests, 7B steps, a smoke run; results to commit"
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make schemas     JSON schemas of scales and ablations, for editors"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
@@ -42,6 +43,9 @@ test-all: .venv/made-from-lock
 
 campaign: .venv/made-from-lock
 	$(BIN)/python tests/campaign.py $(ARGS)
+
+gpu-check: .venv/made-from-lock
+	$(BIN)/python -m workflow.gpu_check $(ARGS)
 
 lint: .venv/made-from-lock
 	$(BIN)/ruff check .

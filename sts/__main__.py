@@ -82,6 +82,14 @@ def evaluate(args: argparse.Namespace) -> None:
     evaluate.evaluate(config, **run, data=args.data, out=args.out)
 
 
+def submission(args: argparse.Namespace) -> None:
+    """Answer a benchmark whose answers are not public; write the file that its server takes."""
+    from sts.pipeline import submission
+
+    config = settings.load_scale(args.config)
+    submission.submission(config, args.benchmark, args.run, args.out, args.questions)
+
+
 def bench(args: argparse.Namespace) -> None:
     """Time variants, interleaved, with the machine to themselves: the trainings of several
     configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
@@ -93,6 +101,7 @@ def bench(args: argparse.Namespace) -> None:
                 args.shape, args.settings, args.out, stages=args.stages, batch=args.batch,
                 checkpointing=[choice == "on" for choice in args.checkpointing], text=args.text,
                 layers=args.layers, width=args.width, repeats=args.repeats,
+                attention=args.attention,
             )  # fmt: skip
         except ValueError as error:
             raise settings.ConfigError("command line", "--shape", args.shape, str(error)) from error
@@ -163,7 +172,13 @@ def estimate(args: argparse.Namespace) -> None:
     from sts.pipeline.gpus import Machine
 
     recipe = {"vision": vision.BATCH, "language": language.BATCH}
-    on = Machine(args.gpu, args.gpus, args.price) if args.gpu else None
+    for name in ("gpus", "price"):
+        if getattr(args, name) is not None and not args.gpu:
+            accepted = f"together with --gpu, one of {', '.join(GPUS)}"
+            raise settings.ConfigError("command line", f"--{name}", getattr(args, name), accepted)
+    if args.gpus is not None and args.gpus < 1:
+        raise settings.ConfigError("command line", "--gpus", args.gpus, "1 or more")
+    on = Machine(args.gpu, args.gpus or 8, args.price) if args.gpu else None
     estimate.estimate(args.configfile, args.ablations, recipe, args.json, on)
 
 
@@ -282,6 +297,13 @@ def parser() -> argparse.ArgumentParser:
     run(add)
     data(add, least="*")
     paths(add, run="manifest of the trained run's last stage", out=out)
+    add = verb(submission)
+    text = "vqav2_testdev, vqav2_test, vizwiz_test, mmbench_en_dev, ... (docs/evaluation.md)"
+    add("--benchmark", required=True, metavar="NAME", help=text)
+    paths(add, config="resolved configuration", run="manifest of the trained run's last stage")
+    paths(add, out="file to write (JSON; MMBench: a table with tabs)")
+    text = "v2_OpenEnded_mscoco_test2015_questions.json, for vqav2_testdev"
+    add("--questions", type=Path, metavar="FILE", help=text)
     add = verb(bench)
     text = "resolved configurations, named by ablation; the first is the baseline"
     add("--configs", type=Path, nargs="+", metavar="FILE", help=text)
@@ -301,6 +323,8 @@ def parser() -> argparse.ArgumentParser:
     add("--layers", type=int, help="that many of the shape's (default: all; few without a GPU)")
     add("--width", type=float, help="that share of the width (default: 1; 1/8 without a GPU)")
     add("--repeats", type=int, default=7, help="timed steps a setting (default: %(default)s)")
+    text = "sdpa, eager, flash_attention_2 (which needs flash-attn; default: %(default)s)"
+    add("--attention", default="sdpa", metavar="NAME", help=text)
     manifests = {"backbone": "backbone manifest", "data": "manifest of a prepared data set"}
     paths(verb(tokens), **manifests, out=out)
     add = verb(table)
@@ -318,7 +342,7 @@ def parser() -> argparse.ArgumentParser:
     scale(add)
     add("--json", action="store_true", help="as JSON")
     add("--gpu", choices=GPUS, help="of another machine: the kind of its GPUs")
-    add("--gpus", type=int, default=8, help="and their number (default: %(default)s)")
+    add("--gpus", type=int, help="and their number (default: 8)")
     add("--price", type=float, help="of a GPU-hour, in whatever money")
     verb(ui)("--port", type=int, default=5000, help="(default: %(default)s)")
     verb(reap)

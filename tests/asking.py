@@ -10,22 +10,27 @@ from PIL import Image
 
 
 class Oracle(LM):
-    """Answers what `reply(question, *images)` says; remembers what it was shown."""
+    """Answers what `reply(question, *images)` says; remembers what it was shown, and how many
+    questions at once."""
 
     MULTIMODAL = True
     tokenizer_name = "oracle"
 
     def __init__(self, reply):
         super().__init__()
-        self.reply, self.shown = reply, []
+        self.reply, self.shown, self.at_once = reply, [], []
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         return chat_history[-1]["content"]
 
     def generate_until(self, requests, disable_tqdm=False):
-        for prompt, settings, extra in (request.args for request in requests):
-            self.shown.append((prompt, settings, [np.asarray(one) for one in extra["visual"]]))
-        return [self.reply(prompt, *images) for prompt, _, images in self.shown]
+        shown = [
+            (prompt, settings, [np.asarray(one) for one in extra["visual"]])
+            for prompt, settings, extra in (request.args for request in requests)
+        ]
+        self.shown += shown
+        self.at_once.append(len(shown))
+        return [self.reply(prompt, *images) for prompt, _, images in shown]
 
     def loglikelihood(self, requests):
         raise NotImplementedError

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -102,7 +102,12 @@ def forecast(
     recipe: Mapping[str, int],
     on: Machine | None = None,
 ) -> dict[str, Any]:
-    """Everything that `show` prints, as plain numbers: seconds, bytes, FLOPs."""
+    """Everything that `show` prints, as plain numbers: seconds, bytes, FLOPs. `respread`: what of
+    the configuration asks for more GPUs than there are, and what was estimated instead."""
+    gpus = on.count if on else torch.cuda.device_count()
+    respread = [said for config in (base, *configs.values()) for said in too_wide(config, gpus)]
+    base = spread(base, gpus)
+    configs = {id: spread(config, gpus) for id, config in configs.items()}
     model, data = model_config(base), base.data
     shape = cost.shape_of(model)
     trainings = unique_trainings(configs)
@@ -116,16 +121,16 @@ def forecast(
         return stage_flops(shape, config.stage(stage), data, cached=cached, on=on)
 
     def seconds(config: Config, stage: str) -> float:
-        return flops(config, stage) / speed[stage] / config.stage(stage).processes
+        return flops(config, stage) / speed[stage] / at_once(config.stage(stage), gpus)
 
     training = [seconds(config, stage) + START_SECONDS for config, stage in trainings]
     evaluation = [
         len(config.seeds) * evaluation_seconds(shape, config, speed[config.last])
         for config in configs.values()
     ]
-    timed = base.bench.points * (base.bench.warmup + REPEATS)  # steps of a stage
+    timed = base.bench.points * (base.bench.warmup + REPEATS)  # steps of one process, a stage
     timing = sum(
-        timed * seconds(configs[id], stage) / block.steps
+        timed * flops(configs[id], stage) / block.steps / block.processes / speed[stage]
         for members in groups.values()
         for id in members
         for stage, block in configs[id].stages.items()
@@ -170,6 +175,7 @@ def forecast(
         },
         "memory_bytes": {"of_a_training": peak, "at_once": slots * peak, "of_a_process": there},
         "lacking": list(dict.fromkeys(filter(None, lacks))),
+        "respread": list(dict.fromkeys(respread)),
         **({"gpu_hours": gpu_hours(configs, seconds, parts, slots, on)} if on else {}),
     }
 
@@ -356,17 +362,54 @@ def rows_made_here(name: str, data: DataConfig) -> dict[str, int]:
     return {s: count for s, (count, _) in entry.load(data, None).items()} if made_here else {}
 
 
+# ---- processes on the GPUs that there are -----------------------------------------------------
+
+
+def on_fewer(block: StageConfig, gpus: int) -> StageConfig:
+    """The stage with at most a process for each of `gpus` (0: without any there is no such limit),
+    and its optimizer step as it was: what the others did is done one after the other."""
+    pieces = block.processes * block.gradient_accumulation_steps
+    most = min(block.processes, gpus or block.processes)
+    processes = max(n for n in range(1, most + 1) if pieces % n == 0)
+    split = {"processes": processes, "gradient_accumulation_steps": pieces // processes}
+    return block.model_copy(update=split)
+
+
+def spread(config: Config, gpus: int) -> Config:
+    """The configuration with every stage `on_fewer`."""
+    stages = {name: on_fewer(block, gpus) for name, block in config.stages.items()}
+    return config.model_copy(update={"stages": stages})
+
+
+def too_wide(config: Config, gpus: int) -> Iterator[str]:
+    """What is said of the stages that have more processes than there are GPUs: the trainer refuses
+    another number than configured."""
+    for name, block in config.stages.items():
+        fewer = on_fewer(block, gpus)
+        if fewer.processes < block.processes:
+            yield (
+                f"stages.{name}: {block.processes} processes do not run on {gpus} GPU"
+                f"{'s' * (gpus > 1)}. Estimated with processes: {fewer.processes} and "
+                f"gradient_accumulation_steps: {fewer.gradient_accumulation_steps}, which keep "
+                f"the global batch of {block.global_batch}; set them before you train"
+            )
+
+
+def at_once(block: StageConfig, gpus: int) -> int:
+    """Processes of a training that compute at once: all on GPUs, on a CPU as many as have cores."""
+    cores = len(os.sched_getaffinity(0)) // block.threads
+    return block.processes if gpus else max(1, min(block.processes, cores))
+
+
 # ---- time -------------------------------------------------------------------------------------
 
 
 def concurrent(config: Config, on: Machine | None = None) -> int:
     """Trainings that run at once: by GPUs if there are any, else by cores."""
     block = config.stage(config.last)
-    if on:
-        return max(1, on.count // block.processes)
-    if torch.cuda.is_available():
-        return max(1, torch.cuda.device_count() // block.processes)
-    return max(1, len(os.sched_getaffinity(0)) // block.threads)
+    gpus = on.count if on else torch.cuda.device_count()
+    room = gpus or len(os.sched_getaffinity(0)) // block.threads
+    return max(1, room // block.processes)
 
 
 def calibrate(
@@ -499,6 +542,8 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         price = f", price {spent['price']:,.0f}" if "price" in spent else ""
         table.add_row("GPU-hours of all", f"{spent['total']:.3g}{price}")
     console.print(table)
+    for said in found["respread"]:
+        console.print(f"[bold]Fewer GPUs[/bold]: {said}", highlight=False)
     for said in found["lacking"]:
         console.print(f"[bold]Does not fit[/bold]: {said}", highlight=False)
     speed = found["speed"]

@@ -35,6 +35,7 @@ import torch
 from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
+from lm_eval.evaluator_utils import _compute_task_aggregations
 from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.tasks import TaskManager
 from PIL import Image
@@ -50,8 +51,10 @@ from sts.pipeline.device import lease
 GREY = (128, 128, 128)
 BLIND = "_blind"
 FEWSHOT_SEED = 1234  # lm-eval's own
+AT_ONCE = 2048  # questions whose pictures are in memory together
 
 Benchmark = Task | Group
+Id = tuple[str, str]  # a benchmark's name and that of a task of it
 log = logging.getLogger(__name__)
 
 
@@ -123,17 +126,22 @@ def evaluate(
 
 
 def load_benchmarks(
-    settings: EvaluateConfig, data: Sequence[str | Path], mirror: str | None = None
+    settings: EvaluateConfig,
+    data: Sequence[str | Path],
+    mirror: str | None = None,
+    split: str | None = None,
 ) -> dict[str, Benchmark]:
     """lm-eval's task, or group of tasks, of each benchmark, with its questions.
 
     mirror: folder with copies of hub data sets, `<owner>/<name>` each; STS_DATA_MIRROR wins over
-    it. Raises FileNotFoundError if prepared data are missing, DataError if those that lm-eval
-    fetches can't be had, ConfigError if there is no such benchmark or none that shows images.
+    it. split: of the data set of a benchmark of LLaVA's, instead of the one that is scored. Raises
+    FileNotFoundError if prepared data are missing, DataError if those that lm-eval fetches can't be
+    had, ConfigError if there is no such benchmark or none that shows images.
     """
     # it warns of defaults of its own choice, once for each task
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metadata = {"manifests": [str(Path(manifest).absolute()) for manifest in data]}
+    metadata |= {"instead": split} if split else {}
     found = {}
     for name in settings.benchmarks:
         file = benchmarks.file_of(name)
@@ -299,57 +307,92 @@ def answer(
     limit, grey: as in `drawn`. Returns ({name: {score, stderr, version, metric, share}}, {name:
     [{id, question, form, target, output, correct}]}).
     """
-    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
-    lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
     # known by both names, as one task may be asked by two benchmarks
     tasks = {(name, task.task_name): task for name, b in asked.items() for task in tasks_of(b)}
-    places = drawn(tasks, limit, grey)
+    rows, raw = defaultdict(list), defaultdict(lambda: defaultdict(list))
     set_seed(0)  # MMMU's task guesses where it finds no letter in the answer
-    gc.freeze()  # `hf-multimodal` collects garbage after every batch: half of the time otherwise
-    try:
-        found = lm_eval.evaluate(
-            lm=lm,
-            task_dict={"tasks": {id: tasks[id] for id in places}},
-            samples=places,
-            apply_chat_template=True,
-            bootstrap_iters=1,  # the error of a mean has a formula; 0 would leave it out
-        )
-    finally:
-        gc.unfreeze()
+    for id, sample in ask(lm, tasks, drawn(tasks, limit, grey)):
+        name, filtered = id[0], sample["filter"]
+        if metrics[name] not in sample:
+            given = ", ".join(f"{metric},{filtered}" for metric in sample["metrics"])
+            raise ValueError(f"{name}: its task gave no {metrics[name]}, but {given}")
+        rows[id].append((filtered, _row(tasks[id], sample, metrics[name])))
+        for metric in sample["metrics"]:
+            raw[id][metric, filtered].append(sample[metric])
     scores, samples = {}, {}
     for name, benchmark in asked.items():
-        ids = [id for id in found["samples"] if id[0] == name]
-        of_tasks = {task: found["results"][name, task] for _, task in ids}
+        ids = [id for id in rows if id[0] == name]
+        # 1: the error of a mean has a formula; 0 would leave it out
+        reckoned = {id: _compute_task_aggregations(tasks[id], raw[id], 1) for id in ids}
+        of_tasks = {
+            task: {**values, "sample_len": count} for (_, task), (values, count) in reckoned.items()
+        }
         if isinstance(benchmark, Group):
             values, version = benchmark.aggregate(of_tasks), benchmark.version
         else:
             [values], version = of_tasks.values(), benchmark.VERSION
         # lm-eval's key is "metric,filter"; of more filters the first counts
-        keys = [key for key in values if key.startswith(f"{metrics[name]},")]
-        if not keys:
-            raise ValueError(f"{name}: its task gave no {metrics[name]}, but {', '.join(values)}")
-        key = keys[0]
+        key = next(key for key in values if key.startswith(f"{metrics[name]},"))
         metric, _, filtered = key.partition(",")
-        rows = [
-            _row(tasks[id], sample, metric)
-            for id in ids
-            for sample in found["samples"][id]
-            if sample["filter"] == filtered
-        ]
+        samples[name] = [row for id in ids for kept, row in rows[id] if kept == filtered]
         scores[name] = {
             "score": float(values[key]),
             "stderr": values[f"{metric}_stderr,{filtered}"],
             "version": version,
             "metric": metric,
-            "share": all(map(_is_share, [values[key], *(row["correct"] for row in rows)])),
+            "share": all(map(_is_share, [values[key], *(r["correct"] for r in samples[name])])),
         }
-        samples[name] = rows
     return scores, samples
 
 
-def drawn(
-    tasks: Mapping[tuple[str, str], Task], limit: int | None, grey: float
-) -> dict[tuple[str, str], list[int]]:
+def ask(
+    lm: LM, tasks: Mapping[Id, Task], places: Mapping[Id, Sequence[int]]
+) -> Iterator[tuple[Id, dict[str, Any]]]:
+    """(task, lm-eval's sample) of every question at these places, task by task. At most AT_ONCE are
+    asked together: lm-eval holds the decoded picture of each that it is given."""
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
+    lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
+    direct = {id: _direct(tasks[id]) for id in places}
+    for piece in pieces(places, AT_ONCE):
+        gc.freeze()  # `hf-multimodal` collects garbage after every batch: half the time otherwise
+        try:
+            found = lm_eval.evaluate(
+                lm=lm,
+                task_dict={"tasks": {id: direct[id] for id in piece}},
+                samples=piece,
+                apply_chat_template=True,
+                bootstrap_iters=0,
+            )["samples"]
+        finally:
+            gc.unfreeze()
+        for id in piece:
+            direct[id]._instances = None  # the pictures
+            yield from ((id, sample) for sample in found[id])
+
+
+def _direct(task: Task) -> Task:
+    """The same task, which gets the questions that are asked by their places; lm-eval decodes all
+    that there are, twice, and looks each up in the list of places."""
+    twin, docs = copy.copy(task), task.eval_docs
+    twin.doc_iterator = lambda *, samples, **_: enumerate(docs[place] for place in samples)
+    return twin
+
+
+def pieces(places: Mapping[Id, Sequence[int]], size: int) -> Iterator[dict[Id, list[int]]]:
+    """The same places in the same order, at most `size` of them at a time."""
+    piece, room = {}, size
+    for id, waiting in places.items():
+        while waiting:
+            piece[id], waiting = list(waiting[:room]), waiting[room:]
+            room -= len(piece[id])
+            if not room:
+                yield piece
+                piece, room = {}, size
+    if piece:
+        yield piece
+
+
+def drawn(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> dict[Id, list[int]]:
     """(benchmark, task) -> places of the questions that are asked: `limit` of each benchmark (None:
     all), and of those the share `grey` in its blind twin. They are the first of an order that a
     fixed seed gives, so fewer are a part of more. A task of which none is asked is left out."""

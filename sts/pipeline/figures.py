@@ -3,7 +3,7 @@
     python -m sts figure --name pareto --results results/mini --ablations dense vtc lds sts \
         --out-stem results/mini/figures/pareto
 
-pareto   accuracy against training time, one point a method
+pareto   score against training time, one point a method
 loss     training loss of every stage
 layers   decoder layers run over training, and which layers one run skipped
 tokens   the visual tokens that each compressor keeps, over a sample image
@@ -15,6 +15,7 @@ byte.
 import base64
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,31 +81,39 @@ def figure(
 
 
 def pareto(results: Path, names: Labels) -> Figure:
-    """Mean score over benchmarks against time relative to the first method."""
-    ids = list(names)
+    """Mean score over benchmarks against time relative to the first method. Where no score is a
+    share, and so none has a mean: what is kept of the first method's scores (the retention)."""
+    ids, base = list(names), next(iter(names.values()))
     rows = tables.compare(tables.scores(results, ids), results, dict.fromkeys(ids, ids[0]), "main")
+    shares = any(row["average"] != tables.UNDEFINED for row in rows.values())
+    what = "mean score over benchmarks" if shares else f"mean of score / score of {base}"
     drawn, axes = plt.subplots(figsize=(5.6, 3.6))
     for id, style in _styles(names):
-        average, time = rows[id]["average"], rows[id]["time_ratio"]
-        if average == tables.UNDEFINED:
-            raise ValueError(
-                f"{results}: no benchmark has a share of 0 to 1 as its score to average"
-            )
-        if tables.MISSING in (average, time):
-            what = "eval.json" if average == tables.MISSING else "time in bench/main.json"
-            raise FileNotFoundError(f"{results}: {id} has no complete {what}; run snakemake first")
-        sd = average["sd"]
-        error = None if sd == tables.UNDEFINED else 100 * sd
+        score, time = rows[id]["average" if shares else "retention"], rows[id]["time_ratio"]
+        if tables.MISSING in (score, time):
+            gone = "eval.json" if score == tables.MISSING else "time in bench/main.json"
+            raise FileNotFoundError(f"{results}: {id} has no complete {gone}; run snakemake first")
+        mean, error = _point(score)
         style = {key: style[key] for key in ("color", "marker", "label")}
-        axes.errorbar(time, 100 * average["mean"], error, ls="", ms=7, capsize=3, **style)
-    axes.set(
-        xlabel=f"training time / training time of {names[ids[0]]}",
-        ylabel="mean score over benchmarks (%)",
-    )
+        if math.isnan(mean):  # named, although there is no point to draw
+            style["label"] += f" ({tables.UNDEFINED}: a score of {base} is 0)"
+        axes.errorbar(time, mean, error, ls="", ms=7, capsize=3, **style)
+    axes.set(xlabel=f"training time / training time of {base}", ylabel=f"{what} (%)")
     axes.axvline(1, color="0.6", lw=0.8, zorder=0)
     axes.margins(0.15)
     drawn.legend(loc="outside lower center", ncols=2)
     return drawn
+
+
+def _point(score: dict[str, Any] | str) -> tuple[float, float | None]:
+    """(mean, half of the bar) in percent: of an average, whose bar is an sd, or of a retention,
+    whose bar is its interval. nan for what is not defined, no bar for a single seed."""
+    if isinstance(score, str):
+        return math.nan, None
+    end = score["sd"] if "sd" in score else score["low"]
+    if isinstance(end, str):
+        return 100 * score["mean"], None
+    return 100 * score["mean"], 100 * (end if "sd" in score else score["mean"] - end)
 
 
 def loss(results: Path, names: Labels) -> Figure:

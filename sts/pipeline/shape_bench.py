@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -30,6 +31,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
 
 from sts.checks import expect
 from sts.lds import POLICIES
@@ -44,6 +46,8 @@ ALWAYS = ("plain", "bare", "dense")
 WARMUP = 2
 # What each stage of LLaVA's recipe trains
 STAGES = {"align": ("projector",), "instruct": ("projector", "language_model")}
+FLASH = "flash_attention_2"
+ATTENTION = ("sdpa", "eager", FLASH)
 STEPS = 1000  # optimizer steps that a schedule is spread over
 # On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
 FUSED_ON_CPU = {
@@ -92,13 +96,18 @@ def speed(
     layers: int | None = None,
     width: float | None = None,
     repeats: int = 7,
+    attention: str = "sdpa",
 ) -> dict[str, Any]:
     """Time `settings` at the shape `name`; print a table, write and return the result.
 
     layers, width: how many layers and what share of the width; by default all of them on a GPU, and
     elsewhere 4 layers of an eighth, but for `mini` and `wide`. Weights and activations are bf16 on
-    a GPU, else float32. Raises ValueError for an unknown shape or setting.
+    a GPU, else float32. attention: one of ATTENTION. Raises ValueError for an unknown shape,
+    setting or attention, and for one that can't run here.
     """
+    expect(attention in ATTENTION, "attention", attention, f"one of {', '.join(ATTENTION)}")
+    can = attention != FLASH or (torch.cuda.is_available() and is_flash_attn_2_available())
+    expect(can, "attention", attention, "sdpa or eager, or a GPU and the package flash-attn")
     full = shapes.shape(name).text_config
     parsed = {setting: parse_setting(setting) for setting in settings if setting not in ALWAYS}
     variants = {"plain": None, "bare": None, "dense": (VTC(), LDS()), **parsed}
@@ -116,6 +125,7 @@ def speed(
     torch.manual_seed(0)
     with device:
         model = shapes.random_model(config, dtype)
+    model.set_attn_implementation(attention)
     inputs = {
         key: value.to(device, dtype if value.is_floating_point() else None)
         for key, value in shapes.made_up_batch(config, batch, text, text - text // 2).items()
@@ -135,6 +145,7 @@ def speed(
         "batch": batch,
         "visual_tokens": shapes.side(config) ** 2,
         "text_tokens": text,
+        "attention": attention,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name()
         if gpu
@@ -173,6 +184,7 @@ def _time(
 ) -> dict[str, dict[str, Any]]:
     """Variant -> seconds of its timed steps, FLOPs, MB held for backward, peak MB of a GPU."""
     gpu = inputs["input_ids"].device.type == "cuda"
+    attention = model.config._attn_implementation
     found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in variants}
 
     steps = {name: [0] * repeats for name in variants}
@@ -204,12 +216,15 @@ def _time(
     run(asked, steps[asked][0])  # a forward is asked once what it sees, which is no part of a step
     for name, row in found.items():
         varies = variants[name] is not None and variants[name][1].rate > 0
-        counted = [
-            _count(lambda step, name=name: run(name, step), model, step)
-            for step in (steps[name] if varies else steps[name][:1])
-        ]
-        row |= {key: fmean(one[key] for one in counted) for key in ("flops", "held_mb")}
+        some = steps[name] if varies else steps[name][:1]
+        counted = [_count(partial(run, name), model, step) for step in some]
+        row["held_mb"] = fmean(one["held_mb"] for one in counted)
         row["peak_mb"] = max(one["peak_mb"] for one in counted) if gpu else None
+        if attention != "sdpa":  # torch's counter knows no other's kernels
+            model.set_attn_implementation("sdpa")
+            counted = [_count(partial(run, name), model, step) for step in some]
+            model.set_attn_implementation(attention)
+        row["flops"] = fmean(one["flops"] for one in counted)
     for repeat in range(-WARMUP, repeats):
         for name in rotated(list(variants), repeat):
             seconds = run(name, steps[name][max(repeat, 0)])
@@ -276,7 +291,8 @@ def _rows(
 
 def show(result: dict[str, Any]) -> None:
     """Print the result as a table."""
-    title = f"{result['shape']} ({result['cut']}), {result['device']}, {result['dtype']}"
+    where = f"{result['device']}, {result['dtype']}, {result['attention']}"
+    title = f"{result['shape']} ({result['cut']}), {where}"
     table = Table(title=title)
     columns = "stage checkpointing setting step_s tokens_per_s flops_ratio time_ratio realisation"
     for column in [*columns.split(), "held_mb", "peak_mb", "mfu"]:

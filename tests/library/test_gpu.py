@@ -14,7 +14,10 @@ from sts import LDS, VTC, sparsify
 from sts.lds import UNITS
 from sts.vtc import KINDS, wants
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
 
 
 def on_gpu(batch: dict) -> dict:

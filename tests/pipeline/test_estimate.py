@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -227,6 +228,65 @@ def test_the_small_scale_is_an_evening_on_one_gpu(capsys):
     assert not found["lacking"]
     assert 1 < found["seconds"]["total"] / 3600 < 2.5
     assert found["speed"]["trainings_at_once"] == 1
+
+
+def test_fewer_gpus_than_processes_take_longer_with_the_same_batch(capsys):
+    """The trainer refuses another number of processes than configured: so which were taken is said,
+    and with what accumulation the step stays as it was."""
+    wide, narrow = (asked(capsys, "--gpu", "a100", "--gpus", n) for n in ("8", "4"))
+    assert not wide["respread"]
+    assert len(narrow["respread"]) == 2
+    for stage, batch in (("align", 256), ("instruct", 128)):
+        (said,) = (one for one in narrow["respread"] if one.startswith(f"stages.{stage}: "))
+        assert "8 processes do not run on 4 GPUs" in said
+        assert "processes: 4 and gradient_accumulation_steps: 2" in said
+        assert f"the global batch of {batch};" in said
+    assert narrow["flops"] == wide["flops"]
+    assert narrow["gpu_hours"]["runs"] == wide["gpu_hours"]["runs"]
+    started = estimate.START_SECONDS * narrow["jobs"]["train"]
+    times = [one["seconds"]["training"] - started for one in (wide, narrow)]
+    assert times[1] == pytest.approx(2 * times[0])
+    memory = [one["memory_bytes"]["of_a_training"] for one in (wide, narrow)]
+    assert memory[1] > memory[0], "a shard is larger"
+
+
+def test_gpus_of_which_some_stay_idle_and_those_that_are_none(capsys):
+    """Eight micro-batches are no whole number for each of three."""
+    found = asked(capsys, "--gpu", "h100", "--gpus", "3")
+    assert all("processes: 2 and gradient_accumulation_steps: 4" in s for s in found["respread"])
+    assert main(["estimate", "--gpu", "h100", "--gpus", "3", "--configfile", str(PAPER)]) == 0
+    assert "Fewer GPUs: stages.align: 8 processes do not run on 3" in capsys.readouterr().out
+    assert main(["estimate", "--gpu", "h100", "--gpus", "0"]) == 2
+    assert "--gpus: 0 is not accepted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--gpus", "--price"])
+def test_gpus_of_no_kind_are_refused(flag, capsys):
+    assert main(["estimate", flag, "4"]) == 2
+    assert "together with --gpu, one of a100-40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pieces", [(8, 1), (8, 3), (6, 2), (1, 5)])
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3, 4, 5, 8, 16])
+def test_a_stage_on_fewer_gpus_takes_the_same_step(pieces, gpus):
+    processes, accumulation = pieces
+    split = {"processes": processes, "gradient_accumulation_steps": accumulation}
+    block = config(only=split).stage("only")
+    found = estimate.on_fewer(block, gpus)
+    assert found.global_batch == block.global_batch and found.batch_size == block.batch_size
+    assert found.identity() == block.identity()
+    assert found.processes <= (gpus or processes)
+    if not gpus or gpus >= processes:
+        assert found == block
+
+
+def test_processes_on_a_cpu_share_its_cores():
+    cores = len(os.sched_getaffinity(0))
+    many = config(only={"processes": cores + 3}).stage("only")
+    assert estimate.at_once(many, gpus=0) == cores
+    assert estimate.at_once(many, gpus=8) == cores + 3
+    threads = many.model_copy(update={"threads": 2 * cores})
+    assert estimate.at_once(threads, gpus=0) == 1
 
 
 def test_what_does_not_fit_on_gpus_is_said_with_the_keys_that_help(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -88,6 +89,43 @@ def test_pareto_puts_time_on_x_and_the_score_with_its_spread_on_y(results):
     assert points["STS"] == pytest.approx([0.8, 85.0])
     bar = drawn.axes[0].containers[0].lines[2][0].get_segments()[0]
     assert bar[1][1] - bar[0][1] == pytest.approx(2 * 10 / 2**0.5)
+
+
+def on_own_scale(results, folder, scores):
+    """The results with one benchmark whose scores, {id: by seed}, are no shares."""
+    shutil.copytree(results, folder)
+    for id, values in scores.items():
+        for seed, value in enumerate(values):
+            found = {"score": value, "blind": None, "majority": None, "chance": None}
+            write(
+                folder / f"runs/{id}/seed{seed}/eval.json",
+                {"benchmarks": {"mme_perception": found | {"share": False}}},
+            )
+    return folder
+
+
+def test_pareto_shows_what_is_kept_where_no_score_is_a_share(results, tmp_path):
+    own = on_own_scale(results, tmp_path / "own", {"dense": (1000, 1600), "sts": (900, 1200)})
+    drawn = figures.pareto(own, {"dense": "Dense", "sts": "STS"})
+    points = {c.get_label(): c.lines[0].get_xydata()[0] for c in drawn.axes[0].containers}
+    assert points["Dense"] == pytest.approx([1.0, 100.0])
+    assert points["STS"] == pytest.approx([0.8, (90 + 75) / 2])
+    bar = drawn.axes[0].containers[1].lines[2][0].get_segments()[0]
+    half = 12.706 * 7.5  # t of two seeds, and the standard error of 90 and 75
+    assert bar[:, 1] == pytest.approx([82.5 - half, 82.5 + half], abs=0.01)
+    assert drawn.axes[0].get_ylabel() == "mean of score / score of Dense (%)"
+    ElementTree.parse(draw("pareto", own, tmp_path / "drawn")[0])
+
+
+def test_pareto_names_a_method_without_a_point(results, tmp_path):
+    """Nothing can be kept of a score of 0."""
+    own = on_own_scale(results, tmp_path / "own", {"dense": (0, 1600), "sts": (900, 1200)})
+    drawn = figures.pareto(own, {"dense": "Dense", "sts": "STS"})
+    (legend,) = drawn.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"{name} (n/a: a score of Dense is 0)" for name in ("Dense", "STS")
+    ]
+    ElementTree.parse(draw("pareto", own, tmp_path / "drawn")[0])
 
 
 def test_layers_shows_the_layers_run_and_the_skips_of_each_layer(results):

@@ -5,7 +5,7 @@ import pytest
 import yaml
 from asking import Oracle, picture, write_parquet
 
-from sts.pipeline import benchmarks
+from sts.pipeline import benchmarks, evaluate
 from sts.pipeline.config import validate
 from sts.pipeline.evaluate import answer, load_benchmarks, metric_of, tasks_of
 from sts.pipeline.tasks import official
@@ -259,6 +259,45 @@ def test_every_benchmark_of_the_hub_is_asked_and_scored(mirror, monkeypatch):
         assert asked_for["max_gen_toks"] == 16
     wrong, _ = answer(Oracle(lambda *_: "what of it"), found, metrics)
     assert {name for name, one in wrong.items() if one["score"]} == {"pope"}, "that is a yes"
+
+
+def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, monkeypatch):
+    """Of MME and MMBench a score needs answers from several pieces at once."""
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    some = ["pope", "mme_perception", "mmbench_en", "gqa"]
+    found, metrics = asked(mirror, *some)
+    whole = answer(Oracle(says), found, metrics, limit=4)
+    monkeypatch.setattr(evaluate, "AT_ONCE", 3)
+    oracle = Oracle(says)
+    assert answer(oracle, found, metrics, limit=4) == whole
+    assert oracle.at_once == [3, 3, 3, 3, 1]  # of 4 + 4 + 2 + 3
+
+    [task] = tasks_of(found["pope"])
+    docs, taken = task.eval_docs, []
+
+    class Counted:
+        def __len__(self):
+            return len(docs)
+
+        def __getitem__(self, place):
+            taken.append(place)
+            return docs[place]
+
+    monkeypatch.setattr(type(task), "eval_docs", Counted())
+    places = {("pope", "sts_pope"): [1, 4]}
+    samples = [one for _, one in evaluate.ask(Oracle(says), {("pope", "sts_pope"): task}, places)]
+    assert [one["doc_id"] for one in samples] == [1, 4]
+    assert set(taken) == {1, 4}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
+def test_pieces_are_all_places_in_order_and_none_is_larger(size):
+    places = {("a", "x"): [0, 3, 4, 9], ("b", "x"): [2], ("b", "y"): range(5)}
+    found = list(evaluate.pieces(places, size))
+    counts = [sum(map(len, piece.values())) for piece in found]
+    assert all(count == size for count in counts[:-1]) and 0 < counts[-1] <= size
+    flat = [(id, place) for piece in found for id, own in piece.items() for place in own]
+    assert flat == [(id, place) for id, own in places.items() for place in own]
 
 
 def test_questions_are_llavas(mirror, monkeypatch):

@@ -73,6 +73,18 @@ def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
         assert row(result, "dense", stage, True)["held_mb"] < dense["held_mb"]
 
 
+def test_flops_do_not_depend_on_the_attention_and_what_is_held_does(result, tmp_path):
+    found = speed(
+        "llava-1.5-7b", [COMPRESSED], tmp_path / "eager.json", layers=4, width=1 / 32, batch=1,
+        text=8, repeats=1, stages=["instruct"], attention="eager",
+    )  # fmt: skip
+    assert (result["attention"], found["attention"]) == ("sdpa", "eager")
+    for setting in ("dense", COMPRESSED):
+        fused, eager = row(result, setting), row(found, setting)
+        assert eager["flops"] == fused["flops"]
+        assert eager["held_mb"] > fused["held_mb"], "scores [heads, tokens, tokens]"
+
+
 @pytest.mark.slow
 def test_other_architectures_and_a_table(tmp_path, capsys):
     out = tmp_path / "qwen.json"
@@ -98,12 +110,20 @@ def test_other_architectures_and_a_table(tmp_path, capsys):
         (["--shape", "mini", "--settings", "sts@0.5:unit=head"], "layer, samples, tokens"),
         (["--shape", "mini", "--settings", "sts@half"], "LDS.rate='half'"),
         (["--shape", "mini", "--settings", "avgpool2d@1.5"], r"(0, 1]"),
+        (["--shape", "mini", "--attention", "paged"], "sdpa, eager, flash_attention_2"),
         (["--data", "x.json"], "--configs"),
     ],
 )
 def test_bad_arguments_say_what_is_accepted(arguments, named, tmp_path, capsys):
     assert main(["bench", *arguments, "--out", str(tmp_path / "out.json")]) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_flash_attention_without_a_gpu_is_refused_before_a_model_is_made(tmp_path, capsys):
+    asked = ["--shape", "llava-1.5-13b", "--width", "1", "--attention", "flash_attention_2"]
+    assert main(["bench", *asked, "--out", str(tmp_path / "out.json")]) == 2
+    assert "a GPU and the package flash-attn" in capsys.readouterr().err
 
 
 SETTINGS = {

@@ -27,12 +27,15 @@ def load(
     column: str = "",
     values: Sequence[str] = (),
     images: str = "",
+    instead: str = "",
     **_: object,
 ) -> dict[str, Dataset]:
     """{"test": rows of a split of a hub's data set}; of those with one of `values` in `column`.
 
     images: configuration that holds the pictures, by `id`, where the rows name them by `imageId`.
+    instead: another split, from the metadata, which wins over the task file's.
     """
+    split = instead or split
     rows = load_dataset(path, name, split=split)
     if column:
         rows = rows.select([i for i, value in enumerate(rows[column]) if value in values])

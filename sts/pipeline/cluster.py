@@ -32,10 +32,8 @@ def left_jobs(folder: str | Path, listing: str | None = None) -> list[str]:
     listing: lines `id|folder|name`, by default squeue's; none without Slurm.
     """
     if listing is None:
-        if shutil.which("squeue") is None:
-            return []
-        command = ["squeue", "--me", "--noheader", "--format=%i|%Z|%j"]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        there_is = shutil.which("squeue")
+        listing = _slurm("squeue", "--me", "--noheader", "--format=%i|%Z|%j") if there_is else ""
     here = Path(folder).resolve()
     jobs = [line.split("|", 2) for line in listing.splitlines()]
     return [
@@ -47,19 +45,27 @@ def cancel_left_jobs(folder: str | Path, patience: float = 300) -> list[str]:
     """Cancel the jobs of `left_jobs` and wait until they are over; their ids.
 
     Whoever calls must be the only call alive in `folder`: then they are of one that was killed, and
-    would hold what they were given while the same jobs wait for them. Raises TimeoutError, naming
-    them, if some are there after `patience` seconds, CalledProcessError if Slurm does not answer.
+    would hold what they were given while the same jobs wait for them. Raises RuntimeError
+    if some are there after `patience` seconds, or if Slurm does not answer.
     """
     left = jobs = left_jobs(folder)
     if jobs:
-        subprocess.run(["scancel", *jobs], check=True)
+        _slurm("scancel", *jobs)
     until = time.monotonic() + patience
     while left:
         if time.monotonic() > until:
-            raise TimeoutError(f"Slurm jobs {', '.join(left)} were cancelled and are not over")
+            raise RuntimeError(f"Slurm jobs {', '.join(left)} were cancelled and are not over")
         time.sleep(1)
         left = [id for id in left_jobs(folder) if id in jobs]
     return jobs
+
+
+def _slurm(*command: str) -> str:
+    """What a command of Slurm says."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def locks_reach_other_hosts(folder: str | Path, mounts: str | None = None) -> bool:

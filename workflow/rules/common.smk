@@ -424,7 +424,7 @@ def prepare_cluster():
     if workflow.execution_settings.lock:  # else another call may be alive here
         try:
             left = cluster.cancel_left_jobs(workflow.workdir_init)
-        except TimeoutError as error:
+        except RuntimeError as error:
             raise WorkflowError(str(error)) from None
         if left:
             print(f"Cancelled what a killed call left in Slurm: {', '.join(left)}", file=sys.stderr)

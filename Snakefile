@@ -26,6 +26,7 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:
 onstart:
     check_environment()
     write_configs()
+    prepare_cluster()
     show_progress()
 
 

@@ -182,6 +182,18 @@ def estimate(args: argparse.Namespace) -> None:
     estimate.estimate(args.configfile, args.ablations, recipe, args.json, on)
 
 
+def requests(args: argparse.Namespace) -> None:
+    """Write what the jobs of a cluster ask for, memory and time, from the estimate."""
+    from sts.pipeline import needs
+
+    configs = {file.stem: settings.load_scale(file) for file in args.configs}
+    groups: dict[str, list[str]] = {}
+    for id, entry in settings.load_ablations(args.ablations).items():
+        for group in entry.groups:
+            groups.setdefault(group, []).append(id)
+    needs.requests(configs, groups, args.gpus, args.out)
+
+
 def ui(args: argparse.Namespace) -> None:
     """Serve MLflow's pages, and say at which address our runs are."""
     from sts.pipeline import tracking
@@ -344,6 +356,14 @@ def parser() -> argparse.ArgumentParser:
     add("--gpu", choices=GPUS, help="of another machine: the kind of its GPUs")
     add("--gpus", type=int, help="and their number (default: 8)")
     add("--price", type=float, help="of a GPU-hour, in whatever money")
+    add = verb(requests)
+    text = "resolved configurations of all ablations, named by them"
+    add("--configs", type=Path, nargs="+", required=True, metavar="FILE", help=text)
+    text = "table of ablations (default: %(default)s)"
+    add("--ablations", type=Path, default=ABLATIONS, metavar="FILE", help=text)
+    text = "whether the cluster has GPUs"
+    add("--gpus", action=argparse.BooleanOptionalAction, default=True, help=text)
+    paths(add, out=out)
     verb(ui)("--port", type=int, default=5000, help="(default: %(default)s)")
     verb(reap)
     add = verb(close)

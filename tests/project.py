@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +143,13 @@ def planned(folder: Path, *arguments: str, scale: str | None = SMOKE, **env: str
         return {}
     rows = re.findall(r"^(\w+) +(\d+)$", said.partition("Job stats:")[2], re.MULTILINE)
     return {rule: int(count) for rule, count in rows if rule != "total"}
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
 
 
 def edit(file: Path, before: str, after: str) -> None:

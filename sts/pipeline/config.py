@@ -268,6 +268,8 @@ class StageConfig(Block):
     """Forward passes of one optimizer step."""
     processes: Annotated[Count, Neutral(1)] = 1
     """Data-parallel processes (GPUs) of one training."""
+    nodes: Annotated[Count, Neutral(EVER)] = 1
+    """Machines that share the processes evenly; more than one needs Slurm."""
     parallel: Annotated[Literal["ddp", "fsdp2"], Neutral("ddp")] = "ddp"
     """What each process holds: a copy of the model, or a shard of every layer."""
     lr: RateOfParts = 1.0e-3
@@ -637,6 +639,8 @@ def _contradictions(config: Config) -> Iterator[tuple[str, Any, str]]:
                 block.trains,
                 "lora or language_model: adapters train in its place",
             )
+        if block.processes % block.nodes:
+            yield f"{key}.nodes", block.nodes, f"a divisor of its processes, {block.processes}"
         if isinstance(block.lr, dict) and set(block.lr) != set(block.trains):
             yield f"{key}.lr", block.lr, f"a number, or one for each of {', '.join(block.trains)}"
         try:

@@ -1,7 +1,9 @@
 """What several tests of the pipeline start from."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,35 @@ def finished(finished_once, tmp_path) -> Path:
 def results(tmp_path) -> Path:
     """A small folder of results (made_results.py)."""
     return make_results(tmp_path / "results" / "mini")
+
+
+CONDA = """#!/bin/sh
+base=$(dirname "$(dirname "$0")")
+case "$*" in
+  *info*)
+    printf '{"conda_prefix": "%s", "root_prefix": "%s", "platform": "linux-64"}' "$base" "$base";;
+  *--version*) echo "conda 26.7.0";;
+  *config*) echo '{"get": {"channel_priority": "strict"}}';;
+  *create*)
+    while [ "$1" != --prefix ]; do shift; done
+    mkdir -p "$2/bin"
+    printf '%s\\n' '#!/bin/sh' 'echo "$@" >> "${0%/bin/python}/asked"' 'exec PYTHON "$@"' \\
+      > "$2/bin/python"
+    chmod +x "$2/bin/python";;
+esac
+"""
+
+
+@pytest.fixture
+def conda(tmp_path) -> dict[str, str]:
+    """Variables with which there is a conda. What it makes runs the interpreter of the tests, and
+    keeps in the file `asked` what it was called with."""
+    folder = tmp_path / "conda/bin"
+    folder.mkdir(parents=True)
+    (folder / "conda").write_text(CONDA.replace("PYTHON", sys.executable))
+    (folder / "conda").chmod(0o755)
+    (folder / "activate").write_text('export PATH="$1/bin:$PATH"\n')
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
 class Learned(torch.nn.Module):

@@ -26,6 +26,7 @@ from project import (
     planned,
     real_project,
     run,
+    wait_for,
 )
 
 from sts.pipeline.config import GROUPS, load_ablations
@@ -148,13 +149,6 @@ def test_the_benchmark_of_time_has_all_cores(finished):
 
 
 # ---- what goes wrong ----------------------------------------------------------------------------
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.1)
 
 
 def started(project: Path) -> subprocess.Popen:
@@ -282,20 +276,6 @@ def test_resources_on_the_command_line_win_over_the_number_of_gpus(project):
     assert "gpu=3" in said
 
 
-CONDA = """#!/bin/sh
-base=$(dirname "$(dirname "$0")")
-case "$*" in
-  *info*)
-    printf '{"conda_prefix": "%s", "root_prefix": "%s", "platform": "linux-64"}' "$base" "$base";;
-  *--version*) echo "conda 26.7.0";;
-  *config*) echo '{"get": {"channel_priority": "strict"}}';;
-  *create*)
-    while [ "$1" != --prefix ]; do shift; done
-    mkdir -p "$2/bin"
-    printf '#!/bin/sh\\nexec PYTHON "$@"\\n' > "$2/bin/python"
-    chmod +x "$2/bin/python";;
-esac
-"""
 HIDING = """
 import sys
 from importlib.machinery import PathFinder
@@ -308,17 +288,6 @@ class Hiding(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 """
-
-
-@pytest.fixture
-def conda(tmp_path) -> dict[str, str]:
-    """Variables with which there is a conda; what it makes runs the interpreter of the tests."""
-    folder = tmp_path / "conda/bin"
-    folder.mkdir(parents=True)
-    (folder / "conda").write_text(CONDA.replace("PYTHON", sys.executable))
-    (folder / "conda").chmod(0o755)
-    (folder / "activate").write_text('export PATH="$1/bin:$PATH"\n')
-    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
 def without(folder: Path, *packages: str) -> dict[str, str]:

@@ -18,6 +18,7 @@ import yaml
 from snakemake.exceptions import WorkflowError
 
 from sts.pipeline import benchmarks
+from sts.pipeline import cluster
 from sts.pipeline import config as settings
 from sts.pipeline import follows
 from sts.pipeline.device import gpu_count
@@ -61,10 +62,20 @@ STANDINS = ["llava", "llava_next", "idefics3", "qwen2_5_vl"]  # as in sts/mini/f
 RECIPE = sorted((CODE / "mini").glob("*.py"))  # of the shipped backbones; a run follows their bytes
 CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
 
+# Whether jobs run on a cluster, for which --jobs is given; so it is in the jobs themselves.
+CLUSTER = workflow.remote_exec or workflow.nodes is not None
+REQUESTS = f"{RESULTS}/requests.json"
+
 # A job takes as many GPUs as it has processes, where there are any: --cores alone doesn't limit
-# GPUs. `setdefault` leaves --resources gpu=N the last word.
-if GPUS:
-    workflow.global_resources.setdefault("gpu", GPUS)
+# GPUs. `setdefault` leaves --resources gpu=N the last word. The GPUs here say nothing of those of a
+# cluster, which has as many as its scheduler finds, and with --resources gpu=0 none; its jobs are
+# not given --resources, but the environment.
+limit = os.environ.get("STS_GPUS") if CLUSTER else GPUS
+if limit:
+    workflow.global_resources.setdefault("gpu", int(limit))
+limit = workflow.global_resources.get("gpu").value
+if CLUSTER and limit is not None:
+    os.environ["STS_GPUS"] = str(limit)
 
 # Jobs share these: the environment of this interpreter (also when it was not activated), and one
 # name for this call, under which MLflow gathers them.
@@ -305,11 +316,68 @@ def stages(group):
     return [block for id in members(group) for block in CONFIGS[id].stages.values()]
 
 
+def timing_threads(wildcards):
+    """The benchmark of time has all cores here; on a cluster a node, but what a training has."""
+    return max(map(cores, stages(wildcards.group))) if CLUSTER else workflow.cores
+
+
+def cores(stage):
+    """CPU cores of a training, on each of its nodes."""
+    return stage.threads * stage.processes // stage.nodes
+
+
+def gpus(processes=1):
+    """GPUs that a job of so many processes asks for, where there may be any."""
+    return processes if CLUSTER or GPUS else 0
+
+
 def launch(stage):
-    """How a verb is started for a stage: one process, or one for each GPU."""
+    """How a verb is started for a stage: one process, or one for each GPU. On several nodes, Slurm
+    starts a torchrun on each; they meet on the first, where the job's script runs."""
+    here = stage.processes // stage.nodes
     if stage.processes == 1:
         return "python -m sts"
-    return f"torchrun --standalone --nproc-per-node {stage.processes} -m sts"
+    if stage.nodes == 1:
+        return f"torchrun --standalone --nproc-per-node {here} -m sts"
+    return (
+        f"srun --nodes {stage.nodes} --ntasks {stage.nodes} --cpus-per-task {cores(stage)}"
+        f" --kill-on-bad-exit torchrun --nnodes {stage.nodes} --nproc-per-node {here}"
+        " --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID"
+        " --rdzv-endpoint $(hostname):$((20000 + SLURM_JOB_ID % 10000)) -m sts"
+    )
+
+
+def asked(job):
+    """The resources `mem_mb` and `runtime` (minutes) of the jobs of a rule, on a cluster: as much
+    as the estimate says, at each further attempt as much more. job: pattern of their names in
+    REQUESTS."""
+
+    def of(name):
+        def resource(wildcards, attempt):
+            found = cluster.request(REQUESTS, job.format(wildcards=wildcards))
+            return attempt * found[name] if CLUSTER else None
+
+        return resource
+
+    return {name: of(name) for name in cluster.UNKNOWN}
+
+
+def spread():
+    """The resources of a training on several nodes, of which others have none: Snakemake's plugin
+    then leaves it to `launch` to call srun, with a task and as many GPUs on each node."""
+
+    def of(resource):
+        return lambda wildcards: (
+            resource(stage_of(wildcards)) if stage_of(wildcards).nodes > 1 else None
+        )
+
+    there_are = workflow.global_resources.get("gpu").value != 0
+    return {
+        "mpi": of(lambda stage: "srun"),
+        "tasks": of(lambda stage: stage.nodes),
+        "tasks_per_gpu": of(lambda stage: 0),  # none of its own
+        "gres": of(lambda stage: f"gpu:{stage.processes // stage.nodes}" if there_are else None),
+    }
 
 
 def write_configs():
@@ -337,8 +405,36 @@ def unable():
 
 def check_environment():
     """Stop before Snakemake deletes the outputs of jobs that can only fail here."""
-    if not workflow.touch and unable():
+    if workflow.touch:
+        return
+    if unable():
         raise WorkflowError(unable())
+    if CLUSTER and shutil.which("srun"):
+        return
+    for job in workflow.dag.needrun_jobs():
+        if job.rule.name == "train" and (nodes := stage_of(job.wildcards).nodes) > 1:
+            key = f"{job.wildcards.ablation}: stages.{job.wildcards.stage}.nodes"
+            raise WorkflowError(f"{key}: {nodes} is not accepted without Slurm: 1")
+
+
+def prepare_cluster():
+    """Before the first job of a cluster: end those that a killed call has left, which would hold
+    what the same jobs of this one wait for, and ask the estimate what the jobs need."""
+    if not CLUSTER or workflow.touch:
+        return
+    if workflow.execution_settings.lock:  # else another call may be alive here
+        try:
+            left = cluster.cancel_left_jobs(workflow.workdir_init)
+        except RuntimeError as error:
+            raise WorkflowError(str(error)) from None
+        if left:
+            print(f"Cancelled what a killed call left in Slurm: {', '.join(left)}", file=sys.stderr)
+    python, files = job_python(), [config_file(id) for id in CONFIGS]
+    flag = "--no-gpus" if workflow.global_resources.get("gpu").value == 0 else "--gpus"
+    shell(
+        "{python} -m sts requests {flag} --configs {files} --out {REQUESTS}"
+        " || echo 'No estimate: jobs ask for what cluster.py says' >&2"
+    )
 
 
 def recover_from_kill():
@@ -354,6 +450,8 @@ def recover_from_kill():
         fcntl.flock(ALIVE, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # another call is at work, or no locks here: left to Snakemake
         return
+    if not cluster.locks_reach_other_hosts("."):
+        return  # a call on another host may be at work
     begun = [path for path in Path(".snakemake/incomplete").glob("*") if path.is_file()]
     if (begun or any(Path(".snakemake/locks").glob("*"))) and unable():
         print(f"The call before this one was killed, and {unable()}", file=sys.stderr)
@@ -367,16 +465,22 @@ def recover_from_kill():
 def show_failed_logs(records, lines=30):
     """The end of the log file of each job that failed, by what Snakemake's own log says of them."""
     said = "".join(Path(record).read_text() for record in records)
-    for name in dict.fromkeys(re.findall(r"log: (\S+) \(check log", said)):
+    lists = re.findall(r"log: (.+) \(check log", said)  # of a cluster's job its own log too
+    for name in dict.fromkeys(name for names in lists for name in names.split(", ")):
         if Path(name).exists():
             text = [line.rsplit("\r", 1)[-1] for line in Path(name).read_text().split("\n")]
             print(f"\n--- {name}", *text[-lines:], "---", sep="\n", file=sys.stderr)
 
 
+def job_python():
+    """The interpreter of the jobs."""
+    used = workflow.dag.conda_envs.values()
+    return f"{next(iter(used)).address}/bin/python" if CONDA and used else "python"
+
+
 def close_tracking(status):
     """End this call's MLflow run, its tables and figures with it, by the jobs' interpreter."""
-    used = workflow.dag.conda_envs.values()
-    python = f"{next(iter(used)).address}/bin/python" if CONDA and used else "python"
+    python = job_python()
     shell(
         "{python} -m sts close --status {status} --artifacts {RESULTS}/tables {RESULTS}/figures"
         " || true"

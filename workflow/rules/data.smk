@@ -75,7 +75,8 @@ rule features:
         "../../envs/sts.yaml"
     threads: 1
     resources:
-        gpu=GPUS and 1,
+        **asked("features/{wildcards.ablation}"),
+        gpu=gpus(),
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
         stage=lambda wildcards: reader(wildcards),
@@ -100,7 +101,8 @@ rule rebuild:
         "../../envs/sts.yaml"
     threads: BASE.model.threads
     resources:
-        gpu=GPUS and 1,
+        **asked("rebuild"),
+        gpu=gpus(),
     params:
         config=config_file(BASELINE),
         settings=settings.config_hash(BASE.model),

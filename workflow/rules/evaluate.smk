@@ -18,7 +18,8 @@ rule evaluate:
         "../../envs/sts.yaml"
     threads: lambda wildcards: last_stage(wildcards).threads
     resources:
-        gpu=GPUS and 1,
+        **asked("evaluate/{wildcards.ablation}"),
+        gpu=gpus(),
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
         settings=lambda wildcards: settings.config_hash(CONFIGS[wildcards.ablation].evaluate),
@@ -48,9 +49,10 @@ rule timing:
         "<results>/logs/bench/{group}.log",
     conda:
         "../../envs/sts.yaml"
-    threads: lambda wildcards: workflow.cores
+    threads: timing_threads
     resources:
-        gpu=GPUS,
+        **asked("timing/{wildcards.group}"),
+        gpu=1 if CLUSTER else GPUS,
     params:
         configs=lambda wildcards: [config_file(id) for id in members(wildcards.group)],
         inits=lambda wildcards: [backbone_of(id) for id in members(wildcards.group)],

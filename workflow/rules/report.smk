@@ -19,6 +19,7 @@ rule table:
         ),
     log:
         "<results>/logs/tables/{group}.log",
+    localrule: True
     conda:
         "../../envs/sts.yaml"
     params:
@@ -54,6 +55,7 @@ if REFERENCE.exists():
             f"{RESULTS}/tables/expected.csv",
         log:
             f"{RESULTS}/logs/tables/expected.log",
+        localrule: True
         conda:
             "../../envs/sts.yaml"
         params:
@@ -102,6 +104,7 @@ rule figure:
         "<results>/figures/{figure}.png",
     log:
         "<results>/logs/figures/{figure}.log",
+    localrule: True
     conda:
         "../../envs/sts.yaml"
     params:

@@ -16,9 +16,12 @@ rule train:
         ablation=trained_by(mine=True),
     conda:
         "../../envs/sts.yaml"
-    threads: lambda wildcards: stage_of(wildcards).threads
+    threads: lambda wildcards: cores(stage_of(wildcards))
     resources:
-        gpu=lambda wildcards: GPUS and stage_of(wildcards).processes,
+        **asked("train/{wildcards.ablation}/{wildcards.stage}"),
+        **spread(),
+        gpu=lambda wildcards: gpus(stage_of(wildcards).processes),
+        nodes=lambda wildcards: stage_of(wildcards).nodes,
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
         launch=lambda wildcards: launch(stage_of(wildcards)),
@@ -42,6 +45,7 @@ rule share:
         "<results>/logs/runs/{ablation}/seed{seed}/{stage}.log",
     wildcard_constraints:
         ablation=trained_by(mine=False),
+    localrule: True
     conda:
         "../../envs/sts.yaml"
     message:

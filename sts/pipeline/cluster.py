@@ -1,0 +1,84 @@
+"""What a call of the pipeline on a cluster has to know of Slurm and of shared folders.
+
+Standard library only: the Snakefile asks in any environment.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+# Snakemake's plugin names all jobs of a call by one random UUID, after a prefix if one was given
+OURS = re.compile(r"(\S+_)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+# Mount options (NFS, Lustre) with which a lock holds between processes of one host only
+OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock"}
+# What a job asks for of which the estimate says nothing: MB of host memory, minutes
+UNKNOWN = {"mem_mb": 32_000, "runtime": 480}
+
+
+def request(file: str | Path, job: str) -> dict[str, int]:
+    """Host memory (`mem_mb`) and minutes (`runtime`) that a job asks for: what `file`, which
+    `python -m sts requests` wrote, says of it, if it is there and does."""
+    file = Path(file)
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found.get(job, UNKNOWN)
+
+
+def left_jobs(folder: str | Path, listing: str | None = None) -> list[str]:
+    """Ids of this user's jobs that wait or run and were submitted by a call in `folder`.
+
+    listing: lines `id|folder|name`, by default squeue's; none without Slurm.
+    """
+    if listing is None:
+        there_is = shutil.which("squeue")
+        listing = _slurm("squeue", "--me", "--noheader", "--format=%i|%Z|%j") if there_is else ""
+    here = Path(folder).resolve()
+    jobs = [line.split("|", 2) for line in listing.splitlines()]
+    return [
+        id for id, there, name in jobs if OURS.fullmatch(name) and Path(there).resolve() == here
+    ]
+
+
+def cancel_left_jobs(folder: str | Path, patience: float = 300) -> list[str]:
+    """Cancel the jobs of `left_jobs` and wait until they are over; their ids.
+
+    Whoever calls must be the only call alive in `folder`: then they are of one that was killed, and
+    would hold what they were given while the same jobs wait for them. Raises RuntimeError
+    if some are there after `patience` seconds, or if Slurm does not answer.
+    """
+    left = jobs = left_jobs(folder)
+    if jobs:
+        _slurm("scancel", *jobs)
+    until = time.monotonic() + patience
+    while left:
+        if time.monotonic() > until:
+            raise RuntimeError(f"Slurm jobs {', '.join(left)} were cancelled and are not over")
+        time.sleep(1)
+        left = [id for id in left_jobs(folder) if id in jobs]
+    return jobs
+
+
+def _slurm(*command: str) -> str:
+    """What a command of Slurm says."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def locks_reach_other_hosts(folder: str | Path, mounts: str | None = None) -> bool:
+    """Whether a host that sees `folder` too would see a lock on a file in it, by how the folder is
+    mounted. mounts: text of /proc/self/mounts, by default read; True where there is none."""
+    if mounts is None:
+        table = Path("/proc/self/mounts")
+        mounts = table.read_text() if table.exists() else ""
+    here, found = Path(folder).resolve(), []
+    for line in mounts.splitlines():
+        _, point, _, options, *_ = line.split(" ")
+        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point)
+        if here.is_relative_to(point):
+            found.append((len(point), options.split(",")))
+    options = max(found, default=(0, []), key=lambda one: one[0])[1]
+    return not OWN_LOCKS & set(options)

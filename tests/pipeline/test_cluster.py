@@ -1,0 +1,164 @@
+"""What a call on a cluster asks for, and what it makes of what another has left, without a cluster.
+
+test_slurm.py has a real one.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from project import ROOT, SMOKE, run
+
+from sts.pipeline import cluster, needs
+from sts.pipeline.config import load_ablations, load_scale, resolve
+
+PAPER = "workflow/config/paper.yaml"
+
+
+def asked(project, *arguments: str, scale: str = SMOKE, **env: str) -> dict[str, dict]:
+    """First job of each rule -> its threads and resources, as a dry run says them."""
+    for file in (project / "workflow/rules").glob("*.smk"):  # of a rule with a message it doesn't
+        text = re.sub(r"\n +message:\n.*", "", file.read_text())
+        file.write_text(text)
+    said = run(project, scale, "-n", "--cores", "512", *arguments, **env)
+    found = {}
+    for rule, text in re.findall(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", said, re.MULTILINE):
+        values = re.findall(r"(\w+)=([^,\n]+)", text.partition("resources: ")[2])
+        (threads,) = re.findall(r"threads: (\d+)", text) or ["1"]
+        found.setdefault(rule, {"threads": threads, **dict(values)})
+    return found
+
+
+def told(project, **requests: dict) -> None:
+    """What the estimate said."""
+    folder = project / "results/smoke"
+    folder.mkdir(parents=True)
+    named = {name.replace("__", "/"): values for name, values in requests.items()}
+    (folder / "requests.json").write_text(json.dumps(named))
+
+
+def test_jobs_of_a_cluster_ask_by_the_configuration_and_the_estimate(project):
+    told(project, train__dense__align={"mem_mb": 1234, "runtime": 56})
+    more = "stages={align: {processes: 4, threads: 3}, instruct: {processes: 4, nodes: 2}}"
+    jobs = asked(project, "--jobs", "9", "--config", more)
+    train = jobs["train"]  # align dense
+    assert (train["threads"], train["gpu"], train["nodes"]) == ("12", "4", "1")
+    assert (train["mem_mb"], train["runtime"]) == ("1234", "56")
+    assert "mpi" not in train
+    assert (jobs["evaluate"]["gpu"], jobs["timing"]["gpu"]) == ("1", "1")
+    assert jobs["evaluate"]["runtime"] == str(cluster.UNKNOWN["runtime"]), "of no estimate"
+    assert jobs["timing"]["threads"] == "12", "what a training has, not what the login node has"
+    assert "gpu" not in jobs["table"]
+
+
+def test_the_gpus_of_the_login_node_are_not_those_of_the_cluster(project):
+    more = ("--config", "stages={align: {processes: 4}}")
+    on_cluster = asked(project, *more, "--jobs", "9", CUDA_VISIBLE_DEVICES="0")
+    here = asked(project, *more, CUDA_VISIBLE_DEVICES="0")
+    without = asked(project, *more, "--jobs", "9", "--resources", "gpu=0")
+    assert [jobs["train"]["gpu"] for jobs in (on_cluster, here, without)] == ["4", "1", "0"]
+    assert "mem_mb" not in here["train"] and "runtime" not in here["train"]
+
+
+def test_a_training_on_several_nodes_is_started_on_each_by_slurm(project):
+    more = ("--config", "stages={align: {processes: 6, nodes: 3, threads: 2}}")
+    target = "results/smoke/runs/dense/seed0/align.json"
+    train = asked(project, target, *more, "--jobs", "9")["train"]
+    wanted = {"threads": "4", "gpu": "6", "nodes": "3", "tasks": "3", "mpi": "srun"}
+    assert (wanted | {"gres": "gpu:2", "tasks_per_gpu": "0"}).items() <= train.items()
+    assert "gres" not in asked(project, target, *more, "--jobs", "9", "--resources", "gpu=0")
+    said = run(project, SMOKE, "-n", "-p", target, *more)
+    assert "srun --nodes 3 --ntasks 3 --cpus-per-task 4" in said
+    assert "torchrun --nnodes 3 --nproc-per-node 2 --rdzv-backend c10d" in said
+
+
+def test_several_nodes_are_refused_where_there_is_no_slurm(project):
+    target = "results/smoke/runs/dense/seed0/align.json"
+    more = ("--config", "stages={align: {processes: 2, nodes: 2}}")
+    said = run(project, SMOKE, target, *more, ok=False)
+    assert "dense: stages.align.nodes: 2 is not accepted without Slurm: 1" in said
+    assert not (project / "done.txt").exists()
+    uneven = ("--config", "stages={align: {processes: 3, nodes: 2}}")
+    said = run(project, SMOKE, "-n", target, *uneven, ok=False)
+    assert "stages.align.nodes: 2 is not accepted. Accepted: a divisor of its processes, 3" in said
+
+
+def test_the_nodes_of_a_stage_change_no_weights():
+    block = load_scale(ROOT / PAPER).stage("align")
+    assert block.model_copy(update={"nodes": 4}).identity() == block.identity()
+
+
+def requests(out: Path, gpus: bool, scale: str = PAPER, **align) -> dict[str, dict[str, int]]:
+    table = load_ablations(ROOT / "workflow/ablations.yaml")
+    whole = resolve(load_scale(ROOT / scale), table["dense"])
+    align = whole.stage("align").model_copy(update=align)
+    configs = {"dense": whole.model_copy(update={"stages": whole.stages | {"align": align}})}
+    return needs.requests(configs, {"main": ["dense"]}, gpus, out)
+
+
+def test_requests_come_from_the_estimate(tmp_path):
+    """Of LLaVA-1.5-7B: published are 3.5 and 10 hours on 8 A100, and float32 weights are 28 GB."""
+    found = requests(tmp_path / "new/requests.json", gpus=True)
+    assert found == json.loads((tmp_path / "new/requests.json").read_text())
+    align, instruct = (found[f"train/dense/{stage}"] for stage in ("align", "instruct"))
+    assert 3.5 * 60 < align["runtime"] < 3.5 * 60 * 4
+    assert 10 * 60 < instruct["runtime"] < 10 * 60 * 4
+    assert 2 * 28_000 < align["mem_mb"] < 8 * 28_000, "shards: not a copy in each process"
+    copies = requests(tmp_path / "ddp.json", gpus=True, parallel="ddp")["train/dense/align"]
+    assert copies["mem_mb"] > 8 * 28_000
+    spread = requests(tmp_path / "nodes.json", gpus=True, parallel="ddp", nodes=4)
+    assert 4 * spread["train/dense/align"]["mem_mb"] == pytest.approx(copies["mem_mb"], abs=4)
+    assert found["evaluate/dense"]["mem_mb"] > 28_000
+    assert 0 < found["timing/main"]["runtime"] < align["runtime"]
+
+
+def test_without_gpus_the_hosts_memory_holds_the_training(tmp_path):
+    one, four = (
+        requests(tmp_path / f"{n}.json", False, "workflow/config/mini.yaml", processes=n)
+        for n in (1, 4)
+    )
+    of_one, of_four = (found["train/dense/align"]["mem_mb"] for found in (one, four))
+    assert of_four == pytest.approx(4 * of_one, rel=0.01)
+    assert one["features/dense"]["runtime"] > needs.START_MINUTES
+
+
+def test_a_model_of_unknown_size_asks_for_what_is_usual(tmp_path, caplog):
+    scale = load_scale(ROOT / PAPER)
+    unknown = scale.model.model_copy(update={"language": "no/such-language"})
+    configs = {"dense": scale.model_copy(update={"model": unknown})}
+    assert needs.requests(configs, {"main": ["dense"]}, True, tmp_path / "none.json") == {}
+    assert "no/such-language" in caplog.text
+    assert cluster.request(tmp_path / "none.json", "train/dense/align") == cluster.UNKNOWN
+
+
+RUN = "0f3e5c1a-9c1d-4b7e-8a4f-1234567890ab"
+
+
+def test_left_jobs_are_those_that_a_call_in_this_folder_submitted(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    (tmp_path / "here").mkdir()
+    jobs = [
+        (11, "here", RUN), (12, "link", f"mine_{RUN}"), (13, "elsewhere", RUN),
+        (14, "here", "interactive"), (15, "here", f"{RUN}-and-more"), ("16_2", "here", RUN),
+    ]  # fmt: skip
+    listing = "".join(f"{id}|{tmp_path / folder}|{name}\n" for id, folder, name in jobs)
+    assert cluster.left_jobs(tmp_path / "here", listing) == ["11", "12", "16_2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reaches"),
+    [
+        ("rw,vers=4.2,local_lock=none", True),
+        ("rw,vers=3,nolock,local_lock=all", False),
+        ("rw,local_lock=flock", False),
+        ("rw,flock,lazystatfs", True),
+        ("rw,localflock,lazystatfs", False),
+    ],
+)
+def test_a_lock_is_no_proof_where_the_mount_keeps_it_on_one_host(tmp_path, options, reaches):
+    folder = tmp_path / "two words"
+    point = str(folder).replace(" ", "\\040")
+    mounts = f"/dev/sda / ext4 rw,nolock 0 0\nhost:/x {point} nfs4 {options} 0 0\n"
+    assert cluster.locks_reach_other_hosts(folder / "project", mounts) is reaches
+    assert not cluster.locks_reach_other_hosts(tmp_path, mounts), "another mount is below"

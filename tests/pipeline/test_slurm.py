@@ -1,0 +1,118 @@
+"""The Slurm profile on a real Slurm: started here (slurm_here.py) where it is installed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import slurm_here
+from project import BIN, ROOT, SMOKE, edit, environment, wait_for
+
+PLUGIN = "snakemake_executor_plugin_slurm"
+LACKING = slurm_here.missing() + [PLUGIN] * (find_spec(PLUGIN) is None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(LACKING), reason=f"no Slurm here: {', '.join(LACKING)}"),
+]
+ALIGN = "results/smoke/runs/vtc/seed0/align.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def slurm():
+    with slurm_here.slurm():
+        yield
+
+
+def command(*arguments: str) -> list[str]:
+    """A call through the profile; jobs are asked after every few seconds instead of 40."""
+    often = ("--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10")
+    flags = ["--nocolor", "--workflow-profile", "workflow/profiles/slurm", "--configfile", SMOKE]
+    return [str(BIN / "snakemake"), *flags, *often, *arguments]
+
+
+def run(folder: Path, *arguments: str, ok: bool = True, **env: str) -> str:
+    done = subprocess.run(
+        command(*arguments), cwd=folder, env=environment(**env),
+        capture_output=True, text=True, timeout=3000,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert (done.returncode == 0) is ok, said
+    return said
+
+
+def queue(form: str = "%T %k") -> list[str]:
+    """Jobs that wait or run."""
+    ask = ["squeue", "--noheader", f"--format={form}"]
+    told = subprocess.run(ask, capture_output=True, text=True, check=True)
+    return told.stdout.splitlines()
+
+
+def test_a_killed_call_leaves_no_second_job_of_a_training(project):
+    (project / "slow").touch()
+    began = subprocess.Popen(
+        command(ALIGN), cwd=project, env=environment(), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    log = project / "results/smoke/logs/runs/vtc/seed0/align.log"
+    wait_for(log.exists, 300)
+    os.killpg(began.pid, signal.SIGKILL)
+    began.wait()
+    (id,) = queue("%i")
+    assert queue() == ["RUNNING rule_train_wildcards_vtc_0_align"]
+    (project / "slow").unlink()
+
+    said = run(project, ALIGN)
+    assert f"Cancelled what a killed call left in Slurm: {id}" in said
+    assert not queue()
+    made = (project / "done.txt").read_text().split()
+    assert made.count(ALIGN) == 1
+    assert "Nothing to be done" in run(project, ALIGN)
+
+
+def test_the_log_of_a_job_that_failed_elsewhere_is_shown(project):
+    (project / "broken").touch()
+    said = run(project, ALIGN, "--retries", "0", ok=False)
+    assert re.search(r"^--- results/smoke/logs/runs/vtc/seed0/align.log$", said, re.MULTILINE)
+    assert re.search(r"^vtc: out of memory$", said, re.MULTILINE)
+    assert re.search(r"^--- .*slurm_logs/.*\.log$", said, re.MULTILINE)
+
+
+def test_a_job_that_is_cancelled_ends_the_call(project):
+    (project / "slow").touch()
+    began = subprocess.Popen(
+        command(ALIGN, "--retries", "0"), cwd=project, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    wait_for(lambda: any("rule_train" in job for job in queue()), 300)
+    (id,) = queue("%i")
+    subprocess.run(["scancel", id], check=True)
+    said, _ = began.communicate(timeout=300)
+    assert began.returncode and "SLURM status is: 'CANCELLED'" in said
+
+
+def test_jobs_have_the_environment_of_conda(project, conda):
+    run(project, "--use-conda", "data/smoke/scenes/manifest.json", **conda)
+    (asked,) = (project / ".snakemake/conda").glob("*/asked")
+    assert "-m sts prepare" in asked.read_text()
+
+
+def test_the_smoke_scale_runs_to_the_end_with_several_processes_and_nodes(tmp_path):
+    """Nothing is cut short: two processes on one node in align, one on each of two in instruct."""
+    for name in ("sts", "workflow", "envs", "data/backbones"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    more = {"align": "processes: 2", "instruct": "processes: 2, nodes: 2"}
+    for stage, values in more.items():
+        edit(tmp_path / SMOKE, f"{stage}: {{", f"{stage}: {{{values}, ")
+    said = run(tmp_path)
+    assert "No estimate" not in said
+    results = tmp_path / "results/smoke"
+    assert (results / "tables/main.md").exists() and (results / "figures/pareto.svg").exists()
+    asked = json.loads((results / "requests.json").read_text())
+    assert {"train/dense/align", "evaluate/sts", "timing/main"} <= asked.keys()
+    assert "Nothing to be done" in run(tmp_path)

@@ -70,12 +70,12 @@ REQUESTS = f"{RESULTS}/requests.json"
 # GPUs. `setdefault` leaves --resources gpu=N the last word. The GPUs here say nothing of those of a
 # cluster, which has as many as its scheduler finds, and with --resources gpu=0 none; its jobs are
 # not given --resources, but the environment.
-limit = os.environ.get("STS_GPUS") if CLUSTER else GPUS
+limit = os.getenv("STS_GPUS") if CLUSTER else GPUS
 if limit:
     workflow.global_resources.setdefault("gpu", int(limit))
 limit = workflow.global_resources.get("gpu").value
 if CLUSTER and limit is not None:
-    os.environ["STS_GPUS"] = str(limit)
+    os.environ.update(STS_GPUS=str(limit))
 
 # Jobs share these: the environment of this interpreter (also when it was not activated), and one
 # name for this call, under which MLflow gathers them.

@@ -12,8 +12,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import yaml
-from asking import Oracle, picture, write_arrow, write_parquet
+from asking import Oracle, picture, write_arrow
+from hub_sets import ART, write_chartqa, write_mmmu
 
 from sts.__main__ import main
 from sts.pipeline import benchmarks
@@ -135,43 +135,9 @@ def tasks(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
-    """Folder with data sets of the hub: all columns of ChartQA and of the four subjects of MMMU's
-    art and design, a few questions each."""
     root = tmp_path_factory.mktemp("mirror")
-    text, image = datasets.Value("string"), datasets.Image()
-    chartqa = {
-        "image": image,
-        "query": text,
-        "label": datasets.List(text),
-        "human_or_machine": datasets.ClassLabel(names=["human", "machine"]),
-    }
-    rows = [
-        {"image": picture(i, mode), "query": f"value {i}?", "label": [f"{100 + i}"],
-         "human_or_machine": 0}
-        for i, mode in enumerate(["RGB", "RGBA", "P", "L"])
-    ]  # fmt: skip
-    write_parquet(rows, chartqa, root / "HuggingFaceM4/ChartQA/data/test-0.parquet")
-    names = "id question options explanation {} img_type answer topic_difficulty question_type"
-    images = [f"image_{i}" for i in range(1, 8)]
-    columns = f"{names} subfield".format(" ".join(images)).split()
-    mmmu = {name: image if name in images else text for name in columns}
-    empty = {name: None if name in images else "" for name in columns}
-    parts = []
-    for subject in ("Art", "Art_Theory", "Design", "Music"):
-        two = {"question": "<image 1> or <image 2>?", "options": "['red', 'blue']", "answer": "B",
-               "question_type": "multiple-choice", "image_1": picture(1),
-               "image_2": picture(2, "RGBA", (50, 60))}  # fmt: skip
-        one = {"question": "what is <image 1>?", "options": "[]", "answer": "seven",
-               "question_type": "open", "image_1": picture(3)}  # fmt: skip
-        rows = [
-            {**empty, **row, "id": f"validation_{subject}_{i}"}
-            for i, row in enumerate([two, one, one])
-        ]
-        write_parquet(rows, mmmu, root / f"MMMU/MMMU/{subject}/validation-0.parquet")
-        files = [{"split": "validation", "path": f"{subject}/validation-*"}]
-        parts.append({"config_name": subject, "data_files": files})
-    card = f"---\n{yaml.safe_dump({'configs': parts})}---\n"
-    (root / "MMMU/MMMU/README.md").write_text(card)
+    write_chartqa(root)
+    write_mmmu(root, ART)
     return root
 
 

@@ -1,18 +1,13 @@
 """The hub's benchmarks: questions as LLaVA asks them, scores as their authors reckon them."""
 
-import datasets
 import pytest
-import yaml
-from asking import Oracle, picture, write_parquet
+from asking import Oracle, picture
+from hub_sets import OFFICIAL, write_sets
 
 from sts.pipeline import benchmarks, evaluate
 from sts.pipeline.config import validate
 from sts.pipeline.evaluate import answer, load_benchmarks, metric_of, tasks_of
 from sts.pipeline.tasks import official
-
-TEXT, IMAGE, NUMBER = datasets.Value("string"), datasets.Image(), datasets.Value("int64")
-TEXTS = datasets.List(TEXT)
-
 
 # ---- rules, by hand -----------------------------------------------------------------------------
 
@@ -125,69 +120,6 @@ def test_mmbench_counts_a_question_if_every_turn_of_it_is_right():
 # ---- through lm-eval, on files of the form of the hub's ----------------------------------------
 
 
-def people_of(*answers):
-    return [{"answer": one, "answer_id": i} for i, one in enumerate(answers)]
-
-
-QUESTION = {"question_id": TEXT, "question": TEXT, "image": IMAGE}
-LETTERED = {"A": TEXT, "B": TEXT, "C": TEXT, "D": TEXT}
-# data set -> configuration -> split -> (columns, rows)
-SETS = {
-    "lmms-lab/POPE": {"default": {"test": (
-        QUESTION | {"answer": TEXT, "category": TEXT},
-        [{"question": f"Is there a {thing}?", "answer": right, "category": kind}
-         for kind in ("random", "popular", "adversarial")
-         for thing, right in (("yes", "yes"), ("no", "no"))],
-    )}},
-    "lmms-lab/GQA": {
-        "testdev_balanced_instructions": {"testdev": (
-            {"id": TEXT, "imageId": TEXT, "question": TEXT, "answer": TEXT},
-            [{"id": str(i), "imageId": f"n{i % 2}", "question": f"say {w}", "answer": w}
-             for i, w in enumerate(["red", "blue", "left"])],
-        )},
-        "testdev_balanced_images": {"testdev": (
-            {"id": TEXT, "image": IMAGE}, [{"id": "n1"}, {"id": "n0"}],
-        )},
-    },
-    "lmms-lab/ScienceQA": {"ScienceQA-IMG": {"test": (
-        {"image": IMAGE, "question": TEXT, "choices": TEXTS, "answer": NUMBER, "hint": TEXT},
-        [{"question": "say B", "choices": ["x", "y"], "answer": 1, "hint": "Look."},
-         {"question": "say A", "choices": ["x", "y", "z"], "answer": 0, "hint": ""}],
-    )}},
-    "lmms-lab/textvqa": {"default": {"validation": (
-        QUESTION | {"answers": TEXTS, "ocr_tokens": TEXTS},
-        [{"question": "say stop", "answers": ["stop"] * 10, "ocr_tokens": ["STOP", "ALL"]}],
-    )}},
-    "lmms-lab/VizWiz-VQA": {"default": {"val": (
-        QUESTION | {"answers": TEXTS},
-        [{"question": "say unanswerable", "answers": ["unanswerable"] * 10}],
-    )}},
-    "lmms-lab/VQAv2": {"default": {"validation": (
-        QUESTION | {"answers": datasets.List({"answer": TEXT, "answer_id": NUMBER}),
-                    "multiple_choice_answer": TEXT},
-        [{"question": "say two", "answers": people_of(*["2"] * 9, "three"),
-          "multiple_choice_answer": "2"}],
-    )}},
-    "lmms-lab/MME": {"default": {"test": (
-        QUESTION | {"answer": TEXT, "category": TEXT},
-        [{"question_id": kind, "question": f"say {right} Please answer yes or no.",
-          "answer": right, "category": kind}
-         for kind in ("count", "scene", "code_reasoning") for right in ("Yes", "No")],
-    )}},
-    "lmms-lab/SEED-Bench": {"default": {"test": (
-        {"question_id": TEXT, "question": TEXT, "image": datasets.List(IMAGE), "answer": TEXT,
-         "data_type": TEXT, **{f"choice_{letter}": TEXT for letter in "abcd"}},
-        [{"question": "say C", "answer": "C", "data_type": kind, "image": [None] * n}
-         for kind, n in (("image", 1), ("video", 3))],
-    )}},
-    "lmms-lab/MMBench": {name: {"dev": (
-        {"index": NUMBER, "question": TEXT, "hint": TEXT, "answer": TEXT, "image": IMAGE,
-         "category": TEXT, **LETTERED},
-        [{"index": 3, "question": "say A", "hint": "nan", "answer": "A", "A": "x", "B": "y"},
-         {"index": 1_000_003, "question": "say B", "hint": "Look.", "answer": "B", "A": "y",
-          "B": "x"}],
-    )} for name in ("en", "cn")},
-}  # fmt: skip
 HIGHEST = {"mme_perception": 400.0, "mme_cognition": 200.0}  # two categories, and one
 ASKED = {
     "pope": 6, "gqa": 3, "scienceqa_img": 2, "textvqa": 1, "textvqa_ocr": 1, "vizwiz": 1,
@@ -198,30 +130,7 @@ ASKED = {
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
-    root = tmp_path_factory.mktemp("mirror")
-    for path, configurations in SETS.items():
-        card = []
-        for name, splits in configurations.items():
-            files = []
-            for split, (columns, rows) in splits.items():
-                filled = [
-                    {key: _filled(key, kind, row.get(key), i) for key, kind in columns.items()}
-                    for i, row in enumerate(rows)
-                ]
-                write_parquet(filled, columns, root / path / name / f"{split}-0.parquet")
-                files.append({"split": split, "path": f"{name}/{split}-*"})
-            card.append({"config_name": name, "data_files": files})
-        (root / path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': card})}---\n")
-    return root
-
-
-def _filled(key, kind, value, place):
-    """What a row does not say: another picture each, words that mean nothing."""
-    if kind == IMAGE:
-        return picture(place)
-    if isinstance(kind, datasets.List) and kind.feature == IMAGE:
-        return [picture(10 * place + i) for i in range(len(value))]
-    return f"{key} {place}" if value is None and kind == TEXT else value
+    return write_sets(tmp_path_factory.mktemp("mirror"), OFFICIAL)
 
 
 def settings(mirror, *names):

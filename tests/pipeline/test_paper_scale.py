@@ -1,0 +1,150 @@
+"""The whole of the paper's scale in one call, on tiny parts of its classes: fetched, checked, trained
+in shards, killed, gone on with, and asked all its benchmarks."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from cases import turns
+from hub_server import hub
+from hub_sets import OFFICIAL, write_chartqa, write_mmmu, write_sets
+from lm_eval.tasks import TaskManager
+from parts import joined
+from project import call, edit, environment, real_project, wait_for
+from test_real_sets import image, zipped
+
+PAPER = "workflow/config/paper.yaml"
+URLS = ("http://images.cocodataset.org", "https://downloads.cs.stanford.edu",
+        "https://dl.fbaipublicfiles.com", "https://cs.stanford.edu")  # fmt: skip
+FOLDERS = {
+    "coco/train2017": "images.cocodataset.org/zips/train2017.zip",
+    "gqa/images": "downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
+    "textvqa/train_images": "dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+    "vg/VG_100K": "cs.stanford.edu/people/rak248/VG_100K_2/images.zip",
+    "vg/VG_100K_2": "cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",
+}
+HUB = Path("hub/liuhaotian")
+OCR = "hub/weizhiwang/llava_v15_instruction_images/ocr_vqa_images_llava_v15.zip"
+ROWS = """
+dense: {groups: [main], label: Dense, source: baseline}
+sts:
+  groups: [main]
+  label: STS
+  source: paper
+  overrides:
+    align: {vtc: {kind: random, keep: 0.5}}
+    instruct: {lds: {policy: sts, rate: 0.5, epsilon: 1.0}}
+"""
+# what differs from the paper's scale: sizes, and as many processes as this machine has cores
+SMALL = {
+    "stages": {
+        name: {"steps": 5, "batch_size": 2, "processes": 2, "checkpoint_every": 2, "threads": 1}
+        for name in ("align", "instruct")
+    },
+    "evaluate": {"limit": 2, "batch_size": 8},
+    "bench": {"points": 1, "warmup": 0},
+}
+
+
+def publish(root: Path) -> None:
+    """LLaVA's two sets at their sources, a few rows each."""
+    captions = [
+        {"id": f"{n}", "image": f"000/{n}.jpg",
+         "conversations": turns("<image>\nwhat is it?", f"a red bowl {n}")}
+        for n in range(20)
+    ]  # fmt: skip
+    asked, archives = [], {}
+    for folder, archive in FOLDERS.items():
+        inner = folder.partition("/")[2]
+        archives[archive] = {f"{inner}/{n}.jpg": image(n) for n in range(4)}
+        asked += [
+            {"id": f"{folder}{n}", "image": f"{folder}/{n}.jpg",
+             "conversations": turns("<image>\nwhat is it?", "a bowl", "sure?", "yes")}
+            for n in range(4)
+        ]  # fmt: skip
+    asked += [{"id": f"text{n}", "conversations": turns("what is it?", "a bowl")} for n in range(6)]
+    asked += [{"id": "lost", "image": "ocr_vqa/images/lost.jpg",
+               "conversations": turns("<image>\nwho?", "nobody")}]  # fmt: skip
+    archives[str(HUB / "LLaVA-Pretrain/images.zip")] = {
+        f"000/{n}.jpg": image(n, size=(40, 30 + n)) for n in range(20)
+    }
+    archives[OCR] = {"0.jpg": image(0)}
+    files = {name: zipped(content) for name, content in archives.items()}
+    files[str(HUB / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json")] = json.dumps(captions).encode()
+    files[str(HUB / "LLaVA-Instruct-150K/llava_v1_5_mix665k.json")] = json.dumps(asked).encode()
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+@pytest.mark.slow
+def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
+    project = real_project(tmp_path / "project")
+    (project / "workflow/ablations.yaml").write_text(ROWS)
+    joined(tmp_path / "parts")
+    publish(tmp_path / "served")
+    mirror = write_sets(tmp_path / "mirror", OFFICIAL)
+    write_chartqa(mirror)
+    tasks = TaskManager().task_index
+    subjects = [yaml.safe_load(Path(task.yaml_path).read_text())["dataset_name"]
+                for name, task in tasks.items()
+                if name.startswith("mmmu_val_") and Path(task.yaml_path).name.startswith("mmmu_")]  # fmt: skip
+    write_mmmu(mirror, subjects)
+    model = {name: str(tmp_path / "parts" / name) for name in ("vision", "language")}
+    data = {"mirror": str(mirror), "max_bad_share": 0.1, "threads": 2}
+    small = SMALL | {"model": model | {"layers": 2}, "data": data}
+    (project / "small.yaml").write_text(yaml.safe_dump(small))
+
+    with hub(tmp_path / "served") as served:
+        for url in URLS:
+            address = f"{served.url}/{url.partition('://')[2]}"
+            edit(project / "sts/pipeline/data/sets/llava_mix665k.py", url, address)
+        served.cut[f"/{FOLDERS['coco/train2017']}"] = 500
+        env = environment(
+            HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1"
+        )
+        said = (tmp_path / "said.txt").open("w+")
+
+        def start() -> subprocess.Popen:
+            flags = ["--configfile", PAPER, "small.yaml", "--", "all", "expected"]
+            return subprocess.Popen(
+                call(*flags), cwd=project, env=env, stdout=said, stderr=said,
+                start_new_session=True,
+            )  # fmt: skip
+
+        first = start()
+        weights = project / "results/paper/weights"
+        wait_for(lambda: first.poll() is None and list(weights.glob("*/state/*")), 300)
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+        second = start()
+        assert second.wait(timeout=900) == 0, Path(said.name).read_text()[-4000:]
+        assert "Nothing to be done" in again(project, env)
+
+    results = project / "results/paper"
+    mix = json.loads((project / "data/paper/llava_mix665k/manifest.json").read_text())
+    assert mix["splits"]["instruct"]["rows"] == 26 and mix["bad_rows"] == {"missing image": 1}
+    assert served.fetched("train2017.zip") == [0, 500]
+    for id in ("dense", "sts"):
+        made = json.loads((results / f"runs/{id}/seed0/instruct.json").read_text())
+        found = json.loads((results / f"runs/{id}/seed0/eval.json").read_text())
+        assert (project / made["weights"] / "model.safetensors").exists(), "an ordinary checkpoint"
+        asked = yaml.safe_load((project / PAPER).read_text())["evaluate"]["benchmarks"]
+        assert list(found["benchmarks"]) == asked and all(
+            one["n"] for one in found["benchmarks"].values()
+        )
+    table = (results / "tables/main.md").read_text()
+    assert ("STS" in table and "POPE" in table) or "pope" in table
+    expected = (results / "tables/expected.csv").read_text()
+    assert expected.count("\n") > 10 and "fail" in expected
+
+
+def again(project: Path, env: dict[str, str]) -> str:
+    """What one more call says."""
+    flags = ["--configfile", PAPER, "small.yaml", "--", "all", "expected"]
+    done = subprocess.run(call(*flags), cwd=project, env=env, capture_output=True, text=True)
+    return done.stdout + done.stderr

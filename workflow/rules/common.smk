@@ -354,17 +354,18 @@ def asked(job):
 
     def of(name):
         def resource(wildcards, attempt):
-            found = cluster.request(REQUESTS, job.format(wildcards=wildcards))
-            return attempt * found[name] if CLUSTER else None
+            return attempt * cluster.request(REQUESTS, job.format(wildcards=wildcards))[name]
 
         return resource
 
-    return {name: of(name) for name in cluster.UNKNOWN}
+    return {name: of(name) for name in cluster.UNKNOWN if CLUSTER}
 
 
 def spread():
     """The resources of a training on several nodes, of which others have none: Snakemake's plugin
     then leaves it to `launch` to call srun, with a task and as many GPUs on each node."""
+    if not CLUSTER:
+        return {}
 
     def of(resource):
         return lambda wildcards: (

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import LANGUAGES, TOWERS, VISUAL, joined
+import transformers
+from parts import LANGUAGES, SIZES, TOWERS, VISUAL, joined
 from tiny import CASES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -19,7 +20,15 @@ from zoo_tiles import CASES as OTHERS
 
 from sts.pipeline.config import MINI, ModelConfig, load_scale
 from sts.pipeline.data.conversation import tokenise
-from sts.pipeline.model import PARTS, SHIPPED, build, build_llava, freeze, write_manifest
+from sts.pipeline.model import (
+    PARTS,
+    SHIPPED,
+    build,
+    build_llava,
+    freeze,
+    load_tower,
+    write_manifest,
+)
 from sts.settings import IGNORE_INDEX
 
 
@@ -105,6 +114,18 @@ def test_towers_with_and_without_a_class_token_are_joined_to_any_language_model(
     assert ids.count(model.config.image_token_id) == VISUAL
     assert type(model.model.language_model).__name__.lower() == f"{language}model"
     assert not [name for name, _ in model.named_parameters() if "vision_tower.head" in name]
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_tower_is_taken_out_of_a_checkpoint_with_a_text_model_as_the_hub_has_it(tmp_path, kind):
+    text = SIZES | {"num_hidden_layers": 1, "vocab_size": 10, "eos_token_id": 2}
+    seen = SIZES | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=seen)
+    whole = getattr(transformers, f"{kind}Model")(config)
+    whole.save_pretrained(tmp_path)
+    found = load_tower(str(tmp_path), dtype=torch.float32).state_dict()
+    own = {n: w for n, w in whole.vision_model.state_dict().items() if not n.startswith("head.")}
+    assert found.keys() == own.keys() and all(torch.equal(found[name], own[name]) for name in own)
 
 
 def test_a_tower_that_is_not_known_is_refused_before_it_is_loaded(tmp_path):

@@ -31,7 +31,7 @@ def write_features(config, stage, data, init, out): write(out, {"model": hashed(
 class NotCached(ValueError): pass""",
     "pipeline/train.py": """
 def train(config, ablation, seed, stage, data, init, out, features):
-    print("training", ablation)
+    print("training", ablation, flush=True)
     for _ in range(600 * Path("slow").exists()): time.sleep(0.1)
     if Path("broken").exists(): raise SystemExit(f"{ablation}: out of memory")
     write(out, {"stage": config.stage(stage).identity(), "seed": seed, "init": hashed(init)})""",

@@ -32,7 +32,7 @@ def command(*arguments: str) -> list[str]:
     """A call through the profile; jobs are asked after every few seconds instead of 40."""
     often = ("--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10")
     flags = ["--nocolor", "--workflow-profile", "workflow/profiles/slurm", "--configfile", SMOKE]
-    return [str(BIN / "snakemake"), *flags, *often, *arguments]
+    return [str(BIN / "snakemake"), *flags, *often, "--jobs", "3", *arguments]
 
 
 def run(folder: Path, *arguments: str, ok: bool = True, **env: str) -> str:
@@ -59,7 +59,7 @@ def test_a_killed_call_leaves_no_second_job_of_a_training(project):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     log = project / "results/smoke/logs/runs/vtc/seed0/align.log"
-    wait_for(log.exists, 300)
+    wait_for(lambda: log.exists() and "training vtc" in log.read_text(), 300)
     os.killpg(began.pid, signal.SIGKILL)
     began.wait()
     (id,) = queue("%i")

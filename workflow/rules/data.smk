@@ -35,6 +35,7 @@ rule smollm2:
         directory(SMOLLM2),
     log:
         f"{RESULTS}/logs/smollm2.log",
+    localrule: True  # the nodes of a cluster seldom see the internet
     conda:
         "../../envs/sts.yaml"
     message:

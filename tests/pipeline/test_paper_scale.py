@@ -27,6 +27,7 @@ FOLDERS = {
     "vg/VG_100K": "cs.stanford.edu/people/rak248/VG_100K_2/images.zip",
     "vg/VG_100K_2": "cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",
 }
+LONG = '"max_position_embeddings": 4096'  # as Vicuna's: some questions are long
 HUB = Path("hub/liuhaotian")
 OCR = "hub/weizhiwang/llava_v15_instruction_images/ocr_vqa_images_llava_v15.zip"
 ROWS = """
@@ -86,6 +87,7 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
     project = real_project(tmp_path / "project")
     (project / "workflow/ablations.yaml").write_text(ROWS)
     joined(tmp_path / "parts")
+    edit(tmp_path / "parts/language/config.json", '"max_position_embeddings": 512', LONG)
     publish(tmp_path / "served")
     mirror = write_sets(tmp_path / "mirror", OFFICIAL)
     write_chartqa(mirror)

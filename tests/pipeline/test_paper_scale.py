@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lm_eval.tasks
@@ -18,6 +20,7 @@ from project import call, edit, environment, real_project, wait_for
 from test_real_sets import image, zipped
 
 PAPER = "workflow/config/paper.yaml"
+COMMAND = ("--configfile", PAPER, "small.yaml", "--", "all", "expected")
 URLS = ("http://images.cocodataset.org", "https://downloads.cs.stanford.edu",
         "https://dl.fbaipublicfiles.com", "https://cs.stanford.edu")  # fmt: skip
 FOLDERS = {
@@ -43,7 +46,7 @@ sts:
 # what differs from the paper's scale: sizes, and as many processes as this machine has cores
 SMALL = {
     "stages": {
-        name: {"steps": 5, "batch_size": 2, "processes": 2, "checkpoint_every": 2, "threads": 1}
+        name: {"steps": 40, "batch_size": 2, "processes": 2, "checkpoint_every": 5, "threads": 1}
         for name in ("align", "instruct")
     },
     "evaluate": {"limit": 2, "batch_size": 8},
@@ -108,21 +111,27 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
         )
         said = (tmp_path / "said.txt").open("w+")
 
-        def start() -> subprocess.Popen:
-            flags = ["--configfile", PAPER, "small.yaml", "--", "all", "expected"]
-            return subprocess.Popen(
-                call(*flags), cwd=project, env=env, stdout=said, stderr=said,
+        @contextmanager
+        def begun() -> Iterator[subprocess.Popen]:
+            """The call, of which nothing is left afterwards."""
+            one = subprocess.Popen(
+                call(*COMMAND), cwd=project, env=env, stdout=said, stderr=said,
                 start_new_session=True,
             )  # fmt: skip
+            try:
+                yield one
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(one.pid, signal.SIGKILL)
+                one.wait()
 
-        first = start()
         weights = project / "results/paper/weights"
-        wait_for(lambda: first.poll() is None and list(weights.glob("*/state/*")), 300)
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
-        second = start()
-        assert second.wait(timeout=900) == 0, Path(said.name).read_text()[-4000:]
-        assert "Nothing to be done" in again(project, env)
+        with begun() as first:
+            wait_for(lambda: first.poll() is None and list(weights.glob("*/state/*")), 600)
+        with begun() as second:
+            assert second.wait(timeout=900) == 0, Path(said.name).read_text()[-4000:]
+        done = subprocess.run(call(*COMMAND), cwd=project, env=env, capture_output=True, text=True)
+        assert "Nothing to be done" in done.stdout + done.stderr
 
     results = project / "results/paper"
     mix = json.loads((project / "data/paper/llava_mix665k/manifest.json").read_text())
@@ -140,10 +149,3 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
     assert ("STS" in table and "POPE" in table) or "pope" in table
     expected = (results / "tables/expected.csv").read_text()
     assert expected.count("\n") > 10 and "fail" in expected
-
-
-def again(project: Path, env: dict[str, str]) -> str:
-    """What one more call says."""
-    flags = ["--configfile", PAPER, "small.yaml", "--", "all", "expected"]
-    done = subprocess.run(call(*flags), cwd=project, env=env, capture_output=True, text=True)
-    return done.stdout + done.stderr

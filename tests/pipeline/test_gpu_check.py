@@ -84,7 +84,7 @@ def test_a_part_that_hangs_ends_with_all_that_it_has_started(here):
 
 
 def test_what_an_earlier_call_left_is_no_result_of_this_one(here):
-    folder = here / "results"
+    folder = here / "made"
     folder.mkdir()
     (folder / "old").write_text("")
     part = python("late", "", writes=[folder], says=lambda: {"left": os.listdir(folder)})

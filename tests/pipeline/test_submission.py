@@ -11,6 +11,7 @@ from asking import Oracle, picture, write_parquet
 
 from sts.__main__ import main
 from sts.pipeline import evaluate, submission
+from sts.pipeline.config import dump, validate
 from sts.pipeline.tasks import official
 
 TEXT, IMAGE, NUMBER = datasets.Value("string"), datasets.Image(), datasets.Value("int64")
@@ -70,7 +71,7 @@ def ask(mirror, tmp_path, monkeypatch):
         "data": {"mirror": str(mirror)},
         "evaluate": {"benchmarks": ["colour"], "limit": 1},
     }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(scale))
+    (tmp_path / "config.yaml").write_text(dump(validate(scale, "test.yaml")))
 
     def call(benchmark, *more, reply=says, weights="abc"):
         run, out = tmp_path / "instruct.json", tmp_path / "new" / "out"

@@ -51,7 +51,7 @@ def write_arrow(rows: list[dict], columns: dict, file: Path) -> None:
     table = datasets.Dataset.from_list(rows, features=features).data.table
     schema = features.arrow_schema
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_table(table.cast(schema))
+        writer.write_table(table.select(schema.names).cast(schema))
 
 
 def write_parquet(rows: list[dict], columns: dict, file: Path) -> None:

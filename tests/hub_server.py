@@ -2,12 +2,16 @@
 
 import hashlib
 import http.server
+import io
 import json
 import re
 import threading
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from asking import picture
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -107,3 +111,19 @@ def hub(folder: Path) -> Iterator[Hub]:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def image(seed: int, kind: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
+    """An image file of random pixels."""
+    content = io.BytesIO()
+    picture(seed, size=size).save(content, kind)
+    return content.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    """A .zip of files."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, one in files.items():
+            archive.writestr(name, one)
+    return content.getvalue()

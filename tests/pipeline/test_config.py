@@ -76,7 +76,7 @@ def test_the_paper_scale_is_the_recipe_of_llava(mini):
         assert (block.warmup_ratio, block.weight_decay, block.max_grad_norm) == (0.03, 0, 1)
         assert (block.precision, block.gradient_checkpointing) == ("bf16", True)
         assert block.max_length == 2048
-    assert paper.data.custom["llava_mix665k"].split == "instruct"
+    assert (align.data, instruct.data) == (["llava_pretrain"], ["llava_mix665k"])
 
 
 def test_an_override_changes_its_leaf_only(tmp_path, mini):
@@ -130,7 +130,7 @@ def test_a_real_data_set_is_evaluated_on_its_own_test_split(tmp_path, mini):
 # ---- what is not --------------------------------------------------------------------------------
 
 WRONG = {
-    "unknown key": ("{align: {stpes: 3}}", "align.stpes", "split, steps"),
+    "unknown key": ("{align: {stpes: 3}}", "align.stpes", "split, template, steps"),
     "unknown key, deep": ("{align: {vtc: {kep: 0.5}}}", "align.vtc.kep", "kind, keep"),
     "text for a number": ("{align: {steps: many}}", "align.steps", "a whole number at least 1"),
     "fraction for a whole number": ("{align: {steps: 1.5}}", "align.steps", "a whole number"),
@@ -182,7 +182,7 @@ WRONG = {
     "epsilon too steep": ("{align: {lds: {epsilon: 2}}}", "align.lds.epsilon", "in [-1, 1]"),
     "unknown clock": ("{align: {lds: {clock: hours}}}", "align.lds.clock", "steps, epochs"),
     "part of a layer": ("{align: {lds: {protect_first: 0.5}}}", "protect_first", "0 or more"),
-    "unknown data set": ("{align: {data: [coco]}}", "align.data", "scenes, easy_vqa, nlvr"),
+    "unknown data set": ("{align: {data: [coco]}}", "align.data", "easy_vqa, llava_mix665k"),
     "unknown benchmark": ("{evaluate: {benchmarks: [mme]}}", "evaluate.benchmarks", "chart"),
     "unknown precision": ("{align: {precision: fp8}}", "align.precision", "'fp32' or 'bf16'"),
     "a stage that there is not": ("{modell: {steps: 4}}", "modell.trains", "a value"),

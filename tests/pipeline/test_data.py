@@ -526,7 +526,7 @@ def test_a_failed_preparation_leaves_the_last_good_one_alone(own, tmp_path):
     ("content", "message"),
     [
         ('[{"id": 1,', r"own\.json can't be read.*data\.custom\.own\.json"),
-        ('{"id": 1}', r"own\.json holds a dict, not a list"),
+        ('{"id": 1}', r"own\.json can.t be read: it holds no list.*data\.custom\.own\.json"),
         ("[]", "no rows in instruct"),
     ],
 )

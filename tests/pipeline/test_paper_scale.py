@@ -13,11 +13,10 @@ import lm_eval.tasks
 import pytest
 import yaml
 from cases import turns
-from hub_server import hub
+from hub_server import hub, image, zipped
 from hub_sets import OFFICIAL, write_chartqa, write_mmmu, write_sets
 from parts import joined
 from project import call, edit, environment, real_project, wait_for
-from test_real_sets import image, zipped
 
 PAPER = "workflow/config/paper.yaml"
 COMMAND = ("--configfile", PAPER, "small.yaml", "--", "all", "expected")
@@ -136,7 +135,7 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
     results = project / "results/paper"
     mix = json.loads((project / "data/paper/llava_mix665k/manifest.json").read_text())
     assert mix["splits"]["instruct"]["rows"] == 26 and mix["bad_rows"] == {"missing image": 1}
-    assert served.fetched("train2017.zip") == [0, 500]
+    assert len(served.fetched("train2017.zip")) == 2, "once more after it broke"
     for id in ("dense", "sts"):
         made = json.loads((results / f"runs/{id}/seed0/instruct.json").read_text())
         found = json.loads((results / f"runs/{id}/seed0/eval.json").read_text())

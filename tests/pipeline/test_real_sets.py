@@ -1,12 +1,10 @@
 """LLaVA's own sets and any of the hub: fetched, laid out, checked and read in the real sets' form,
 from a local server that speaks the hub's protocol."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import datasets
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 from asking import picture, write_parquet
 from cases import turns
-from hub_server import COMMIT, Hub, hub, sha256
+from hub_server import COMMIT, Hub, hub, image, sha256, zipped
 from processors import tiny_processor
 
 from sts.pipeline.config import MINI, ConfigError, deep_merge, load_yaml, validate
@@ -32,11 +30,13 @@ OCR = "weizhiwang/llava_v15_instruction_images/ocr_vqa_images_llava_v15.zip"
 # the program of a preparation whose original sources are the local server
 PREPARE = """
 import dataclasses, json, os, sys
+from huggingface_hub import constants
 from sts.pipeline.config import load_scale
 from sts.pipeline.data import fetch
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.sets import llava_mix665k as mix
 
+constants.DOWNLOAD_CHUNK_SIZE = 100  # of files as small as here
 here = os.environ["HF_ENDPOINT"]
 local = [
     dataclasses.replace(file, url=f"{here}/{file.url.partition('://')[2]}")
@@ -45,20 +45,6 @@ local = [
 mix.DATASET = dataclasses.replace(mix.DATASET, files=tuple(local))
 prepare(load_scale("scale.yaml"), sys.argv[1], "out/manifest.json")
 """
-
-
-def image(seed: int, kind: str = "JPEG", size: tuple[int, int] = (40, 30)) -> bytes:
-    content = io.BytesIO()
-    picture(seed, size=size).save(content, kind)
-    return content.getvalue()
-
-
-def zipped(files: dict[str, bytes]) -> bytes:
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for name, one in files.items():
-            archive.writestr(name, one)
-    return content.getvalue()
 
 
 IMAGES = {
@@ -84,6 +70,11 @@ ROWS = [
     {"id": "1437717772", "image": "ocr_vqa/images/1437717772.jpg", "conversations": turns(*ASKED)},
     {"id": "000", "image": "ocr_vqa/images/000.jpg", "conversations": turns(*ASKED)},
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_mirror(monkeypatch):
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
 
 
 def config(**data):

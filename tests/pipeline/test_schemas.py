@@ -48,7 +48,7 @@ WRONG = [  # where, what is put there, what the schema says of it
     ("scale", "Mini", "does not match"),
     ("model.backbone", "shiped", "is not one of"),
     ("modle", "{}", "unexpected"),
-    ("data.custom.mine", "{json: a.json}", "'images' is a required"),
+    ("data.custom.mine", "{jason: a.json}", "unexpected"),
     ("stages.align.step", "9", "not valid under any"),
     ("stages.align.trains", "[head]", "not valid under any"),
     ("stages.align.lr", "{projector: 0}", "not valid under any"),

@@ -1,8 +1,8 @@
 """Rows of a LLaVA-style JSON file, read one at a time: all of a real set take gigabytes."""
 
 import json
+import re
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from sts.pipeline.data.rows import Rows
 from sts.pipeline.data.source import DataError
 
 READ = 2**20  # characters read at a time
+LONGEST = 2**26  # characters of an item
+SOLID = re.compile(r"\S")
 
 
 def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -> Rows:
@@ -21,8 +23,6 @@ def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -
     """
     file, images = Path(file), Path(images)
     correct = f"Correct {key}" if key else "Delete that folder and run again, or lay it out anew"
-    if not images.is_dir():
-        raise DataError(f"data set {name}: {images} is not a folder. {correct}.images")
     try:
         count, several = 0, False
         for row in objects(file):
@@ -32,6 +32,8 @@ def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -
         raise DataError(
             f"data set {name}: {file} can't be read: {error}. {correct}.json"
         ) from error
+    if not images.is_dir():
+        raise DataError(f"data set {name}: {images} is not a folder. {correct}.images")
     found = (_row(row, index, images, several) for index, row in enumerate(objects(file)))
     return count, found
 
@@ -43,38 +45,46 @@ def objects(file: Path) -> Iterator[Any]:
     """
     decode = json.JSONDecoder().raw_decode
     with file.open(encoding="utf-8") as stream:
-        text, more = stream.read(READ).lstrip(), True
-        if not text.startswith("["):
+        text, place = "", 0
+
+        def more() -> bool:
+            """Read on; whether there was something."""
+            nonlocal text, place
+            added = stream.read(READ)
+            text, place = text[place:] + added, 0
+            return bool(added)
+
+        def following() -> str:
+            """The next character that is not white space, where `place` then is; "" at the end."""
+            nonlocal place
+            while True:
+                found = SOLID.search(text, place)
+                if found:
+                    place = found.start()
+                    return found.group()
+                if not more():
+                    return ""
+
+        if following() != "[":
             raise ValueError("it holds no list of {id, image, conversations}")
-        place = 1
+        place += 1
+        if following() == "]":
+            return
         while True:
-            while more and len(text) - place < READ:  # so much is one item at most, mostly
-                added = stream.read(READ)
-                text, place, more = text[place:] + added, 0, bool(added)
-            place = _after(text, place)
-            if text.startswith("]", place):
-                return
             try:
+                following()
                 item, place = decode(text, place)
             except json.JSONDecodeError:
-                added = stream.read(READ)
-                if not added:
+                if len(text) - place > LONGEST or not more():
                     raise
-                text, place = text[place:] + added, 0
                 continue
             yield item
-            place = _after(text, place)
-            if text.startswith(",", place):
-                place += 1
-            elif not text.startswith("]", place):
+            after = following()
+            if after == "]":
+                return
+            if after != ",":
                 raise ValueError(f"neither , nor ] after an item: {text[place : place + 40]!r}")
-
-
-def _after(text: str, place: int) -> int:
-    """Where what is not white space begins."""
-    return place + next(
-        (n for n, one in enumerate(islice(text, place, None)) if not one.isspace()), 0
-    )
+            place += 1
 
 
 def _row(row: Any, index: int, images: Path, several: bool) -> dict:

@@ -28,16 +28,19 @@ def slurm():
         yield
 
 
-def command(*arguments: str) -> list[str]:
-    """A call through the profile; jobs are asked after every few seconds instead of 40."""
-    often = ("--slurm-init-seconds-before-status-checks", "5", "--latency-wait", "10")
-    flags = ["--nocolor", "--workflow-profile", "workflow/profiles/slurm", "--configfile", SMOKE]
-    return [str(BIN / "snakemake"), *flags, *often, "--jobs", "3", *arguments]
+OFTEN = ("--slurm-init-seconds-before-status-checks", "5")  # instead of 40
 
 
-def run(folder: Path, *arguments: str, ok: bool = True, **env: str) -> str:
+def command(*arguments: str, profile: str = "slurm") -> list[str]:
+    """A call through a profile."""
+    flags = ["--nocolor", "--workflow-profile", f"workflow/profiles/{profile}", "--jobs", "3"]
+    own = OFTEN if profile == "slurm" else ()
+    return [str(BIN / "snakemake"), *flags, *own, "--configfile", SMOKE, *arguments]
+
+
+def run(folder: Path, *arguments: str, ok: bool = True, profile: str = "slurm", **env: str) -> str:
     done = subprocess.run(
-        command(*arguments), cwd=folder, env=environment(**env),
+        command(*arguments, profile=profile), cwd=folder, env=environment(**env),
         capture_output=True, text=True, timeout=3000,
     )  # fmt: skip
     said = done.stdout + done.stderr
@@ -99,6 +102,22 @@ def test_jobs_have_the_environment_of_conda(project, conda):
     run(project, "--use-conda", "data/smoke/scenes/manifest.json", **conda)
     (asked,) = (project / ".snakemake/conda").glob("*/asked")
     assert "-m sts prepare" in asked.read_text()
+
+
+GENERIC = "snakemake_executor_plugin_cluster_generic"
+
+
+@pytest.mark.skipif(find_spec(GENERIC) is None, reason=f"no {GENERIC}")
+def test_another_scheduler_is_a_matter_of_its_commands(project):
+    """Here Slurm's, in the place of PBS's."""
+    asked = "--cpus-per-task={threads} --gpus={resources.gpu} --mem={resources.mem_mb}"
+    submit = f"sbatch --parsable --output=/dev/null --time={{resources.runtime}} {asked}"
+    target = "results/smoke/features/dense/scenes-align.json"
+    said = run(
+        project, target, "--cluster-generic-submit-cmd", submit, profile="generic",
+    )  # fmt: skip
+    assert said.count("with external jobid") == 3, "data, backbone, features"
+    assert (project / target).exists()
 
 
 def test_the_smoke_scale_runs_to_the_end_with_several_processes_and_nodes(tmp_path):

@@ -38,6 +38,12 @@ COLUMNS = {
     "flops_ratio": "FLOPs",
     "realisation": "Realisation",
 }
+NAMES = {  # of benchmarks that are not written as words are
+    "pope": "POPE", "gqa": "GQA", "scienceqa_img": "ScienceQA-IMG", "textvqa": "TextVQA",
+    "textvqa_ocr": "TextVQA, OCR", "vqav2": "VQAv2", "vizwiz": "VizWiz", "mme_perception": "MME P",
+    "mme_cognition": "MME C", "seed_image": "SEED-Image", "mmbench_en": "MMBench EN",
+    "mmbench_cn": "MMBench CN", "chartqa": "ChartQA", "mmmu_val": "MMMU",
+}  # fmt: skip
 NOTE = (
     "Scores in %, mean ± sd over seeds. Blind: average with a grey image. Retention: mean over "
     "benchmarks of score / score of {base}, paired by seed, with a 95 % t interval over seeds. "
@@ -306,7 +312,8 @@ def _printed(
     """Rounded cells, with the reference lines majority and chance at the end, and which rows are
     heads over those that follow."""
     keys = list(next(iter(rows.values())))
-    head = ["Method", *(COLUMNS.get(key, key.replace("_", " ").capitalize()) for key in keys)]
+    known = COLUMNS | NAMES
+    head = ["Method", *(known.get(key, key.replace("_", " ").capitalize()) for key in keys)]
     factor = dict.fromkeys(other_scales(found), 1)  # shares are shown in %
     body, heads, last = [], [], None
     for id, row in rows.items():

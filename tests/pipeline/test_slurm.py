@@ -33,9 +33,9 @@ OFTEN = ("--slurm-init-seconds-before-status-checks", "5")  # instead of 40
 
 def command(*arguments: str, profile: str = "slurm") -> list[str]:
     """A call through a profile."""
-    flags = ["--nocolor", "--workflow-profile", f"workflow/profiles/{profile}", "--jobs", "3"]
+    flags = ["--configfile", SMOKE, "--workflow-profile", f"workflow/profiles/{profile}"]
     own = OFTEN if profile == "slurm" else ()
-    return [str(BIN / "snakemake"), *flags, *own, "--configfile", SMOKE, *arguments]
+    return [str(BIN / "snakemake"), *flags, *own, "--nocolor", "--jobs", "3", *arguments]
 
 
 def run(folder: Path, *arguments: str, ok: bool = True, profile: str = "slurm", **env: str) -> str:
@@ -113,9 +113,7 @@ def test_another_scheduler_is_a_matter_of_its_commands(project):
     asked = "--cpus-per-task={threads} --gpus={resources.gpu} --mem={resources.mem_mb}"
     submit = f"sbatch --parsable --output=/dev/null --time={{resources.runtime}} {asked}"
     target = "results/smoke/features/dense/scenes-align.json"
-    said = run(
-        project, target, "--cluster-generic-submit-cmd", submit, profile="generic",
-    )  # fmt: skip
+    said = run(project, target, "--cluster-generic-submit-cmd", submit, profile="generic")
     assert said.count("with external jobid") == 3, "data, backbone, features"
     assert (project / target).exists()
 

@@ -9,7 +9,6 @@ import campaign
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "results/reference/survival.md"
 
 
 @pytest.mark.slow
@@ -91,13 +90,3 @@ def test_a_fault_that_is_not_survived_is_in_the_table_and_the_exit_status(tmp_pa
     assert "| 2 | 1 | 3 | 3 |" in text
     assert "| not tried: only root may mount here |" in text
     assert "- verbs, train align dense: AssertionError: other bytes" in text
-
-
-def table(file: Path) -> list[str]:
-    return [line for line in file.read_text().splitlines() if line.count("|") == 6]
-
-
-def test_the_page_quotes_the_table_and_nothing_was_lost():
-    assert table(TABLE) and set(table(TABLE)) <= set(table(ROOT / "docs/workflow.md"))
-    found = json.loads(TABLE.with_suffix(".json").read_text())
-    assert found["trials"] and all(trial["survived"] for trial in found["trials"])

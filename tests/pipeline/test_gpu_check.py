@@ -177,25 +177,3 @@ def test_the_tests_that_need_a_gpu_are_marked():
     )
     assert every.returncode == marked.returncode == 0
     assert every.stdout.count(file) == marked.stdout.count(file) > 50
-
-
-@pytest.mark.slow
-def test_a_bench_is_rehearsed_on_the_cpu(here):
-    """Of Qwen2.5-VL's shape, cut (LLaVA's is in test_shape_bench); flash is not installed."""
-    names = ["qwen2.5-vl-7b-sdpa-checkpointing", "llava-1.5-7b-flash_attention_2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "workflow.gpu_check", "--rehearse", "--only", *names],
-        cwd=here, env=WITHOUT_GPU | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((here / "results/gpu_check/rehearsal.json").read_text())
-    assert found["device"] == "cpu"
-    bench, flash = (found["parts"][name] for name in names)
-    assert flash["status"] == "not run" and "flash_attn" in flash["why"]
-    assert bench["status"] == "passed" and bench["cut"].startswith("4 of 28 layers")
-    settings = {row["setting"] for row in bench["rows"]}
-    assert settings == {"plain", "bare", "dense", *gpu_check.SETTINGS}
-    assert {(row["stage"], row["checkpointing"]) for row in bench["rows"]} == {
-        ("align", True), ("instruct", True),
-    }  # fmt: skip
-    assert all(row["step_s"] > 0 and row["held_mb"] > 0 for row in bench["rows"])

@@ -347,18 +347,18 @@ def launch(stage):
 
 
 def asked(job):
-    """The resources `mem_mb` and `runtime` (minutes) of the jobs of a rule, on a cluster: as much
-    as the estimate says, at each further attempt as much more. job: pattern of their names in
+    """The resources `mem_mb` and `runtime` (minutes) of the jobs of a rule, on a cluster alone: as
+    much as the estimate says, at each further attempt as much more. job: pattern of their names in
     REQUESTS."""
 
     def of(name):
         def resource(wildcards, attempt):
             found = cluster.request(REQUESTS, job.format(wildcards=wildcards))
-            return attempt * found[name] if CLUSTER else None
+            return attempt * found[name]
 
         return resource
 
-    return {name: of(name) for name in cluster.UNKNOWN}
+    return {name: of(name) for name in cluster.UNKNOWN if CLUSTER}
 
 
 def spread():

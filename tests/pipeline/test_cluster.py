@@ -42,7 +42,8 @@ def test_jobs_of_a_cluster_ask_by_the_configuration_and_the_estimate(project):
     told(project, train__dense__align={"mem_mb": 1234, "runtime": 56})
     more = "stages={align: {processes: 4, threads: 3}, instruct: {processes: 4, nodes: 2}}"
     jobs = asked(project, "--jobs", "9", "--config", more)
-    train = jobs["train"]  # align dense
+    align = "results/smoke/runs/dense/seed0/align.json"
+    train = asked(project, align, "--jobs", "9", "--config", more)["train"]
     assert (train["threads"], train["gpu"], train["nodes"]) == ("12", "4", "1")
     assert (train["mem_mb"], train["runtime"]) == ("1234", "56")
     assert "mpi" not in train

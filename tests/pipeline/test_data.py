@@ -46,8 +46,8 @@ from sts.settings import IGNORE_INDEX
 ROOT = Path(__file__).resolve().parents[2]
 MIRROR = os.environ.get("STS_DATA_MIRROR")
 PREPARED = {
-    "easy_vqa": "95ca432ce940c400b2125c0b14640beccb44bdff526c537374af07517a1a47b3",
-    "nlvr": "bbaf17eae49296d6d928c6cd636de34d85054e168b0eab8bb7c32c26a4a99e36",
+    "easy_vqa": "5ab2f3bb6eeec6ffb2ec17bd87afc0df511ca044a6c5ffeeaf1ec2f3b7e73047",
+    "nlvr": "081aa2f467d9f527dac0be07301bfab89dd979cfcad55c620c2f861573d41a0c",
 }  # sha256 of their manifests
 SCENES = {"seed": 3, "align": 12, "instruct": 10, "test": 8}
 

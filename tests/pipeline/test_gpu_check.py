@@ -165,15 +165,3 @@ def test_an_unknown_part_is_refused(capsys):
         gpu_check.main(["--rehearse", "--only", "bench"])
     assert end.value.code == 2
     assert "expected some of llava-1.5-7b-sdpa" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_tests_that_need_a_gpu_are_marked():
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0"]
-    file = "tests/library/test_gpu.py"
-    every, marked = (
-        subprocess.run([*command, *more, file], cwd=ROOT, capture_output=True, text=True)
-        for more in ([], ["-m", "gpu"])
-    )
-    assert every.returncode == marked.returncode == 0
-    assert every.stdout.count(file) == marked.stdout.count(file) > 50

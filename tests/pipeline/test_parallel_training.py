@@ -142,8 +142,7 @@ def some_without_an_image(tmp_path) -> Path:
     return tmp_path / "own" / "manifest.json"
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("global_batch", [4, 6])
+@pytest.mark.parametrize(("global_batch", "parallel"), [(6, "ddp"), (4, "fsdp2")])
 def test_processes_of_which_one_sees_no_image_take_the_steps_of_one(
     parallel, global_batch, aligned, several, some_without_an_image
 ):

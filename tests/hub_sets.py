@@ -78,16 +78,19 @@ OFFICIAL = {
 ART = ("Art", "Art_Theory", "Design", "Music")  # subjects of MMMU's art and design
 
 
-def write_sets(root: Path, sets: Mapping[str, Any]) -> Path:
+def write_sets(root: Path, sets: Mapping[str, Any], words: bool = True) -> Path:
     """Write data set -> configuration -> split -> (columns, rows) below a folder, as a mirror has
-    them; the folder."""
+    them; the folder. words: a text that a row does not say is made up, and not empty."""
     for path, configurations in sets.items():
         card = []
         for name, splits in configurations.items():
             files = []
             for split, (columns, rows) in splits.items():
                 filled = [
-                    {key: _filled(key, kind, row.get(key), i) for key, kind in columns.items()}
+                    {
+                        key: _filled(key, kind, row.get(key), i, words)
+                        for key, kind in columns.items()
+                    }
                     for i, row in enumerate(rows)
                 ]
                 write_parquet(filled, columns, root / path / name / f"{split}-0.parquet")
@@ -102,13 +105,13 @@ def _card(folder: Path, configurations: list[dict]) -> None:
     (folder / "README.md").write_text(f"---\n{text}---\n")
 
 
-def _filled(key: str, kind: Any, value: Any, place: int) -> Any:
+def _filled(key: str, kind: Any, value: Any, place: int, words: bool) -> Any:
     """What a row does not say: another picture each, words that mean nothing."""
     if kind == IMAGE:
         return picture(place)
     if isinstance(kind, datasets.List) and kind.feature == IMAGE:
         return [picture(10 * place + i) for i in range(len(value))]
-    return f"{key} {place}" if value is None and kind == TEXT else value
+    return f"{key} {place}" if words and value is None and kind == TEXT else value
 
 
 def write_chartqa(root: Path) -> None:

@@ -21,14 +21,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset as Table
-from filelock import FileLock
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel
 
 from sts.pipeline import follows
 from sts.pipeline.bar import bar_of
 from sts.pipeline.config import Config, StageConfig
-from sts.pipeline.data.collator import pixels, split_files
+from sts.pipeline.data.collator import made_once, pixels, split_files
 from sts.pipeline.data.rows import images_of
 from sts.pipeline.model import build, freeze, readers, tower_layers
 from sts.pipeline.provenance import read_json, sha256_json, write_json_atomic
@@ -184,18 +183,15 @@ def write_features(
     }
     code = follows.code(*follows.features())
     file = out.parent / f"{sha256_json([manifest, code])[:16]}.arrow"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.exists():
+    with made_once(file) as part:
+        if part:
             accelerator = prepare_process(block.model_copy(update={"processes": 1}))
             model, processor = build(init, 0)
             freeze(model.to(accelerator.device), ["projector"])
-            part = file.with_suffix(".part")
             with torch.autocast(
                 accelerator.device.type, torch.bfloat16, enabled=manifest["precision"] == "bf16"
             ):
                 _write(model, processor, split_files([data], block.split)[0], part)
-            part.replace(file)
     manifest |= {"file": str(file), "bytes": file.stat().st_size}
     write_json_atomic(out, manifest)
     return manifest

@@ -119,14 +119,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_json_atomic(path: str | Path, value: Any) -> None:
     """Write JSON so that the same value gives the same bytes and no reader sees half a file.
 
-    Keys are sorted. Creates the folder; takes away what a write that was killed has left in it.
-    Raises ValueError for NaN or infinity: not JSON.
+    Keys are sorted. Raises ValueError for NaN or infinity: not JSON.
     """
-    path = Path(path)
     try:
         text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except ValueError as error:
         raise ValueError(f"{path}: not written: {error}") from error
+    write_text_atomic(path, text)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Write a file that has its name only when it is whole. Creates the folder; takes away what a
+    write that was killed has left in it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f".{path.name}.*.part"):
         if not _is_alive(int(old.name.split(".")[-2])):

@@ -11,7 +11,6 @@ interrupted goes on.
 
 import copy
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,13 +121,15 @@ def submission(
         with lease():
             threads = config.stage(config.last).threads
             lm = load_model(trained["weights"], settings.batch_size, threads)
-            write(answers, "".join(f"{json.dumps(one)}\n" for one in (key, *said)))
+            provenance.write_text_atomic(
+                answers, "".join(f"{json.dumps(one)}\n" for one in (key, *said))
+            )
             with open(answers, "a", encoding="utf-8") as file:
                 waiting = {(name, name): range(len(said), len(docs))}
                 for _, sample in ask(lm, {(name, name): unscored(task)}, waiting):
                     said.append(sample["filtered_resps"][0])
                     file.write(f"{json.dumps(said[-1])}\n")
-    write(out, server.form(list(docs), said, every))
+    provenance.write_text_atomic(out, server.form(list(docs), said, every))
 
 
 def unscored(task: Task) -> Task:
@@ -158,14 +159,6 @@ def kept(file: Path, key: str, count: int) -> list[str]:
     if found != key:
         return []
     return said if len(said) == count else said[: len(said) // AT_ONCE * AT_ONCE]
-
-
-def write(file: Path, text: str) -> None:
-    """A file under its name only when whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
 
 
 def _refused(key: str, value: Any, accepted: str) -> ConfigError:

@@ -6,8 +6,8 @@ import json
 import datasets
 import pandas as pd
 import pytest
-import yaml
-from asking import Oracle, picture, write_parquet
+from asking import Oracle
+from hub_sets import write_sets
 
 from sts.__main__ import main
 from sts.pipeline import evaluate, submission
@@ -42,18 +42,7 @@ SETS = {
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory):
-    root = tmp_path_factory.mktemp("mirror")
-    for path, configurations in SETS.items():
-        card = []
-        for name, splits in configurations.items():
-            for split, (columns, rows) in splits.items():
-                blank = dict.fromkeys(columns)
-                filled = [blank | {"image": picture(i)} | row for i, row in enumerate(rows)]
-                write_parquet(filled, columns, root / path / name / f"{split}-0.parquet")
-            files = [{"split": split, "path": f"{name}/{split}-*"} for split in splits]
-            card.append({"config_name": name, "data_files": files})
-        (root / path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': card})}---\n")
-    return root
+    return write_sets(tmp_path_factory.mktemp("mirror"), SETS, words=False)
 
 
 def says(prompt, *_):

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -43,6 +44,20 @@ TOKENS = pa.schema(
 KINDS = frozenset({"mm_token_type_ids", "token_type_ids"})  # 1 on placeholders of images
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def made_once(file: Path) -> Iterator[Path | None]:
+    """Where to write a file that processes share, which gets its name when it is whole; None if it
+    is there. Others wait meanwhile."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if file.exists():
+            yield None
+        else:
+            part = file.with_suffix(".part")
+            yield part
+            part.replace(file)
 
 
 def split_files(manifests: Sequence[str | Path], split: str) -> list[Path]:
@@ -92,13 +107,10 @@ class Conversations(Dataset):
             make(sink)
             held = pa.BufferReader(sink.getvalue())
         else:
-            tokens.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(tokens.with_suffix(".lock")):
-                if not tokens.exists():
-                    part = tokens.with_suffix(".part")
+            with made_once(tokens) as part:
+                if part:
                     with pa.OSFile(str(part), "wb") as sink:
                         make(sink)
-                    part.replace(tokens)
             held = pa.memory_map(str(tokens))
         self.features, self.samples = features, pa.ipc.open_file(held).read_all()
         self.lengths = self.samples["length"].to_pylist()

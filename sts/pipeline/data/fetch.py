@@ -34,6 +34,14 @@ class File:
         return PurePosixPath(self.url).name
 
     @property
+    def of_hub(self) -> tuple[str, str] | None:
+        """(data set, file in it), if it is of the hub."""
+        if "://" in self.url:
+            return None
+        owner, name, path = self.url.split("/", 2)
+        return f"{owner}/{name}", path
+
+    @property
     def known_by(self) -> str:
         """What is there, below the folder of the set, if the file is."""
         return self.there or str(PurePosixPath(self.into) / self.name)
@@ -77,13 +85,11 @@ def _have(file: File, folder: Path, note: Path) -> None:
     place = folder / file.into
     place.mkdir(parents=True, exist_ok=True)
     note.parent.mkdir(exist_ok=True)
-    got = _from_web(file, place) if "://" in file.url else _from_hub(file, place)
+    of_hub = file.of_hub
+    got = _from_hub(*of_hub, place) if of_hub else _from_web(file, place)
     facts = {"url": file.url, "bytes": got.stat().st_size, "sha256": sha256_file(got)}
-    if "://" not in file.url:
-        owner, name, *path = file.url.split("/")
-        said = get_hf_file_metadata(
-            hf_hub_url(f"{owner}/{name}", "/".join(path), repo_type="dataset")
-        )
+    if of_hub:
+        said = get_hf_file_metadata(hf_hub_url(*of_hub, repo_type="dataset"))
         facts["commit"] = said.commit_hash
         if said.etag and len(said.etag) == 64 and said.etag != facts["sha256"]:  # SHA-256
             got.unlink()
@@ -94,12 +100,9 @@ def _have(file: File, folder: Path, note: Path) -> None:
     write_json_atomic(note, facts)
 
 
-def _from_hub(file: File, place: Path) -> Path:
-    owner, name, *path = file.url.split("/")
-    got = hf_hub_download(
-        f"{owner}/{name}", "/".join(path), repo_type="dataset", local_dir=place / ".hub"
-    )
-    return Path(got).replace(place / file.name)
+def _from_hub(name: str, path: str, place: Path) -> Path:
+    got = Path(hf_hub_download(name, path, repo_type="dataset", local_dir=place / ".hub"))
+    return got.replace(place / got.name)
 
 
 def _from_web(file: File, place: Path) -> Path:

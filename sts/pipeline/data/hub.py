@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from sts.pipeline.data.rows import IMAGE_TOKEN, Rows
+from sts.pipeline.data.rows import IMAGE_TOKEN, Rows, columns_of, turns_of
 from sts.pipeline.data.source import DOWNLOADS, DataError
 
 CHUNK = 100  # rows read at a time, with their images
@@ -71,11 +71,7 @@ def _rows(files: list[Path], images: str, texts: str, named: bool) -> Iterator[d
                 pictures = [one["bytes"] for one in pictures or [] if one]
                 yield {
                     "id": str(row["id"]) if named else f"{index:08d}",
-                    **(
-                        {"images": pictures}
-                        if images == "images"
-                        else {"image": pictures[0] if pictures else None}
-                    ),
+                    **columns_of(pictures, images == "images"),
                     "conversations": turns(row[texts], len(pictures)),
                 }
                 index += 1
@@ -87,12 +83,7 @@ def turns(texts: Any, images: int) -> Any:
     if not isinstance(texts, list) or not all(isinstance(one, dict) for one in texts):
         return texts  # `prepare` judges it
     if texts and "user" in texts[0]:
-        pairs = [(one.get("user"), one.get("assistant")) for one in texts]
-        texts = [
-            {"from": role, "value": value}
-            for pair in pairs
-            for role, value in zip(("human", "gpt"), pair, strict=True)
-        ]
+        texts = turns_of((one.get("user"), one.get("assistant")) for one in texts)
     else:
         texts = [{"from": one.get("from"), "value": one.get("value")} for one in texts]
     said = [turn["value"] or "" for turn in texts]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sts.pipeline.data.rows import Rows
+from sts.pipeline.data.rows import Rows, columns_of
 from sts.pipeline.data.source import DataError
 
 READ = 2**20  # characters read at a time
@@ -22,20 +22,24 @@ def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -
     wrong with the file or the folder.
     """
     file, images = Path(file), Path(images)
-    correct = f"Correct {key}" if key else "Delete that folder and run again, or lay it out anew"
     try:
         count, several = 0, False
         for row in objects(file):
             count += 1
             several = several or (isinstance(row, dict) and isinstance(row.get("image"), list))
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"data set {name}: {file} can't be read: {error}. {correct}.json"
-        ) from error
+        told = f"data set {name}: {file} can't be read: {error}. {_fix(key, 'json')}"
+        raise DataError(told) from error
     if not images.is_dir():
-        raise DataError(f"data set {name}: {images} is not a folder. {correct}.images")
+        raise DataError(f"data set {name}: {images} is not a folder. {_fix(key, 'images')}")
     found = (_row(row, index, images, several) for index, row in enumerate(objects(file)))
     return count, found
+
+
+def _fix(key: str, which: str) -> str:
+    return (
+        f"Correct {key}.{which}" if key else "Delete its folder and run again, or lay it out anew"
+    )
 
 
 def objects(file: Path) -> Iterator[Any]:
@@ -95,6 +99,6 @@ def _row(row: Any, index: int, images: Path, several: bool) -> dict:
     paths = [images / str(one) for one in listed]
     return {
         "id": str(row.get("id", index)),
-        **({"images": paths} if several else {"image": paths[0] if paths else None}),
+        **columns_of(paths, several),
         "conversations": row.get("conversations"),
     }

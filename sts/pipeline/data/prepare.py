@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sts.pipeline.config import Config, DataConfig
 from sts.pipeline.data.registry import load
-from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, images_of
+from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, columns_of, images_of
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
 from sts.pipeline.provenance import sha256_json, write_json_atomic
 
@@ -137,11 +137,11 @@ def _write(
             texts = {key: value for key, value in row.items() if key not in ("image", "images")}
             cells, shapes = [cell for cell, _ in images], [pixels.shape for _, pixels in images]
             if "images" not in row:
-                cells, shapes = next(iter(cells), None), next(iter(shapes), None)
+                shapes = next(iter(shapes), None)
             digest.update(json.dumps([texts, shapes], sort_keys=True).encode())
             for _, pixels in images:
                 digest.update(pixels.tobytes())
-            yield {**texts, "images" if "images" in row else "image": cells}
+            yield {**texts, **columns_of(cells, "images" in row)}
 
     written = good()
     first = list(islice(written, 1))
@@ -165,7 +165,11 @@ def _write_arrow(rows: Iterable[dict], features: Features, file: Path) -> int:
 def _judged(
     rows: Iterable[dict], embed: bool, data: DataConfig
 ) -> Iterator[tuple[dict, tuple[list, list[str]] | BadRow]]:
-    """Each row, and its images as (cell, pixels) with what is odd about it, or why it is bad."""
+    """Each row, and its images as (cell, pixels) with what is odd about it, or why it is bad.
+
+    Odd is what others stumble over and this pipeline doesn't: labels are found by rendering, images
+    are opened by what they are.
+    """
     rows, judge = iter(rows), partial(_judge, embed, data.max_text_chars)
     with ThreadPoolExecutor(data.threads) as pool:
         while some := list(islice(rows, TOGETHER)):
@@ -175,23 +179,14 @@ def _judged(
 def _judge(embed: bool, max_chars: int, row: dict) -> tuple[list, list[str]] | BadRow:
     try:
         _check_text(row, max_chars)
-        return [_image(image, embed) for image in images_of(row)], list(_odd(row))
+        odd = [
+            "ASSISTANT: in an answer"
+            for turn in row.get("conversations", ())
+            if turn["from"] == "gpt" and "ASSISTANT:" in turn["value"]
+        ]
+        return [_image(image, embed, odd) for image in images_of(row)], odd
     except BadRow as error:
         return error
-
-
-def _odd(row: dict) -> Iterator[str]:
-    """What others stumble over and this pipeline doesn't: labels are found by rendering, images are
-    opened by what they are."""
-    for turn in row.get("conversations", ()):
-        if turn["from"] == "gpt" and "ASSISTANT:" in turn["value"]:
-            yield "ASSISTANT: in an answer"
-    for path in images_of(row):
-        if isinstance(path, Path):
-            with Image.open(path) as image:
-                kind, named = image.format, Image.registered_extensions().get(path.suffix.lower())
-            if kind != named:
-                yield f"{kind} named {path.suffix}"
 
 
 def _check_text(row: dict, max_chars: int) -> None:
@@ -225,24 +220,30 @@ def _is_turn(turn: Any) -> bool:
     return isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("from", "value"))
 
 
-def _image(image: Any, embed: bool) -> tuple[dict, np.ndarray]:
-    """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]."""
+def _image(image: Any, embed: bool, odd: list[str]) -> tuple[dict, np.ndarray]:
+    """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]. What is
+    odd about its file is added to `odd`."""
     if isinstance(image, Path):
         if not image.is_file():
             raise BadRow("missing image", str(image))
-        try:
-            pixels = np.asarray(Image.open(image).convert("RGB"))
-        except BROKEN_IMAGE as error:
-            raise BadRow("corrupt image", f"{image}: {error}") from error
+        kind, pixels = _decoded(image, f"{image}: ")
+        if kind != Image.registered_extensions().get(image.suffix.lower()):
+            odd.append(f"{kind} named {image.suffix}")
         content = image.read_bytes() if embed else None
         return {"bytes": content, "path": None if embed else str(image)}, pixels
     if isinstance(image, bytes):  # of an image file
-        try:
-            pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
-        except BROKEN_IMAGE as error:
-            raise BadRow("corrupt image", str(error)) from error
+        _, pixels = _decoded(io.BytesIO(image))
         return {"bytes": image, "path": None}, pixels
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     png = io.BytesIO()
     picture.save(png, "PNG")
     return {"bytes": png.getvalue(), "path": None}, np.asarray(picture.convert("RGB"))
+
+
+def _decoded(file: Path | io.BytesIO, where: str = "") -> tuple[str | None, np.ndarray]:
+    """What kind of file an image is, and its pixels."""
+    try:
+        with Image.open(file) as image:
+            return image.format, np.asarray(image.convert("RGB"))
+    except BROKEN_IMAGE as error:
+        raise BadRow("corrupt image", f"{where}{error}") from error

@@ -20,14 +20,26 @@ Rows = tuple[int, Iterable[dict]]  # how many (for the progress bar), and they t
 
 def conversation(id: str, image: Any, pairs: Iterable[tuple[str, str]]) -> dict:
     """A training row of questions about one image and their answers."""
-    turns = []
-    for question, answer in pairs:
-        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns = turns_of(pairs)
     turns[0]["value"] = f"{IMAGE_TOKEN}\n{turns[0]['value']}"
     return {"id": id, "image": image, "conversations": turns}
+
+
+def turns_of(pairs: Iterable[tuple[str, str]]) -> list[dict]:
+    """The turns of questions and their answers."""
+    return [
+        {"from": role, "value": value}
+        for pair in pairs
+        for role, value in zip(ROLES, pair, strict=True)
+    ]
 
 
 def images_of(row: dict) -> list:
     """The images of a row in their order, whichever of the two keys holds them."""
     one, several = row.get("image"), row.get("images")
     return [one] if one is not None else several or []
+
+
+def columns_of(images: list, several: bool) -> dict:
+    """The reverse of `images_of`: the images of a row under the key that its split has."""
+    return {"images": images} if several else {"image": next(iter(images), None)}

@@ -37,6 +37,7 @@ from sts.pipeline.config import (
     load_scale,
     resolve,
 )
+from sts.pipeline.data.fetch import fetched_bytes, given_folder
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.features import asks_tower
 from sts.pipeline.gpus import SHARE, Machine
@@ -154,6 +155,15 @@ def forecast(
         lacking(stage, block, parts, there)
         for (_, stage), block, parts in zip(trainings, blocks, needs, strict=True)
     ]
+    disk = {
+        "data": data_bytes(configs.values()),
+        "features": sum(images.values()) * feature_bytes(shape, base),
+        "weights": weights * len(trainings),
+        "checkpoints": slots * max(state_bytes(shape, block) for block in blocks),
+    }
+    free = float(shutil.disk_usage(".").free)
+    if on is None:
+        lacks.append(full(disk, free))
     return {
         "scale": base.scale,
         "jobs": jobs(configs, groups),
@@ -166,13 +176,7 @@ def forecast(
         },
         "seconds": {**parts, "total": sum(parts.values())},
         "speed": {"flops_per_s": speed, "source": source, "trainings_at_once": slots},
-        "disk_bytes": {
-            "data": data_bytes(configs.values()),
-            "features": sum(images.values()) * feature_bytes(shape, base),
-            "weights": weights * len(trainings),
-            "checkpoints": slots * max(state_bytes(shape, block) for block in blocks),
-            "free": float(shutil.disk_usage(".").free),
-        },
+        "disk_bytes": {**disk, "free": free},
         "memory_bytes": {"of_a_training": peak, "at_once": slots * peak, "of_a_process": there},
         "lacking": list(dict.fromkeys(filter(None, lacks))),
         "respread": list(dict.fromkeys(respread)),
@@ -344,14 +348,30 @@ def state_bytes(shape: cost.Shape, block: StageConfig) -> float:
     return (KEPT + 1) * 12.0 * cost.trained_parameters(shape, block.trains, block.lora.rank)
 
 
+def full(disk: Mapping[str, float], free: float) -> str:
+    """What the disk lacks, and what would help; "" if there is room for all."""
+    if sum(disk.values()) <= free:
+        return ""
+    held = ", ".join(f"{name} {size(value)}" for name, value in disk.items() if value)
+    return (
+        f"the disk: about {size(sum(disk.values()))} are needed ({held}), and {size(free)} are "
+        "free. What helps: data.folders for sets that you have; fewer seeds or rows; a larger disk"
+    )
+
+
 def data_bytes(configs: Iterable[Config]) -> float:
-    """Bytes of the pictures of prepared data sets that are made here; how many a set has that is
-    fetched is not known before."""
+    """Bytes of the pictures of prepared data sets that are made here, and of the files of those that
+    are fetched; none of those in a folder of the user's or of a mirror."""
     configs = list(configs)
     data = configs[0].data
-    return sum(
-        (dataset(name, data).image_bytes or 0.0) * sum(rows_made_here(name, data).values())
+    made = sum(
+        dataset(name, data).image_bytes * sum(rows_made_here(name, data).values())
         for name in data_names(configs)
+    )
+    return made + sum(
+        fetched_bytes(dataset(name, data).files)
+        for name in data_names(configs)
+        if given_folder(name, data.folders, data.mirror) is None
     )
 
 

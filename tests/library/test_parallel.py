@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parents[1]
-STEPS = 200
+STEPS = 100
 
 
 def train(mode: str, processes: int, folder: Path) -> dict:

@@ -299,6 +299,26 @@ def test_what_does_not_fit_on_gpus_is_said_with_the_keys_that_help(tmp_path, cap
     assert "stages.align" not in said
 
 
+def test_the_disk_of_sets_that_are_fetched_and_of_those_that_are_there(tmp_path, capsys):
+    """About 101 GB of files; while it is unpacked the largest archive of a set is there twice."""
+    fetched = asked(capsys, "--gpu", "h100")["disk_bytes"]["data"]
+    assert fetched == pytest.approx(101e9 + (27.4 + 21.8) * 1e9, rel=0.01)
+    folders = "data:\n  folders: {llava_mix665k: playground}\n"
+    scale = tmp_path / "scale.yaml"
+    scale.write_text(PAPER.read_text().replace("data:\n", folders, 1))
+    assert main(["estimate", "--configfile", str(scale), "--gpu", "h100", "--json"]) == 0
+    left = json.loads(capsys.readouterr().out)["disk_bytes"]["data"]
+    assert left == pytest.approx(27.6e9 + 27.4e9, rel=0.01)
+
+
+def test_a_disk_that_is_too_small_is_said_with_what_helps():
+    disk = {"data": 150e9, "features": 0.0, "weights": 170e9}
+    assert estimate.full(disk, free=320e9) == ""
+    said = estimate.full(disk, free=77e9)
+    assert "about 320 GB are needed (data 150 GB, weights 170 GB), and 77 GB are free" in said
+    assert "data.folders" in said
+
+
 @pytest.mark.slow
 def test_jobs_are_those_that_the_workflow_would_run(tmp_path, smoke):
     """In a copy without results, so that nothing counts as done."""

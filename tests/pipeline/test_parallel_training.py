@@ -56,8 +56,8 @@ def alone(monkeypatch):
 @pytest.fixture
 def several(tmp_path, prepared):
     """several(settings, stage, init, name, after) -> the manifest of a training of as many
-    processes as it says, or None if all are killed before step `after`. several.start begins it
-    alone: the process that starts them all."""
+    processes as it says (of one: this one), or None if all are killed before step `after`.
+    several.start begins it alone: the process that starts them all."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
 
@@ -67,20 +67,20 @@ def several(tmp_path, prepared):
     begun = []
 
     def start(settings, stage, init, name, after=-1, data=prepared):
-        command = [sys.executable]
-        if (number := settings.stage(stage).processes) > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-        out = out_of(name, stage)
+        number, out = settings.stage(stage).processes, out_of(name, stage)
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         arguments = [settings.model_dump_json(by_alias=True), stage, data, init, out, after]
         begun.append(
             subprocess.Popen(
-                [*command, script, *map(str, arguments)],
+                [sys.executable, "-m", *torchrun, script, *map(str, arguments)],
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
         return begun[-1]
 
     def call(settings, stage, init, name, after=-1, data=prepared):
+        if settings.stage(stage).processes == 1:
+            return train(settings, "dense", 0, stage, [data], init, out_of(name, stage))
         began = start(settings, stage, init, name, after, data)
         _, said = began.communicate(timeout=300)
         assert (began.returncode == 0) == (after < 0), said[-3000:]

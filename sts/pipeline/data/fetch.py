@@ -27,6 +27,8 @@ class File:
     """Folder, below that of the set, that it lies or is unpacked in."""
     there: str = ""
     """What it is known by in a folder that the user has; its own name by default."""
+    gigabytes: float = 0.0
+    """Its size, as the hub lists it or a copy of it; for the estimate."""
 
     @property
     def name(self) -> str:
@@ -47,6 +49,21 @@ class File:
         return self.there or str(PurePosixPath(self.into) / self.name)
 
 
+def fetched_bytes(files: Sequence[File]) -> float:
+    """Disk that files take while they are fetched: pictures hardly shrink in an archive, and while
+    the largest is unpacked it is there twice."""
+    sizes = [1e9 * file.gigabytes for file in files]
+    return sum(sizes) + max(sizes, default=0.0)
+
+
+def given_folder(name: str, folders: dict[str, str], mirror: str | None) -> Path | None:
+    """The folder of a set that need not be fetched: `folders[name]`, or `<mirror>/<name>`."""
+    root = mirror_folder(mirror)
+    if name in folders:
+        return Path(folders[name])
+    return root / name if root and (root / name).is_dir() else None
+
+
 def folder_of(
     name: str, files: Sequence[File], folders: dict[str, str], mirror: str | None
 ) -> Path:
@@ -55,16 +72,15 @@ def folder_of(
 
     Raises DataError that says what is missing in a folder, or which file can't be had.
     """
-    root = mirror_folder(mirror)
-    given = folders.get(name) or (root and (root / name).is_dir() and root / name)
+    given = given_folder(name, folders, mirror)
     if given:
-        missing = [one.known_by for one in files if not (Path(given) / one.known_by).exists()]
+        missing = [one.known_by for one in files if not (given / one.known_by).exists()]
         if missing:
             raise DataError(
                 f"data set {name}: {given} lacks {', '.join(missing)}. Add them (docs/data.md says "
                 f"how they lie), correct data.folders.{name}, or take it out to have all fetched"
             )
-        return Path(given)
+        return given
     folder = DOWNLOADS / name
     for file in files:
         note = folder / WHOLE / f"{file.known_by.replace('/', '-')}.json"

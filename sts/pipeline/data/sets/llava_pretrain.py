@@ -22,8 +22,13 @@ DATASET = DataSet(
     citation="Liu et al. Visual Instruction Tuning. NeurIPS 2023.",
     load=_rows,
     files=(
-        File(f"liuhaotian/LLaVA-Pretrain/{JSON}"),
-        File("liuhaotian/LLaVA-Pretrain/images.zip", into="images", there="images"),
+        File(f"liuhaotian/LLaVA-Pretrain/{JSON}", gigabytes=0.18),
+        File(
+            "liuhaotian/LLaVA-Pretrain/images.zip",
+            into="images",
+            there="images",
+            gigabytes=27.4,
+        ),
     ),
     embed=False,
 )

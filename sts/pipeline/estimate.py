@@ -360,8 +360,8 @@ def full(disk: Mapping[str, float], free: float) -> str:
 
 
 def data_bytes(configs: Iterable[Config]) -> float:
-    """Bytes of the pictures of prepared data sets that are made here, and of the files of those that
-    are fetched; none of those in a folder of the user's or of a mirror."""
+    """Bytes of the pictures of data sets that are made here, and of the files of those that are
+    fetched; none of those in a folder of the user's or of a mirror."""
     configs = list(configs)
     data = configs[0].data
     made = sum(

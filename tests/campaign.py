@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads here, which a fork would lose
 
 import psutil  # noqa: E402
-from project import SMOKE, call, environment, real_project  # noqa: E402
+from project import SMOKE, call, environment, real_project, wait_for  # noqa: E402
 
 from sts.__main__ import main as sts  # noqa: E402
 from sts.pipeline import checkpoint, provenance  # noqa: E402
@@ -311,16 +311,14 @@ def steps_again(project: Path, before: Collection[int] = ()) -> int:
     return sum(taken - saved for key, (taken, saved) in found if key not in before)
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = 300) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"waited {seconds} s for {what}"
-        time.sleep(0.005)
+def soon(condition: Callable[[], object], what: str) -> None:
+    """Wait until it is so, and not much longer: a fault is to fall where it was drawn."""
+    wait_for(condition, seconds=300, what=what, every=0.005)
 
 
 def wait_for_steps(project: Path, number: int = 1) -> None:
     """Until a training has taken so many."""
-    wait_for(lambda: any(n >= number for n, _ in under_way(project).values()), f"step {number}")
+    soon(lambda: any(n >= number for n, _ in under_way(project).values()), f"step {number}")
 
 
 # ---- starting and ending processes ---------------------------------------------------------------
@@ -395,7 +393,7 @@ def end_call(began: subprocess.Popen, number: int = signal.SIGKILL) -> None:
         os.killpg(began.pid, number)
     began.wait(timeout=300)
     group = began.pid
-    wait_for(lambda: not living(lambda one: os.getpgid(one.pid) == group), "the jobs to end")
+    soon(lambda: not living(lambda one: os.getpgid(one.pid) == group), "the jobs to end")
 
 
 def power_cut(began: subprocess.Popen) -> None:
@@ -423,7 +421,7 @@ def calls(place: Campaign) -> None:
             before, log = under_way(project), project / job.log
             log.unlink(missing_ok=True)
             began = Call(project, *place.targets)
-            wait_for(lambda: log.exists() or began.poll() is not None, f"{job} to begin")  # noqa: B023
+            soon(lambda: log.exists() or began.poll() is not None, f"{job} to begin")  # noqa: B023
             assert began.poll() is None, began.end()
             time.sleep(moment)
             end_call(began)
@@ -557,7 +555,7 @@ def spoilt_checkpoint(place: Campaign) -> None:
                 project = place.copy()
                 job.clear(project)
                 number = fork(project, job)
-                wait_for(lambda: len(states(project)) >= 2, "two checkpoints")  # noqa: B023
+                soon(lambda: len(states(project)) >= 2, "two checkpoints")  # noqa: B023
                 killed(number)
                 last, before, *_ = states(project)
                 [(taken, _)] = under_way(project).values()
@@ -612,7 +610,7 @@ def tracking_server(work: Path) -> Iterator[tuple[int, str]]:
         return False
 
     try:
-        wait_for(answers, "the tracking server")
+        soon(answers, "the tracking server")
         yield began.pid, address
     finally:
         end_call(began)

@@ -145,11 +145,11 @@ def planned(folder: Path, *arguments: str, scale: str | None = SMOKE, **env: str
     return {rule: int(count) for rule, count in rows if rule != "total"}
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 60, what: str = "it", every: float = 0.1) -> None:
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.1)
+        assert time.monotonic() < until, f"waited {seconds} s for {what}"
+        time.sleep(every)
 
 
 def edit(file: Path, before: str, after: str) -> None:

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,8 +39,15 @@ def fingerprint(*files: str | Path) -> str:
 def _code_digest(path: Path) -> str:
     source = path.read_bytes()
     if path.suffix == ".py":
-        source = _canonical(_bare(ast.parse(source, filename=str(path)))).encode()
+        return _formulas_digest(source, str(path))
     return hashlib.sha256(source).hexdigest()
+
+
+@cache
+def _formulas_digest(source: bytes, filename: str) -> str:
+    """Many jobs follow the same files, and to parse them is most of what a dry run would take."""
+    formulas = _canonical(_bare(ast.parse(source, filename=filename)))
+    return hashlib.sha256(formulas.encode()).hexdigest()
 
 
 def _bare(tree: ast.Module) -> ast.Module:

@@ -128,20 +128,23 @@ def modelled(ablation):
 
 
 @cache
+def identity(ablation, stage):
+    """All that the weights of a stage depend on, and of those before it; empty where the ablation
+    has no such stage."""
+    names = list(CONFIGS[ablation].stages)
+    past = names[: names.index(stage) + 1] if stage in names else []
+    return past and [
+        modelled(ablation),
+        *((name, CONFIGS[ablation].stage(name).identity()) for name in past),
+    ]
+
+
+@cache
 def owner(ablation, stage):
     """The first ablation that trains this stage, and all before it, in the same way: one training
     serves them all. None where the ablation has no such stage."""
-
-    def training(id):
-        names = list(CONFIGS[id].stages)
-        past = names[: names.index(stage) + 1] if stage in names else []
-        return past and [
-            modelled(id),
-            *((name, CONFIGS[id].stage(name).identity()) for name in past),
-        ]
-
-    own = training(ablation)
-    return next(id for id in CONFIGS if training(id) == own) if own else None
+    own = identity(ablation, stage)
+    return next(id for id in CONFIGS if identity(id, stage) == own) if own else None
 
 
 def owned(wildcards):

@@ -52,7 +52,8 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["own_loop", pytest.param("trainer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own_loop", "trainer"])
 def test_examples_run(name, model_folder, tmp_path):
     example = ROOT / "examples" / f"{name}.py"
     text = example.read_text()
@@ -238,13 +239,14 @@ def test_lora_on_top(first):
     ("compiled", "vtc", "lds"),
     [
         ("layers", VISUAL, HALF),
-        pytest.param("layers", VTC("cls_topk", keep=0.25), HALF, marks=pytest.mark.slow),
-        pytest.param("layers", VISUAL, LDS("layerskip", rate=0.9), marks=pytest.mark.slow),
-        pytest.param("layers", VISUAL, LDS("random_ltd", rate=0.5), marks=pytest.mark.slow),
+        ("layers", VTC("cls_topk", keep=0.25), HALF),
+        ("layers", VISUAL, LDS("layerskip", rate=0.9)),
+        ("layers", VISUAL, LDS("random_ltd", rate=0.5)),
         ("layers", VISUAL, LDS("dropbp", rate=0.5)),
-        pytest.param("whole", VISUAL, HALF, marks=pytest.mark.slow),
+        ("whole", VISUAL, HALF),
     ],
 )
+@pytest.mark.slow
 def test_compiled_models_train_alike(compiled, vtc, lds):
     """A whole model compiles in pieces (the scheme breaks the graph), so compile its layers."""
 

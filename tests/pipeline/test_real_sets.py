@@ -410,6 +410,7 @@ def test_tokens_are_made_once_for_all_that_ask_for_the_same(prepared, tmp_path, 
     assert len(keys) == 4
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_wait_for_the_first(prepared, tmp_path):
     """As the processes of a training do; what was half written when one was killed is no file."""
     program = """

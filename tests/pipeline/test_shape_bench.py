@@ -41,11 +41,13 @@ def row(result, setting, stage="instruct", checkpointing=False):
     return found
 
 
+@pytest.mark.slow
 def test_the_cut_is_stated(result):
     assert result["cut"] == "4 of 32 layers, width 128 of 4096"
     assert result["shape"] == "llava-1.5-7b" and result["visual_tokens"] == 576
 
 
+@pytest.mark.slow
 def test_every_setting_in_both_stages_with_and_without_checkpointing(result):
     assert len(result["rows"]) == 2 * 2 * 6
     for one in result["rows"]:
@@ -54,6 +56,7 @@ def test_every_setting_in_both_stages_with_and_without_checkpointing(result):
         assert low <= one["step_s"] <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "instruct"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
@@ -73,6 +76,7 @@ def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
         assert row(result, "dense", stage, True)["held_mb"] < dense["held_mb"]
 
 
+@pytest.mark.slow
 def test_flops_do_not_depend_on_the_attention_and_what_is_held_does(result, tmp_path):
     found = speed(
         "llava-1.5-7b", [COMPRESSED], tmp_path / "eager.json", layers=4, width=1 / 32, batch=1,

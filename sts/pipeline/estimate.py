@@ -363,16 +363,13 @@ def data_bytes(configs: Iterable[Config]) -> float:
     """Bytes of the pictures of data sets that are made here, and of the files of those that are
     fetched; none of those in a folder of the user's or of a mirror."""
     configs = list(configs)
-    data = configs[0].data
-    made = sum(
-        dataset(name, data).image_bytes * sum(rows_made_here(name, data).values())
-        for name in data_names(configs)
-    )
-    return made + sum(
-        fetched_bytes(dataset(name, data).files)
-        for name in data_names(configs)
-        if given_folder(name, data.folders, data.mirror) is None
-    )
+    data, total = configs[0].data, 0.0
+    for name in data_names(configs):
+        entry = dataset(name, data)
+        total += entry.image_bytes * sum(rows_made_here(name, data).values())
+        if not given_folder(name, data.folders, data.mirror):
+            total += fetched_bytes(entry.files)
+    return total
 
 
 def rows_made_here(name: str, data: DataConfig) -> dict[str, int]:

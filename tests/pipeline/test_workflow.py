@@ -71,6 +71,8 @@ def test_a_table_plans_the_runs_that_it_shows(project, group):
     ("target", "expected"),
     [
         ("fig_pareto", {"figure": 1}),
+        pytest.param("fig_loss", {"figure": 1}, marks=pytest.mark.slow),
+        pytest.param("fig_layers", {"figure": 1}, marks=pytest.mark.slow),
         ("fig_tokens", {"figure": 1, "tokens": 1, "prepare": 1, "backbone": 1}),
         ("ablations", {"table": 5, "timing": 5}),
         ("bench", {"timing": 1}),
@@ -221,10 +223,13 @@ def test_a_second_call_beside_a_running_one_is_refused(project):
         first.wait()
 
 
+@pytest.mark.slow
 def test_the_log_of_a_failed_job_is_shown(project):
     (project / "broken").touch()
     said = run(project, SMOKE, ok=False)
     assert re.search(r"^\w+: out of memory$", said, re.MULTILINE)  # of whichever came first
+    (project / "broken").unlink()
+    run(project, SMOKE)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def fetched_bytes(files: Sequence[File]) -> float:
 def given_folder(name: str, folders: dict[str, str], mirror: str | None) -> Path | None:
     """The folder of a set that need not be fetched: `folders[name]`, or `<mirror>/<name>`."""
     root = mirror_folder(mirror)
-    if name in folders:
+    if folders.get(name):
         return Path(folders[name])
     return root / name if root and (root / name).is_dir() else None
 

@@ -230,6 +230,32 @@ def test_the_small_scale_is_an_evening_on_one_gpu(capsys):
     assert found["speed"]["trainings_at_once"] == 1
 
 
+@pytest.mark.parametrize(
+    ("column", "scale", "gpu", "gpus"),
+    [(1, PAPER, "a100-40", 8), (2, PAPER, "h100", 8), (3, SMALL, "rtx4090", 1)],
+)
+def test_the_page_of_the_papers_scale_says_what_the_estimate_says(column, scale, gpu, gpus, capsys):
+    """Each number of its table, to the digits that are shown there."""
+    arguments = ["--configfile", str(scale), "--gpu", gpu, "--gpus", str(gpus), "--json"]
+    assert main(["estimate", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    runs, disk, seconds = found["gpu_hours"]["runs"], found["disk_bytes"], found["seconds"]
+    expected = [
+        *runs["dense"].values(),
+        *runs["sts"].values(),
+        *(seconds[name] / 3600 for name in ("training", "evaluation")),
+        found["memory_bytes"]["of_a_training"] / 1e9,
+        *(disk[name] / 1e9 for name in ("data", "weights", "checkpoints")),
+    ]
+    page = (ROOT / "docs/paper-scale.md").read_text()
+    cells = [line.split("|")[1 + column] for line in page.splitlines() if line.startswith("| ")][
+        1:6
+    ]
+    said = [number for cell in cells for number in re.findall(r"[\d.]+", cell)]
+    places = [len(number.partition(".")[2]) for number in said]
+    assert said == [f"{value:.{n}f}" for value, n in zip(expected, places, strict=True)]
+
+
 def test_fewer_gpus_than_processes_take_longer_with_the_same_batch(capsys):
     """The trainer refuses another number of processes than configured: so which were taken is said,
     and with what accumulation the step stays as it was."""

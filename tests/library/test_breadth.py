@@ -30,6 +30,7 @@ FOR_LDS = pytest.mark.parametrize("name", sorted(set(CARRIED) - set(NO_LDS)))
 
 
 @EVERY
+@pytest.mark.slow
 def test_an_idle_scheme_is_the_model_itself(name):
     model, batch = ZOO[name].build(), ZOO[name].batch(ROWS)
     expected = backward(model, batch)

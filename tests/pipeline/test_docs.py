@@ -96,6 +96,7 @@ def trained(said: str) -> set[tuple[str, str]]:
     return set(re.findall(r"^Job \d+: (?!evaluate)(\w+) (\w+), seed 0$", said, re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_a_stage_more_at_the_end_between_or_fewer_is_one_entry(finished):
     scale, table = finished / SMOKE, finished / "workflow/ablations.yaml"
     plain, ids = yaml.safe_load(scale.read_text()), set(yaml.safe_load(table.read_text()))

@@ -513,6 +513,7 @@ def test_what_does_not_fit_stops_before_anything_is_written(run, tmp_path, monke
     assert not list((tmp_path / "none").rglob("history.jsonl"))
 
 
+@pytest.mark.slow
 def test_two_trainings_of_one_key_do_not_write_over_each_other(tmp_path):
     folder = tmp_path / "key"
     script = (

@@ -345,7 +345,7 @@ COMMAND = f"snakemake --report results/smoke/report.html --configfile {SMOKE}"
 @pytest.mark.parametrize(
     ("flags", "missing", "env", "expected"),
     [
-        ([], [], {}, COMMAND),
+        pytest.param([], [], {}, COMMAND, marks=pytest.mark.slow),
         pytest.param(["--use-conda"], ["torch"], {}, COMMAND, marks=pytest.mark.slow),
         pytest.param(
             [], ["pygments"], {}, f"pip install pygments; {COMMAND}", marks=pytest.mark.slow

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from sts.pipeline import cost, provenance
 from sts.pipeline.bar import bar_of
-from sts.pipeline.config import BenchConfig, Config, StageConfig
+from sts.pipeline.config import REPEATS, BenchConfig, Config, StageConfig
 from sts.pipeline.data.collator import collate
 from sts.pipeline.device import lease
 from sts.pipeline.features import skip_tower, usable
@@ -37,7 +37,6 @@ from sts.pipeline.step import make_optimizer, optimizer_step, prepare_process
 from sts.pipeline.train import derived_seed, put_scheme
 from sts.scheme import Scheme, unsparsify
 
-REPEATS = 3  # timed steps of a variant at a point; their median counts
 SEED = 0  # of data order, projector and layer draws
 
 
@@ -164,7 +163,7 @@ def time_stage(
     place = count()
     names = ("step_s", "flops", "layers_run", "visual_tokens", "order")
     found: dict[str, dict[str, list]] = {id: {name: [] for name in names} for id in blocks}
-    bar = bar_of(f"bench {stage}", 0, plan.points * (plan.warmup + REPEATS) * len(blocks))
+    bar = bar_of(f"bench {stage}", 0, plan.steps * len(blocks))
     for point in range(plan.points):
         timed: dict[str, list] = {id: [] for id in blocks}
         for repeat in range(-plan.warmup, REPEATS):

@@ -394,6 +394,9 @@ class EvaluateConfig(Block):
     """At most this many questions of each benchmark, always the same ones; null: all."""
 
 
+REPEATS = 3  # timed steps of a variant at a point; their median counts
+
+
 class BenchConfig(Block):
     """How the time of a training is measured."""
 
@@ -401,6 +404,11 @@ class BenchConfig(Block):
     """Places in each stage where a step is timed."""
     warmup: Index = 1
     """Steps before each that don't count."""
+
+    @property
+    def steps(self) -> int:
+        """That the timing takes of each stage of a run, in one process."""
+        return self.points * (self.warmup + REPEATS)
 
 
 class Config(Block):

@@ -25,7 +25,6 @@ from transformers import PreTrainedConfig
 
 from sts.lds.decision import expected_work
 from sts.pipeline import cost, shapes
-from sts.pipeline.bench import REPEATS
 from sts.pipeline.benchmarks import questions_of
 from sts.pipeline.checkpoint import KEPT
 from sts.pipeline.config import (
@@ -129,9 +128,8 @@ def forecast(
         len(config.seeds) * evaluation_seconds(shape, config, speed[config.last])
         for config in configs.values()
     ]
-    timed = base.bench.points * (base.bench.warmup + REPEATS)  # steps of one process, a stage
     timing = sum(
-        timed * flops(configs[id], stage) / block.steps / block.processes / speed[stage]
+        base.bench.steps * flops(configs[id], stage) / block.steps / block.processes / speed[stage]
         for members in groups.values()
         for id in members
         for stage, block in configs[id].stages.items()

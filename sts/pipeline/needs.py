@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sts.pipeline import cost
-from sts.pipeline.bench import REPEATS
 from sts.pipeline.config import Config, DataConfig, StageConfig, config_hash
 from sts.pipeline.estimate import (
     evaluation_seconds,
@@ -59,8 +58,7 @@ def requests(
             found[f"train/{id}/{stage}"] = limits(memory, seconds)
             alone = block.model_copy(update={"processes": 1, "nodes": 1})
             alone = training_memory(shape, alone, config.data, gpus)
-            timed = config.bench.points * (config.bench.warmup + REPEATS) / block.steps
-            timings[id, stage] = (alone, timed * seconds)
+            timings[id, stage] = (alone, config.bench.steps / block.steps * seconds)
         rate = speed(config.stage(config.last), gpus)
         memory = (GPU_PROCESS_BYTES if gpus else PROCESS_BYTES) + float32_bytes(shape)
         seconds = evaluation_seconds(shape, config, rate)

@@ -12,8 +12,8 @@ from configs import two_stages
 from tiny import CASES
 
 from sts import LDS, sparsify
-from sts.pipeline.bench import REPEATS, bench, rotated, seen_by, typical_steps
-from sts.pipeline.config import Config
+from sts.pipeline.bench import bench, rotated, seen_by, typical_steps
+from sts.pipeline.config import REPEATS, Config
 from sts.pipeline.provenance import write_json_atomic
 from sts.settings import VTC
 

@@ -22,8 +22,7 @@ def job_size(job):
         questions = asked.limit or BASE.data.scenes.test
         return questions * len(asked.benchmarks) * (1 + asked.blind)
     if job.rule.name == "timing":
-        steps = BASE.bench.points * (BASE.bench.warmup + 3)
-        return sum(stage_size(stage, steps) for stage in stages(job.wildcards.group))
+        return sum(stage_size(stage, BASE.bench.steps) for stage in stages(job.wildcards.group))
     return 0
 
 

@@ -1,6 +1,8 @@
 """The reference results are what the README quotes; tables and figures follow from them."""
 
+import json
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pandas as pd
@@ -22,6 +24,57 @@ def rows(file: Path) -> list[str]:
 
 def test_the_readme_quotes_the_reference_table():
     assert rows(ROOT / "README.md") == rows(REFERENCE / "tables/main.md")
+
+
+# Rows of README's two digests -> reference results, table, dense row and sparse row
+CONTROL = {
+    "Dense": "dense",
+    "Dense, fewer steps": "dense_short",
+    "STS": "sts",
+    "VTC and LDS in both stages (v1)": "v1",
+    "2-D pooling to 1/4, block influence (ours)": "sts_pool",
+}
+FAMILIES = {
+    "LLaVA (CLIP tower)": ("dense", "sts"),
+    "LLaVA-NeXT (tiles, newlines)": ("next_dense", "next_sts"),
+    "Idefics3 (pixel shuffle)": ("idefics3_dense", "idefics3_sts"),
+    "Qwen2.5-VL (any resolution, M-RoPE)": ("qwen_dense", "qwen_sts"),
+}
+
+
+def quoted(width: int) -> dict[str, list[str]]:
+    """Rows of README's tables that have so many cells, by the first one."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    return {row[0]: row[1:] for row in cells if len(row) == width}
+
+
+def score(row: pd.Series) -> str:
+    return f"{row['average']:.1%} ± {row['average_sd']:.1%}".replace("%", "")
+
+
+def test_the_readme_compares_with_training_less_as_the_reference_does():
+    table = pd.read_csv(REFERENCE / "tables/components.csv").set_index("ablation")
+    found = quoted(5)
+    for label, id in CONTROL.items():
+        files = sorted((REFERENCE / "runs" / id).glob("seed*/eval.json"))
+        results = [json.loads(file.read_text())["benchmarks"].values() for file in files]
+        seeds = [fmean(one["score"] for one in result) for result in results]
+        row = table.loc[id]
+        costs = [f"{row[name]:.2f}" for name in ("time_ratio", "flops_ratio")]
+        each = ", ".join(f"{100 * seed:.1f}" for seed in seeds)
+        assert found[label] == [score(row), each, *costs]
+
+
+def test_the_readme_compares_architectures_as_the_reference_does():
+    file = REFERENCES / "mini_architectures/tables/architectures.csv"
+    table, found = pd.read_csv(file).set_index("ablation"), quoted(7)
+    for label, (dense, sparse) in FAMILIES.items():
+        base, row = table.loc[dense], table.loc[sparse]
+        sees = ", ".join(f"{100 * base[name]:.1f}" for name in ("existence", "colour", "shape"))
+        low, mean, high = (f"{100 * row[f'retention{end}']:.1f}" for end in ("_low", "", "_high"))
+        costs = [f"{row[name]:.2f}" for name in ("time_ratio", "flops_ratio")]
+        assert found[label] == [sees, score(base), score(row), f"{mean} ({low} to {high})", *costs]
 
 
 def shown(table: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -199,8 +199,8 @@ def test_a_rebuild_is_estimated_with_the_samples_that_the_recipe_trains(
     assert seconds == pytest.approx(estimate.START_SECONDS + flops / 1e9)
 
 
-def asked(capsys, *more):
-    assert main(["estimate", "--configfile", str(PAPER), "--json", *more]) == 0
+def asked(capsys, *more, scale=PAPER):
+    assert main(["estimate", "--configfile", str(scale), "--json", *more]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -222,9 +222,7 @@ def test_gpus_that_are_not_here_take_the_hours_that_were_published(capsys):
 
 def test_the_small_scale_is_an_evening_on_one_gpu(capsys):
     """At 35 % of the peak; small matrices may reach a third of that, which an evening has too."""
-    arguments = ["--configfile", str(SMALL), "--gpu", "rtx4090", "--gpus", "1", "--json"]
-    assert main(["estimate", *arguments]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = asked(capsys, "--gpu", "rtx4090", "--gpus", "1", scale=SMALL)
     assert not found["lacking"]
     assert 1 < found["seconds"]["total"] / 3600 < 2.5
     assert found["speed"]["trainings_at_once"] == 1
@@ -236,9 +234,7 @@ def test_the_small_scale_is_an_evening_on_one_gpu(capsys):
 )
 def test_the_page_of_the_papers_scale_says_what_the_estimate_says(column, scale, gpu, gpus, capsys):
     """Each number of its table, to the digits that are shown there."""
-    arguments = ["--configfile", str(scale), "--gpu", gpu, "--gpus", str(gpus), "--json"]
-    assert main(["estimate", *arguments]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = asked(capsys, "--gpu", gpu, "--gpus", str(gpus), scale=scale)
     runs, disk, seconds = found["gpu_hours"]["runs"], found["disk_bytes"], found["seconds"]
     expected = [
         *runs["dense"].values(),
@@ -248,9 +244,8 @@ def test_the_page_of_the_papers_scale_says_what_the_estimate_says(column, scale,
         *(disk[name] / 1e9 for name in ("data", "weights", "checkpoints")),
     ]
     page = (ROOT / "docs/paper-scale.md").read_text()
-    cells = [line.split("|")[1 + column] for line in page.splitlines() if line.startswith("| ")][
-        1:6
-    ]
+    lines = [line for line in page.splitlines() if line.startswith("| ")][1:6]  # without the head
+    cells = [line.split("|")[1 + column] for line in lines]
     said = [number for cell in cells for number in re.findall(r"[\d.]+", cell)]
     places = [len(number.partition(".")[2]) for number in said]
     assert said == [f"{value:.{n}f}" for value, n in zip(expected, places, strict=True)]

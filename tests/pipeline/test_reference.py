@@ -26,7 +26,7 @@ def test_the_readme_quotes_the_reference_table():
     assert rows(ROOT / "README.md") == rows(REFERENCE / "tables/main.md")
 
 
-# Rows of README's two digests -> reference results, table, dense row and sparse row
+# Rows of README's two digests, and the ablations that they are of: one, or dense and sparse
 CONTROL = {
     "Dense": "dense",
     "Dense, fewer steps": "dense_short",
@@ -49,8 +49,16 @@ def quoted(width: int) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells if len(row) == width}
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
 def score(row: pd.Series) -> str:
-    return f"{row['average']:.1%} ± {row['average_sd']:.1%}".replace("%", "")
+    return f"{percent(row['average'])} ± {percent(row['average_sd'])}"
+
+
+def costs(row: pd.Series) -> list[str]:
+    return [f"{row[name]:.2f}" for name in ("time_ratio", "flops_ratio")]
 
 
 def test_the_readme_compares_with_training_less_as_the_reference_does():
@@ -59,11 +67,9 @@ def test_the_readme_compares_with_training_less_as_the_reference_does():
     for label, id in CONTROL.items():
         files = sorted((REFERENCE / "runs" / id).glob("seed*/eval.json"))
         results = [json.loads(file.read_text())["benchmarks"].values() for file in files]
-        seeds = [fmean(one["score"] for one in result) for result in results]
+        seeds = ", ".join(percent(fmean(one["score"] for one in result)) for result in results)
         row = table.loc[id]
-        costs = [f"{row[name]:.2f}" for name in ("time_ratio", "flops_ratio")]
-        each = ", ".join(f"{100 * seed:.1f}" for seed in seeds)
-        assert found[label] == [score(row), each, *costs]
+        assert found[label] == [score(row), seeds, *costs(row)]
 
 
 def test_the_readme_compares_architectures_as_the_reference_does():
@@ -71,10 +77,10 @@ def test_the_readme_compares_architectures_as_the_reference_does():
     table, found = pd.read_csv(file).set_index("ablation"), quoted(7)
     for label, (dense, sparse) in FAMILIES.items():
         base, row = table.loc[dense], table.loc[sparse]
-        sees = ", ".join(f"{100 * base[name]:.1f}" for name in ("existence", "colour", "shape"))
-        low, mean, high = (f"{100 * row[f'retention{end}']:.1f}" for end in ("_low", "", "_high"))
-        costs = [f"{row[name]:.2f}" for name in ("time_ratio", "flops_ratio")]
-        assert found[label] == [sees, score(base), score(row), f"{mean} ({low} to {high})", *costs]
+        sees = ", ".join(percent(base[name]) for name in ("existence", "colour", "shape"))
+        low, mean, high = (percent(row[f"retention{end}"]) for end in ("_low", "", "_high"))
+        kept = f"{mean} ({low} to {high})"
+        assert found[label] == [sees, score(base), score(row), kept, *costs(row)]
 
 
 def shown(table: Path) -> tuple[dict[str, str], dict[str, str]]:

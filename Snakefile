@@ -27,6 +27,7 @@ onstart:
     check_environment()
     write_configs()
     prepare_cluster()
+    redate_future()
     show_progress()
 
 

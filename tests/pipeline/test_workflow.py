@@ -18,6 +18,7 @@ import pytest
 from project import (
     ABLATIONS,
     BIN,
+    BOTH,
     ROOT,
     SMOKE,
     call,
@@ -208,6 +209,14 @@ def _alive(group: int) -> bool:
     return True
 
 
+def test_a_clock_that_went_back_stops_nothing(finished):
+    tomorrow = time.time() + 24 * 3600
+    os.utime(finished / "results/smoke/tokens.json", (tomorrow, tomorrow))
+    (finished / "results/smoke/figures/tokens.svg").unlink()
+    run(finished, SMOKE, "fig_tokens")
+    assert "Nothing to be done" in run(finished, SMOKE, *BOTH)
+
+
 def test_a_second_call_beside_a_running_one_is_refused(project):
     (project / "slow").touch()
     first = subprocess.Popen(
@@ -217,7 +226,8 @@ def test_a_second_call_beside_a_running_one_is_refused(project):
     try:
         logs = project / "results/smoke/logs/runs"
         wait_for(lambda: any(log.stat().st_size for log in logs.rglob("align.log")))
-        assert "cannot be locked" in run(project, SMOKE, ok=False)
+        said = run(project, SMOKE, ok=False)
+        assert "Another call is at work in this folder" in said and "cannot be locked" in said
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()

@@ -10,6 +10,7 @@ import sys
 import time
 from base64 import urlsafe_b64decode
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -452,7 +453,10 @@ def recover_from_kill():
     ALIVE = open(".snakemake/alive", "w")
     try:
         fcntl.flock(ALIVE, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another call is at work, or no locks here: left to Snakemake
+    except BlockingIOError:  # Snakemake refuses, or says that outputs just written are incomplete
+        print("Another call is at work in this folder: wait until it ends", file=sys.stderr)
+        return
+    except OSError:  # no locks here: left to Snakemake
         return
     if not cluster.locks_reach_other_hosts("."):
         return  # a call on another host may be at work
@@ -464,6 +468,17 @@ def recover_from_kill():
     for marker in begun:
         Path(urlsafe_b64decode(marker.name).decode()).unlink(missing_ok=True)
         marker.unlink()
+
+
+def redate_future():
+    """Give inputs that are dated later than now, as the clock went back or was ahead on the machine
+    that made them, the date of now: Snakemake throws away an output that is older than an input."""
+    now = time.time()
+    inputs = {Path(file) for job in workflow.dag.needrun_jobs() for file in job.input}
+    for file in inputs:
+        if file.exists() and file.stat().st_mtime > now:
+            with suppress(OSError):  # of another user, or read-only: Snakemake will say so
+                os.utime(file, (now, now))
 
 
 def show_failed_logs(records, lines=30):

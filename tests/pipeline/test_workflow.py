@@ -25,7 +25,6 @@ from project import (
     edit,
     environment,
     planned,
-    real_project,
     run,
     wait_for,
 )
@@ -412,28 +411,3 @@ def test_the_report_is_one_file_made_offline_that_opens_on_what_was_found(finish
 
 
 # ---- the real thing -----------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_real_training_killed_halfway_ends_with_the_same_weights(tmp_path):
-    """Nothing is cut short here: one run of `sts`, once in one go, once through `kill -9`."""
-    target = "results/smoke/runs/sts/seed0/instruct.json"
-    copies = [real_project(tmp_path / "whole"), real_project(tmp_path / "killed")]
-    for copy in copies:
-        scale = "instruct: {steps: 40, batch_size: 8, checkpoint_every: 5}"
-        edit(copy / SMOKE, "instruct: {steps: 6, batch_size: 8, checkpoint_every: 2}", scale)
-    whole, killed = copies
-    run(whole, SMOKE, target)
-
-    begun = subprocess.Popen(
-        call(target, "--configfile", SMOKE), cwd=killed, env=environment(), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    file = killed / "results/smoke/logs/runs/sts/seed0/instruct.log"
-    wait_for(lambda: file.exists() and list(killed.rglob("state/0*/process-0.sha256")), seconds=200)
-    os.killpg(begun.pid, signal.SIGKILL)
-    begun.wait()
-    run(killed, SMOKE, target)
-
-    assert "going on from step" in file.read_text()
-    assert (killed / target).read_text() == (whole / target).read_text()

@@ -16,7 +16,7 @@ help:
 	@echo "make data        only the prepared data"
 	@echo "make report      the HTML report of the results that are there"
 	@echo "make test        the everyday tests; make test-all: the slow ones too (JOBS=2 side by side)"
-	@echo "make campaign    kills, full disks, broken files, ...: what the pipeline survives (half an hour)"
+	@echo "make campaign    kills, full disks, broken files, ...: what the pipeline survives (40 minutes)"
 	@echo "make gpu-check   on a machine with a GPU: its tests, 7B steps, a smoke run; results to commit"
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make schemas     JSON schemas of scales and ablations, for editors"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
+import campaign
 import numpy as np
 import pandas as pd
 import pytest
@@ -120,3 +121,14 @@ def test_a_reference_figure_follows_from_the_reference_results(name, tmp_path):
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_figure_is_there(name):
     assert (REFERENCE / f"figures/{name}.svg").stat().st_size > 1000
+
+
+def test_the_page_quotes_what_was_survived():
+    found = json.loads((REFERENCES / "survival.json").read_text())
+    trials = found["trials"]
+    assert not found["not tried"] and all(trial["survived"] for trial in trials)
+    assert {trial["fault"] for trial in trials} == {*campaign.FAULTS}
+    lines = (REFERENCES / "survival.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert sum(int(row.split("|")[3]) for row in table[2:]) == len(trials)
+    assert "\n".join(table) in (ROOT / "docs/workflow.md").read_text()

@@ -208,6 +208,7 @@ def _alive(group: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_clock_that_went_back_stops_nothing(finished):
     tomorrow = time.time() + 24 * 3600
     os.utime(finished / "results/smoke/tokens.json", (tomorrow, tomorrow))

@@ -240,7 +240,6 @@ def test_lora_on_top(first):
     [
         ("layers", VISUAL, HALF),
         ("layers", VTC("cls_topk", keep=0.25), HALF),
-        ("layers", VISUAL, LDS("layerskip", rate=0.9)),
         ("layers", VISUAL, LDS("random_ltd", rate=0.5)),
         ("layers", VISUAL, LDS("dropbp", rate=0.5)),
         ("whole", VISUAL, HALF),

@@ -81,7 +81,7 @@ reference:
 	rm -rf results/reference/$(INTO)
 	mkdir -p results/reference/$(INTO)
 	cd $(RESULTS) && find $$(ls -d tables figures bench runs configs tokens.json 2> /dev/null) -type f \
-	  \( -not -path 'runs/*' -o -regex 'runs/[^/]*/[^/]*/[^/]*\.json' \
+	  -not -name '*.html' \( -not -path 'runs/*' -o -regex 'runs/[^/]*/[^/]*/[^/]*\.json' \
 	    -o -path 'runs/*/eval/provenance.json' \) \
 	  -exec cp --parents -t ../reference/$(INTO) {} +
 

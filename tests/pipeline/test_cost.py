@@ -523,9 +523,11 @@ def test_flops_of_a_family_agree_with_torch_whatever_is_trained(name, trains):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", STEPS[:2])
 @pytest.mark.parametrize("name", OTHERS)
-def test_flops_of_every_type_that_is_not_called_rough_agree_with_torch(name):
-    check(name, "all", "layer" if name in NO_VTC else "vtc and lds", checkpointing=True)
+def test_flops_of_every_type_that_is_not_called_rough_agree_with_torch(name, case):
+    trains, setting, checkpointing = case
+    check(name, trains, "layer" if name in NO_VTC else setting, checkpointing)
 
 
 def test_types_that_are_called_rough_are_carried_and_say_so(caplog):

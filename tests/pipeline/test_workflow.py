@@ -409,6 +409,3 @@ def test_the_report_is_one_file_made_offline_that_opens_on_what_was_found(finish
     assert "Sparse training, scale smoke" in page
     assert table.read_text() in page
     assert 'src="data:image/svg+xml,' in page
-
-
-# ---- the real thing -----------------------------------------------------------------------------

@@ -54,7 +54,7 @@ lint: .venv/made-from-lock
 	$(BIN)/snakemake --lint
 
 schemas: .venv/made-from-lock
-	$(BIN)/python -m sts.pipeline.schemas
+	$(BIN)/python -m sts.pipeline.config.schemas
 
 .venv/made-from-lock: requirements.lock
 	@command -v $(firstword $(PYTHON)) > /dev/null || { echo "$(PYTHON) was not found; $(NEEDED)" >&2; exit 1; }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sts.pipeline import config as settings
-from sts.pipeline.gpus import GPUS
+from sts.pipeline.cost.machines import GPUS
 
 MINI = Path("workflow/config/mini.yaml")
 ABLATIONS = Path("workflow/ablations.yaml")
@@ -27,7 +27,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def backbone(args: argparse.Namespace) -> None:
     """Write the manifest of the vision tower and the language model that every run starts from."""
-    from sts.pipeline.model import SHIPPED, write_manifest
+    from sts.pipeline.train.model import SHIPPED, write_manifest
 
     model, folder = settings.load_scale(args.config).model, SHIPPED
     if args.rebuild or model.backbone == "rebuild":
@@ -46,7 +46,7 @@ def smollm2(args: argparse.Namespace) -> None:
 
 def features(args: argparse.Namespace) -> None:
     """Compute once what a frozen vision tower gives the projector for a data set's pictures."""
-    from sts.pipeline import features
+    from sts.pipeline.train import features
 
     config = _with_stage(args)
     try:
@@ -57,7 +57,7 @@ def features(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
-    from sts.pipeline import train
+    from sts.pipeline.train import train
 
     config = _with_stage(args)
     run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
@@ -75,7 +75,7 @@ def _with_stage(args: argparse.Namespace) -> settings.Config:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measure a trained run on every benchmark, with and without the image."""
-    from sts.pipeline import evaluate
+    from sts.pipeline.evaluate import evaluate
 
     config = settings.load_scale(args.config)
     run = {"ablation": args.ablation, "seed": args.seed, "run": args.run}
@@ -84,7 +84,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def submission(args: argparse.Namespace) -> None:
     """Answer a benchmark whose answers are not public; write the file that its server takes."""
-    from sts.pipeline import submission
+    from sts.pipeline.evaluate import submission
 
     config = settings.load_scale(args.config)
     submission.submission(config, args.benchmark, args.run, args.out, args.questions)
@@ -94,7 +94,7 @@ def bench(args: argparse.Namespace) -> None:
     """Time variants, interleaved, with the machine to themselves: the trainings of several
     configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
     if args.shape:
-        from sts.pipeline import shape_bench
+        from sts.pipeline.measure import shape_bench
 
         try:
             shape_bench.speed(
@@ -106,7 +106,7 @@ def bench(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise settings.ConfigError("command line", "--shape", args.shape, str(error)) from error
         return
-    from sts.pipeline import bench
+    from sts.pipeline.measure import bench
 
     for name in ("configs", "data", "init"):
         if not getattr(args, name):
@@ -122,14 +122,14 @@ def bench(args: argparse.Namespace) -> None:
 
 def tokens(args: argparse.Namespace) -> None:
     """Compress the first picture of a data set by every compressor: which tokens each keeps."""
-    from sts.pipeline import kept_tokens
+    from sts.pipeline.measure import kept_tokens
 
     kept_tokens.kept_tokens(args.backbone, args.data, args.out)
 
 
 def table(args: argparse.Namespace) -> None:
     """Write a table as CSV, Markdown, LaTeX and HTML from result files."""
-    from sts.pipeline import tables
+    from sts.pipeline.report import tables
 
     sources, bases = (
         dict(zip(args.ablations, given or [], strict=bool(given)))
@@ -142,14 +142,14 @@ def table(args: argparse.Namespace) -> None:
 
 def expected(args: argparse.Namespace) -> None:
     """Write published scores beside those that a run obtained, with a verdict."""
-    from sts.pipeline import expected
+    from sts.pipeline.report import expected
 
     expected.expected(args.reference, args.results, args.out_stem)
 
 
 def figure(args: argparse.Namespace) -> None:
     """Write a figure as SVG and PNG from result files."""
-    from sts.pipeline import figures
+    from sts.pipeline.report import figures
 
     figures.figure(args.name, args.results, args.ablations, args.out_stem, _labels(args))
 
@@ -160,7 +160,7 @@ def _labels(args: argparse.Namespace) -> dict[str, str]:
 
 def summary(args: argparse.Namespace) -> None:
     """Say in a few lines what was found and where to look."""
-    from sts.pipeline import findings
+    from sts.pipeline.report import findings
 
     findings.summary(args.results)
 
@@ -168,8 +168,8 @@ def summary(args: argparse.Namespace) -> None:
 def estimate(args: argparse.Namespace) -> None:
     """Say what a run will cost before anything is trained: jobs, FLOPs, time, disk, memory."""
     from sts.mini import language, vision
-    from sts.pipeline import estimate
-    from sts.pipeline.gpus import Machine
+    from sts.pipeline.cost.machines import Machine
+    from sts.pipeline.measure import forecast as estimate
 
     recipe = {"vision": vision.BATCH, "language": language.BATCH}
     for name in ("gpus", "price"):
@@ -184,7 +184,7 @@ def estimate(args: argparse.Namespace) -> None:
 
 def requests(args: argparse.Namespace) -> None:
     """Write what the jobs of a cluster ask for, memory and time, from the estimate."""
-    from sts.pipeline import needs
+    from sts.pipeline.measure import requests as needs
 
     configs = {file.stem: settings.load_scale(file) for file in args.configs}
     groups: dict[str, list[str]] = {}
@@ -196,7 +196,7 @@ def requests(args: argparse.Namespace) -> None:
 
 def ui(args: argparse.Namespace) -> None:
     """Serve MLflow's pages, and say at which address our runs are."""
-    from sts.pipeline import tracking
+    from sts.pipeline.run import tracking
 
     command, address = tracking.ui_command(args.port)
     print(f"The runs: {address}", flush=True)
@@ -206,7 +206,7 @@ def ui(args: argparse.Namespace) -> None:
 
 def reap(args: argparse.Namespace) -> None:
     """Close MLflow runs whose process has died."""
-    from sts.pipeline import tracking
+    from sts.pipeline.run import tracking
 
     for name in tracking.reap():
         print(name)
@@ -214,7 +214,7 @@ def reap(args: argparse.Namespace) -> None:
 
 def close(args: argparse.Namespace) -> None:
     """End the MLflow run of this call of the pipeline (STS_INVOCATION)."""
-    from sts.pipeline import tracking
+    from sts.pipeline.run import tracking
 
     tracking.close_invocation(args.status, args.artifacts)
 

@@ -43,7 +43,9 @@ import psutil  # noqa: E402
 from project import SMOKE, call, environment, real_project, wait_for  # noqa: E402
 
 from sts.__main__ import main as sts  # noqa: E402
-from sts.pipeline import checkpoint, provenance  # noqa: E402
+from sts.pipeline.files import sha256_file, sha256_json, write_json_atomic  # noqa: E402
+from sts.pipeline.run import provenance  # noqa: E402
+from sts.pipeline.train import checkpoint  # noqa: E402
 
 OUT = ROOT / "results/reference/survival"
 MOUNTS = "STS_CAMPAIGN_MOUNTS"  # 1: this process may mount, and nobody else sees it
@@ -273,11 +275,11 @@ def facts(project: Path, timed: bool = False) -> dict[str, str]:
             elif file.name == "history.jsonl":
                 rows = [json.loads(line) for line in file.read_text().splitlines()]
                 own = ("seconds", "peak_mem_mb")
-                found[name] = provenance.sha256_json(
+                found[name] = sha256_json(
                     [{key: value for key, value in row.items() if key not in own} for row in rows]
                 )
             else:
-                found[name] = provenance.sha256_file(file)
+                found[name] = sha256_file(file)
     return found
 
 
@@ -825,8 +827,16 @@ def load_packages() -> None:
     """What a fork shall find loaded: all that the verbs import."""
     import lm_eval.models.hf_vlms  # noqa: F401
 
-    from sts.pipeline import bench, evaluate, figures, kept_tokens, tables  # noqa: F401
     from sts.pipeline.data import prepare  # noqa: F401
+    from sts.pipeline.evaluate import evaluate  # noqa: F401
+    from sts.pipeline.measure import (
+        bench,  # noqa: F401
+        kept_tokens,  # noqa: F401
+    )
+    from sts.pipeline.report import (
+        figures,  # noqa: F401
+        tables,  # noqa: F401
+    )
 
 
 def report(place: Campaign, skipped: dict[str, str], about: dict[str, Any]) -> str:
@@ -891,7 +901,7 @@ def main() -> int:
         "minutes": round(sum(one.ru_utime + one.ru_stime for one in used) / 60),
     }
     trials = [asdict(trial) for trial in place.trials]
-    provenance.write_json_atomic(
+    write_json_atomic(
         args.out.with_suffix(".json"), {**about, "trials": trials, "not tried": skipped}
     )
     text = report(place, skipped, about)

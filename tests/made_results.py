@@ -5,7 +5,7 @@ import json
 
 import yaml
 
-from sts.pipeline import tables
+from sts.pipeline.report import tables
 
 SCORES = {  # id -> seed -> (colour, text)
     "dense": {0: (0.8, 0.5), 1: (1.0, 0.4)},

@@ -22,7 +22,7 @@ from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
 from sts.pipeline.data.collator import collate
 from sts.pipeline.data.conversation import CHAT_TEMPLATE
 from sts.pipeline.data.prepare import prepare
-from sts.pipeline.feed import load_data
+from sts.pipeline.train.feed import load_data
 
 WORDS = [*scenes.vocabulary()]
 TURNS = 5  # pairs of a conversation, of 25 and 12 words: about 1,300 characters as in the 665K set

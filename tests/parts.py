@@ -22,7 +22,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from sts.pipeline.config import ModelConfig
-from sts.pipeline.model import write_manifest
+from sts.pipeline.train.model import write_manifest
 
 SIDE, PATCH, VISUAL = 32, 8, 16  # pixels of a picture and a patch; visual tokens
 SQUARE = {"height": SIDE, "width": SIDE}

@@ -21,34 +21,34 @@ STANDINS = {
     "pipeline/data/prepare.py": """
 def prepare(config, name, out):
     write(out, {"dataset": name, "of": config.data.model_dump_json()})""",
-    "pipeline/model.py": """
+    "pipeline/train/model.py": """
 SHIPPED = "shipped"
 def write_manifest(model, out, folder): write(out, {"vision": model.backbone})""",
     "mini/backbone.py": """
 def rebuilt(model, folder): return folder""",
-    "pipeline/features.py": """
+    "pipeline/train/features.py": """
 def write_features(config, stage, data, init, out): write(out, {"model": hashed(init)})
 class NotCached(ValueError): pass""",
-    "pipeline/train.py": """
+    "pipeline/train/train.py": """
 def train(config, ablation, seed, stage, data, init, out, features):
     print("training", ablation, flush=True)
     for _ in range(600 * Path("slow").exists()): time.sleep(0.1)
     if Path("broken").exists(): raise SystemExit(f"{ablation}: out of memory")
     write(out, {"stage": config.stage(stage).identity(), "seed": seed, "init": hashed(init)})""",
-    "pipeline/evaluate.py": """
+    "pipeline/evaluate/evaluate.py": """
 def evaluate(config, ablation, seed, run, data, out): write(out, {"run": hashed(run)})""",
-    "pipeline/bench.py": """
+    "pipeline/measure/bench.py": """
 def bench(configs, data, inits, out, features):
     write(out, {"threads": os.environ["OMP_NUM_THREADS"], "configs": list(configs)})""",
-    "pipeline/tables.py": """
+    "pipeline/report/tables.py": """
 def table(name, results, ablations, out_stem, labels, *sources):
     for end in ("md", "csv", "tex", "json", "html"):
         write(f"{out_stem}.{end}", dict.fromkeys(ablations, 1))""",
-    "pipeline/findings.py": """
+    "pipeline/report/findings.py": """
 def summary(results): print("found something")""",
-    "pipeline/kept_tokens.py": """
+    "pipeline/measure/kept_tokens.py": """
 def kept_tokens(backbone, data, out): write(out, {"backbone": hashed(backbone)})""",
-    "pipeline/figures.py": """
+    "pipeline/report/figures.py": """
 def figure(name, results, ablations, out_stem, labels):
     for ending in ("svg", "png"): write(f"{out_stem}.{ending}", ablations)""",
 }

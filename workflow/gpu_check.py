@@ -34,8 +34,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 from xml.etree import ElementTree
 
-from sts.pipeline import provenance
-from sts.pipeline.device import visible_gpus
+from sts.pipeline.files import read_json, write_json_atomic
+from sts.pipeline.run import provenance
+from sts.pipeline.run.device import visible_gpus
 
 LOGS = Path("results/gpu_check")
 KEPT = Path("results/reference/gpu")
@@ -103,13 +104,13 @@ def counts(report: Path) -> dict[str, int]:
 
 def measured(out: Path) -> dict[str, Any]:
     """What a bench found: medians, memory, ratios to dense, realisation, a row a setting."""
-    found = provenance.read_json(out)
+    found = read_json(out)
     return {key: found[key] for key in ("cut", "dtype", "batch", "repeats", "rows")}
 
 
 def run_of(results: Path, gpu: bool) -> dict[str, Any]:
     """What a run of the pipeline made. Raises ValueError if a training had no GPU."""
-    trained = [provenance.read_json(f) for f in sorted(results.glob("weights/*/provenance.json"))]
+    trained = [read_json(f) for f in sorted(results.glob("weights/*/provenance.json"))]
     without = [one for one in trained if not one["hardware"]["gpus"]]
     if not trained or (gpu and without):
         raise ValueError(f"of {len(trained)} trainings {len(without)} ran without a GPU")
@@ -124,13 +125,13 @@ def check(todo: Sequence[Part], about: Mapping[str, Any], kept: Path) -> bool:
     """Run the parts, one after the other; the file `kept` has what became of them after each.
     Whether none failed."""
     LOGS.mkdir(parents=True, exist_ok=True)
-    before = provenance.read_json(kept) if kept.exists() else {}
+    before = read_json(kept) if kept.exists() else {}
     rows = before.pop("parts", {})
     rows = rows if before == about else {}
     for part in todo:
         print(f"{part.name} ... ", end="", flush=True)
         rows[part.name] = row = run(part)
-        provenance.write_json_atomic(kept, {**about, "parts": rows})
+        write_json_atomic(kept, {**about, "parts": rows})
         print(": ".join(filter(None, (row["status"], row.get("why")))), flush=True)
     print(f"Result: {kept}; what was printed: {LOGS}")
     return not any(rows[part.name]["status"] == "failed" for part in todo)

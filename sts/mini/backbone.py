@@ -17,8 +17,9 @@ from sts.mini.vision import seeing, train_vision
 from sts.mini.words import make_tokenizer
 from sts.pipeline.config import ModelConfig
 from sts.pipeline.data.conversation import CHAT_TEMPLATE
-from sts.pipeline.model import SHIPPED
-from sts.pipeline.provenance import fingerprint, sha256_json, write_json_atomic
+from sts.pipeline.files import sha256_json, write_json_atomic
+from sts.pipeline.run.provenance import fingerprint
+from sts.pipeline.train.model import SHIPPED
 
 # steps of the towers of whole checkpoints; LLaVA's two parts have theirs in the scale's file
 TOWER_STEPS = {"llava_next": 3000, "idefics3": 2100, "qwen2_5_vl": 2100}

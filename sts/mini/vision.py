@@ -19,7 +19,7 @@ from sts.mini import scenes
 from sts.mini.families import FAMILIES, build, places_of, put_tower
 from sts.mini.muon import apart, learner
 from sts.mini.words import make_tokenizer
-from sts.pipeline.device import bf16_is_native
+from sts.pipeline.run.device import bf16_is_native
 
 BATCH = 16  # pictures of a step
 SIZES = [len(values) + 1 for values in scenes.ATTRIBUTES.values()]  # 0 is "none"

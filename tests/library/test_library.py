@@ -40,8 +40,8 @@ from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """The mini scale's own LLaVA, not yet aligned, as a user would load it."""
-    from sts.pipeline.model import SHIPPED, build_llava
-    from sts.pipeline.provenance import write_json_atomic
+    from sts.pipeline.files import write_json_atomic
+    from sts.pipeline.train.model import SHIPPED, build_llava
 
     folder = tmp_path_factory.mktemp("llava")
     parts = {part: str(ROOT / SHIPPED / part) for part in ("vision", "language", "processor")}

@@ -23,7 +23,7 @@ from sts.mini.backbone import TOWER_STEPS, rebuild
 from sts.mini.families import FAMILIES
 from sts.mini.words import make_tokenizer
 from sts.pipeline.config import MINI, load_scale
-from sts.pipeline.model import SHIPPED
+from sts.pipeline.train.model import SHIPPED
 
 
 def test_tokenizer_has_one_token_a_word_and_spells_the_rest():

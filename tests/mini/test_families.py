@@ -15,10 +15,10 @@ from sts.mini import scenes, vision
 from sts.mini.families import FAMILIES, assemble
 from sts.mini.language import language_config
 from sts.mini.words import make_tokenizer
-from sts.pipeline.evaluate import evaluate
-from sts.pipeline.features import write_features
-from sts.pipeline.model import write_manifest
-from sts.pipeline.train import train
+from sts.pipeline.evaluate.evaluate import evaluate
+from sts.pipeline.train.features import write_features
+from sts.pipeline.train.model import write_manifest
+from sts.pipeline.train.train import train
 
 CHAT = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]},

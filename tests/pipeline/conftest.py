@@ -11,7 +11,7 @@ import torch
 from made_results import make_results
 from project import ABLATIONS, BOTH, SMOKE, make_project, run
 
-from sts.pipeline.kept_tokens import kept_tokens
+from sts.pipeline.measure.kept_tokens import kept_tokens
 from sts.vtc import KINDS
 
 

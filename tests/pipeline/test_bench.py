@@ -12,9 +12,9 @@ from configs import two_stages
 from tiny import CASES
 
 from sts import LDS, sparsify
-from sts.pipeline.bench import bench, rotated, seen_by, typical_steps
 from sts.pipeline.config import REPEATS, Config
-from sts.pipeline.provenance import write_json_atomic
+from sts.pipeline.files import write_json_atomic
+from sts.pipeline.measure.bench import bench, rotated, seen_by, typical_steps
 from sts.settings import VTC
 
 POINTS = 2

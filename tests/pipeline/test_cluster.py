@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from project import ROOT, SMOKE, run
 
-from sts.pipeline import cluster, needs
 from sts.pipeline.config import load_ablations, load_scale, resolve
+from sts.pipeline.measure import requests as needs
+from sts.pipeline.run import cluster
 
 PAPER = "workflow/config/paper.yaml"
 

@@ -24,7 +24,7 @@ from sts.pipeline.data.conversation import (
     render,
     tokenise,
 )
-from sts.pipeline.model import SHIPPED
+from sts.pipeline.train.model import SHIPPED
 from sts.settings import IGNORE_INDEX
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]

@@ -23,7 +23,7 @@ from sts.architectures import NO_VTC, REFUSED
 from sts.lds.decision import Decision
 from sts.lds.units import without_backward
 from sts.pipeline.config import LoraConfig, StageConfig
-from sts.pipeline.cost import (
+from sts.pipeline.cost.flops import (
     ROUGH,
     flop_parts,
     peak_memory,
@@ -32,12 +32,12 @@ from sts.pipeline.cost import (
     tower_work,
     trained_parameters,
 )
-from sts.pipeline.history import measure
-from sts.pipeline.lora import add_adapters
-from sts.pipeline.model import freeze, part_finder, recompute
-from sts.pipeline.shape_bench import FUSED_ON_CPU
-from sts.pipeline.shapes import joined, made_up_batch, random_model
-from sts.pipeline.shapes import shape as known
+from sts.pipeline.cost.history import measure
+from sts.pipeline.measure.shape_bench import FUSED_ON_CPU
+from sts.pipeline.measure.shapes import joined, made_up_batch, random_model
+from sts.pipeline.measure.shapes import shape as known
+from sts.pipeline.train.lora import add_adapters
+from sts.pipeline.train.model import freeze, part_finder, recompute
 
 SHAPES = {
     "wide": {
@@ -634,5 +634,5 @@ def test_parts_that_can_not_be_trained_are_an_error(function, more, trains, said
 
 
 def test_needs_no_torch():
-    code = "import sys, sts.pipeline.cost; sys.exit('torch' in sys.modules)"
+    code = "import sys, sts.pipeline.cost.flops; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

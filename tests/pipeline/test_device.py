@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sts.pipeline import device
+from sts.pipeline.run import device
 
 ROOT = Path(__file__).parents[2]
 TWO = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-aaaa-1111)
@@ -17,7 +17,7 @@ GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-bbbb-2222)
 """
 HOLD = """
 import sys, time
-from sts.pipeline import device
+from sts.pipeline.run import device
 with device.lease(sys.argv[1], sys.argv[2]) as gpu:
     print(gpu, flush=True)
     time.sleep(60)

@@ -120,7 +120,7 @@ def test_a_stage_more_at_the_end_between_or_fewer_is_one_entry(finished):
 
 
 def test_a_knob_is_one_field(finished):
-    config = finished / "sts/pipeline/config.py"
+    config = finished / "sts/pipeline/config/__init__.py"
     (knob,) = blocks("stages.md", "python")
     edit(config, "    steps: Count = 200\n", f"{knob}    steps: Count = 200\n")
     edit(finished / SMOKE, "instruct: {steps: 6", "instruct: {ema: 0.9, steps: 6")

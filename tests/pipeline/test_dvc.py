@@ -46,14 +46,16 @@ def published(tmp_path_factory) -> Path:
     backbone = folder / "data/backbones/mini/config.json"
     backbone.parent.mkdir(parents=True)
     backbone.write_text("{}")
-    with (folder / "sts/pipeline/evaluate.py").open(
+    with (folder / "sts/pipeline/evaluate/evaluate.py").open(
         "a"
     ) as file:  # scores, so that there are metrics
         file.write(
             "\ndef evaluate(config, ablation, seed, run, data, out):\n"
             "    write(out, {'benchmarks': {'colour': {'score': 0.9}}})\n"
         )
-    with (folder / "sts/pipeline/tables.py").open("a") as file:  # a table that can be plotted
+    with (folder / "sts/pipeline/report/tables.py").open(
+        "a"
+    ) as file:  # a table that can be plotted
         file.write(
             "\nwrite_one = write\n"
             "def write(path, value):\n"
@@ -80,7 +82,7 @@ def test_a_second_repro_does_nothing(published):
 
 def test_repro_after_an_edit_does_not_delete_what_is_there(published):
     made = (published / "done.txt").read_text().count("instruct.json")
-    tables = published / "sts/pipeline/tables.py"
+    tables = published / "sts/pipeline/report/tables.py"
     before = tables.read_text()
     tables.write_text(before + "\nDIGITS = 3\n")
     try:

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from sts.pipeline import follows
 from sts.pipeline.config import CODE
+from sts.pipeline.run import follows
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = [

@@ -18,8 +18,9 @@ from sts.__main__ import main
 from sts.lds.decision import decide, expected_work
 from sts.mini.language import train_language
 from sts.mini.vision import train_vision
-from sts.pipeline import cost, estimate
 from sts.pipeline.config import Config, StageConfig, load_ablations, load_scale
+from sts.pipeline.cost import flops as cost
+from sts.pipeline.measure import forecast as estimate
 
 ROOT = Path(__file__).parents[2]
 SMOKE, PAPER, SMALL, ABLATIONS = (

@@ -16,13 +16,13 @@ from asking import Oracle, picture, write_arrow
 from hub_sets import ART, write_chartqa, write_mmmu
 
 from sts.__main__ import main
-from sts.pipeline import benchmarks
-from sts.pipeline import evaluate as module
 from sts.pipeline.config import ConfigError, dump, validate
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.source import DataError
-from sts.pipeline.evaluate import evaluate, guesses, load_benchmarks
-from sts.pipeline.model import build_llava
+from sts.pipeline.evaluate import evaluate as module
+from sts.pipeline.evaluate.evaluate import evaluate, guesses, load_benchmarks
+from sts.pipeline.tasks import registry as benchmarks
+from sts.pipeline.train.model import build_llava
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/evaluation.md"
 BENCHMARKS = ["existence", "colour"]

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from sts.__main__ import main
-from sts.pipeline import benchmarks
 from sts.pipeline.config import ConfigError, load_ablations, load_scale
-from sts.pipeline.expected import expected, read
-from sts.pipeline.provenance import write_json_atomic
+from sts.pipeline.files import write_json_atomic
+from sts.pipeline.report.expected import expected, read
+from sts.pipeline.tasks import registry as benchmarks
 
 WORKFLOW = Path(__file__).parents[2] / "workflow"
 PAPER = WORKFLOW / "reference/paper.yaml"

@@ -10,13 +10,13 @@ from configs import short
 from zoo import ZOO
 
 from sts.architectures import REFUSED
-from sts.pipeline import features
-from sts.pipeline.bench import bench
 from sts.pipeline.config import Config
-from sts.pipeline.feed import load_data
-from sts.pipeline.history import read_history
-from sts.pipeline.model import build, freeze, tower_layers
-from sts.pipeline.train import train
+from sts.pipeline.cost.history import read_history
+from sts.pipeline.measure.bench import bench
+from sts.pipeline.train import features
+from sts.pipeline.train.feed import load_data
+from sts.pipeline.train.model import build, freeze, tower_layers
+from sts.pipeline.train.train import train
 
 BOTH = ["projector", "language_model"]
 NO_PROJECTOR = ("emu3", "inkling_mm_model")

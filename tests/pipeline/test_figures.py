@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.contour import ContourSet
 from PIL import Image
 
-from sts.pipeline import figures
+from sts.pipeline.report import figures
 
 IDS = ["dense", "sts"]
 LAYERS, STEPS = 4, 20

@@ -10,8 +10,8 @@ from docutils.core import publish_parts
 from jinja2 import Environment
 from made_results import make
 
-from sts.pipeline import findings
 from sts.pipeline.config import dump, load_scale
+from sts.pipeline.report import findings
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "workflow/report/overview.rst"

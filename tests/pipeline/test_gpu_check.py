@@ -12,8 +12,8 @@ import torch
 from project import ROOT
 
 from sts.__main__ import parser
-from sts.pipeline.shape_bench import ATTENTION, parse_setting
-from sts.pipeline.shapes import SHAPES
+from sts.pipeline.measure.shape_bench import ATTENTION, parse_setting
+from sts.pipeline.measure.shapes import SHAPES
 from workflow import gpu_check
 from workflow.gpu_check import Part, check
 

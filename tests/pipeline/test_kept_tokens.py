@@ -9,7 +9,7 @@ from parts import joined
 from PIL import Image
 from processors import IMAGE
 
-from sts.pipeline.kept_tokens import kept_tokens
+from sts.pipeline.measure.kept_tokens import kept_tokens
 from sts.vtc import KINDS
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sts.pipeline import cost, memory
 from sts.pipeline.config import load_scale
-from sts.pipeline.estimate import model_config, tokens
+from sts.pipeline.cost import flops as cost
+from sts.pipeline.cost import memory
+from sts.pipeline.measure.forecast import model_config, tokens
 
 PAPER = Path(__file__).parents[2] / "workflow/config/paper.yaml"
 GB = 1e9

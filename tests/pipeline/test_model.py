@@ -20,7 +20,7 @@ from zoo_tiles import CASES as OTHERS
 
 from sts.pipeline.config import MINI, ModelConfig, load_scale
 from sts.pipeline.data.conversation import tokenise
-from sts.pipeline.model import (
+from sts.pipeline.train.model import (
     PARTS,
     SHIPPED,
     build,

@@ -4,10 +4,11 @@ import pytest
 from asking import Oracle, picture
 from hub_sets import OFFICIAL, write_sets
 
-from sts.pipeline import benchmarks, evaluate
 from sts.pipeline.config import validate
-from sts.pipeline.evaluate import answer, load_benchmarks, metric_of, tasks_of
+from sts.pipeline.evaluate import evaluate
+from sts.pipeline.evaluate.evaluate import answer, load_benchmarks, metric_of, tasks_of
 from sts.pipeline.tasks import official
+from sts.pipeline.tasks import registry as benchmarks
 
 # ---- rules, by hand -----------------------------------------------------------------------------
 

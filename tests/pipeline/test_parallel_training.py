@@ -16,9 +16,9 @@ from filelock import FileLock
 from transformers import LlavaForConditionalGeneration
 
 from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
+from sts.pipeline.cost.history import read_history
 from sts.pipeline.data.prepare import prepare
-from sts.pipeline.history import read_history
-from sts.pipeline.train import train
+from sts.pipeline.train.train import train
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ HALF = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count"}  # three of t
 WORKER = """
 import logging, os, signal, sys
 import torch
-from sts.pipeline import train
+from sts.pipeline.train import train
 from sts.pipeline.config import Config
 
 taken, left = train.optimizer_step, int(sys.argv[6])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from project import SMOKE, call, environment, run
 
-from sts.pipeline.progress import Job, Terminal, durations, follow, last_bar, line, words
+from sts.pipeline.run.progress import Job, Terminal, durations, follow, last_bar, line, words
 
 TRAINING = {"kind": "train", "size": 100.0, "uses": {"_cores": 1}, "steps": 50}
 
@@ -91,7 +91,7 @@ def test_no_more_is_said_than_is_known(seconds, said):
 
 BARS = """
 import sys
-from sts.pipeline.bar import bar_of
+from sts.pipeline.run.bar import bar_of
 for title, first, steps, upto in (("tokenise", 0, 7, 7), ("dense seed 0 align", 300, 480, 312)):
     bar = bar_of(title, first, steps)
     bar.start_t -= 3661
@@ -143,7 +143,7 @@ def test_what_goes_wrong_is_said_once_and_ends_the_line():
 VERBS = """
 import sys, time
 from pathlib import Path
-from sts.pipeline.bar import bar_of
+from sts.pipeline.run.bar import bar_of
 
 def value(flag): return sys.argv[sys.argv.index(flag) + 1]
 

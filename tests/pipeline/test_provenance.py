@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sts.pipeline import provenance
+from sts.pipeline.files import sha256_file, sha256_json, write_json_atomic
+from sts.pipeline.run import provenance
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -168,9 +169,9 @@ def test_missing_packages_are_those_that_a_module_cannot_be_loaded_without(tmp_p
 
 def test_json_is_written_the_same_and_whole(tmp_path):
     path = tmp_path / "new" / "x.json"
-    provenance.write_json_atomic(path, {"b": 1, "a": [1.5, None]})
+    write_json_atomic(path, {"b": 1, "a": [1.5, None]})
     first = path.read_bytes()
-    provenance.write_json_atomic(path, {"a": [1.5, None], "b": 1})
+    write_json_atomic(path, {"a": [1.5, None], "b": 1})
     assert path.read_bytes() == first
     assert first.endswith(b"}\n")
     assert json.loads(first) == {"a": [1.5, None], "b": 1}
@@ -179,9 +180,9 @@ def test_json_is_written_the_same_and_whole(tmp_path):
 
 KILLED = """
 import os, signal
-from sts.pipeline import provenance
+from sts.pipeline.run import provenance
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-provenance.write_json_atomic("x.json", 1)
+write_json_atomic("x.json", 1)
 """
 
 
@@ -192,7 +193,7 @@ def test_what_a_killed_write_left_goes_with_the_next_and_a_living_one_is_let_be(
     [left] = tmp_path.iterdir()
     living = tmp_path / f".x.json.{os.getppid()}.part"
     living.touch()
-    provenance.write_json_atomic(tmp_path / "x.json", 2)
+    write_json_atomic(tmp_path / "x.json", 2)
     assert left.suffix == ".part"
     assert set(tmp_path.iterdir()) == {living, tmp_path / "x.json"}
 
@@ -200,9 +201,9 @@ def test_what_a_killed_write_left_goes_with_the_next_and_a_living_one_is_let_be(
 @pytest.mark.parametrize("value", [math.nan, math.inf, object()])
 def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path, value):
     path = tmp_path / "x.json"
-    provenance.write_json_atomic(path, 1)
+    write_json_atomic(path, 1)
     with pytest.raises((ValueError, TypeError)):
-        provenance.write_json_atomic(path, value)
+        write_json_atomic(path, value)
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
     assert path.read_text() == "1\n"
 
@@ -211,9 +212,9 @@ def test_hashes_are_sha256(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert provenance.sha256_file(file) == known
-    assert provenance.sha256_json({"a": 1, "b": 2}) == provenance.sha256_json({"b": 2, "a": 1})
-    assert provenance.sha256_json([1, 2]) != provenance.sha256_json([2, 1])
+    assert sha256_file(file) == known
+    assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1})
+    assert sha256_json([1, 2]) != sha256_json([2, 1])
 
 
 def test_collect_is_json_and_says_what_ran(monkeypatch):

@@ -22,7 +22,7 @@ from sts.pipeline.data.hub import turns as hub_turns
 from sts.pipeline.data.llava import objects
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.source import DataError
-from sts.pipeline.feed import load_data, tokens_key
+from sts.pipeline.train.feed import load_data, tokens_key
 
 ROOT = Path(__file__).resolve().parents[2]
 MIX = "liuhaotian/LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
@@ -419,7 +419,7 @@ from processors import tiny_processor
 from sts.pipeline.config import MINI, load_scale
 from sts.pipeline.data import collator
 from sts.pipeline.data.conversation import CHAT_TEMPLATE
-from sts.pipeline.feed import load_data
+from sts.pipeline.train.feed import load_data
 
 made, tokenise = [], collator.tokenise
 collator.tokenise = lambda *given: made.append(1) or tokenise(*given)

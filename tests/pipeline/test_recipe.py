@@ -29,16 +29,16 @@ from sts.pipeline.config import (
     load_yaml,
     validate,
 )
+from sts.pipeline.cost.history import read_history
 from sts.pipeline.data.collator import batch_indices
 from sts.pipeline.data.conversation import V1, cut, expand, tokenise
 from sts.pipeline.data.prepare import prepare
-from sts.pipeline.evaluate import load_model
-from sts.pipeline.features import write_features
-from sts.pipeline.feed import my_pieces
-from sts.pipeline.history import read_history
-from sts.pipeline.model import build, freeze
-from sts.pipeline.step import lr_factor, make_optimizer
-from sts.pipeline.train import train
+from sts.pipeline.evaluate.evaluate import load_model
+from sts.pipeline.train.features import write_features
+from sts.pipeline.train.feed import my_pieces
+from sts.pipeline.train.model import build, freeze
+from sts.pipeline.train.step import lr_factor, make_optimizer
+from sts.pipeline.train.train import train
 from sts.settings import IGNORE_INDEX
 
 PAPER = Path(__file__).parents[2] / "workflow/config/paper.yaml"

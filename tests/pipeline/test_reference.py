@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sts.pipeline import figures, tables
+from sts.pipeline.report import figures, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "results" / "reference"

@@ -32,10 +32,12 @@ def formula(*names: str) -> Callable[[Path], None]:
 
 
 def remarks(project: Path) -> None:
-    for name in ("pipeline/train.py", "pipeline/step.py", "vtc/sampling.py"):
+    for name in ("pipeline/train/train.py", "pipeline/train/step.py", "vtc/sampling.py"):
         with (project / "sts" / name).open("a") as file:
             file.write("\n# a remark\n")
-    edit(project / "sts/pipeline/step.py", "def lr_factor(", "# a remark\n\n\ndef  lr_factor(")
+    edit(
+        project / "sts/pipeline/train/step.py", "def lr_factor(", "# a remark\n\n\ndef  lr_factor("
+    )
     edit(project / "workflow/rules/train.smk", "rule train:", "# a remark\n\n\nrule train:")
     edit(project / SMOKE, "scale: smoke", "scale: smoke  # small")
     for file in (*project.rglob("*.py"), *project.rglob("results/**/*.json")):
@@ -44,7 +46,7 @@ def remarks(project: Path) -> None:
 
 def new_knobs(project: Path) -> None:
     """Each at its neutral value: of a stage, of VTC, of an evaluation."""
-    config, own = project / "sts/pipeline/config.py", project / "sts/settings.py"
+    config, own = project / "sts/pipeline/config/__init__.py", project / "sts/settings.py"
     knob = 'Annotated[Number, Neutral(0.0)] = 0.0\n    """A new knob."""\n'
     edit(config, "    steps: Count = 200\n", f"    ema: {knob}    steps: Count = 200\n")
     edit(config, "    blind: Share = 0.25\n", f"    noise: {knob}    blind: Share = 0.25\n")
@@ -68,7 +70,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "comment": ("a comment, a docstring, formatting, dates of files", remarks),
     "progress": (
         "a progress bar, tracking, what the history notes",
-        formula("pipeline/bar.py", "pipeline/progress.py", "pipeline/tracking.py"),
+        formula("pipeline/run/bar.py", "pipeline/run/progress.py", "pipeline/run/tracking.py"),
     ),
     "knob": ("a new knob of a stage, of VTC or of evaluation, at its neutral value", new_knobs),
     "kind": ("a new VTC kind and a new LDS policy, a file each", new_kind),
@@ -78,9 +80,9 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
     ),
     "used formula": ("the formula of a VTC kind that some runs use", formula("vtc/sampling.py")),
     "lds": ("a formula of LDS", formula("lds/units.py")),
-    "step": ("a formula that every training uses", formula("pipeline/step.py")),
+    "step": ("a formula that every training uses", formula("pipeline/train/step.py")),
     "mini": ("the recipe of the mini scale's stand-ins", formula("mini/backbone.py")),
-    "table": ("a formula of the tables", formula("pipeline/tables.py")),
+    "table": ("a formula of the tables", formula("pipeline/report/tables.py")),
     "benchmark": (
         "a benchmark's file",
         lambda p: edit(p / "sts/pipeline/tasks/counting.yaml", "version: 1", "version: 2"),

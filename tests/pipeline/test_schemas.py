@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from sts import LDS, VTC
 from sts.pipeline.config import load_yaml
-from sts.pipeline.schemas import FOLDER, descriptions, schemas
+from sts.pipeline.config.schemas import FOLDER, descriptions, schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE, ABLATIONS = "scale.schema.json", "ablations.schema.json"

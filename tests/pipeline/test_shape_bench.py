@@ -12,9 +12,9 @@ from sts.mini import scenes
 from sts.mini.families import clip
 from sts.mini.language import language_config
 from sts.mini.words import make_tokenizer
-from sts.pipeline import shapes
-from sts.pipeline.cost import shape_of
-from sts.pipeline.shape_bench import parse_setting, speed
+from sts.pipeline.cost.flops import shape_of
+from sts.pipeline.measure import shapes
+from sts.pipeline.measure.shape_bench import parse_setting, speed
 from sts.vtc import KINDS
 
 COMPRESSED, SKIPPED = "avgpool2d@0.25", "layerdrop@0.5:draw=fixed_count"

@@ -10,8 +10,8 @@ from asking import Oracle
 from hub_sets import write_sets
 
 from sts.__main__ import main
-from sts.pipeline import evaluate, submission
 from sts.pipeline.config import dump, validate
+from sts.pipeline.evaluate import evaluate, submission
 from sts.pipeline.tasks import official
 
 TEXT, IMAGE, NUMBER = datasets.Value("string"), datasets.Image(), datasets.Value("int64")

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 from made_results import make, write
 
-from sts.pipeline import tables
+from sts.pipeline.report import tables
 
 
 def numbers(row, *keys):

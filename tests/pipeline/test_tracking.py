@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sts.pipeline import tracking
+from sts.pipeline.run import tracking
 
 ROOT = Path(__file__).parents[2]
 JOB = """
 import sys, time
 from pathlib import Path
-from sts.pipeline import tracking
+from sts.pipeline.run import tracking
 name = sys.argv[1]
 with tracking.run(name, params={"lr": 0.1}, tags={"stage": "align"}, directory=name) as run:
     run.log({"loss": 0.5}, step=1)
@@ -163,7 +163,7 @@ def test_a_training_goes_on_in_its_run_and_other_settings_have_another(
     import torch
     from configs import short
 
-    from sts.pipeline.train import train
+    from sts.pipeline.train.train import train
 
     def run(steps: int):
         out = tmp_path / "results/runs/dense/seed0/align.json"

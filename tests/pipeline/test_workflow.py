@@ -392,7 +392,7 @@ def test_snakefiles_pass_lint_and_format():
 
 
 def test_the_workflow_needs_only_what_snakemake_depends_on(project):
-    code = "import sts.pipeline.follows, sts.pipeline.device, sys; print(*sys.modules)"
+    code = "import sts.pipeline.run.follows, sts.pipeline.run.device, sys; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True
     ).stdout.split()

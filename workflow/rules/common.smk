@@ -18,12 +18,12 @@ from pathlib import Path
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from sts.pipeline import benchmarks
-from sts.pipeline import cluster
+from sts.pipeline.tasks import registry as benchmarks
+from sts.pipeline.run import cluster
 from sts.pipeline import config as settings
-from sts.pipeline import follows
-from sts.pipeline.device import gpu_count
-from sts.pipeline.provenance import missing_packages
+from sts.pipeline.run import follows
+from sts.pipeline.run.device import gpu_count
+from sts.pipeline.run.provenance import missing_packages
 
 
 def typed(value):
@@ -185,7 +185,7 @@ def features_of(ablation, *stages):
 def backbone_code(ablation):
     """What a backbone manifest follows: the repository's backbones, or the recipe of those that are
     trained anew, byte by byte; of other folders, which may be large, names, sizes and dates."""
-    model, writer = CONFIGS[ablation].model, CODE / "pipeline" / "model.py"
+    model, writer = CONFIGS[ablation].model, CODE / "pipeline" / "train/model.py"
     if model.family == "joined" and model.backbone == "rebuild":
         return follows.code(writer, *RECIPE)
     folders = model.sources or ["data/backbones/mini"]
@@ -290,7 +290,7 @@ def evaluation_code(ablation):
     """Code of an evaluation, and the files of its benchmarks."""
     asked = CONFIGS[ablation].evaluate.benchmarks
     return follows.code(
-        *follows.imported([CODE / "pipeline" / "evaluate.py"]), *benchmarks.sources(asked)
+        *follows.imported([CODE / "pipeline" / "evaluate/evaluate.py"]), *benchmarks.sources(asked)
     )
 
 
@@ -299,7 +299,7 @@ def training_code(ablation, *stages, also=()):
     config = CONFIGS[ablation]
     blocks = [config.stage(stage) for stage in stages]
     files = {file for block in blocks for file in follows.training(block, config.model.family)}
-    files |= {CODE / "pipeline" / name for name in ("cost.py", "history.py", *also)}
+    files |= {CODE / "pipeline" / name for name in ("cost/flops.py", "cost/history.py", *also)}
     return follows.code(*sorted(files))
 
 

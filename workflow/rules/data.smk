@@ -107,7 +107,7 @@ rule rebuild:
     params:
         config=config_file(BASELINE),
         settings=settings.config_hash(BASE.model),
-        code=follows.code(CODE / "pipeline" / "model.py", *RECIPE),
+        code=follows.code(CODE / "pipeline" / "train/model.py", *RECIPE),
     message:
         "{wildcards.family} from scratch"
     shell:

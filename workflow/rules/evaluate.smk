@@ -60,7 +60,7 @@ rule timing:
             BASE.bench, *(stage.identity() for stage in stages(wildcards.group))
         ),
         code=lambda wildcards: [
-            training_code(id, *CONFIGS[id].stages, also=["bench.py"])
+            training_code(id, *CONFIGS[id].stages, also=["measure/bench.py"])
             for id in members(wildcards.group)
         ],
     message:

@@ -1,9 +1,9 @@
 # One line that says how far the whole call is: on a terminal always the last one, in a log another
-# every STS_PROGRESS seconds (180; 0: none). What it is made of is in sts/pipeline/progress.py.
+# every STS_PROGRESS seconds (180; 0: none). What it is made of is in sts/pipeline/run/progress.py.
 from snakemake.logging import logger
 from snakemake.settings.enums import Quietness
 
-from sts.pipeline import progress
+from sts.pipeline.run import progress
 
 
 def stage_size(stage, steps):
@@ -27,7 +27,7 @@ def job_size(job):
 
 
 def call_jobs():
-    """{Snakemake's job: what sts.pipeline.progress knows of it}, of all jobs of this call."""
+    """{Snakemake's job: what sts.pipeline.run.progress knows of it}, of all jobs of this call."""
     return {
         job: progress.Job(
             kind=f"{job.rule.name} {job.wildcards_dict.get('stage', '')}",

@@ -29,7 +29,7 @@ rule table:
         labels=lambda wildcards: [ABLATIONS[id].label for id in members(wildcards.group)],
         sources=lambda wildcards: [ABLATIONS[id].source for id in members(wildcards.group)],
         bases=lambda wildcards: bases(wildcards.group),
-        code=code("pipeline/tables.py"),
+        code=code("pipeline/report/tables.py"),
     message:
         "table {wildcards.group}"
     shell:
@@ -61,7 +61,7 @@ if REFERENCE.exists():
         params:
             results=RESULTS,
             stem=f"{RESULTS}/tables/expected",
-            code=code("pipeline/expected.py"),
+            code=code("pipeline/report/expected.py"),
         message:
             "published scores, and those obtained"
         shell:
@@ -81,7 +81,7 @@ rule tokens:
         "../../envs/sts.yaml"
     params:
         code=code(
-            "pipeline/kept_tokens.py",
+            "pipeline/measure/kept_tokens.py",
             *(f"vtc/{file.name}" for file in sorted((CODE / "vtc").glob("*.py"))),
         ),
     message:
@@ -112,7 +112,7 @@ rule figure:
         stem=subpath(output[0], strip_suffix=".svg"),
         ablations=members("main"),
         labels=[ABLATIONS[id].label for id in members("main")],
-        code=code("pipeline/figures.py"),
+        code=code("pipeline/report/figures.py"),
     message:
         "figure {wildcards.figure}"
     shell:

@@ -12,7 +12,7 @@ from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
 from sts.pipeline.data.source import DOWNLOADS, DataError, mirror_folder
-from sts.pipeline.provenance import sha256_file, write_json_atomic
+from sts.pipeline.files import sha256_file, write_json_atomic
 
 WHOLE = ".whole"  # folder of notes, one for each file that is there, with its size and SHA-256
 

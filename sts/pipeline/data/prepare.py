@@ -24,7 +24,7 @@ from sts.pipeline.config import Config, DataConfig
 from sts.pipeline.data.registry import load
 from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, columns_of, images_of
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
-from sts.pipeline.provenance import sha256_json, write_json_atomic
+from sts.pipeline.files import sha256_json, write_json_atomic
 
 CHUNK = 100  # rows of a record batch, which may hold large images
 TOGETHER = 64  # rows whose images are decoded at once, by all threads

@@ -1,7 +1,7 @@
 """What a data set is: where it comes from, under what terms, and how its rows are read.
 
 A data set is one file, of which the name is that of the set, with its `DATASET`; the folders of
-such files are `SETS` of sts/pipeline/config.py.
+such files are `SETS` of sts/pipeline/config/__init__.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from sts.pipeline.provenance import sha256_file
+from sts.pipeline.files import sha256_file
 
 DOWNLOADS = Path("data/raw")
 

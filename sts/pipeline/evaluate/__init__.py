@@ -1,0 +1,1 @@
+"""Evaluation: a trained run on every benchmark."""

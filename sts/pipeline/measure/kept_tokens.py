@@ -1,0 +1,113 @@
+"""Which visual tokens each compressor keeps of a picture, as a small result file.
+
+    python -m sts tokens --backbone results/mini/backbone/dense.json \
+        --data data/mini/scenes/manifest.json --out results/mini/tokens.json
+
+Kinds that look at text are left out: it is compared with projected tokens, of which there are none
+here; so are those with weights, which nothing has trained, and those that ask for a class token
+where the tower has none.
+"""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+
+from sts.pipeline.data.rows import images_of
+from sts.pipeline.files import read_json
+from sts.pipeline.train.model import TOWERS, image_processor, load_tower
+from sts.vtc import KINDS, compress, kind_of, wants
+
+KEEP = 0.25  # share of the visual tokens
+CHANNELS = 8  # of the features through which a kind's weights are measured
+
+
+def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict[str, Any]:
+    """Compress the first picture of a prepared data set by every kind; write and return `out`.
+
+    backbone, data: manifests. The result: `picture`, what the vision tower sees, as PNG in base64;
+    its `grid` of patches [rows, columns]; the share `keep` that was asked for; `kinds`, name ->
+    the outputs, each a list of [token, weight]: what it holds of which token, a row at a time.
+    Raises FileNotFoundError naming the manifest that is missing.
+    """
+    seen, grid, features, scores = look(read_json(backbone), first_picture(Path(data)))
+    png = io.BytesIO()
+    seen.save(png, format="PNG")
+    missing = {"text"} if scores is not None else {"text", "scores"}
+    usable = [kind for kind in KINDS if not missing & set(wants(kind))]
+    result = {
+        "picture": base64.b64encode(png.getvalue()).decode(),
+        "grid": grid,
+        "keep": KEEP,
+        "kinds": {
+            kind: weights(kind, features, grid, scores)
+            for kind in usable
+            if not isinstance(kind_of(kind), type)
+        },
+    }
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+    return result
+
+
+def weights(
+    kind: str, features: Tensor, grid: tuple[int, int], scores: Tensor | None
+) -> list[list[tuple[int, float]]]:
+    """Of each output of a kind, the tokens in it and how much of each.
+
+    features [1, tokens, dim], scores [1, tokens]; `none` keeps all tokens, the others KEEP.
+    """
+    generator = torch.Generator().manual_seed(0)
+    keep = 1.0 if kind == "none" else KEEP
+    _, outputs = compress(kind, features, keep, grid, scores=scores, generator=generator)
+    # [1, outputs, 1, tokens, channels], the same in each channel
+    whole = lambda x, apply=outputs.apply: apply(x).sum(2)  # noqa: E731
+    held = torch.autograd.functional.jacobian(whole, features[..., :CHANNELS])
+    held = held[0, :, 0].abs().mean(-1)
+    return [
+        [(token, round(float(row[token]), 6)) for token in row.nonzero()[:, 0].tolist()]
+        for row in held
+    ]
+
+
+def first_picture(data: Path) -> Image.Image:
+    """The first picture of the first training split of a data manifest.
+
+    Raises FileNotFoundError if there is no such file.
+    """
+    if not data.exists():
+        raise FileNotFoundError(f"{data}: no prepared data set to take a picture from")
+    splits = read_json(data)["splits"]
+    split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
+    file = data.parent / splits[split]["file"]
+    rows = Dataset.from_file(str(file))
+    return next(images_of(row)[0] for row in rows if images_of(row))
+
+
+def look(
+    parts: dict[str, Any], picture: Image.Image
+) -> tuple[Image.Image, tuple[int, int], Tensor, Tensor | None]:
+    """What the vision tower of a backbone manifest makes of a picture: what it sees, its grid of
+    patches (rows, columns), their features [1, patches, dim], and the attention that its class
+    token, if it has one, pays each [1, patches]."""
+    prepare = image_processor(parts)
+    tower = load_tower(parts["vision"], attn_implementation="eager").eval()
+    pixels = prepare(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        out = tower(pixels, output_attentions=True, output_hidden_states=True)
+    feature = parts.get("vision_feature_layer", -2) % (len(out.attentions) + 1)
+    before = out.attentions[max(feature - 1, 0)]  # hidden state i is of layer i - 1
+    side = tower.config.image_size // tower.config.patch_size
+    seen = pixels[0].permute(1, 2, 0).numpy() * prepare.image_std + prepare.image_mean
+    image = Image.fromarray((255 * seen.clip(0, 1)).round().astype("uint8"))
+    features, scores = out.hidden_states[feature], before.mean(1)[:, 0, 1:]
+    if TOWERS[tower.config.model_type] == "full":
+        return image, (side, side), features, None
+    return image, (side, side), features[:, 1:], scores

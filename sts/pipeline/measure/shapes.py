@@ -1,0 +1,214 @@
+"""Known models by name: their Hugging Face configurations, random weights, made-up batches.
+
+Nothing is downloaded. Of the published models these are the sizes that their config.json files
+say; `mini` is read from the files of the shipped backbones.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from sts.checks import expect
+from sts.pipeline.train.model import SHIPPED, TOWERS, as_tower
+from sts.settings import IGNORE_INDEX
+
+IMAGE_TOKEN = 3  # id of the placeholder
+SIDE = 24  # visual tokens along each side of a picture, where the model takes any size
+
+CLIP_L = CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+    image_size=336, patch_size=14,
+)  # fmt: skip
+VICUNA_7B = LlamaConfig(vocab_size=32000)  # all else is Llama's default
+VICUNA_13B = LlamaConfig(
+    vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+    num_attention_heads=40,
+)  # fmt: skip
+BASE = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "patch_size": 16,
+}  # fmt: skip
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+    tie_word_embeddings=True,
+)  # fmt: skip
+QWEN_05B = Qwen2Config(
+    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+    num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
+PARTS: dict[str, PreTrainedConfig] = {
+    "openai/clip-vit-large-patch14-336": CLIP_L,
+    "openai/clip-vit-base-patch16": CLIPVisionConfig(**BASE),
+    "google/siglip-base-patch16-224": SiglipVisionConfig(**BASE),
+    "lmsys/vicuna-7b-v1.5": VICUNA_7B,
+    "lmsys/vicuna-13b-v1.5": VICUNA_13B,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
+    "Qwen/Qwen2.5-0.5B-Instruct": QWEN_05B,
+}
+# Small, but the language model dominates it as it does a large one
+WIDE = (
+    CLIPVisionConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        image_size=336, patch_size=14,
+    ),
+    LlamaConfig(
+        vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
+        num_attention_heads=8,
+    ),
+)  # fmt: skip
+QWEN_7B = {
+    "vision_config": {
+        "hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
+        "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+    "text_config": {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24],
+        },
+    },
+}  # fmt: skip
+SHAPES = {
+    "mini": lambda: joined(part(str(SHIPPED / "vision")), part(str(SHIPPED / "language"))),
+    "wide": lambda: joined(*WIDE),
+    # the image token and padding make Vicuna's vocabulary a little larger
+    "llava-1.5-7b": lambda: joined(CLIP_L, VICUNA_7B, vocabulary=32064),
+    "llava-1.5-13b": lambda: joined(CLIP_L, VICUNA_13B, vocabulary=32064),
+    "qwen2.5-vl-7b": lambda: Qwen2_5_VLConfig(**deepcopy(QWEN_7B), image_token_id=IMAGE_TOKEN),
+}
+
+
+def shape(name: str, layers: int | None = None, width: float = 1.0) -> PreTrainedConfig:
+    """The configuration of a known model, cut to `layers` decoder layers and a share `width` of its
+    channels. Raises ValueError for an unknown name."""
+    expect(name in SHAPES, "shape", name, f"one of {', '.join(SHAPES)}")
+    config = SHAPES[name]()
+    whole = layers in (None, config.text_config.num_hidden_layers) and width == 1
+    return config if whole else _cut(config, layers, width)
+
+
+def part(name: str) -> PreTrainedConfig:
+    """The configuration of a vision tower or language model: of a published one, a local folder, or
+    the local hub cache. Raises ValueError where it is in none of them."""
+    if name in PARTS:
+        return deepcopy(PARTS[name])
+    config = local(name)
+    return getattr(config, "vision_config", config)
+
+
+def local(name: str) -> PreTrainedConfig:
+    """The configuration of a model in a local folder or the local hub cache. Raises ValueError
+    where it is in neither."""
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except OSError as error:
+        raise ValueError(
+            f"model {name}: its sizes are not known here. Download it first (hf download {name}) "
+            f"or give a local folder; known without: {', '.join(PARTS)}"
+        ) from error
+
+
+def joined(
+    vision: PreTrainedConfig,
+    language: PreTrainedConfig,
+    feature_layer: int = -2,
+    vocabulary: int | None = None,
+) -> LlavaConfig:
+    """A vision tower and a language model as LLaVA joins them; vocabulary: instead of the language
+    model's own."""
+    vision, language = as_tower("the tower", deepcopy(vision)), deepcopy(language)
+    language.vocab_size = vocabulary or language.vocab_size
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=language,
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=TOWERS[vision.model_type],
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        tie_word_embeddings=language.tie_word_embeddings,
+    )
+
+
+def _cut(config: PreTrainedConfig, layers: int | None, width: float) -> PreTrainedConfig:
+    """Fewer layers, of the vision tower in proportion, and fewer channels; heads stay as wide as
+    they are, and as many of the decoder's as before share their keys."""
+    text, vision = config.text_config, config.vision_config
+    full = text.num_hidden_layers
+    text.num_hidden_layers = min(layers or full, full)
+    share = text.num_hidden_layers / full
+    vision.num_hidden_layers = max(2, round(vision.num_hidden_layers * share))
+
+    def narrow(size: int, multiple: int) -> int:
+        return max(multiple, round(size * width / multiple) * multiple) if width < 1 else size
+
+    text.num_key_value_heads = max(1, round(text.num_key_value_heads * width))
+    for one, multiple in ((text, text.num_key_value_heads), (vision, 1)):
+        head = one.hidden_size // one.num_attention_heads
+        one.num_attention_heads = narrow(one.num_attention_heads, multiple)
+        one.hidden_size = one.num_attention_heads * head
+        one.intermediate_size = narrow(one.intermediate_size, 32)
+    if isinstance(config, Qwen2_5_VLConfig):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+        whole = vision.fullatt_block_indexes
+        vision.fullatt_block_indexes = [i for i in whole if i < vision.num_hidden_layers]
+        vision.out_hidden_size = text.hidden_size
+    return config
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model with random weights, whatever number format the configuration speaks of."""
+    return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+
+
+def side(config: PreTrainedConfig) -> int:
+    """Visual tokens along each side of a picture."""
+    vision = config.vision_config
+    return vision.image_size // vision.patch_size if hasattr(vision, "image_size") else SIDE
+
+
+def made_up_batch(
+    config: PreTrainedConfig, batch: int, text: int, answer: int
+) -> dict[str, Tensor]:
+    """A batch of random samples, always the same: a picture each and `text` tokens, the first of
+    which stands before the picture and of which the last `answer` are the answer.
+
+    input_ids, attention_mask and labels are [batch, visual + text].
+    """
+    generator = torch.Generator().manual_seed(0)
+    along = side(config)
+    visual = along**2
+    shown = slice(1, visual + 1)
+    ids = torch.randint(
+        IMAGE_TOKEN + 1, config.text_config.vocab_size, (batch, visual + text), generator=generator
+    )
+    ids[:, shown] = config.image_token_id
+    labels = ids.clone()
+    labels[:, : visual + text - answer] = IGNORE_INDEX
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    vision = config.vision_config
+    if not isinstance(config, Qwen2_5_VLConfig):
+        size = along * vision.patch_size
+        pixels = torch.randn(batch, 3, size, size, generator=generator)
+        return found | {"pixel_values": pixels}
+    rows = along * vision.spatial_merge_size  # of patches, several of which become a token
+    values = 3 * vision.temporal_patch_size * vision.patch_size**2
+    return found | {
+        "mm_token_type_ids": (ids == config.image_token_id).long(),
+        "pixel_values": torch.randn(batch * rows**2, values, generator=generator),
+        "image_grid_thw": torch.tensor([[1, rows, rows]] * batch),
+    }

@@ -1,0 +1,1 @@
+"""What surrounds a job and changes no result: provenance, tracking, devices, progress."""

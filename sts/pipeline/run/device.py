@@ -1,0 +1,123 @@
+"""One GPU per job, however many jobs a machine runs side by side.
+
+Snakemake counts GPUs but doesn't say which one a job gets, so all would take the first. A job that
+trains or evaluates takes a lease: a lock on one GPU's file, which the kernel gives back even when
+the process is killed. Standard library only: the Snakefile asks `gpu_count` in a bare environment.
+"""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+POLL_SECONDS = 0.5
+HELD = "STS_GPU_LEASE"  # tells a child process that its parent holds the lease for it
+
+log = logging.getLogger(__name__)
+
+
+def gpu_count(listing: str | None = None) -> int:
+    """Number of GPUs that this process may use; 0 without NVIDIA's driver."""
+    return len(visible_gpus(listing))
+
+
+def visible_gpus(listing: str | None = None) -> list[str]:
+    """Identities (`GPU-...`) of the GPUs that CUDA_VISIBLE_DEVICES leaves this process, in order.
+
+    `listing` is the text of `nvidia-smi -L`, by default asked for. Identities, because the number
+    0 means different GPUs to two jobs that a scheduler has confined to one each. Without
+    nvidia-smi, as in some containers, CUDA_VISIBLE_DEVICES is taken by its word.
+    """
+    installed = re.findall(r"^GPU \d+: .*\(UUID: (.+)\)", _listing(listing), flags=re.MULTILINE)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return installed
+    gpus = []
+    for token in map(str.strip, chosen.split(",")):
+        if token.isdigit() and not installed:
+            gpus.append(token)
+        elif token.isdigit() and int(token) < len(installed):
+            gpus.append(installed[int(token)])
+        elif token.startswith(("GPU-", "MIG-")):  # may be abbreviated
+            gpus.append(next((gpu for gpu in installed if gpu.startswith(token)), token))
+        else:
+            break  # as CUDA does: what follows an invalid entry is not visible
+    return gpus
+
+
+def _listing(listing: str | None) -> str:
+    if listing is not None:
+        return listing
+    try:
+        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout if answer.returncode == 0 else ""
+
+
+@contextmanager
+def lease(listing: str | None = None, folder: str | Path | None = None) -> Iterator[str | None]:
+    """Hold one GPU for the body of a `with`; gives its identity, None where there is no GPU.
+
+    Waits until one is free, then makes it the only one that CUDA shows to this process. Does
+    nothing inside another lease and in a job of several processes, whose launcher deals out GPUs.
+    `folder` holds the locks, by default one per user in the host's temporary folder. Raises
+    RuntimeError if torch has started CUDA already: then it is too late to choose.
+    """
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    gpus = [] if distributed or HELD in os.environ else visible_gpus(listing)
+    if not gpus:
+        yield os.environ.get(HELD)
+        return
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise RuntimeError(
+            "CUDA runs already: enter sts.pipeline.run.device.lease() before torch uses a GPU"
+        )
+    folder = Path(folder or Path(tempfile.gettempdir()) / f"sts-gpu-{os.getuid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu, lock = _lock_one(gpus, folder)
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": gpu, HELD: gpu}
+    try:
+        yield gpu
+    finally:
+        del os.environ[HELD], os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        lock.release()
+
+
+def _lock_one(gpus: list[str], folder: Path) -> tuple[str, Any]:
+    """The first free GPU and the lock that holds it; waits while all are taken."""
+    from filelock import FileLock, Timeout  # here: the Snakefile reads this file without it
+
+    waiting = False
+    while True:
+        for gpu in gpus:
+            lock = FileLock(folder / f"{gpu}.lock")
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                return gpu, lock
+        if not waiting:
+            log.warning("All %d GPUs are in use by other jobs; waiting for one.", len(gpus))
+            waiting = True
+        time.sleep(POLL_SECONDS)
+
+
+def bf16_is_native() -> bool:
+    """Whether this processor computes in bf16, as far as torch can tell.
+
+    One without AVX-512 (or Arm's bf16) emulates it, 100 times slower than fp32.
+    """
+    import torch  # here: the workflow asks for GPUs without it
+
+    known = torch.backends.mkldnn.is_available()
+    return not known or torch.ops.mkldnn._is_mkldnn_bf16_supported()

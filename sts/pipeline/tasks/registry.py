@@ -1,0 +1,110 @@
+"""Which benchmarks there are: a task file of ours each, and the tasks and groups of lm-eval.
+
+Only yaml is needed and lm-eval is not imported, so that the workflow can ask in any environment.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TASKS = Path(__file__).parent
+
+
+def ours() -> tuple[str, ...]:
+    """Names of our benchmarks: those of the task files that do not begin with _."""
+    return tuple(sorted(file.stem for file in TASKS.glob("[!_]*.yaml")))
+
+
+def file_of(name: str) -> Path | None:
+    """The task file of a benchmark, ours or lm-eval's; None if there is none."""
+    return TASKS / f"{name}.yaml" if name in ours() else _lm_evals(name)
+
+
+def known(name: str) -> bool:
+    """Whether there is such a benchmark; without lm-eval, whether there can be."""
+    return file_of(name) is not None or find_spec("lm_eval") is None
+
+
+def accepted() -> str:
+    """What a benchmark may be, for errors."""
+    return (
+        f"{', '.join(ours())} (the files of sts/pipeline/tasks), or the name of a task or group of "
+        "lm-eval that shows images, such as chartqa or mmmu_val"
+    )
+
+
+@cache
+def dataset_of(name: str) -> str | None:
+    """The data set that a benchmark's task file names (dataset_kwargs.dataset), which is prepared
+    here; None where lm-eval fetches the data itself."""
+    if name not in ours():
+        return None
+    return (read(TASKS / f"{name}.yaml").get("dataset_kwargs") or {}).get("dataset")
+
+
+def questions_of(name: str) -> int | None:
+    """How many questions a benchmark of ours on the hub says that it has; None for others."""
+    if name not in ours():
+        return None
+    return (read(TASKS / f"{name}.yaml").get("metadata") or {}).get("questions")
+
+
+def sources(names: Iterable[str]) -> list[Path]:
+    """The files of ours that the questions and scores of these benchmarks are made of."""
+    own = [TASKS / f"{name}.yaml" for name in names if name in ours()]
+    parts = {part: content for file in own for part, content in _parts(file)}
+    modules = {name.partition(".")[0] for name in _functions(list(parts.values()))}
+    return sorted({*parts, *(TASKS / f"{module}.py" for module in modules)})
+
+
+def _functions(content: Any) -> Iterator[str]:
+    """Names of the functions that a task file refers to."""
+    if isinstance(content, _Function):
+        yield content
+    elif isinstance(content, dict | list):
+        for one in content.values() if isinstance(content, dict) else content:
+            yield from _functions(one)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A task file with what it includes; its functions stay names."""
+    return {key: value for _, part in _parts(file) for key, value in part.items()}
+
+
+def _parts(file: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The files that a task file includes, and at last itself, with what each says."""
+    content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    included = content.pop("include", [])
+    for name in [included] if isinstance(included, str) else included:
+        yield from _parts(file.parent / name)
+    yield file, content
+
+
+class _Function(str):
+    """What stands behind lm-eval's tag `!function`: file.name."""
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """Takes that tag too; libyaml's, if it is there, is ten times as fast."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
+
+
+@cache
+def _lm_evals(name: str) -> Path | None:
+    """lm-eval's file that defines this task or group, by its text: its own index takes 15 s."""
+    spec = find_spec("lm_eval")
+    if spec is None:
+        return None
+    root = Path(*spec.submodule_search_locations, "tasks")
+    defines = re.compile(rf"^(task|group): *(['\"]?){re.escape(name)}\2 *(#.*)?$", re.MULTILINE)
+    # a folder is named as the tasks in it begin
+    likely = [folder for folder in root.iterdir() if name.startswith(folder.name)]
+    files = (file for folder in [*likely, root] for file in sorted(folder.rglob("*.yaml")))
+    return next((f for f in files if defines.search(f.read_text(encoding="utf-8"))), None)

@@ -1,0 +1,142 @@
+"""What a training is fed with: the batch of each optimizer step, in a seeded order, in pieces."""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset
+from transformers import BatchFeature
+
+from sts.pipeline.config import CODE, StageConfig
+from sts.pipeline.data.collator import Conversations, batch_order, collate, split_files
+from sts.pipeline.data.conversation import template_of
+from sts.pipeline.files import read_json, sha256_json
+from sts.pipeline.run import follows
+from sts.pipeline.train.features import reader_of
+from sts.settings import IGNORE_INDEX
+
+LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
+
+
+def load_data(
+    data: Sequence[str | Path],
+    block: StageConfig,
+    processor: Any,
+    seed: int,
+    features: Sequence[str | Path] = (),
+    cache: Path | None = None,
+) -> tuple[Conversations, Callable[[int], list[int]]]:
+    """The samples of a stage, and the function step -> indices of that step's global batch.
+
+    features: manifests of vision features of the data sets, if they are cached. cache: folder of
+    tokens, which all trainings share that have the same data and processor.
+    """
+    read = reader_of(features) if features else None
+    tokens = cache and cache / f"{tokens_key(data, block, processor)}.arrow"
+    files = split_files(data, block.split)
+    samples = Conversations(files, processor, block.max_length, read, block.template, tokens)
+    order = batch_order(
+        samples.lengths,
+        samples.has_image,
+        block.global_batch,
+        seed,
+        block.group_by_length,
+        block.sorted_batches,
+    )
+    return samples, order
+
+
+def tokens_key(data: Sequence[str | Path], block: StageConfig, processor: Any) -> str:
+    """16 hex digits of all that the tokens of a stage's data depend on."""
+    own = [processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()]
+    return sha256_json(
+        {
+            "data": [read_json(manifest)["sha256"] for manifest in data],
+            "split": block.split,
+            "max_length": block.max_length,
+            "template": block.template,
+            "processor": [type(processor).__name__, template_of(processor), *own],
+            "code": follows.code(*follows.imported([CODE / "pipeline/data/collator.py"])),
+        }
+    )[:16]
+
+
+def my_pieces(
+    indices: list[int],
+    accumulation: int,
+    accelerator: Accelerator,
+    has_image: Sequence[bool] = (),
+) -> list[list[int]]:
+    """This process's share of a global batch, as its micro-batches.
+
+    A batch at the end of an epoch may be small: then there are fewer micro-batches, and a few
+    samples come twice if the processes could not share them evenly. Where other processes see an
+    image and this one would not, it is given one, as ~index: a sample without its labels
+    (`Shown`). All then run the same modules, as those that share weights must. has_image: of every
+    sample.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    even = indices + indices[: -len(indices) % world]
+    parts = min(accumulation * world, len(even))
+    bounds = [len(even) * i // parts for i in range(parts + 1)]
+    pieces = [even[bounds[i] : bounds[i + 1]] for i in range(parts)]
+    for first in range(0, parts if has_image else 0, world):
+        at_once = pieces[first : first + world]
+        seen = [[index for index in piece if has_image[index]] for piece in at_once]
+        if any(seen) and not all(seen):
+            lent = next(filter(None, seen))[0]
+            for piece, own in zip(at_once, seen, strict=True):
+                piece.extend([] if own else [~lent])
+    return pieces[rank::world]
+
+
+class Shown(Dataset):
+    """Samples, of which ~index is one that is seen and has no labels: nothing is learnt of it."""
+
+    def __init__(self, samples: Conversations):
+        self.samples = samples
+
+    def __getitem__(self, index: int) -> dict:
+        if index >= 0:
+            return self.samples[index]
+        sample = self.samples[~index]
+        return sample | {"labels": np.full_like(sample["labels"], IGNORE_INDEX)}
+
+
+def leave_sigterm(_: int) -> None:
+    """A scheduler sends SIGTERM to every process: the training ends its loaders when it is done."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def feed(
+    samples: Conversations,
+    order: Callable[[int], list[int]],
+    processor: Any,
+    block: StageConfig,
+    accelerator: Accelerator,
+    first: int,
+) -> Iterator[tuple[int, list[BatchFeature]]]:
+    """(step, this process's micro-batches on its device) for every step from `first` on."""
+    steps = range(first, block.steps)
+    accumulation = block.gradient_accumulation_steps
+    pieces = [
+        my_pieces(order(step), accumulation, accelerator, samples.has_image) for step in steps
+    ]
+    gpu = accelerator.device.type == "cuda"
+    loader = DataLoader(
+        Shown(samples),
+        batch_sampler=[piece for mine in pieces for piece in mine],
+        collate_fn=partial(collate, processor),
+        num_workers=LOADERS if gpu else 0,
+        worker_init_fn=leave_sigterm,
+        pin_memory=gpu,
+        generator=torch.Generator(),  # else a resumed training draws from torch's once more
+    )
+    batches = iter(loader)
+    for step, mine in zip(steps, pieces, strict=True):
+        yield step, [next(batches).to(accelerator.device) for _ in mine]

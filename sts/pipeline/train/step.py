@@ -1,0 +1,155 @@
+"""One optimizer step of a training, and what it needs: processes, precision, optimizer, curve."""
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from sts.lds import UNITS
+from sts.pipeline.config import StageConfig
+from sts.pipeline.run.device import bf16_is_native
+from sts.pipeline.train.lora import MARK
+from sts.pipeline.train.model import part_finder
+from sts.scheme import Scheme
+from sts.settings import IGNORE_INDEX
+
+
+def prepare_process(block: StageConfig) -> Accelerator:
+    """Fixed threads, deterministic algorithms, and accelerate on whatever device there is.
+
+    Raises ValueError if this is not the number of processes that the configuration says: the
+    global batch, and so the weights, depend on it.
+    """
+    torch.set_num_threads(block.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
+    # skipped layers have no gradient, nor has what sees in a batch of text alone: without this,
+    # data-parallel processes would wait for them
+    sees = {"projector", "vision_tower"} & set(block.trains)
+    unused = bool(sees) or (block.skips and not UNITS[block.lds.unit].trains_all)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+    if accelerator.num_processes != block.processes:
+        raise ValueError(
+            f"processes: the configuration says {block.processes}, this training was started with "
+            f"{accelerator.num_processes}. Start it with: torchrun --nproc-per-node "
+            f"{block.processes} -m sts train ..."
+        )
+    return accelerator
+
+
+def precision_here(block: StageConfig) -> str:
+    """What the forward pass is computed in: bf16 only where the hardware computes in it.
+
+    Elsewhere fp32 takes its place. The weights' key follows it.
+    """
+    return block.precision if torch.cuda.is_available() or bf16_is_native() else "fp32"
+
+
+def fused_attention(block: StageConfig) -> bool:
+    """Whether attention is torch's fused one. In bf16 on a CPU it is not: the fused backward there
+    (torch 2.13, 32 channels a head) takes longer than all the rest of the step."""
+    return torch.cuda.is_available() or precision_here(block) == "fp32"
+
+
+def make_optimizer(model: PreTrainedModel, block: StageConfig) -> torch.optim.Optimizer:
+    """AdamW on what is trained, without decay on norms, biases and embeddings; each group knows its
+    `peak` learning rate."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    part_of = part_finder(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "lora" if MARK in name else part_of(name)
+            peak = block.lr[part] if isinstance(block.lr, dict) else block.lr
+            decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+            decay = block.weight_decay if decays else 0.0
+            groups.setdefault((peak, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
+            for (peak, decay), parameters in groups.items()
+        ],
+        fused=True,
+    )
+
+
+def peak_lr(block: StageConfig) -> float:
+    """The highest learning rate of any part."""
+    return max(block.lr.values()) if isinstance(block.lr, dict) else block.lr
+
+
+def lr_factor(step: int, steps: int, rising: int) -> float:
+    """Share of the peak learning rate: a line up over the first `rising` steps, then half a cosine
+    down towards 0."""
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+def optimizer_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[dict],
+    block: StageConfig,
+    factor: float,
+    scheme: Scheme,
+) -> tuple[float, float]:
+    """One step on the micro-batches of this process, at `factor` times the peak learning rates:
+    (mean loss, gradient norm before clipping).
+
+    The loss is a mean over the answer tokens of the whole global batch, so that however a batch is
+    split into micro-batches and processes, the step is the same. A step that is not finite is not
+    taken.
+    """
+    answers = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
+    answers = accelerator.reduce(answers, "sum")
+    total = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
+        with (
+            contextlib.nullcontext() if last else accelerator.no_sync(model),
+            torch.autocast(
+                accelerator.device.type, torch.bfloat16, enabled=precision_here(block) == "bf16"
+            ),
+        ):
+            loss = model(**batch, num_items_in_batch=answers, use_cache=False).loss
+            # gradients are averaged over processes, and the loss is to be their sum
+            accelerator.backward(loss * accelerator.num_processes)
+        total += loss.detach()
+    scheme.after_backward()
+    norm = accelerator.clip_grad_norm_(model.parameters(), block.max_grad_norm)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    loss = accelerator.reduce(total, "sum").item()
+    if math.isfinite(loss) and math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # no gradient at all: AdamW leaves skipped layers alone
+    return loss, norm
+
+
+def check_finite(
+    loss: float, norm: float, stage: str, step: int, factor: float, block: StageConfig
+) -> None:
+    """Raise FloatingPointError, with what it may come from, for a loss or gradient that is not
+    finite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    bf16 = precision_here(block) == "bf16"
+    half = "; bf16 overflowed: try precision: fp32" if bf16 else ""
+    raise FloatingPointError(
+        f"{stage} step {step}: loss {loss}, gradient norm {norm} at {factor:.3g} of the learning "
+        f"rate. Likely causes: {stage}.lr {block.lr} is too high, or {stage}.warmup_ratio "
+        f"{block.warmup_ratio:g} too short (the losses before this step are in history.jsonl); "
+        f"the initial weights are broken{half}. The last checkpoint is kept; another value in the "
+        "configuration starts afresh."
+    )

@@ -180,7 +180,7 @@ def test_json_is_written_the_same_and_whole(tmp_path):
 
 KILLED = """
 import os, signal
-from sts.pipeline.run import provenance
+from sts.pipeline.files import write_json_atomic
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 write_json_atomic("x.json", 1)
 """

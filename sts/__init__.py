@@ -1,13 +1,13 @@
 """Sparse Training Scheme: cheaper training of multimodal LLMs, unchanged inference.
 
-    from sts import VTC, LDS, sparsify, unsparsify
+    from sts import STS_LDS, STS_VTC, sparsify
 
-    scheme = sparsify(model, vtc=VTC("uniform", keep=0.25), total_steps=1000)
+    scheme = sparsify(model, STS_VTC, STS_LDS, total_steps=1000)
     for step, batch in enumerate(batches):
         scheme.begin_step(step)
         model(**batch).loss.backward()
 
-In a `transformers` Trainer: `Trainer(model, ..., callbacks=[SparseCallback(model, vtc=...)])`.
+In a `transformers` Trainer: `Trainer(model, ..., callbacks=[SparseCallback(model, STS_VTC)])`.
 Names load on first use, so `import sts.pipeline.config` costs no torch import.
 """
 
@@ -16,6 +16,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 _HOMES = {
     "LDS": "sts.settings",
+    "STS_LDS": "sts.settings",
+    "STS_VTC": "sts.settings",
     "VTC": "sts.settings",
     "SparseCallback": "sts.callback",
     "sparsify": "sts.scheme",

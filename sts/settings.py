@@ -194,3 +194,12 @@ def _share(name: str, value: object) -> None:
 def _one_of(name: str, value: object, known, why: str = "") -> None:
     ok = isinstance(value, str) and value in known
     expect(ok, name, value, f"one of {', '.join(known)}{why}")
+
+
+# The scheme's default values, which are those of row `sts` of workflow/ablations.yaml. The paper's
+# are: one of its three kinds of VTC (uniform, random, text_guided) in alignment, the formula of
+# policy `sts` in instruction tuning. Its sources that we know give no values, so these are our
+# choices: the kind, keep, rate (alpha) and epsilon. Epsilon is no part of the policy:
+# LDS("sts", rate=0.5) has epsilon 0, every layer alike, and is not the paper's depth adjustment.
+STS_VTC = VTC("random", keep=0.5)
+STS_LDS = LDS("sts", rate=0.5, epsilon=1.0)

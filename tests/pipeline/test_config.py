@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, create_model
 
-from sts import LDS, VTC
+from sts import LDS, STS_LDS, STS_VTC, VTC
 from sts.pipeline import config as settings
 from sts.pipeline.config import ConfigError, load_ablations, load_scale, load_yaml, resolve
 
@@ -480,6 +480,12 @@ def test_every_ablation_says_whose_method_it_is():
             assert named <= papers, id
         if ablation.source == "peers":
             assert not named & papers, id
+
+
+def test_row_sts_has_the_default_values_of_the_library(mini):
+    stages = resolve(mini, load_ablations(ABLATIONS)["sts"]).stages
+    assert (stages["align"].vtc, stages["align"].lds) == (STS_VTC, LDS())
+    assert (stages["instruct"].vtc, stages["instruct"].lds) == (VTC(), STS_LDS)
 
 
 def test_the_page_on_ablations_does_what_it_says(tmp_path, mini):

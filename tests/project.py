@@ -22,10 +22,7 @@ STANDINS = {
 def prepare(config, name, out):
     write(out, {"dataset": name, "of": config.data.model_dump_json()})""",
     "pipeline/train/model.py": """
-SHIPPED = "shipped"
-def write_manifest(model, out, folder): write(out, {"vision": model.backbone})""",
-    "mini/backbone.py": """
-def rebuilt(model, folder): return folder""",
+def write_manifest(model, out): write(out, {"vision": model.backbone})""",
     "pipeline/train/features.py": """
 def write_features(config, stage, data, init, out): write(out, {"model": hashed(init)})
 class NotCached(ValueError): pass""",
@@ -101,7 +98,7 @@ def make_project(folder: Path, ablations: str | None = None) -> Path:
 
     ablations: text of another table of ablations than the project's own.
     """
-    for name in ("sts", "workflow", "envs"):
+    for name in ("sts", "recipes", "workflow", "envs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", folder)
     if ablations:

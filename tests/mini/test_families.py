@@ -11,10 +11,11 @@ import torch
 from configs import two_stages
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
 
-from sts.mini import scenes, vision
-from sts.mini.families import FAMILIES, assemble
-from sts.mini.language import language_config
-from sts.mini.words import make_tokenizer
+from recipes.mini import vision
+from recipes.mini.families import FAMILIES, assemble
+from recipes.mini.language import language_config
+from recipes.mini.words import make_tokenizer
+from sts.mini import scenes
 from sts.pipeline.evaluate.evaluate import evaluate
 from sts.pipeline.train.features import write_features
 from sts.pipeline.train.model import write_manifest

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sts.mini.muon import Muon, orthogonal
+from recipes.mini.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (96, 24), (24, 96)])

@@ -1,6 +1,5 @@
 """The estimate before anything is trained."""
 
-import inspect
 import json
 import os
 import re
@@ -16,9 +15,7 @@ from tiny import CASES, LAYERS
 from sts import LDS, sparsify
 from sts.__main__ import main
 from sts.lds.decision import decide, expected_work
-from sts.mini.language import train_language
-from sts.mini.vision import train_vision
-from sts.pipeline.config import Config, StageConfig, load_ablations, load_scale
+from sts.pipeline.config import Config, StageConfig, load_ablations
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.measure import forecast as estimate
 
@@ -27,10 +24,6 @@ SMOKE, PAPER, SMALL, ABLATIONS = (
     ROOT / "workflow" / name
     for name in ("config/smoke.yaml", "config/paper.yaml", "config/small.yaml", "ablations.yaml")
 )
-RECIPE = {
-    name: inspect.signature(function).parameters["batch"].default
-    for name, function in {"vision": train_vision, "language": train_language}.items()
-}
 BOTH = ["projector", "language_model"]
 
 
@@ -56,7 +49,7 @@ def no_timing(monkeypatch):
 
 @pytest.fixture(scope="module")
 def smoke() -> dict:
-    return estimate.estimate(SMOKE, ABLATIONS, RECIPE)
+    return estimate.estimate(SMOKE, ABLATIONS)
 
 
 def test_the_estimate_is_whole_and_positive(smoke, capsys):
@@ -134,13 +127,13 @@ def test_flops_of_a_stage_are_the_mean_over_what_it_skips():
 
 
 def test_json_is_what_is_returned(capsys, no_timing):
-    found = estimate.estimate(SMOKE, ABLATIONS, RECIPE, as_json=True)
+    found = estimate.estimate(SMOKE, ABLATIONS, as_json=True)
     assert json.loads(capsys.readouterr().out) == found
 
 
 def test_a_large_pretrained_model_is_estimated_without_a_download(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = estimate.estimate(PAPER, ABLATIONS, RECIPE)
+    found = estimate.estimate(PAPER, ABLATIONS)
     assert "matrix product" in found["speed"]["source"]
     dense = found["flops"]["runs"]["dense"]
     # 6 FLOPs a weight and token: 6.7e9 weights, 128 samples of 576 + 250 tokens, 5198 steps; one
@@ -163,7 +156,7 @@ def test_stages_are_those_of_the_configurations(no_timing):
         "short": config(align=align, last=adapted),
         "only": config(extra={"trains": ["vision_tower"]}),
     }
-    found = estimate.forecast(configs["long"], configs, {"main": [*configs]}, RECIPE)
+    found = estimate.forecast(configs["long"], configs, {"main": [*configs]})
     seeds = len(configs["long"].seeds)
     assert found["jobs"] | {"train": 5 * seeds, "share": 1 * seeds} == found["jobs"]
     runs = found["flops"]["runs"]
@@ -181,23 +174,6 @@ def test_speed_is_measured_with_what_a_stage_trains():
     model = estimate.model_config(given)
     speed, source = estimate.calibrate(given, {}, model)
     assert speed["last"] > 0 and "just now" in source
-
-
-def test_a_rebuild_is_estimated_with_the_samples_that_the_recipe_trains(
-    tmp_path, no_timing, capsys
-):
-    scale = tmp_path / "scale.yaml"
-    scale.write_text("model: {backbone: rebuild, vision_steps: 100, language_steps: 50}")
-    assert main(["estimate", "--configfile", str(scale), "--json"]) == 0
-    seconds = json.loads(capsys.readouterr().out)["seconds"]["backbone"]
-    whole = load_scale(scale)
-    shape = cost.shape_of(estimate.model_config(whole))
-    text, answer = estimate.tokens(whole.stage("instruct"), whole.data)
-    sizes = {"visual_tokens": 144, "text_tokens": text, "answer_tokens": answer, "trains": BOTH}
-    vision = cost.flop_parts(shape, batch=100 * RECIPE["vision"], **sizes)
-    language = cost.flop_parts(shape, batch=50 * RECIPE["language"], **sizes)
-    flops = 3 * vision["vision"] + language["decoder"] + language["head"]
-    assert seconds == pytest.approx(estimate.START_SECONDS + flops / 1e9)
 
 
 def asked(capsys, *more, scale=PAPER):

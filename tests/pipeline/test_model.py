@@ -196,7 +196,7 @@ def same_states(a, b) -> tuple[set[str], set[str]]:
 
 
 def test_missing_files_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone: .*git checkout -- .*gone.*rebuild"):
+    with pytest.raises(FileNotFoundError, match=r"gone: .*git checkout -- .*gone"):
         write_manifest(load_scale(MINI).model, tmp_path / "manifest.json", tmp_path / "gone")
 
 

@@ -81,7 +81,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "used formula": ("the formula of a VTC kind that some runs use", formula("vtc/sampling.py")),
     "lds": ("a formula of LDS", formula("lds/units.py")),
     "step": ("a formula that every training uses", formula("pipeline/train/step.py")),
-    "mini": ("the recipe of the mini scale's stand-ins", formula("mini/backbone.py")),
+    "mini": ("the recipe of the toy backbones", formula("../recipes/mini/vision.py")),
     "table": ("a formula of the tables", formula("pipeline/report/tables.py")),
     "benchmark": (
         "a benchmark's file",

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
+from recipes.mini.families import clip
+from recipes.mini.language import language_config
+from recipes.mini.words import make_tokenizer
 from sts import LDS, VTC
 from sts.__main__ import main
 from sts.lds import POLICIES
 from sts.mini import scenes
-from sts.mini.families import clip
-from sts.mini.language import language_config
-from sts.mini.words import make_tokenizer
 from sts.pipeline.cost.flops import shape_of
 from sts.pipeline.measure import shapes
 from sts.pipeline.measure.shape_bench import parse_setting, speed

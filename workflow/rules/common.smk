@@ -59,8 +59,6 @@ GPUS = gpu_count()
 CODE = settings.CODE
 REFERENCE = Path(f"workflow/reference/{BASE.scale}.yaml")  # published scores
 SMOLLM2 = "data/smollm2"  # of the rows `real_lm`
-STANDINS = ["llava", "llava_next", "idefics3", "qwen2_5_vl"]  # as in sts/mini/families.py
-RECIPE = sorted((CODE / "mini").glob("*.py"))  # of the shipped backbones; a run follows their bytes
 CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
 
 # Whether jobs run on a cluster, for which --jobs is given; so it is in the jobs themselves.
@@ -183,11 +181,9 @@ def features_of(ablation, *stages):
 
 
 def backbone_code(ablation):
-    """What a backbone manifest follows: the repository's backbones, or the recipe of those that are
-    trained anew, byte by byte; of other folders, which may be large, names, sizes and dates."""
+    """What a backbone manifest follows: the repository's backbones, byte by byte; of other folders,
+    which may be large, names, sizes and dates."""
     model, writer = CONFIGS[ablation].model, CODE / "pipeline" / "train/model.py"
-    if model.family == "joined" and model.backbone == "rebuild":
-        return follows.code(writer, *RECIPE)
     folders = model.sources or ["data/backbones/mini"]
     files = [
         file

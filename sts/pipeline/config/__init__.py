@@ -211,8 +211,8 @@ class ModelConfig(Block):
     centre out), or padded in its mean colour, as in LLaVA-1.5."""
     features: Annotated[Literal["live", "cached"], Neutral(EVER)] = "live"
     """Of a frozen vision tower: computed in every step, or once for all runs; results are equal."""
-    backbone: Literal["shipped", "rebuild", "pretrained"] = "shipped"
-    """Parts that are joined: of this repository, trained anew, or a hub id or folder for each."""
+    backbone: Literal["shipped", "pretrained"] = "shipped"
+    """Parts that are joined: of this repository, or a hub id or folder for each."""
     vision: str | None = None
     """Vision tower of `pretrained`."""
     language: str | None = None
@@ -221,12 +221,6 @@ class ModelConfig(Block):
     """Layer of the vision tower whose features are projected."""
     layers: Count = 12
     """Decoder layers of the language model; what skip rates are checked against."""
-    vision_steps: Count = 3900
-    """Training steps of the vision tower of `rebuild`."""
-    language_steps: Count = 6300
-    """Training steps of the language model of `rebuild`."""
-    threads: Count = 1
-    """CPU threads of a rebuild."""
 
     @property
     def sources(self) -> list[str]:

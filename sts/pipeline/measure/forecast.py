@@ -69,21 +69,19 @@ MATMUL_SHARE = 0.4  # of a matrix product's speed that a training of a large mod
 def estimate(
     configfile: str | Path,
     ablations: str | Path,
-    recipe: Mapping[str, int],
     as_json: bool = False,
     on: Machine | None = None,
 ) -> dict[str, Any]:
     """Print, as a table or as JSON, and return what the bare command will cost with this scale, on
     this machine or another.
 
-    recipe: samples of a step of the `vision` and the `language` training of a rebuild. Raises
-    ConfigError for a file that is not accepted, ValueError for a pretrained model whose sizes are
-    not known here.
+    Raises ConfigError for a file that is not accepted, ValueError for a pretrained model whose
+    sizes are not known here.
     """
     base, table = load_scale(configfile), load_ablations(ablations)
     configs = {id: resolve(base, entry) for id, entry in shown(table).items()}
     groups = {name: [id for id, e in table.items() if name in e.groups] for name in GROUPS}
-    found = forecast(base, configs, groups, recipe, on)
+    found = forecast(base, configs, groups, on)
     if as_json:
         print(json.dumps(found, indent=2, sort_keys=True))
     else:
@@ -100,7 +98,6 @@ def forecast(
     base: Config,
     configs: Mapping[str, Config],
     groups: Mapping[str, Sequence[str]],
-    recipe: Mapping[str, int],
     on: Machine | None = None,
 ) -> dict[str, Any]:
     """Everything that `show` prints, as plain numbers: seconds, bytes, FLOPs. `respread`: what of
@@ -141,7 +138,7 @@ def forecast(
         "evaluation": sum(evaluation) / slots,
         **({"features": sum(features) / slots} if features else {}),
         "timing": timing + START_SECONDS * len(groups),
-        "backbone": backbone_seconds(base, shape, speed[base.last], recipe),
+        "backbone": float(START_SECONDS),
     }
     weights = 4.0 * sum(shape.parameters.values())
     blocks = [config.stage(stage) for config, stage in trainings]
@@ -508,23 +505,6 @@ def evaluation_seconds(shape: cost.Shape, config: Config, speed: float) -> float
     block = config.stage(config.last).model_copy(update=whole)
     forward = step_flops(shape, block, config.data, 0.0) / block.global_batch / 3
     return START_SECONDS + questions * (forward / speed + ANSWER_SECONDS)
-
-
-def backbone_seconds(
-    config: Config, shape: cost.Shape, speed: float, recipe: Mapping[str, int]
-) -> float:
-    """Both backbones, if they are trained anew: forward and backward of `recipe` samples a step."""
-    if config.model.backbone != "rebuild":
-        return float(START_SECONDS)
-    text, answer = tokens(config.stage(config.last), config.data)
-    sizes = {"visual_tokens": shape.visual_tokens, "text_tokens": text, "answer_tokens": answer}
-    parts = {
-        name: cost.flop_parts(shape, batch=batch, trains=["language_model"], **sizes)
-        for name, batch in recipe.items()
-    }
-    vision = 3 * parts["vision"]["vision"] * config.model.vision_steps
-    language = parts["language"]["decoder"] + parts["language"]["head"]
-    return START_SECONDS + (vision + language * config.model.language_steps) / speed
 
 
 # ---- printing ---------------------------------------------------------------------------------

@@ -76,8 +76,7 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
         manifest |= {name: value for name, value in chosen.items() if value != "own"}
         if model.backbone != "pretrained" and not hashes:
             raise FileNotFoundError(
-                f"{folder}: no backbone files; get them with `git checkout -- {folder}` or set "
-                "model.backbone: rebuild"
+                f"{folder}: no backbone files; get them with `git checkout -- {folder}`"
             )
     manifest["sha256"] = sha256_json([manifest, hashes])
     write_json_atomic(out, manifest)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, PreTrainedModel, ProcessorMixin
 
+from recipes.mini.families import FAMILIES, build, places_of, put_tower
+from recipes.mini.muon import apart, learner
+from recipes.mini.words import make_tokenizer
 from sts.mini import scenes
-from sts.mini.families import FAMILIES, build, places_of, put_tower
-from sts.mini.muon import apart, learner
-from sts.mini.words import make_tokenizer
 from sts.pipeline.run.device import bf16_is_native
 
 BATCH = 16  # pictures of a step

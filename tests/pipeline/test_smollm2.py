@@ -9,7 +9,7 @@ import torch
 from gguf import GGUFWriter
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from sts.mini import smollm2
+from sts.pipeline.data import smollm2
 from sts.pipeline.data.source import DataError
 
 WORDS = [

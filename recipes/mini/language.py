@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from recipes.mini.muon import apart, learner
+from recipes.mini.vision import autocast, batched, patch_places
 from sts.mini import scenes
-from sts.mini.muon import apart, learner
-from sts.mini.vision import autocast, batched, patch_places
 from sts.settings import IGNORE_INDEX
 
 BATCH = 24  # samples of a step

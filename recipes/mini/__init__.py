@@ -1,0 +1,1 @@
+"""How the toy backbones of the mini scale were made: no part of the package, no run needs it."""

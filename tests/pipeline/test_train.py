@@ -21,8 +21,8 @@ from sts import vtc
 from sts.pipeline.config import Config
 from sts.pipeline.cost import memory
 from sts.pipeline.cost.history import read_history
-from sts.pipeline.run import follows
-from sts.pipeline.train import checkpoint, step
+from sts.pipeline.run import device, follows
+from sts.pipeline.train import checkpoint
 from sts.pipeline.train import train as training
 from sts.pipeline.train.feed import leave_sigterm, my_pieces
 from sts.pipeline.train.step import lr_factor
@@ -587,8 +587,7 @@ def test_every_unit_logs_the_work_that_its_flops_come_from(run, aligned, unit):
 
 
 def test_precision_and_recomputation_are_taken_from_the_configuration(run, aligned, monkeypatch):
-    for module in (step, training):
-        monkeypatch.setattr(module, "precision_here", lambda block: block.precision)
+    monkeypatch.setattr(device, "bf16_is_native", lambda: True)
     plain = run(config(steps=1), "instruct", init=aligned)
     again = run(config(steps=1, gradient_checkpointing=True), "instruct", init=aligned)
     half = run(config(steps=1, precision="bf16"), "instruct", init=aligned)

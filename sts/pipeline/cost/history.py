@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from sts.pipeline.config import StageConfig
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.files import read_json
-from sts.pipeline.train.step import fused_attention
+from sts.pipeline.run.device import attention_here
 from sts.scheme import Scheme
 
 
@@ -56,7 +56,7 @@ def measure(
     row = {
         "samples": samples,
         "images": sum(has_image),
-        "fused_attention": fused_attention(block),
+        "fused_attention": attention_here(block.precision) == "sdpa",
         "tokens": round(seen["tokens"] * samples),
         "answer_tokens": round(seen["answer_tokens"] * samples),
         **{name: seen[name] for name in ("visual_tokens", "keep_ratio", "layers_run")},

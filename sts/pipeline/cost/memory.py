@@ -7,7 +7,7 @@ import torch
 
 from sts.pipeline.config import StageConfig
 from sts.pipeline.cost import flops as cost
-from sts.pipeline.train.step import precision_here
+from sts.pipeline.run.device import precision_here
 
 PROCESS_BYTES = 0.7e9  # torch, transformers and tracking in memory before any model
 
@@ -19,7 +19,7 @@ def step_memory(
 ) -> dict[str, float]:
     """Peak bytes of one process of a training, at all visual tokens and layers, by what they hold
     (cost.peak_memory). text, answer: tokens of a sample. on_gpu: of a machine that this is not."""
-    precision = block.precision if on_gpu else precision_here(block)
+    precision = block.precision if on_gpu else precision_here(block.precision)
     parts = cost.peak_memory(
         shape,
         batch=block.batch_size,

@@ -39,16 +39,15 @@ from sts.pipeline.cost.memory import lacking, memory_here, step_memory
 from sts.pipeline.data.fetch import fetched_bytes, given_folder
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.measure import shapes
+from sts.pipeline.run.device import attention_here, precision_here
 from sts.pipeline.tasks.registry import questions_of
 from sts.pipeline.train.checkpoint import KEPT
 from sts.pipeline.train.features import asks_tower
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import SHIPPED
 from sts.pipeline.train.step import (
-    fused_attention,
     make_optimizer,
     optimizer_step,
-    precision_here,
     prepare_process,
 )
 from sts.pipeline.train.train import put_scheme
@@ -287,7 +286,7 @@ def feature_images(configs: Iterable[Config]) -> dict[tuple[str, str], int]:
 def feature_bytes(shape: cost.Shape, config: Config) -> float:
     """Bytes of the features of one image: what the projector reads of each patch."""
     channels = sum(matrix.inputs for branch in shape.projector for matrix in branch.reads[:1])
-    half = precision_here(config.stage(config.last)) == "bf16"
+    half = precision_here(config.stage(config.last).precision) == "bf16"
     return shape.visual_tokens * channels * (2 if half else 4)
 
 
@@ -335,7 +334,7 @@ def step_flops(
         trains=block.trains,
         lora_rank=block.lora.rank,
         checkpointing=block.gradient_checkpointing,
-        fused_attention=on is not None or fused_attention(block),
+        fused_attention=on is not None or attention_here(block.precision) == "sdpa",
     )
 
 
@@ -481,7 +480,7 @@ def matmul_rate(block: StageConfig, largest: int = 2048, enough: float = 0.1) ->
     first size, from 256 on, that takes `enough` seconds (bf16 is slow on a CPU without it)."""
     gpu = torch.cuda.is_available()
     torch.set_num_threads(block.threads)
-    kind = torch.bfloat16 if precision_here(block) == "bf16" else torch.float32
+    kind = torch.bfloat16 if precision_here(block.precision) == "bf16" else torch.float32
     size, fastest = 128, 0.0
     while fastest < enough and size < largest:
         size *= 2

@@ -1,4 +1,4 @@
-"""One GPU per job, however many jobs a machine runs side by side.
+"""What this machine computes on and in: one GPU per job, bf16 where the hardware has it.
 
 Snakemake counts GPUs but doesn't say which one a job gets, so all would take the first. A job that
 trains or evaluates takes a lease: a lock on one GPU's file, which the kernel gives back even when
@@ -110,6 +110,24 @@ def _lock_one(gpus: list[str], folder: Path) -> tuple[str, Any]:
             log.warning("All %d GPUs are in use by other jobs; waiting for one.", len(gpus))
             waiting = True
         time.sleep(POLL_SECONDS)
+
+
+def precision_here(wanted: str) -> str:
+    """What a forward pass is computed in where the configuration wants `fp32` or `bf16`: bf16 only
+    where the hardware computes in it, else fp32. The key of the weights holds it."""
+    import torch  # here: the workflow asks for GPUs without it
+
+    return wanted if torch.cuda.is_available() or bf16_is_native() else "fp32"
+
+
+def attention_here(wanted: str) -> str:
+    """Transformers' name of the attention of a training of this precision: `sdpa`, torch's fused
+    one, or `eager`. In bf16 on a CPU the fused backward (torch 2.13, 32 channels a head) takes
+    longer than all the rest of the step. The key of the weights holds it too."""
+    import torch  # here: the workflow asks for GPUs without it
+
+    fused = torch.cuda.is_available() or precision_here(wanted) == "fp32"
+    return "sdpa" if fused else "eager"
 
 
 def bf16_is_native() -> bool:

@@ -30,8 +30,9 @@ from sts.pipeline.data.rows import images_of
 from sts.pipeline.files import read_json, sha256_json, write_json_atomic
 from sts.pipeline.run import follows
 from sts.pipeline.run.bar import bar_of
+from sts.pipeline.run.device import precision_here
 from sts.pipeline.train.model import build, freeze, readers, tower_layers
-from sts.pipeline.train.step import precision_here, prepare_process
+from sts.pipeline.train.step import prepare_process
 from sts.vtc import wants
 
 KEY = "features/"  # what the projector's modules get stands in a batch under this and their names
@@ -65,7 +66,7 @@ def usable(
                 f"features: none of {manifest}, {block.split}, among {list(described)}"
             )
         found.append(fit[0])
-    same = all(described[file]["precision"] == precision_here(block) for file in found)
+    same = all(described[file]["precision"] == precision_here(block.precision) for file in found)
     return found if same else []
 
 
@@ -179,7 +180,7 @@ def write_features(
         "split": block.split,
         "data": prepared["sha256"],
         "model": read_json(init)["sha256"],
-        "precision": precision_here(block),
+        "precision": precision_here(block.precision),
     }
     code = follows.code(*follows.features())
     file = out.parent / f"{sha256_json([manifest, code])[:16]}.arrow"

@@ -23,8 +23,8 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from sts.architectures import architecture_of
 from sts.pipeline.config import StageConfig
+from sts.pipeline.run.device import precision_here
 from sts.pipeline.train.model import tower_layers
-from sts.pipeline.train.step import precision_here
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -90,7 +90,7 @@ def shared(accelerator: Accelerator, model: PreTrainedModel, block: StageConfig)
     """The model as the processes of a stage train it together."""
     if not shards(block):
         return accelerator.prepare(model)
-    shard(model, accelerator.device, precision_here(block) == "bf16")
+    shard(model, accelerator.device, precision_here(block.precision) == "bf16")
     return model
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from sts.lds import UNITS
 from sts.pipeline.config import StageConfig
-from sts.pipeline.run.device import bf16_is_native
+from sts.pipeline.run.device import precision_here
 from sts.pipeline.train.lora import MARK
 from sts.pipeline.train.model import part_finder
 from sts.scheme import Scheme
@@ -43,20 +43,6 @@ def prepare_process(block: StageConfig) -> Accelerator:
             f"{block.processes} -m sts train ..."
         )
     return accelerator
-
-
-def precision_here(block: StageConfig) -> str:
-    """What the forward pass is computed in: bf16 only where the hardware computes in it.
-
-    Elsewhere fp32 takes its place. The weights' key follows it.
-    """
-    return block.precision if torch.cuda.is_available() or bf16_is_native() else "fp32"
-
-
-def fused_attention(block: StageConfig) -> bool:
-    """Whether attention is torch's fused one. In bf16 on a CPU it is not: the fused backward there
-    (torch 2.13, 32 channels a head) takes longer than all the rest of the step."""
-    return torch.cuda.is_available() or precision_here(block) == "fp32"
 
 
 def make_optimizer(model: PreTrainedModel, block: StageConfig) -> torch.optim.Optimizer:
@@ -118,7 +104,9 @@ def optimizer_step(
         with (
             contextlib.nullcontext() if last else accelerator.no_sync(model),
             torch.autocast(
-                accelerator.device.type, torch.bfloat16, enabled=precision_here(block) == "bf16"
+                accelerator.device.type,
+                torch.bfloat16,
+                enabled=precision_here(block.precision) == "bf16",
             ),
         ):
             loss = model(**batch, num_items_in_batch=answers, use_cache=False).loss
@@ -144,7 +132,7 @@ def check_finite(
     finite."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    bf16 = precision_here(block) == "bf16"
+    bf16 = precision_here(block.precision) == "bf16"
     half = "; bf16 overflowed: try precision: fp32" if bf16 else ""
     raise FloatingPointError(
         f"{stage} step {step}: loss {loss}, gradient norm {norm} at {factor:.3g} of the learning "

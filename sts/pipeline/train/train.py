@@ -39,7 +39,7 @@ from sts.pipeline.cost.memory import check_memory
 from sts.pipeline.files import read_json, sha256_json, write_json_atomic
 from sts.pipeline.run import follows, tracking
 from sts.pipeline.run.bar import bar_of
-from sts.pipeline.run.device import lease
+from sts.pipeline.run.device import attention_here, lease, precision_here
 from sts.pipeline.train.checkpoint import (
     finish,
     forget_states,
@@ -55,12 +55,10 @@ from sts.pipeline.train.model import build, load_whole, recompute
 from sts.pipeline.train.parallel import anywhere, gathered, load_shared, of_first, shards, shared
 from sts.pipeline.train.step import (
     check_finite,
-    fused_attention,
     lr_factor,
     make_optimizer,
     optimizer_step,
     peak_lr,
-    precision_here,
     prepare_process,
 )
 from sts.scheme import Scheme, sparsify, unsparsify
@@ -117,7 +115,7 @@ def train(
                 run = (config, ablation, seed, stage, data, init, folder)
                 fit(*run, tracked.log, stopped, features)
     manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
-                "precision": precision_here(block),
+                "precision": precision_here(block.precision),
                 "weights": str(folder), **summary(folder, block)}  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
         write_json_atomic(out, manifest)
@@ -142,11 +140,11 @@ def fit(
     that is being taken, and SystemExit(143) raised.
     """
     block = config.stage(stage)
-    if precision_here(block) != block.precision:
+    if precision_here(block.precision) != block.precision:
         log.warning(
             "%s.precision: %s is slow on this processor: %s instead; scores differ in the last "
             "digits from those of a processor that has it",
-            stage, block.precision, precision_here(block),
+            stage, block.precision, precision_here(block.precision),
         )  # fmt: skip
     accelerator = prepare_process(block)
     model, processor = load_shared(block, partial(load, init, seed))
@@ -225,7 +223,8 @@ def stage_key(
             "stage": stage,
             "settings": block.identity(),
             "code": follows.code(*follows.training(block, family)),
-            "precision": precision_here(block),
+            "precision": precision_here(block.precision),
+            "attention": attention_here(block.precision),
             "seed": seed,
             "data": [read_json(manifest)["sha256"] for manifest in data],
             "init": start.get("weights_sha256") or parts,
@@ -253,7 +252,7 @@ def put_scheme(
     """VTC and LDS of the stage on the model, which trains on `samples` samples an epoch. Also where
     both are off: the dense run then computes its loss in the same way. Attention and recomputation
     are set as the stage wants them."""
-    model.set_attn_implementation("sdpa" if fused_attention(block) else "eager")
+    model.set_attn_implementation(attention_here(block.precision))
     recompute(model, block.gradient_checkpointing)
     return sparsify(
         model,

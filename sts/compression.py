@@ -22,17 +22,17 @@ from sts.modules import see_hooks
 from sts.sequence import (
     WRONG_ATTENTION,
     Batch,
-    at,
     last_kept,
-    of_each_token,
     pack,
     position_ids,
-    put,
-    runs,
+    positions_at,
+    run_lengths,
     segments,
-    shorter,
+    shorten_mask,
     take,
+    take_tokens,
     without_newlines,
+    write_features,
 )
 from sts.settings import IGNORE_INDEX, VTC
 from sts.vtc import compress, wants
@@ -91,7 +91,7 @@ class Compression:
             "past_key_values": None,
             "inputs_embeds": embeddings,
             "attention_mask": self._shorter_mask(kwargs, embeddings, order, real),
-            "position_ids": at(full["positions"], order),
+            "position_ids": positions_at(full["positions"], order),
         }
         shortened |= {name: [x[of_visual] for x in each] for name, each in full["features"].items()}
         others = {
@@ -148,12 +148,14 @@ class Compression:
             keep = keep.index_fill(0, carriers, True)
             if outputs.selects and outputs.tokens is None:  # they are there already
                 continue
-            vectors = put(vectors, carriers, tokens[real])
+            vectors = write_features(vectors, carriers, tokens[real])
             if average:
-                by_place = put(by_place, carriers, outputs.apply(by_place[where])[real])
+                by_place = write_features(by_place, carriers, outputs.apply(by_place[where])[real])
             standing = index.gather(1, chosen)[real]
             for name, each in features.items():
-                features[name] = [put(x, standing, outputs.apply(x[index])[real]) for x in each]
+                features[name] = [
+                    write_features(x, standing, outputs.apply(x[index])[real]) for x in each
+                ]
         return {
             "embeddings": vectors.view_as(embeddings),
             "positions": by_place.T.reshape(*axes, *visual.shape),
@@ -168,11 +170,11 @@ class Compression:
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if isinstance(mask, dict):  # made already, one for each kind of layer
             return {
-                kind: None if one is None else shorter(one, order, real)
+                kind: None if one is None else shorten_mask(one, order, real)
                 for kind, one in mask.items()
             }
         if mask is not None:
-            return shorter(mask, order, real)
+            return shorten_mask(mask, order, real)
         packed = None if positions is None else segments(positions)
         if packed is None:
             # Explicit even if all true: without a mask, gaps in the positions read as packing.
@@ -205,7 +207,7 @@ class Compression:
             mine = there[visual].nonzero()[:, 0]
             if not len(mine):
                 continue
-            grids = makers[medium](self.model, batch.inputs, runs(there))
+            grids = makers[medium](self.model, batch.inputs, run_lengths(there))
             sizes = [grid.tokens for grid in grids]
             if sum(sizes) != len(mine):
                 shown = [tuple(grid) for grid in grids]
@@ -282,7 +284,7 @@ def _of_visual(value: object, visual: Tensor, count: int) -> bool:
 def _shorter(name: str, value: Any, order: Tensor, real: Tensor, length: int) -> Any:
     """Any other keyword of the language model, at the places `order` [B, T'], which are `real`."""
     expect("cu_seq" not in name or value is None, name, value, "none: VTC can't cut it")
-    some = of_each_token(f"{name}.shape of the language model", value, order, length)
+    some = take_tokens(f"{name}.shape of the language model", value, order, length)
     if some is value or some.dtype != torch.bool:
         return some
     return some & real.view(*real.shape, *[1] * (some.ndim - 2))

@@ -1,4 +1,4 @@
-"""Random draws that depend on their key alone, so that no other random stream moves."""
+"""Random generators that depend on a key alone, so that a draw moves no other random stream."""
 
 import random
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 def keyed_generator(*key: object) -> random.Random:
     """A generator that depends on its key alone (Python seeds it with the key's SHA-512).
 
-    Only `.random()` of it is promised to stay the same over Python versions.
+    Of its methods only `.random()` is promised to stay the same over Python versions.
     """
     return random.Random("/".join(map(str, key)))
 
@@ -21,7 +21,7 @@ def keyed_seed(*key: object) -> int:
 
 
 def keyed_torch_generator(*key: object) -> "torch.Generator":
-    """The same for tensors; on the CPU: the same draw on every device."""
-    import torch  # here: decisions are read without torch
+    """The same for tensors; on the CPU, so that it draws the same for every device."""
+    import torch  # inside: decisions are read where there is no torch
 
     return torch.Generator().manual_seed(keyed_seed(*key))

@@ -1,10 +1,10 @@
-"""What the forwards of a step really did, on one rank: counted, not believed."""
+"""What the forwards of a step did, on one rank: counted, not derived from the decision."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from sts.lds.decision import Decision, left_out
+from sts.lds.decision import Decision, skipped_share
 from sts.settings import LDS
 
 
@@ -24,17 +24,23 @@ class Realised:
         logits: int,
         work: Mapping[int, Mapping[str, float]],
     ) -> None:
-        """A forward of (samples, tokens of each) with (before, after) visual tokens, whose head saw
-        `logits` tokens; the work of each layer that did less than all of it."""
+        """Add a forward.
+
+        Args:
+            tokens: (samples, tokens of each) at the language model.
+            visual: The visual tokens (before, after) compression, scalars.
+            logits: The tokens that the head saw.
+            work: Layer -> its work, of those layers that did less than all of it.
+        """
         samples = tokens[0]
         self._positions += samples * tokens[1]
         self._before += visual[0]
         self._after += visual[1]
-        for layer, done in enumerate(self._work):
+        for layer, totals in enumerate(self._work):
             shares = work.get(layer, {})
-            for share in shares.keys() | done.keys():
-                before = done.get(share, float(self._samples))
-                done[share] = before + samples * shares.get(share, 1.0)
+            for share in shares.keys() | totals.keys():
+                before = totals.get(share, float(self._samples))
+                totals[share] = before + samples * shares.get(share, 1.0)
         self.micro_batches += 1
         self._samples += samples
         self._answers += logits
@@ -42,14 +48,14 @@ class Realised:
     def metrics(self, lds: LDS, decision: Decision) -> dict[str, object]:
         """See Scheme.metrics."""
         before, after, samples = int(self._before), int(self._after), max(self._samples, 1)
-        work = [{share: done / samples for share, done in one.items()} for one in self._work]
+        work = [{share: x / samples for share, x in totals.items()} for totals in self._work]
         return {
             "keep_ratio": after / before if before else 1.0,
             "visual_tokens": after / samples,
             "tokens": self._positions / samples,
             "answer_tokens": self._answers / samples,
-            "layers_run": sum(one.get("rows", 1.0) * one.get("tokens", 1.0) for one in work),
+            "layers_run": sum(each.get("rows", 1.0) * each.get("tokens", 1.0) for each in work),
             "asked": list(decision.chances),
-            "skipped": left_out(lds, work),
+            "skipped": skipped_share(lds, work),
             "work": work,
         }

@@ -29,11 +29,11 @@ from sts.compression import Compression
 from sts.draws import keyed_seed, keyed_torch_generator
 from sts.lds.decision import Decision
 from sts.lds.skipper import Skipper
-from sts.lds.units import standing_in
-from sts.loss import before_targets, sees_only_answers, targets_alone
+from sts.lds.units import with_replacements
+from sts.loss import answer_keywords, before_targets, needs_only_answers
 from sts.realised import Realised
 from sts.schedule import keep_at, share_done
-from sts.sequence import Batch, attended, take
+from sts.sequence import Batch, not_padding, take
 from sts.settings import LDS, VTC
 from sts.vtc import kind_of, wants
 
@@ -62,7 +62,7 @@ class Call:
     places: tuple[Tensor, ...] = ()
     compression: Compression | None = None
     batch: Batch | None = None
-    stand_ins: dict = field(default_factory=dict)
+    replacements: dict = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     visual: tuple[Tensor, ...] = ()
     stack: ExitStack = field(default_factory=ExitStack)
@@ -232,7 +232,7 @@ class Scheme:
         self.attached = False
         for handle in self._handles:
             handle.remove()
-        self.skipper.let_go()
+        self.skipper.remove_hooks()
         self.model._modules.pop(WEIGHTS, None)
         del vars(self.model)[SCHEME]
 
@@ -292,7 +292,7 @@ class Scheme:
         call.alone = True
         call.restored = {name: inputs.get(name) for name in ("labels", "attention_mask")}
         call.places = before_targets(labels)
-        shown = inputs | targets_alone(labels, *call.places)
+        shown = inputs | answer_keywords(labels, *call.places)
         shown.pop("logits_to_keep", None)
         if self._routes(inputs):
             # what balances experts looks at the mask, which is as long as the whole sequence
@@ -306,7 +306,7 @@ class Scheme:
         said = _ASKED.setdefault(self.model, {})
         if key not in said:
             path = self.architecture.base or self.architecture.language_model
-            said[key] = sees_only_answers(self.model, path, inputs)
+            said[key] = needs_only_answers(self.model, path, inputs)
             if not said[key]:
                 log.info("sts: logits are computed for every token, as this forward asks for them")
         return said[key]
@@ -348,24 +348,26 @@ class Scheme:
         media = self._media(call.inputs, kwargs["inputs_embeds"])
         image, *video = media.values()
         visual = image | video[0] if video else image
-        mask = attended(call.inputs, visual)
+        mask = not_padding(call.inputs, visual)
         call.batch = Batch(call.inputs, media, visual, mask)
         before = after = visual.sum()
         if call.compression and (count := int(before)):
             kwargs, after = call.compression(call.batch, kwargs, count)
         if not self._realised.micro_batches:
-            self.skipper.forget_zeros()
+            self.skipper.drop_zero_gradients()
         call.tokens = list(kwargs["inputs_embeds"].shape[:2])
         call.visual = (before, after)
-        call.stand_ins = self.skipper.stand_ins(self._realised.micro_batches)
-        parts = call.stand_ins and not self.skipper.unit.drawn_by_step
+        call.replacements = self.skipper.replacements(self._realised.micro_batches)
+        parts = call.replacements and not self.skipper.unit.drawn_by_step
         accepted = f"unset for LDS unit {self.lds.unit!r}: experts see other tokens in each layer"
         expect(not (parts and self._routes(call.inputs)), "output_router_logits", True, accepted)
-        for hook in self.skipper.measuring(call.batch, call.stand_ins):
+        for hook in self.skipper.measuring_hooks(call.batch, call.replacements):
             call.stack.enter_context(hook)
-        if call.stand_ins:
+        if call.replacements:
             name = self.architecture.layers
-            call.stack.enter_context(standing_in(self.language_model, name, call.stand_ins))
+            call.stack.enter_context(
+                with_replacements(self.language_model, name, call.replacements)
+            )
         return (), kwargs
 
     def _media(self, inputs: dict[str, Any], embeddings: Tensor) -> dict[str, Tensor]:
@@ -408,7 +410,7 @@ class Scheme:
                 f"{call.tokens} tokens: do its decoder layers return something else than one "
                 "tensor? LDS can't stand in for them"
             )
-        work = self.skipper.work(call.stand_ins)
+        work = self.skipper.work(call.replacements)
         batch, call.batch = call.batch, None
         if call.alone:
             row, place = (x.to(hidden.device) for x in call.places)

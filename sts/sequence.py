@@ -1,4 +1,4 @@
-"""What fewer tokens or rows make of places, masks and positions: pure functions on tensors.
+"""Places, masks and positions of a sequence with fewer tokens or rows: functions on tensors.
 
 Shapes: B rows, T tokens of a row, V visual tokens in the batch, M places of a flattened batch.
 """
@@ -25,10 +25,14 @@ WRONG_ATTENTION = (
 class Batch:
     """A micro-batch on its way through the model.
 
-    inputs: of the outer forward. media: where the placeholders of `image` and of `video` stand,
-    [B, T] each; visual: of either. mask: which tokens are no padding, of the sequence that the
-    language model gets: VTC shortens it. shows: for each of the T places the token of that
-    sequence whose hidden state it has afterwards, [B, T]; None: its own, nothing was shortened.
+    Attributes:
+        inputs: Keywords of the outer forward.
+        media: Medium -> where its placeholders stand, [B, T].
+        visual: Where placeholders of any medium stand, [B, T].
+        mask: Which tokens of the language model's sequence are no padding; [B, T], and [B, T']
+            after VTC has shortened the sequence.
+        shows: For each of the T places the token of the shortened sequence whose hidden state it
+            gets afterwards, [B, T]; None: the sequence was not shortened.
     """
 
     inputs: dict[str, Any]
@@ -38,8 +42,8 @@ class Batch:
     shows: Tensor | None = None
 
 
-def attended(inputs: dict[str, Any], visual: Tensor) -> Tensor:
-    """Which places [B, T] hold no padding, by the outer attention mask."""
+def not_padding(inputs: dict[str, Any], visual: Tensor) -> Tensor:
+    """Which places [B, T] are no padding, by the attention mask of the outer forward."""
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         expected = list(visual.shape)
@@ -51,7 +55,7 @@ def attended(inputs: dict[str, Any], visual: Tensor) -> Tensor:
 # ---- some places of each row ---------------------------------------------------------------------
 
 
-def at(x: Tensor, index: Tensor) -> Tensor:
+def positions_at(x: Tensor, index: Tensor) -> Tensor:
     """x [..., B or 1, T] at the places `index` [B, k] of each row: [..., B, k]."""
     lead = x.shape[:-2]
     return x.expand(*lead, len(index), -1).gather(-1, index.expand(*lead, *index.shape))
@@ -60,14 +64,17 @@ def at(x: Tensor, index: Tensor) -> Tensor:
 def take(x: Tensor, index: Tensor) -> Tensor:
     """x [B, T, ...] at the places `index` [B, k] of each row: [B, k, ...].
 
-    Backward keeps indexes of [B, k]; those of gather or take_along_dim would be [B, k, D].
+    The backward holds an index [B, k]; that of gather or take_along_dim would be [B, k, D].
     """
     return x.flatten(0, 1).index_select(0, _flat(x, index)).unflatten(0, index.shape)
 
 
-class _Placed(torch.autograd.Function):
-    """`index_copy` along the first axis. torch's keeps `values` for the backward, for nothing but
-    their shape; with checkpointing that is as much as a layer's input."""
+class _IndexCopy(torch.autograd.Function):
+    """`index_copy` along the first axis.
+
+    torch's keeps `values` for the backward, which needs their shape only; with checkpointing that
+    is as much memory as a layer's input.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, values: Tensor) -> Tensor:
@@ -85,14 +92,14 @@ class _Placed(torch.autograd.Function):
         )
 
 
-def placed(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+def write_places(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """x [M, ...] with `values` [k, ...] at the places `index` [k]."""
-    return _Placed.apply(x, index, values)
+    return _IndexCopy.apply(x, index, values)
 
 
-def replaced(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+def write_rows(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """x [B, T, D] with `values` [B, k, D] at the places `index` [B, k] of each row."""
-    return placed(x.flatten(0, 1), _flat(x, index), values.flatten(0, 1)).view_as(x)
+    return write_places(x.flatten(0, 1), _flat(x, index), values.flatten(0, 1)).view_as(x)
 
 
 def _flat(x: Tensor, index: Tensor) -> Tensor:
@@ -100,28 +107,33 @@ def _flat(x: Tensor, index: Tensor) -> Tensor:
     return (rows * x.shape[1] + index).flatten()
 
 
-def put(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
+def write_features(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """`target` [M, C] with `values` [..., C] at `places` [...]."""
     values = values.reshape(-1, target.shape[1]).to(target.dtype)
-    return placed(target, places.flatten(), values)
+    return write_places(target, places.flatten(), values)
 
 
-def runs(where: Tensor) -> Tensor:
-    """How many places [B, T] follow one another wherever some do, row by row, [runs]."""
+def run_lengths(where: Tensor) -> Tensor:
+    """The length of each run of true places in `where` [B, T], row by row, [runs]."""
     flat = torch.nn.functional.pad(where, (1, 1)).int().flatten()  # a run ends with its row
     steps = flat.diff()
     return (steps == -1).nonzero()[:, 0] - (steps == 1).nonzero()[:, 0]
 
 
 def last_kept(keep: Tensor) -> Tensor:
-    """For every place [B, T] where among the kept ones the last one up to it is (the first one, if
-    none was before)."""
+    """For every place [B, T] the index, among the kept places, of the last one up to it.
+
+    Of the first one where none was kept before.
+    """
     return (keep.cumsum(1) - 1).clamp(min=0)
 
 
 def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather index [B, T'] that moves the kept places of each row to its front, in order, and
-    which of them are real [B, T']; T' is the most that a row keeps."""
+    """The gather index [B, T'] that moves the kept places of each row to its front, in order.
+
+    Also which of them are no padding, [B, T']; T' is the number of places that the fullest row
+    keeps.
+    """
     counts = keep.sum(1)
     longest = int(counts.max())
     order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
@@ -129,53 +141,63 @@ def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """Patches [images, N] and row ends to keep [images, n] of the tokens of a grid.
+    """Split the tokens of images into patches [images, N] and the newlines to keep [images, n].
 
-    A newline remains for every row that pooling would leave, at the middle one of its rows.
+    One newline stays for every row that pooling would leave: that of the middle row of its cell.
+
+    Args:
+        grid: Of the images.
+        index: Their tokens, [images, grid.tokens].
+        keep: The keep ratio.
     """
     if not grid.newline:
         return index, index[:, :0]
     rows = index.unflatten(1, (grid.height, grid.width + 1))
-    left = kept_rows(grid.height, grid.width, keep) if grid.width else range(grid.height)
-    return rows[..., :-1].flatten(1), rows[:, list(left), -1]
+    kept = kept_rows(grid.height, grid.width, keep) if grid.width else range(grid.height)
+    return rows[..., :-1].flatten(1), rows[:, list(kept), -1]
 
 
-# ---- masks and positions of what is left ---------------------------------------------------------
+# ---- masks and positions of the shorter sequence -------------------------------------------------
 
 
-def of_queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
-    """mask [B or 1, 1, T, T] -> [B, 1, k, k], the rows and columns `index` [B, k]."""
+def queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
+    """The rows and columns `index` [B, k] of a mask [B or 1, 1, T, T]: [B, 1, k, k]."""
     mask = mask.take_along_dim(index[:, None, :, None], 2)
     return mask.take_along_dim(index[:, None, None, :], 3)
 
 
-def shorter(mask: object, order: Tensor, real: Tensor) -> Tensor:
-    """A mask [B, T] or [B, 1, T, T] for the places `order` [B, T'], of which some are not real."""
+def shorten_mask(mask: object, order: Tensor, real: Tensor) -> Tensor:
+    """A mask [B, T] or [B, 1, T, T] at the places `order` [B, T'].
+
+    `real` [B, T'] says which of these are no padding, see `pack`.
+    """
     if not isinstance(mask, Tensor):
         raise ValueError(WRONG_ATTENTION.format("VTC", type(mask).__name__))
     if mask.ndim == 2:
         return real.to(mask.dtype)
     expect(mask.ndim == 4, "attention_mask.shape", list(mask.shape), "[batch, tokens], or 4-D")
-    mask = of_queries_and_keys(mask.expand(len(order), -1, -1, -1), order)
-    nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(~real[:, None, None, :], nothing)
+    mask = queries_and_keys(mask.expand(len(order), -1, -1, -1), order)
+    masked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~real[:, None, None, :], masked)
 
 
 def position_ids(kwargs: dict[str, Any]) -> Tensor:
-    """Position ids of the full sequence, or their default: [B, T], or [axes, B, T] of M-RoPE."""
+    """The position ids of the full sequence or their default: [B, T], [axes, B, T] for M-RoPE."""
     shape, positions = kwargs["inputs_embeds"].shape[:2], kwargs.get("position_ids")
     if positions is None:
         positions = torch.arange(shape[1], device=kwargs["inputs_embeds"].device)[None]
-    fits = positions.ndim in (2, 3) and positions.shape[-1] == shape[1]
-    expect(fits, "position_ids.shape", list(positions.shape), f"{list(shape)}, or 3-D for M-RoPE")
+    is_right = positions.ndim in (2, 3) and positions.shape[-1] == shape[1]
+    expect(
+        is_right, "position_ids.shape", list(positions.shape), f"{list(shape)}, or 3-D for M-RoPE"
+    )
     return positions.expand(*positions.shape[:-2], *shape)
 
 
 def segments(positions: Tensor) -> Tensor | None:
-    """The number [B, T] of the packed sample that each token belongs to, or None: not packed.
+    """The number of the packed sample that each token belongs to, [B, T]; None: nothing is packed.
 
-    As transformers reads it: positions [B, T], or the text row of [4, B, T], that don't go up by
-    one begin another sample.
+    As transformers reads it: where positions [B, T], or the text row of [4, B, T], don't go up by
+    one, another sample begins.
     """
     if positions.ndim == 3:
         if len(positions) != 4:
@@ -185,59 +207,64 @@ def segments(positions: Tensor) -> Tensor | None:
     return starts.cumsum(-1) if starts.any() else None
 
 
-def of_each_token(name: str, value: Any, index: Tensor, length: int) -> Any:
-    """An argument that may hold something for every token, [B, T, ...], at the places `index`
-    [B, k] of each row of `length`. Raises ValueError for what is as long in some other way."""
+def take_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
+    """An argument at the places `index` [B, k] of each row, if it has a value for every token.
+
+    Such an argument is [B, length, ...]; anything else is returned as it is.
+
+    Raises:
+        ValueError: Another axis is as long as the sequence.
+    """
     if not isinstance(value, Tensor) or length not in value.shape:
         return value
-    fits = value.shape[:2] == (len(index), length)
-    expect(fits, name, list(value.shape), f"[batch, tokens, ...] or no axis of {length} tokens")
+    is_right = value.shape[:2] == (len(index), length)
+    expect(is_right, name, list(value.shape), f"[batch, tokens, ...] or no axis of {length} tokens")
     return take(value, index)
 
 
 # ---- a decoder layer's arguments for some of the tokens, or of the rows --------------------------
 
 
-def of_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
-    """A decoder layer's argument for the tokens `index` [B, k] of each row of `length`."""
+def token_argument(name: str, value: Any, index: Tensor, length: int) -> Any:
+    """A decoder layer's argument for the tokens `index` [B, k] of each row of `length` tokens."""
     if isinstance(value, dict):
-        return {key: of_tokens(name, x, index, length) for key, x in value.items()}
+        return {key: token_argument(name, x, index, length) for key, x in value.items()}
     if name == "position_embeddings":  # tensors [..., B or 1, T, head_dim]
-        return _each(lambda x: at(x.movedim(-1, 0), index).movedim(0, -1), value)
+        return _map(lambda x: positions_at(x.movedim(-1, 0), index).movedim(0, -1), value)
     if name == "position_ids" and value is not None:  # [..., B or 1, T]
-        return at(value, index)
+        return positions_at(value, index)
     if name == "attention_mask" and value is not None:
-        value = _tensor(value, "tokens")
-        return at(value, index) if value.ndim == 2 else of_queries_and_keys(value, index)
-    return of_each_token(f"{name}.shape of a decoder layer", value, index, length)
+        value = _tensor_mask(value, "tokens")
+        return positions_at(value, index) if value.ndim == 2 else queries_and_keys(value, index)
+    return take_tokens(f"{name}.shape of a decoder layer", value, index, length)
 
 
-def of_rows(name: str, value: Any, rows: Tensor, batch: int) -> Any:
-    """A decoder layer's argument for the rows [k] of a batch of `batch`."""
+def row_argument(name: str, value: Any, rows: Tensor, batch: int) -> Any:
+    """A decoder layer's argument for the rows [k] of a batch of `batch` rows."""
     if isinstance(value, dict):
-        return {key: of_rows(name, x, rows, batch) for key, x in value.items()}
+        return {key: row_argument(name, x, rows, batch) for key, x in value.items()}
     if name == "position_embeddings":  # tensors [..., B or 1, T, head_dim]
-        return _each(lambda x: _rows(x, -3, rows), value)
+        return _map(lambda x: _take_rows(x, -3, rows), value)
     if name == "position_ids" and value is not None:  # [..., B or 1, T]
-        return _rows(value, -2, rows)
+        return _take_rows(value, -2, rows)
     if name == "attention_mask" and value is not None:  # [B or 1, T] or [B or 1, 1, T, T]
-        return _rows(_tensor(value, "samples"), 0, rows)
-    mine = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
-    return value.index_select(0, rows) if mine else value
+        return _take_rows(_tensor_mask(value, "samples"), 0, rows)
+    has_rows = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
+    return value.index_select(0, rows) if has_rows else value
 
 
-def _each(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Of a tensor, or of each in a tuple of them."""
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply a function to a tensor, or to each tensor of a tuple."""
     if isinstance(value, tuple):
         return tuple(function(x) for x in value)
     return None if value is None else function(value)
 
 
-def _rows(x: Tensor, dim: int, rows: Tensor) -> Tensor:
+def _take_rows(x: Tensor, dim: int, rows: Tensor) -> Tensor:
     return x if x.shape[dim] == 1 else x.index_select(dim, rows)
 
 
-def _tensor(mask: object, unit: str) -> Tensor:
+def _tensor_mask(mask: object, unit: str) -> Tensor:
     if not isinstance(mask, Tensor):
         raise ValueError(WRONG_ATTENTION.format(f"LDS unit {unit!r}", type(mask).__name__))
     return mask

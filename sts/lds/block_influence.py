@@ -1,4 +1,4 @@
-"""Ours: skip most the layers that lately changed their input least, by block influence.
+"""Ours: skip those layers most that change their input least, by block influence.
 
 Block influence is 1 - cos(input, output), mean over tokens (ShortGPT, arXiv 2403.03853).
 """
@@ -13,23 +13,30 @@ if TYPE_CHECKING:
 
     from sts.settings import LDS
 
-MEASURED_TOKENS = 64  # of each row, evenly spaced: enough for a layer's mean influence
+MEASURED_TOKENS = 64  # of each row, evenly spaced: enough for the mean of a layer
 
 
 def by_rank(layers: int, lds: "LDS", measured: Sequence[float]) -> list[float]:
-    """explore + (1 - explore) x 2 rank / (L + 1), mean 1; rank L = the least influence.
+    """explore + (1 - explore) x 2 rank / (L + 1), of mean 1; rank L is the least influence.
 
-    Ties share their mean rank: with nothing measured it is uniform. The `explore` share of uniform
-    skipping keeps every estimate fresh; what was never measured counts as most influential.
+    Equal values share their mean rank, so before any measurement D(l) is uniform. The share
+    `explore` of uniform skipping keeps every estimate fresh. A layer that was never measured counts
+    as the most influential.
     """
     values = list(measured)
-    ranks = [sum(v < o for o in values) + (values.count(v) + 1) / 2 for v in values]
+    ranks = [sum(x < y for y in values) + (values.count(x) + 1) / 2 for x in values]
     scale = 2 * (1 - lds.explore) / (layers + 1)
     return [lds.explore + scale * rank for rank in ranks]
 
 
 def block_influence(before: "Tensor", after: "Tensor", mask: "Tensor | None") -> "Tensor":
-    """(sum, count) of 1 - cos(before, after) [B, T, D] over real tokens (mask [B, T]), [2]."""
+    """(sum, count) of 1 - cos(before, after) over the tokens, [2].
+
+    Args:
+        before: Hidden states before the layer, [B, T, D].
+        after: Those after it, [B, T, D].
+        mask: Which tokens are no padding, [B, T]; None: all.
+    """
     import torch  # here: the workflow reads this file without torch
     from torch.nn.functional import cosine_similarity
 

@@ -1,4 +1,4 @@
-"""What LDS leaves out of one step: numbers only, no torch.
+"""What LDS skips in one step: numbers only, no torch.
 
 A decision is a pure function of (settings, seed, step, measured): the same on every rank, for every
 micro-batch and after a resume, and no other random stream moves.
@@ -16,16 +16,21 @@ from sts.schedule import strength
 if TYPE_CHECKING:
     from sts.settings import LDS
 
-# Shares of a decoder layer's work in a step, 1 unless it is left out: of the samples that run
+# Shares of a decoder layer's work in a step, 1 unless something is skipped: of the samples that run
 # through it, of each sample's tokens, of the backward of its two sublayers.
 SHARES = ("rows", "tokens", "attention_backward", "mlp_backward")
 
-Work = Mapping[str, float]  # share -> value, for those that are less than 1
+Work = Mapping[str, float]  # of a layer: share -> value, for the shares below 1
 
 
 @dataclass(frozen=True)
 class Decision:
-    """chances: p_l of every layer, [layers]. off: the (layer, share) that are off this step."""
+    """What is skipped in one step.
+
+    Attributes:
+        chances: p_l of every layer, [layers].
+        off: The (layer, share) that are off for the whole step.
+    """
 
     chances: tuple[float, ...]
     off: frozenset[tuple[int, str]] = frozenset()
@@ -36,12 +41,18 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A layer's part in a decision, for what stands in for it.
+class LayerDecision:
+    """What the decision means for one layer, in one micro-batch where the unit draws anew in each.
 
-    generator: () -> a torch.Generator of this layer and micro-batch. sublayers: share -> the name
-    of the layer's module whose backward it is. returned: see Architecture. did: the shares that
-    hooks did leave out in the forward under way, which they note here.
+    Attributes:
+        chance: p_l.
+        off: The shares that are off for the whole step.
+        draw: A key of DRAWS.
+        rescale: See sts.settings.LDS.
+        generator: () -> a torch.Generator of this layer and micro-batch.
+        sublayers: Share -> name of the layer's module whose backward it is.
+        returned: See Architecture.
+        skipped: The shares that hooks skipped in the forward under way; the hooks note them here.
     """
 
     chance: float
@@ -51,23 +62,23 @@ class Part:
     generator: Callable[[], Any]
     sublayers: Mapping[str, str] = field(default_factory=dict)
     returned: Callable[[Any, dict[str, Any]], Any] | None = None
-    did: set[str] = field(default_factory=set)
+    skipped: set[str] = field(default_factory=set)
 
 
 def chances(
     lds: "LDS", num_layers: int, t: float, measured: Sequence[float] | None = None
 ) -> tuple[float, ...]:
-    """p_l(t) = rate x S(t) x D(l) for every layer, [num_layers]; 0 for those that are protected.
+    """p_l(t) = rate x S(t) x D(l) of every layer, [num_layers]; 0 for protected layers.
 
-    `measured`: a moving average per layer, for a measured depth.
+    `measured` is the moving average of each layer, for a measured depth.
     """
     first, end = lds.protect_first, num_layers - lds.protect_last
-    wanted = lds.rate * strength(t, lds.schedule, lds.dense_tail)
-    if not wanted or end <= first:
+    scale = lds.rate * strength(t, lds.schedule, lds.dense_tail)
+    if not scale or end <= first:
         return (0.0,) * num_layers
     measured = unmeasured(num_layers) if measured is None else measured
     weights = DEPTHS[lds.depth].weights(end - first, lds, measured[first:end])
-    inner = [min(1.0, wanted * weight) for weight in weights]
+    inner = [min(1.0, scale * weight) for weight in weights]
     return (*[0.0] * first, *inner, *[0.0] * lds.protect_last)
 
 
@@ -80,32 +91,37 @@ def decide(
     measured: Sequence[float] | None = None,
     always: Collection[int] = (),
 ) -> Decision:
-    """The decision for optimizer step `step`, at t of the stage. At least one layer always runs,
-    and those that the architecture says."""
-    asked, unit = chances(lds, num_layers, t, measured), UNITS[lds.unit]
-    asked = tuple(0.0 if layer in always else chance for layer, chance in enumerate(asked))
-    if not (unit.drawn_by_step and any(asked)):
-        return Decision(asked)
-    free = range(lds.protect_first, num_layers - lds.protect_last)
-    pieces = [(layer, share) for layer in free for share in unit.lowers]
-    drawn = DRAWS[lds.draw](
-        [asked[layer] for layer, _ in pieces], keyed_generator(seed, step, "layers")
+    """The decision for optimizer step `step`, at t of the stage.
+
+    At least one layer runs, and so does every layer in `always`.
+    """
+    unit = UNITS[lds.unit]
+    probabilities = tuple(
+        0.0 if layer in always else chance
+        for layer, chance in enumerate(chances(lds, num_layers, t, measured))
     )
-    if len(drawn) == num_layers * len(unit.lowers):
-        drawn.remove(min(drawn, key=lambda i: asked[pieces[i][0]]))
-    return Decision(asked, frozenset(pieces[i] for i in drawn))
+    if not (unit.drawn_by_step and any(probabilities)):
+        return Decision(probabilities)
+    free = range(lds.protect_first, num_layers - lds.protect_last)
+    pieces = [(layer, share) for layer in free for share in unit.shares]
+    drawn = DRAWS[lds.draw](
+        [probabilities[layer] for layer, _ in pieces], keyed_generator(seed, step, "layers")
+    )
+    if len(drawn) == num_layers * len(unit.shares):
+        drawn.remove(min(drawn, key=lambda i: probabilities[pieces[i][0]]))
+    return Decision(probabilities, frozenset(pieces[i] for i in drawn))
 
 
 def expected_work(lds: "LDS", num_layers: int, t: float) -> list[dict[str, float]]:
-    """The mean work of every layer at t, before anything was measured: [num_layers]."""
-    lowers = UNITS[lds.unit].lowers
+    """The mean work of every layer at t before anything was measured, [num_layers]."""
+    shares = UNITS[lds.unit].shares
     return [
-        {share: 1 - chance for share in lowers} if chance else {}
+        {share: 1 - chance for share in shares} if chance else {}
         for chance in chances(lds, num_layers, t)
     ]
 
 
-def left_out(lds: "LDS", work: Sequence[Work]) -> list[float]:
-    """The share of each layer that was left out, by what the unit leaves out, [layers]."""
-    lowers = UNITS[lds.unit].lowers
-    return [1 - sum(one.get(share, 1.0) for share in lowers) / len(lowers) for one in work]
+def skipped_share(lds: "LDS", work: Sequence[Work]) -> list[float]:
+    """The share of each layer that was skipped, of what the unit skips, [layers]."""
+    shares = UNITS[lds.unit].shares
+    return [1 - sum(layer.get(share, 1.0) for share in shares) / len(shares) for layer in work]

@@ -1,4 +1,4 @@
-"""What skipped layers mean where several processes train one model."""
+"""Skipped layers where several processes train one model."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,22 +7,25 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
-def care_for_several_processes(
+def prepare_skipped_layers(
     layers: nn.ModuleList, skipped: Iterable[int], warn: Callable[[str], None]
 ) -> None:
-    """Say what is lost where parameters are not sharded layer by layer; see to ZeRO-3."""
+    """Warn where skipping saves less because parameters are not sharded layer by layer.
+
+    With DeepSpeed ZeRO-3 also drop the gradients that it kept for the skipped layers.
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return
-    zero3 = any(hasattr(p, "ds_id") for p in layers.parameters())
-    sharded = any(isinstance(p, DTensor) for p in layers.parameters())
-    if zero3:
+    is_zero3 = any(hasattr(p, "ds_id") for p in layers.parameters())
+    is_sharded = any(isinstance(p, DTensor) for p in layers.parameters())
+    if is_zero3:
         warn(
             "DeepSpeed ZeRO-3: skipped layers are neither computed nor gathered, but have a "
             "gradient of zero rather than none: weight decay and momentum still move them"
         )
-        _forget_gradients(layers, skipped)
-    elif distributed.get_world_size() > 1 and not sharded:
+        _drop_kept_gradients(layers, skipped)
+    elif distributed.get_world_size() > 1 and not is_sharded:
         warn(
             "skipped layers are not computed, but without FSDP2 (fully_shard on each decoder "
             "layer) their gradients' place in the all-reduce is still sent; DDP needs "
@@ -31,10 +34,13 @@ def care_for_several_processes(
         )
 
 
-def _forget_gradients(layers: nn.ModuleList, skipped: Iterable[int]) -> None:
-    """ZeRO-3 would else apply a skipped layer's last gradient again: it writes over what it keeps
-    for a parameter only when a new one comes."""
-    from deepspeed.utils import safe_set_local_grad  # there, as the parameters are its own
+def _drop_kept_gradients(layers: nn.ModuleList, skipped: Iterable[int]) -> None:
+    """Set the gradients that ZeRO-3 keeps for skipped layers to zero.
+
+    ZeRO-3 replaces the gradient that it keeps of a parameter only when a new one comes, so it would
+    apply the last gradient of a skipped layer again.
+    """
+    from deepspeed.utils import safe_set_local_grad  # installed wherever there is ZeRO-3
 
     for index in skipped:
         for parameter in layers[index].parameters():

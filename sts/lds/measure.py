@@ -1,4 +1,4 @@
-"""What a measured depth knows of each layer: moving averages, the same on every rank."""
+"""The measurements of a measured depth: a moving average of each layer, equal on every rank."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,17 @@ from sts.lds.parts import Depth, unmeasured
 
 
 class Measured:
-    """Of every layer the moving average of what `depth` measures; infinite = not measured yet."""
+    """The moving average of what a depth measures of every layer.
+
+    Args:
+        depth: What measures.
+        layers: The number of decoder layers.
+        ema: The memory of the moving average, in [0, 1).
+
+    Attributes:
+        average: Of every layer, [layers]; infinite before its first measurement.
+        awaits_gradients: Whether `gradients` has to be called before the next step.
+    """
 
     def __init__(self, depth: Depth, layers: int, ema: float) -> None:
         self._depth, self._ema = depth, ema
@@ -21,14 +31,17 @@ class Measured:
         self.awaits_gradients = False
 
     @property
-    def any(self) -> bool:
-        """Whether there is anything to measure."""
+    def is_needed(self) -> bool:
+        """Whether the depth measures anything."""
         return bool(self._depth.of_forward or self._depth.of_gradients)
 
     def fold(self, device: torch.device) -> None:
-        """Fold what the last step measured, averaged over ranks, into the moving averages.
+        """Add what the last step measured, averaged over ranks, to the moving averages.
 
-        Collective. Raises RuntimeError if gradients were to be looked at and were not.
+        A collective operation.
+
+        Raises:
+            RuntimeError: The depth looks at gradients, and `gradients` was not called.
         """
         if self.awaits_gradients:
             raise RuntimeError(
@@ -41,15 +54,17 @@ class Measured:
         for layer, (total, count) in enumerate(zip(*sums.tolist(), strict=True)):
             if count:
                 new, old = total / count, self.average[layer]
-                moved = old + (1 - self._ema) * (new - old)
-                self.average[layer] = new if math.isinf(old) else moved
+                updated = old + (1 - self._ema) * (new - old)
+                self.average[layer] = new if math.isinf(old) else updated
         self._sums = torch.zeros_like(sums)
 
     def hooks(
         self, layers: Sequence[nn.Module], mask_of: Callable[[int], Tensor | None]
     ) -> Iterator:
-        """Hooks that measure each forward of every layer that is called; `mask_of`: layer -> which
-        tokens that it saw are real, [B, T]."""
+        """Hooks that measure each forward of every layer that is called.
+
+        `mask_of`: layer -> which of the tokens that the layer saw are no padding, [B, T].
+        """
         self.awaits_gradients = self._depth.of_gradients is not None
         if self._depth.of_forward:
             for index, layer in enumerate(layers):
@@ -58,8 +73,8 @@ class Measured:
     def _forward(
         self, index: int, mask_of: Callable, layer: nn.Module, args: tuple, output: Tensor
     ) -> None:
-        found = self._depth.of_forward(args[0], output, mask_of(index))
-        self._sums[:, index] += found.to(self._sums.device)
+        measurement = self._depth.of_forward(args[0], output, mask_of(index))
+        self._sums[:, index] += measurement.to(self._sums.device)
 
     def gradients(self, layers: Sequence[nn.Module]) -> None:
         """Measure the gradients of every layer that has any."""
@@ -67,15 +82,15 @@ class Measured:
         if self._depth.of_gradients:
             for index, layer in enumerate(layers):
                 if any(p.grad is not None for p in layer.parameters()):
-                    found = self._depth.of_gradients(layer)
-                    self._sums[:, index] += found.to(self._sums)
+                    measurement = self._depth.of_gradients(layer)
+                    self._sums[:, index] += measurement.to(self._sums)
 
     def state_dict(self) -> dict[str, list]:
         """The averages, and the sums of this rank since the last `fold`."""
         return {"average": list(self.average), "sums": self._sums.tolist()}
 
     def load_state_dict(self, state: dict[str, list]) -> None:
-        """Take up a `state_dict`. Raises ValueError for another number of layers."""
+        """Restore a `state_dict`. Raises ValueError for another number of layers."""
         layers = len(state["average"])
         expect(layers == len(self.average), "layers in state", layers, f"{len(self.average)}")
         self.average = list(state["average"])

@@ -1,4 +1,4 @@
-"""LDS on the decoder layers of one model: decides once a step, then acts on every forward of it."""
+"""LDS on the decoder layers of one model: one decision a step, which every forward of it obeys."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -9,23 +9,27 @@ from sts.architectures import Architecture
 from sts.checks import expect
 from sts.draws import keyed_torch_generator
 from sts.lds import DEPTHS, UNITS, resolve
-from sts.lds.decision import Decision, Part, decide
-from sts.lds.distributed import care_for_several_processes
+from sts.lds.decision import Decision, LayerDecision, decide
+from sts.lds.distributed import prepare_skipped_layers
 from sts.lds.measure import Measured
-from sts.lds.units import StandIn
+from sts.lds.units import Replacement
 from sts.modules import see_hooks
 from sts.sequence import Batch
 from sts.settings import LDS
 
 
 class Skipper:
-    """What LDS knows and does. Raises ValueError for settings that the model can't have."""
+    """Decides what LDS skips of a language model's layers, and skips it.
+
+    Raises:
+        ValueError: The model can't have these settings.
+    """
 
     def __init__(
         self, lds: LDS, language_model: nn.Module, architecture: Architecture, seed: int
     ) -> None:
         self.lds, self.unit, self.seed = lds, UNITS[lds.unit], seed
-        self._language_model, self._names = language_model, architecture
+        self._language_model, self._architecture = language_model, architecture
         lds.check_layers(len(self.layers))
         if lds.rate:
             self._check_unit()
@@ -36,115 +40,124 @@ class Skipper:
         self.decision = Decision((0.0,) * len(self.layers))
         self._step = 0
         self._hooks: list = []
-        self._hung: dict[int, Part] = {}
+        self._hooked: dict[int, LayerDecision] = {}
 
     def _check_unit(self) -> None:
-        """Raise ValueError for a unit that the model's layers can't do."""
-        parts = self._names.partial or self.unit.drawn_by_step
+        """Raise ValueError for a unit that the model's layers can't have."""
+        is_possible = self._architecture.partial or self.unit.drawn_by_step
         accepted = (
             "a unit of whole layers: those of this model share what they compute of all tokens"
         )
-        expect(parts, "LDS.unit", self.lds.unit, accepted)
-        for layer in self.layers if "mlp_backward" in self.unit.lowers else ():
-            names = (self._names.attention, self._names.mlp)
-            whole = all(any(hasattr(layer, name) for name in each) for each in names)
+        expect(is_possible, "LDS.unit", self.lds.unit, accepted)
+        for layer in self.layers if "mlp_backward" in self.unit.shares else ():
+            sublayers = (self._architecture.attention, self._architecture.mlp)
+            has_both = all(any(hasattr(layer, name) for name in names) for names in sublayers)
             accepted = f"another: {type(layer).__name__} has no attention and MLP of its own"
-            expect(whole, "LDS.unit", self.lds.unit, accepted)
+            expect(has_both, "LDS.unit", self.lds.unit, accepted)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        return getattr(self._language_model, self._names.layers)
+        return getattr(self._language_model, self._architecture.layers)
 
     @property
     def skipped(self) -> frozenset[int]:
-        """Layers (0 = first) some of which is off for the whole step."""
+        """The layers (0 = first) of which something is off for the whole step."""
         return frozenset(layer for layer, _ in self.decision.off)
 
     def begin_step(self, step: int, t: float, warn: Callable[[str], None]) -> None:
         """Decide for optimizer step `step`, at t of the stage. Collective for a measured depth."""
-        if self.measured.any:
+        if self.measured.is_needed:
             self.measured.fold(next(self.layers.parameters()).device)
         measured = self.measured.average
         self.decision = decide(
             self.lds, len(self.layers), t, self.seed, step, measured, self._always
         )
         self._step = step
-        self.let_go()
+        self.remove_hooks()
         if self.unit.hooks:
             see_hooks()
-            hang = resolve(self.unit.hooks)
-            self._hung = {i: self._part(i) for i in sorted(self.skipped)}
-            hung = [hang(self.layers[i], part) for i, part in self._hung.items()]
-            self._hooks = [handle for handles in hung for handle in handles]
+            hook_layer = resolve(self.unit.hooks)
+            self._hooked = {i: self._decision_of(i) for i in sorted(self.skipped)}
+            for i, decision in self._hooked.items():
+                self._hooks += hook_layer(self.layers[i], decision)
         if self.decision.off:
-            care_for_several_processes(self.layers, self.skipped, warn)
+            prepare_skipped_layers(self.layers, self.skipped, warn)
 
-    def let_go(self) -> None:
+    def remove_hooks(self) -> None:
         """Remove the hooks of the step."""
         for handle in self._hooks:
             handle.remove()
-        self._hooks, self._hung = [], {}
+        self._hooks, self._hooked = [], {}
 
-    def _first(self, layer: int, names: Sequence[str]) -> str:
+    def _sublayer(self, layer: int, names: Sequence[str]) -> str:
         """The first of the names that is an attribute of a layer."""
         return next((name for name in names if hasattr(self.layers[layer], name)), "")
 
-    def _part(self, layer: int, micro_batch: int = 0) -> Part:
+    def _decision_of(self, layer: int, micro_batch: int = 0) -> LayerDecision:
         key = (self.seed, self._step, micro_batch, "layer", layer)
-        return Part(
+        return LayerDecision(
             chance=self.decision.chances[layer],
             off=self.decision.of(layer),
             draw=self.lds.draw,
             rescale=self.lds.rescale,
             generator=partial(keyed_torch_generator, *key),
-            returned=self._names.returned,
+            returned=self._architecture.returned,
             sublayers={
-                "attention_backward": self._first(layer, self._names.attention),
-                "mlp_backward": self._first(layer, self._names.mlp),
+                "attention_backward": self._sublayer(layer, self._architecture.attention),
+                "mlp_backward": self._sublayer(layer, self._architecture.mlp),
             },
         )
 
-    def forget_zeros(self) -> None:
-        """What is skipped in this step must have no gradient rather than one of zeros, which
-        `zero_grad(set_to_none=False)` leaves: momentum and weight decay would move it."""
+    def drop_zero_gradients(self) -> None:
+        """Set gradients of zeros to None where something is skipped in this step.
+
+        `zero_grad(set_to_none=False)` leaves them, and momentum and weight decay would then move
+        the parameters.
+        """
         for index, share in self.decision.off:
-            sublayer = self._part(index).sublayers.get(share, "")
+            sublayer = self._decision_of(index).sublayers.get(share, "")
             for parameter in self.layers[index].get_submodule(sublayer).parameters():
                 if parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None
 
-    def stand_ins(self, micro_batch: int) -> dict[int, StandIn]:
+    def replacements(self, micro_batch: int) -> dict[int, Replacement]:
         """What is called instead of a layer in this micro-batch, by layer."""
-        for part in self._hung.values():
-            part.did.clear()
-        if self.unit.stand_in is None or not any(self.decision.chances):
+        for decision in self._hooked.values():
+            decision.skipped.clear()
+        if self.unit.replacement is None or not any(self.decision.chances):
             return {}
-        make = resolve(self.unit.stand_in)
-        made = {i: make(real, self._part(i, micro_batch)) for i, real in enumerate(self.layers)}
-        return {i: stand_in for i, stand_in in made.items() if stand_in is not None}
+        replace = resolve(self.unit.replacement)
+        by_layer = {
+            i: replace(layer, self._decision_of(i, micro_batch))
+            for i, layer in enumerate(self.layers)
+        }
+        return {i: replacement for i, replacement in by_layer.items() if replacement is not None}
 
-    def measuring(self, batch: Batch, stand_ins: Mapping[int, StandIn]) -> Iterator:
-        """Hooks of a forward for what a measured depth wants to know."""
-        if not self.measured.any:
+    def measuring_hooks(self, batch: Batch, replacements: Mapping[int, Replacement]) -> Iterator:
+        """The hooks on the layers of a forward by which a measured depth measures."""
+        if not self.measured.is_needed:
             return iter(())
 
         def mask_of(layer: int) -> Tensor:
-            return stand_ins[layer].seen(batch.mask) if layer in stand_ins else batch.mask
+            return replacements[layer].select(batch.mask) if layer in replacements else batch.mask
 
         return self.measured.hooks(self.layers, mask_of)
 
-    def work(self, stand_ins: Mapping[int, StandIn]) -> dict[int, dict[str, float]]:
-        """What the layers did in the forward that is done, those that did not do all of it.
+    def work(self, replacements: Mapping[int, Replacement]) -> dict[int, dict[str, float]]:
+        """The work of those layers that did less than all of it, in the forward that is done.
 
-        Raises RuntimeError where the model's loop did not call what stood in for a layer.
+        Raises:
+            RuntimeError: The model's loop did not call the replacement of a layer.
         """
-        unseen = [layer for layer, stand_in in stand_ins.items() if stand_in.work is None]
-        if unseen:
+        uncalled = [
+            layer for layer, replacement in replacements.items() if replacement.work is None
+        ]
+        if uncalled:
             raise RuntimeError(
-                f"{type(self._language_model).__name__} did not call its layers {unseen} out of "
-                f"`{self._names.layers}`, so LDS could not skip them"
+                f"{type(self._language_model).__name__} did not call its layers {uncalled} out of "
+                f"`{self._architecture.layers}`, so LDS could not skip them"
             )
-        if stand_ins:
-            return {layer: stand_in.work for layer, stand_in in stand_ins.items()}
-        return {layer: dict.fromkeys(part.did, 0.0) for layer, part in self._hung.items()}
+        if replacements:
+            return {layer: replacement.work for layer, replacement in replacements.items()}
+        return {layer: dict.fromkeys(each.skipped, 0.0) for layer, each in self._hooked.items()}

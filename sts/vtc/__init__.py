@@ -1,17 +1,19 @@
 """Visual token compression (VTC): fewer visual tokens, on tensors of [batch, tokens, dim].
 
-A kind is a function, and a new one is one file here: `sts/vtc/mine.py` with
+A kind is a function in one file here, `sts/vtc/mine.py`:
 
     def mine(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs: ...
 
-Of INPUTS it gets exactly what it names after `tokens` and `keep`. A kind with weights of its own is
-an `nn.Module` class, made with the width of the tokens: `__init__(self, dim)` and `forward(self,
-tokens, keep, *, ...) -> Outputs`. Without a file: `sts.vtc.KINDS["mine"] = mine`. Scores and
-similarities decide which tokens go together and carry no gradient; the outputs of the kinds here
-are linear in the tokens, so gradients reach every token that an output holds.
+After `tokens` and `keep` it names those of INPUTS that it needs, and gets just these. A kind with
+weights of its own is an `nn.Module` class: `__init__(self, dim)`, where dim is the width of the
+tokens, and `forward(self, tokens, keep, *, ...) -> Outputs`. A kind without a file:
+`sts.vtc.KINDS["mine"] = mine`.
 
-The paper's kinds are `uniform`, `random` and `text_guided`; all others are alternatives beside them
-(see the modules). This module imports no torch: names are checked where there is none.
+Scores and similarities decide which tokens go together and carry no gradient. The outputs of the
+kinds here are linear in the tokens, so a gradient reaches every token that an output holds.
+
+The paper's kinds are `uniform`, `random` and `text_guided`; the others are alternatives to them.
+This module imports no torch: names are checked where there is none.
 """
 
 from __future__ import annotations
@@ -37,20 +39,25 @@ FAMILIES: dict[str, tuple[str, ...]] = {  # module here -> its kinds
     "merging": ("cls_merge", "bipartite"),
 }
 
-# What a kind may name: the grid (height, width) of the tokens; scores [B, N], the attention that
-# the vision tower's class token pays each token; text [B, T, D], the embeddings of the sample's
-# text, and text_mask [B, T], which of them are text; generator, of random numbers.
+# What a kind may name:
+#   grid        (height, width) of the tokens
+#   scores      [B, N], the attention that the vision tower's class token pays to each token
+#   text        [B, T, D], the embeddings of the sample's text
+#   text_mask   [B, T], which of them are text and not padding
+#   generator   of random numbers
 INPUTS = ("grid", "scores", "text", "text_mask", "generator")
 
 
 class Outputs(NamedTuple):
     """What a kind makes of tokens [B, N, D].
 
-    positions: the tokens at which the outputs stand, [B, k], long; ascending where real.
-    apply: [B, N, C] -> [B, k, C], what the kind does to any features laid out like the tokens.
-    tokens: the outputs [B, k, D] if they are not `apply(tokens)` (a kind with weights of its own).
-    real: [B, k], bool: which outputs count, where samples keep different numbers; None: all do.
-    selects: the outputs are the tokens at `positions` and nothing else.
+    Attributes:
+        positions: The token at whose place each output stands, [B, k], long, ascending.
+        apply: [B, N, C] -> [B, k, C]: does the same to any features laid out like the tokens.
+        tokens: The outputs [B, k, D] of a kind with weights; None: they are `apply(tokens)`.
+        real: Which outputs are no padding, [B, k], bool, where samples keep different numbers of
+            tokens; None: all are.
+        selects: The outputs are the tokens at `positions`, unchanged.
     """
 
     positions: Tensor
@@ -64,35 +71,37 @@ def none(tokens: Tensor, keep: float) -> Outputs:
     """All tokens, whatever `keep` says."""
     import torch
 
-    everything = torch.arange(tokens.shape[1], device=tokens.device)
-    return Outputs(everything.expand(len(tokens), -1), lambda x: x)
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    return Outputs(positions.expand(len(tokens), -1), lambda x: x)
 
 
-def discovered(folders: Iterable[str]) -> dict[str, str]:
-    """Kind -> module of the kinds that have a file of their own in the folders of this package.
+def discover(folders: Iterable[str]) -> dict[str, str]:
+    """The kinds that have a file of their own in these folders: kind -> module.
 
-    Raises ValueError for one that has the name of a kind above.
+    Raises:
+        ValueError: A file has the name of a kind above.
     """
-    names = [module.name for module in pkgutil.iter_modules(folders)]
-    own = [name for name in names if name not in FAMILIES and not name.startswith("_")]
-    for name in own:
-        taken = name == "none" or any(name in names for names in FAMILIES.values())
-        expect(not taken, "kind", name, f"another name for sts/vtc/{name}.py: this one is taken")
-    return dict(zip(own, own, strict=True))
+    modules = [module.name for module in pkgutil.iter_modules(folders)]
+    kinds = [name for name in modules if name not in FAMILIES and not name.startswith("_")]
+    for name in kinds:
+        is_taken = name == "none" or any(name in family for family in FAMILIES.values())
+        expect(not is_taken, "kind", name, f"another name for sts/vtc/{name}.py: this one is taken")
+    return dict(zip(kinds, kinds, strict=True))
 
 
 # Name -> the module here that holds it, or the kind itself.
 KINDS: dict[str, str | Callable[..., Outputs]] = {
     "none": none,
     **{name: module for module, names in FAMILIES.items() for name in names},
-    **discovered(__path__),
+    **discover(__path__),
 }
 
 
 def kind_of(name: str) -> Callable[..., Outputs] | type:
     """The kind called `name`: a function, or a class with weights of its own.
 
-    Raises ValueError for an unknown name, and for a file that doesn't hold its kind.
+    Raises:
+        ValueError: The name is unknown, or its file doesn't hold it.
     """
     expect(name in KINDS, "kind", name, f"one of {', '.join(KINDS)}")
     kind = KINDS[name]
@@ -104,21 +113,22 @@ def kind_of(name: str) -> Callable[..., Outputs] | type:
 
 
 def wants(kind: str | Callable) -> frozenset[str]:
-    """Which of INPUTS a kind (or its name) takes: what it names after `tokens` and `keep`.
+    """Which of INPUTS a kind (or its name) wants: the parameters after `tokens` and `keep`.
 
-    Raises ValueError for a kind that names anything else.
+    Raises:
+        ValueError: The kind has a parameter that is none of them.
     """
     function = kind_of(kind) if isinstance(kind, str) else kind
-    called = getattr(function, "forward", function)
+    forward = getattr(function, "forward", function)
     first = 3 if isinstance(function, type) else 2  # a class has self before tokens, keep
-    named = list(signature(called).parameters)[first:]
+    names = list(signature(forward).parameters)[first:]
     accepted = f"only (tokens, keep) and names of {', '.join(INPUTS)}"
-    expect(set(named) <= set(INPUTS), f"inputs of kind {_name(kind)!r}", named, accepted)
-    return frozenset(named)
+    expect(set(names) <= set(INPUTS), f"inputs of kind {_name(kind)!r}", names, accepted)
+    return frozenset(names)
 
 
 def source_of(name: str) -> Path | None:
-    """The file in which a kind lives; None for `none` and for one that was put into KINDS."""
+    """The file of a kind; None for `none` and for a kind that was put into KINDS."""
     expect(name in KINDS, "kind", name, f"one of {', '.join(KINDS)}")
     kind = KINDS[name]
     return Path(find_spec(f"{__name__}.{kind}").origin) if isinstance(kind, str) else None
@@ -135,17 +145,30 @@ def compress(
     text_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Outputs]:
-    """Compress `tokens` [B, N, D] of a grid (h, w), N = h * w, to about `keep` of them.
+    """Compress the visual tokens of images to about `keep` of them.
 
-    kind: a name, a function, or an instance of a class with weights. scores [B, N], text [B, T, D],
-    text_mask [B, T] (bool) and generator are needed where the kind wants them. Returns the outputs
-    [B, k, D], 1 <= k <= N, and where they come from; keep = 1 returns `tokens` itself. Raises
-    ValueError for an unknown kind, a keep outside (0, 1], a grid that is not N tokens, an input
-    that is missing or of another shape, and a kind that doesn't return what Outputs says.
+    Args:
+        kind: A name, a function, or an instance of a class with weights.
+        tokens: [B, N, D].
+        keep: The keep ratio, in (0, 1]; 1 returns `tokens` itself.
+        grid: (height, width) of the tokens, N = height * width.
+        scores: [B, N]; this and what follows only where the kind wants it, see INPUTS.
+        text: [B, T, D].
+        text_mask: [B, T], bool.
+        generator: Of random numbers.
+
+    Returns:
+        The outputs [B, k, D], 1 <= k <= N, and where they come from.
+
+    Raises:
+        ValueError: The kind is unknown, an argument is missing or has another shape, or the kind
+            doesn't return what Outputs says.
     """
     function = kind_of(kind) if isinstance(kind, str) else kind
-    made = not isinstance(function, type)
-    expect(made, "kind", kind, "an instance of the class, which has weights: made with (dim)")
+    is_class = isinstance(function, type)
+    expect(
+        not is_class, "kind", kind, "an instance of the class, which has weights: made with (dim)"
+    )
     expect(0 < keep <= 1, "keep", keep, "a number in (0, 1]")
     expect(
         tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1],
@@ -155,12 +178,12 @@ def compress(
     )
     if keep == 1 or function is none:
         return tokens, none(tokens, keep)
-    inputs = {"scores": scores, "text": text, "text_mask": text_mask}
-    wanted = wants(kind)
-    _check_inputs(_name(kind), wanted, tokens, inputs | {"generator": generator})
-    inputs = {name: None if x is None else x.to(tokens.device) for name, x in inputs.items()}
+    names = wants(kind)
+    tensors = {"scores": scores, "text": text, "text_mask": text_mask}
+    _check_inputs(_name(kind), names, tokens, tensors | {"generator": generator})
+    inputs = {name: None if x is None else x.to(tokens.device) for name, x in tensors.items()}
     inputs |= {"grid": grid, "generator": generator}
-    outputs = function(tokens, keep, **{name: inputs[name] for name in wanted})
+    outputs = function(tokens, keep, **{name: inputs[name] for name in names})
     _check_outputs(_name(kind), tokens, outputs)
     compressed = outputs.apply(tokens) if outputs.tokens is None else outputs.tokens
     expected = [*outputs.positions.shape, tokens.shape[2]]
@@ -173,10 +196,10 @@ def _name(kind: str | Callable) -> str:
     return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
 
 
-def _check_inputs(name: str, wanted: frozenset[str], tokens: Tensor, given: dict[str, Any]) -> None:
+def _check_inputs(name: str, names: frozenset[str], tokens: Tensor, inputs: dict[str, Any]) -> None:
     """Raise a ValueError for an input that a kind wants and that is missing or misshapen."""
     batch, length, dim = tokens.shape
-    texts = ((given["text"], 3), (given["text_mask"], 2))
+    texts = ((inputs["text"], 3), (inputs["text_mask"], 2))
     counts = [x.shape[1] for x, axes in texts if x is not None and x.ndim == axes]
     count = counts[0] if counts else "T"
     shapes = {
@@ -185,32 +208,33 @@ def _check_inputs(name: str, wanted: frozenset[str], tokens: Tensor, given: dict
         "text_mask": ("[batch, text tokens]", [batch, count]),
     }
     for key, (axes, expected) in shapes.items():
-        if key in wanted:
-            shape = None if given[key] is None else list(given[key].shape)
+        if key in names:
+            shape = None if inputs[key] is None else list(inputs[key].shape)
             accepted = f"{axes} = {expected} for kind {name!r}"
             expect(shape == expected, f"{key}.shape", shape, accepted)
-    if "text_mask" in wanted:
-        kind = str(given["text_mask"].dtype)
-        expect(kind == "torch.bool", "text_mask.dtype", kind, "torch.bool: where text is")
-    if "generator" in wanted:
+    if "text_mask" in names:
+        dtype = str(inputs["text_mask"].dtype)
+        expect(dtype == "torch.bool", "text_mask.dtype", dtype, "torch.bool: where text is")
+    if "generator" in names:
         accepted = f"a torch.Generator for kind {name!r}"
-        expect(given["generator"] is not None, "generator", None, accepted)
+        expect(inputs["generator"] is not None, "generator", None, accepted)
 
 
 def _check_outputs(name: str, tokens: Tensor, outputs: Outputs) -> None:
     """Raise a ValueError for Outputs that aren't what their docstring says, as far as is cheap."""
     batch, length = tokens.shape[:2]
-    kind = type(outputs).__name__
-    expect(isinstance(outputs, Outputs), f"outputs of kind {name!r}", kind, "sts.vtc.Outputs")
+    returned = type(outputs).__name__
+    expect(isinstance(outputs, Outputs), f"outputs of kind {name!r}", returned, "sts.vtc.Outputs")
     positions, real = outputs.positions, outputs.real
-    found = [str(positions.dtype), *positions.shape]
-    ok = found[:2] == ["torch.int64", batch] and len(found) == 3 and 1 <= found[2] <= length
-    accepted = f"long, [{batch}, 1..{length}]"
-    expect(ok, f"positions of kind {name!r}", found, accepted)
+    layout = [str(positions.dtype), *positions.shape]
+    is_right = (
+        layout[:2] == ["torch.int64", batch] and len(layout) == 3 and 1 <= layout[2] <= length
+    )
+    expect(is_right, f"positions of kind {name!r}", layout, f"long, [{batch}, 1..{length}]")
     if positions.device.type == "cpu":  # anywhere else it would wait for the device
         low, high = int(positions.min()), int(positions.max())
         accepted = f"within 0..{length - 1}"
         expect(0 <= low <= high < length, f"positions of kind {name!r}", (low, high), accepted)
     if real is not None:
-        found, accepted = [str(real.dtype), *real.shape], ["torch.bool", *positions.shape]
-        expect(found == accepted, f"real of kind {name!r}", found, f"{accepted}")
+        layout, accepted = [str(real.dtype), *real.shape], ["torch.bool", *positions.shape]
+        expect(layout == accepted, f"real of kind {name!r}", layout, f"{accepted}")

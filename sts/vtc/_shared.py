@@ -1,4 +1,4 @@
-"""What several kinds use: counts, grids, and the outputs of selecting and of merging tokens."""
+"""Counts, grids, and the Outputs of kinds that select or merge tokens."""
 
 import math
 from functools import lru_cache
@@ -9,60 +9,61 @@ from torch.nn import functional as F
 
 from sts.vtc import Outputs
 
-DISTORTION = 0.15  # of the cells, in logs, that is as bad as one of the count
+# Weight of the log distortion of a cell against the log error of the count
+DISTORTION = 0.15
 
 
 def count_of(tokens: Tensor, keep: float) -> int:
-    """The number of tokens [B, N, D] that `keep` of them is: at least one."""
+    """How many of the tokens [B, N, ...] a keep ratio leaves: at least one."""
     return max(1, round(keep * tokens.shape[1]))
 
 
-@lru_cache(maxsize=4096)  # a schedule asks for another keep each step, a batch for many grids
+@lru_cache(maxsize=4096)  # a schedule has another keep ratio each step, a batch many grids
 def pooled_grid(height: int, width: int, keep: float) -> tuple[int, int]:
-    """The (rows, columns) that [height, width] is pooled to so that about `keep` of it remains.
+    """The (rows, columns) of a smaller grid that holds about `keep` of a grid's tokens.
 
-    Minimises the log error of the count plus a little of the log distortion of the cells: 12x12 of
-    24x24 at 1/4, and 2x3 rather than strips of 1x7 where 7 of 8x8 are asked for.
+    Minimises |log of the count's error| + DISTORTION * |log of the cells' distortion|: 24x24 at 1/4
+    becomes 12x12; for 7 of 8x8 tokens it is 2x3 rather than strips of 1x7.
     """
 
-    def cost(shape: tuple[int, int]) -> float:
-        rows, columns = shape
+    def cost(cells: tuple[int, int]) -> float:
+        rows, columns = cells
         count = abs(math.log(rows * columns / (keep * height * width)))
         return count + DISTORTION * abs(math.log(rows * width / (columns * height)))
 
-    shapes = [(r, c) for r in range(1, height + 1) for c in range(1, width + 1)]
-    return min(shapes, key=cost)
+    candidates = [(r, c) for r in range(1, height + 1) for c in range(1, width + 1)]
+    return min(candidates, key=cost)
 
 
 def cell_bounds(size: int, cells: int) -> tuple[Tensor, Tensor]:
-    """First index of each adaptive pooling cell, and the one after its last, [cells] each."""
+    """First index of each cell of adaptive pooling and the index after its last, [cells] each."""
     cell = torch.arange(cells)
     return cell * size // cells, -(-(cell + 1) * size // cells)
 
 
 def cell_centres(size: int, cells: int) -> Tensor:
-    """The index nearest the middle of each adaptive pooling cell (the lower of two), [cells]."""
+    """The middle index (the lower of two) of each cell of adaptive pooling, [cells]."""
     start, end = cell_bounds(size, cells)
     return (start + end - 1) // 2
 
 
 def kept_rows(height: int, width: int, keep: float) -> list[int]:
-    """The rows of a grid at which pooling to about `keep` of it leaves a row."""
+    """The rows of a grid that stay when it is pooled to about `keep` of its tokens."""
     return cell_centres(height, pooled_grid(height, width, keep)[0]).tolist()
 
 
 def crossings(tokens: Tensor, width: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Positions [B, rows * columns] where `rows` and `columns` of a grid cross, row by row."""
+    """The positions [B, rows * columns] where rows and columns of a grid cross, row by row."""
     places = rows[:, None] * width + columns
     return places.flatten().to(tokens.device).expand(len(tokens), -1)
 
 
 def select(positions: Tensor) -> Outputs:
-    """The tokens at `positions` [B, k], in their original order."""
+    """Keep the tokens at `positions` [B, k], in their original order."""
     positions = positions.sort(dim=1).values
 
     def apply(x: Tensor) -> Tensor:
-        # By one index [B * k] into [B * N, C], which is all that the backward holds.
+        # one index [B * k] into [B * N, C]: the backward holds nothing else
         start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
         chosen = x.flatten(0, 1).index_select(0, (start + positions).flatten())
         return chosen.view(*positions.shape, x.shape[2])
@@ -71,8 +72,12 @@ def select(positions: Tensor) -> Outputs:
 
 
 def merge(owner: Tensor) -> Outputs:
-    """Each token [B, N] goes to its owner (an owner owns itself); an output is the mean of an
-    owner's tokens. Every row has the same number of owners."""
+    """Average each group of tokens into one output.
+
+    Args:
+        owner: For each token [B, N] the token that stands for its group; that one is its own owner.
+            Every row has the same number of owners.
+    """
     owns_itself = owner == torch.arange(owner.shape[1], device=owner.device)
     positions = owns_itself.nonzero()[:, 1].view(len(owner), -1)
     slot = (owns_itself.cumsum(1) - 1).gather(1, owner)
@@ -93,7 +98,9 @@ def directions(x: Tensor) -> Tensor:
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products [B, N, M] of a [B, N, D] and b [B, M, D], in their own dtype: in autocast's,
-    many would tie."""
+    """Inner products [B, N, M] of a [B, N, D] and b [B, M, D].
+
+    In their own dtype: in that of autocast many would tie.
+    """
     with torch.autocast(a.device.type, enabled=False):
         return a @ b.transpose(1, 2)

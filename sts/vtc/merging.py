@@ -1,4 +1,4 @@
-"""Kinds whose outputs are means of tokens that are alike. None is the paper's: alternatives."""
+"""Kinds whose outputs are means of similar tokens. None of them is the paper's."""
 
 import math
 
@@ -8,15 +8,17 @@ from torch import Tensor
 from sts.vtc import Outputs
 from sts.vtc._shared import count_of, directions, merge, products, select
 
-CONTEXTUAL = 10 / 64  # of the outputs of cls_merge: VisionZip's 54 dominant + 10 contextual tokens
+# Share of merged tokens in the outputs of cls_merge: VisionZip's 54 dominant + 10 contextual tokens
+CONTEXTUAL = 10 / 64
 
 
 def cls_merge(tokens: Tensor, keep: float, *, scores: Tensor) -> Outputs:
-    """The tokens that the class token attends to most, and the rest merged into a few.
+    """Keep the tokens that the class token attends to most and merge the others into a few.
 
-    VisionZip (arXiv 2412.04467): of k outputs, CONTEXTUAL are targets evenly spaced among the rest;
-    every other token is averaged into the target most similar to it. There similarity is the cosine
-    of the vision encoder's keys, here of the projected tokens.
+    VisionZip (arXiv 2412.04467): the share CONTEXTUAL of the outputs are targets, evenly spaced
+    among the tokens that are not dominant; each other token is averaged into the target most
+    similar to it. VisionZip compares the vision encoder's keys by cosine, this the projected
+    tokens.
     """
     batch, length = tokens.shape[:2]
     count = count_of(tokens, keep)
@@ -25,24 +27,25 @@ def cls_merge(tokens: Tensor, keep: float, *, scores: Tensor) -> Outputs:
     dominant = scores.topk(count - contextual, dim=1).indices
     if not contextual:
         return select(dominant)
-    left = torch.ones_like(owner, dtype=torch.bool).scatter(1, dominant, False)
-    rest = left.nonzero()[:, 1].view(batch, -1)
+    is_rest = torch.ones_like(owner, dtype=torch.bool).scatter(1, dominant, False)
+    rest = is_rest.nonzero()[:, 1].view(batch, -1)
     spaced = torch.arange(contextual, device=tokens.device) * rest.shape[1] // contextual
     targets = rest[:, spaced]
     unit = directions(tokens)
-    similar = products(
+    similarity = products(
         unit.take_along_dim(rest[..., None], 1), unit.take_along_dim(targets[..., None], 1)
     )
-    similar[:, spaced, torch.arange(contextual)] = math.inf  # a target goes to itself
-    return merge(owner.scatter(1, rest, targets.gather(1, similar.argmax(2))))
+    similarity[:, spaced, torch.arange(contextual)] = math.inf  # a target goes to itself
+    return merge(owner.scatter(1, rest, targets.gather(1, similarity.argmax(2))))
 
 
 def bipartite(tokens: Tensor, keep: float) -> Outputs:
-    """Token merging, ToMe (arXiv 2210.09461): the remaining tokens are split into every other one;
-    the most similar pairs across the split are averaged, weighted by how many tokens each holds.
+    """Average the most similar pairs of tokens, round by round: token merging, ToMe (2210.09461).
 
-    At most half are merged at a time, so it is repeated until k are left. There similarity is the
-    cosine of attention keys, here of the (merged) projected tokens.
+    In each round the tokens are split into those at even and at odd places; the most similar pairs
+    across the split are averaged, weighted by how many tokens each already holds. A round merges at
+    most half, so rounds follow until `keep` is reached. ToMe compares attention keys by cosine,
+    this the projected tokens as merged so far.
     """
     count = count_of(tokens, keep)
     batch, length = tokens.shape[:2]
@@ -58,6 +61,6 @@ def bipartite(tokens: Tensor, keep: float) -> Outputs:
         even, odd = positions[:, ::2], positions[:, 1::2]
         best, partner = products(unit[:, ::2], unit[:, 1::2]).max(2)
         merged = best.topk(min(excess, odd.shape[1]), dim=1).indices
-        to = owner.new_empty(batch, length).copy_(torch.arange(length))
-        to.scatter_(1, even.gather(1, merged), odd.gather(1, partner.gather(1, merged)))
-        owner = to.gather(1, owner)
+        target = owner.new_empty(batch, length).copy_(torch.arange(length))
+        target.scatter_(1, even.gather(1, merged), odd.gather(1, partner.gather(1, merged)))
+        owner = target.gather(1, owner)

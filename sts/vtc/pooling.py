@@ -1,4 +1,4 @@
-"""Kinds whose outputs mix the neighbours of a cell. None is the paper's: alternatives beside it."""
+"""Kinds whose outputs mix the tokens of a cell of the grid. None of them is the paper's."""
 
 from typing import Any
 
@@ -12,8 +12,10 @@ from sts.vtc._shared import cell_bounds, cell_centres, count_of, crossings, pool
 
 
 class _Pooled(torch.autograd.Function):
-    """Adaptive average pooling of [B, C, H, W]. torch's keeps its input for the backward, for
-    nothing but its shape."""
+    """Adaptive average pooling of [B, C, H, W].
+
+    torch keeps the input for the backward, which needs its shape only.
+    """
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, cells: tuple[int, int]) -> Tensor:
@@ -36,7 +38,7 @@ def _centres(tokens: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> T
 def avgpool2d(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs:
     """Adaptive 2-D average pooling (DeCo; M3, arXiv 2405.17430).
 
-    Cells overlap by a row or column where the grid doesn't divide. A position is the original token
+    Cells overlap by a row or column where the grid doesn't divide. An output stands at the token
     nearest the centre of its cell.
     """
     (height, width), cells = grid, pooled_grid(*grid, keep)
@@ -49,8 +51,10 @@ def avgpool2d(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs:
 
 
 def avgpool1d(tokens: Tensor, keep: float) -> Outputs:
-    """Adaptive average pooling along the sequence, row after row, as LLaVolta pools (arXiv
-    2406.20092; there inside the language model and with a fixed stride)."""
+    """Adaptive average pooling along the sequence, row after row.
+
+    After LLaVolta (arXiv 2406.20092), which pools inside the language model, with a fixed stride.
+    """
     count = count_of(tokens, keep)
 
     def apply(x: Tensor) -> Tensor:
@@ -61,12 +65,11 @@ def avgpool1d(tokens: Tensor, keep: float) -> Outputs:
 
 
 def pixel_shuffle(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs:
-    """Neighbours share the channels: channel c of an output is channel c of neighbour c mod n of
-    the n tokens of its cell.
+    """The n tokens of a cell share the channels of its output: channel c is that of token c mod n.
 
-    After the pixel shuffle of InternVL and Idefics3, which puts all channels of the n neighbours
-    side by side for a wider projector; here there are no new weights, so each keeps an n-th of its
-    channels. Cells are those of `avgpool2d`.
+    After the pixel shuffle of InternVL and Idefics3, which puts all channels of the n tokens side
+    by side for a wider projector. This has no new weights, so each token gives an n-th of its
+    channels. The cells are those of `avgpool2d`.
     """
     cells = pooled_grid(*grid, keep)
 
@@ -77,28 +80,30 @@ def pixel_shuffle(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outp
 
 
 class _Shuffled(torch.autograd.Function):
-    """The channels of x [B, N, C] that `_neighbours` names; the index, twice as large as what it
-    takes from an image, is made again for the backward rather than kept."""
+    """The channels of x [B, N, C] that `_source_tokens` names.
+
+    The index is twice as large as what it takes from an image, so the backward makes it again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, grid: tuple[int, int], cells: tuple[int, int]) -> Tensor:
         ctx.shape, ctx.grid, ctx.cells = x.shape, grid, cells
-        source = _neighbours(grid, cells, x.shape[2]).to(x.device)
+        source = _source_tokens(grid, cells, x.shape[2]).to(x.device)
         return x.gather(1, source.expand(len(x), -1, -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        source = _neighbours(ctx.grid, ctx.cells, grad.shape[2]).to(grad.device)
+        source = _source_tokens(ctx.grid, ctx.cells, grad.shape[2]).to(grad.device)
         source = source.expand(len(grad), -1, -1)
         return grad.new_zeros(ctx.shape).scatter_add(1, source, grad), None, None
 
 
-def _neighbours(grid: tuple[int, int], cells: tuple[int, int], channels: int) -> Tensor:
-    """The token [rows * columns, channels] of its cell that each output takes a channel from."""
+def _source_tokens(grid: tuple[int, int], cells: tuple[int, int], channels: int) -> Tensor:
+    """The token that each output takes each channel from, [rows * columns, channels]."""
     (top, bottom), (left, right) = map(cell_bounds, grid, cells)
     top, bottom = top[:, None, None], bottom[:, None, None]
     left, right = left[None, :, None], right[None, :, None]
-    wide = right - left
-    member = torch.arange(channels) % ((bottom - top) * wide)
-    return ((top + member // wide) * grid[1] + left + member % wide).flatten(0, 1)
+    width = right - left
+    member = torch.arange(channels) % ((bottom - top) * width)
+    return ((top + member // width) * grid[1] + left + member % width).flatten(0, 1)

@@ -1,7 +1,7 @@
 """Kinds that select tokens and leave them as they are.
 
-The paper (arXiv 2509.18150) names `uniform` and `random`; `cls_topk` and `diverse` are alternatives
-beside them.
+The paper (arXiv 2509.18150) names `uniform` and `random`; `cls_topk` and `diverse` are
+alternatives.
 """
 
 import math
@@ -15,12 +15,12 @@ from sts.vtc._shared import DISTORTION, count_of, crossings, directions, product
 
 
 def uniform(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs:
-    """Every r-th row and c-th column of the grid, by fixed strides: the paper's "Uniform".
+    """Every r-th row and every c-th column of the grid, by fixed strides: the paper's "Uniform".
 
-    A grid of one row is a sequence, of which every c-th token remains. The first kept row is the
-    middle one of the first r. Strides are whole, so about 1 / (r c) of the tokens remain, whatever
-    lies between: 1/4, 1/2, 1/6 and 1/9 of 24x24 can be had, and 0.4 gives 1/2. The ratio to
-    report is the one of the outputs.
+    The first kept row is the middle one of the first r rows. Of a grid of one row, a sequence,
+    every c-th token stays. Strides are whole numbers, so the keep ratio is about 1 / (r c): of
+    24x24 tokens 1/2, 1/4, 1/6 or 1/9 can stay, and 0.4 keeps 1/2. Report the keep ratio of the
+    outputs.
     """
     rows, columns = (
         torch.arange(_first(stride), size, stride)
@@ -31,9 +31,9 @@ def uniform(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outputs:
 
 @lru_cache(maxsize=4096)
 def strides(height: int, width: int, keep: float) -> tuple[int, int]:
-    """The strides (of rows, of columns) that leave about `keep` of a grid.
+    """The strides (of rows, of columns) that keep about `keep` of a grid's tokens.
 
-    Minimises the log error of the count plus a little of the log of how unlike the two strides are.
+    Minimises |log of the count's error| + DISTORTION * |log of the strides' ratio|.
     """
 
     def cost(stride: tuple[int, int]) -> float:
@@ -43,19 +43,18 @@ def strides(height: int, width: int, keep: float) -> tuple[int, int]:
         count = abs(math.log(rows * columns / (keep * height * width)))
         return count + DISTORTION * abs(math.log(stride[0]) - math.log(stride[1]))
 
-    every = [(r, c) for r in range(1, height + 1) for c in range(1, width + 1)]
-    return min(every, key=cost)
+    candidates = [(r, c) for r in range(1, height + 1) for c in range(1, width + 1)]
+    return min(candidates, key=cost)
 
 
 def _first(stride: int) -> int:
-    """The middle one of the first `stride` (the lower of two)."""
+    """The middle (the lower of two) of the first `stride` indexes."""
     return (stride - 1) // 2
 
 
 def random(tokens: Tensor, keep: float, *, generator: torch.Generator) -> Outputs:
-    """A uniform sample without replacement, another one for each row, from `generator`: the paper's
-    "Random", and a strong baseline in UniPruneBench."""
-    device = generator.device  # drawn where the generator lives: a CPU one is the same everywhere
+    """A uniform sample without replacement, drawn anew for each row: the paper's "Random"."""
+    device = generator.device  # a draw of a CPU generator is the same on every machine
     draws = torch.rand(tokens.shape[:2], generator=generator, device=device).to(tokens.device)
     return select(draws.topk(count_of(tokens, keep), dim=1).indices)
 
@@ -66,10 +65,10 @@ def cls_topk(tokens: Tensor, keep: float, *, scores: Tensor) -> Outputs:
 
 
 def diverse(tokens: Tensor, keep: float) -> Outputs:
-    """The tokens least like one another: greedy max-min of 1 - cosine.
+    """The tokens least like each other: greedy max-min of the distance 1 - cosine.
 
     DivPrune (arXiv 2503.02175): begin with the token farthest from its nearest neighbour, then
-    always add the one farthest from those chosen.
+    always add the token farthest from all that are chosen.
     """
     unit = directions(tokens)
     distance = 1 - products(unit, unit)

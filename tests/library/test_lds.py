@@ -27,7 +27,7 @@ from sts import lds as package
 from sts.draws import keyed_generator, keyed_seed, keyed_torch_generator
 from sts.lds import DEPTHS, DRAWS, POLICIES, UNITS, Depth, Unit, resolve, source_of
 from sts.lds.block_influence import block_influence
-from sts.lds.decision import Decision, Part, chances, decide, expected_work, left_out
+from sts.lds.decision import Decision, LayerDecision, chances, decide, expected_work, skipped_share
 from sts.lds.measure import Measured
 from sts.lds.units import SomeRows, SomeTokens, kept_rows
 from sts.schedule import SCHEDULES, keep_at, share_done, strength
@@ -337,11 +337,11 @@ def test_every_layer_is_off_as_often_as_the_formula_says(depth, draw, unit):
     decisions = drawn(lds, t=0.25, measured=MEASURED)
     for layer, chance in enumerate(asked):
         assert all(d.chances[layer] == pytest.approx(chance) for d in decisions[:3])
-        for share in UNITS[unit].lowers:
+        for share in UNITS[unit].shares:
             frequency = sum((layer, share) in d.off for d in decisions) / STEPS
             assert frequency == pytest.approx(chance, abs=sigmas(chance, STEPS))
     counts = [len(d.off) for d in decisions]
-    pieces = [chance for chance in asked for _ in UNITS[unit].lowers]
+    pieces = [chance for chance in asked for _ in UNITS[unit].shares]
     mean, variance = sum(pieces), sum(p * (1 - p) for p in pieces)
     assert sum(counts) / STEPS == pytest.approx(mean, abs=5 * math.sqrt(variance / STEPS))
     if draw == "fixed_count":
@@ -417,14 +417,14 @@ def test_protected_layers_run_and_one_layer_always_runs(
     measured = data.draw(st.lists(influence, min_size=layers, max_size=layers))
     decision = decide(lds, layers, 0.5, 1, step, measured)
     assert all(first <= layer < layers - last for layer, _ in decision.off)
-    assert all(share in UNITS[unit].lowers for _, share in decision.off)
-    assert len(decision.off) < layers * len(UNITS[unit].lowers)
+    assert all(share in UNITS[unit].shares for _, share in decision.off)
+    assert len(decision.off) < layers * len(UNITS[unit].shares)
     inner = depth_by_hand(depth, free, lds, measured[first : layers - last])
     expected = [0.0] * first + [rate * weight for weight in inner] + [0.0] * last
     assert decision.chances == pytest.approx(expected, abs=1e-12)
     assert all(0 <= chance <= 1 for chance in decision.chances)
     if draw == "fixed_count":
-        total = sum(expected) * len(UNITS[unit].lowers)
+        total = sum(expected) * len(UNITS[unit].shares)
         assert math.floor(total - 1e-9) <= len(decision.off) <= math.ceil(total + 1e-9)
 
 
@@ -458,8 +458,8 @@ def test_what_is_off_of_a_layer_and_what_work_that_leaves():
     both = {"attention_backward", "mlp_backward"}
     assert [decision.of(layer) for layer in range(3)] == [set(), {"attention_backward"}, both]
     work = [dict.fromkeys(decision.of(layer), 0.0) for layer in range(3)]
-    assert left_out(LDS("dropbp"), work) == [0, 0.5, 1]
-    assert left_out(LDS("layerskip"), [{}, {"rows": 0.75}]) == [0, 0.25]
+    assert skipped_share(LDS("dropbp"), work) == [0, 0.5, 1]
+    assert skipped_share(LDS("layerskip"), [{}, {"rows": 0.75}]) == [0, 0.25]
 
 
 def test_expected_work_is_what_the_formula_leaves():
@@ -536,7 +536,7 @@ def test_decisions_stay_the_same_across_versions():
 
 def part_of(chance, draw="fixed_count", seed=0, rescale=False, off=frozenset()):
     generator = lambda: torch.Generator().manual_seed(seed)  # noqa: E731
-    return Part(chance, frozenset(off), draw, rescale, generator)
+    return LayerDecision(chance, frozenset(off), draw, rescale, generator)
 
 
 class Adds(nn.Module):
@@ -578,15 +578,15 @@ def test_every_row_is_left_out_as_often_as_the_chance_says(rows, chance, draw):
 def test_rows_that_are_left_out_go_through(draw):
     hidden = torch.arange(24.0).reshape(6, 2, 2)
     layer = Adds()
-    stand_in = SomeRows(layer, part_of(0.5, draw, seed=5))
+    replacement = SomeRows(layer, part_of(0.5, draw, seed=5))
     mask = torch.arange(12).reshape(6, 2)
-    out = stand_in(hidden, position_ids=mask)
+    out = replacement(hidden, position_ids=mask)
     kept = [row for row in range(6) if not torch.equal(out[row], hidden[row])]
     assert 0 < len(kept) < 6
     assert torch.equal(out[kept], hidden[kept] + 2) and torch.equal(layer.seen, hidden[kept])
     assert torch.equal(layer.kwargs["position_ids"], mask[kept])
-    assert torch.equal(stand_in.seen(mask), mask[kept])
-    assert stand_in.work == {"rows": len(kept) / 6}
+    assert torch.equal(replacement.select(mask), mask[kept])
+    assert replacement.work == {"rows": len(kept) / 6}
 
 
 @pytest.mark.parametrize(("length", "chance"), [(12, 0.25), (7, 0.5), (10, 0.33), (3, 0.95)])
@@ -596,11 +596,11 @@ def test_every_token_is_seen_as_often_as_the_chance_says_and_the_count_is_fixed(
     hidden = torch.arange(float(length)).expand(rows, length)[..., None]
     seen, sets_seen = torch.zeros(length), set()
     for seed in range(calls):
-        stand_in = SomeTokens(layer, part_of(chance, seed=seed))
-        out = stand_in(hidden)
+        replacement = SomeTokens(layer, part_of(chance, seed=seed))
+        out = replacement(hidden)
         positions = layer.seen[..., 0].long()
         assert positions.shape == (rows, count) and (positions.diff(dim=1) > 0).all()
-        assert stand_in.work == {"tokens": count / length}
+        assert replacement.work == {"tokens": count / length}
         changed = torch.zeros(rows, length).scatter(1, positions, 2.0)
         assert torch.equal(out[..., 0], hidden[..., 0] + changed)
         seen += changed.sum(0) / 2
@@ -613,11 +613,13 @@ def test_every_token_is_seen_as_often_as_the_chance_says_and_the_count_is_fixed(
 
 def test_what_some_tokens_saw_of_a_mask():
     hidden = torch.arange(8.0).expand(2, 8)[..., None]
-    stand_in = SomeTokens(layer := Adds(), part_of(0.5))
+    replacement = SomeTokens(layer := Adds(), part_of(0.5))
     mask = torch.arange(16).reshape(2, 8)
-    assert stand_in.seen(mask) is mask  # before any call
-    stand_in(hidden)
-    assert torch.equal(stand_in.seen(mask), layer.seen[..., 0].long() + torch.tensor([[0], [8]]))
+    assert replacement.select(mask) is mask  # before any call
+    replacement(hidden)
+    assert torch.equal(
+        replacement.select(mask), layer.seen[..., 0].long() + torch.tensor([[0], [8]])
+    )
 
 
 # ---- rescaling: what is left stands for all ----------------------------------------------------
@@ -625,7 +627,7 @@ def test_what_some_tokens_saw_of_a_mask():
 
 def test_in_the_mean_a_rescaled_layer_adds_what_it_does():
     lds, layer = LDS("layerdrop", rate=0.4, rescale=True), Adds()
-    make, added = resolve(UNITS["layer"].stand_in), [0.0] * 8
+    make, added = resolve(UNITS["layer"].replacement), [0.0] * 8
     hidden = torch.zeros(1, 1, 1)
     for decision in drawn(lds, steps=2000):
         for i in range(8):
@@ -648,8 +650,8 @@ def test_in_the_mean_rescaled_samples_add_what_they_do(draw):
 def test_a_micro_batch_of_one_row_which_always_runs_is_not_made_larger(draw):
     total = 0.0
     for seed in range(500):
-        stand_in = SomeRows(Adds(), part_of(0.4, draw, seed, rescale=True))
-        total += stand_in(torch.zeros(1, 1, 1)).item()
+        replacement = SomeRows(Adds(), part_of(0.4, draw, seed, rescale=True))
+        total += replacement(torch.zeros(1, 1, 1)).item()
     assert total / 500 == pytest.approx(2, abs=5 * 2 * math.sqrt(0.4 / 0.6 / 500))
 
 
@@ -661,12 +663,12 @@ def test_rescaled_samples_are_finite_whatever_rate_is_accepted():
 
 
 def test_a_layer_that_is_off_is_the_identity_and_without_rescaling_one_that_runs_is_itself():
-    make, hidden = resolve(UNITS["layer"].stand_in), torch.zeros(1, 1, 1)
+    make, hidden = resolve(UNITS["layer"].replacement), torch.zeros(1, 1, 1)
     off = make(layer := Adds(), part_of(0.5, off={"rows"}))
     assert off(hidden) is hidden and off.work == {"rows": 0.0} and not hasattr(layer, "seen")
     assert make(layer, part_of(0.5)) is None
-    for unit in ("samples", "tokens"):  # protected: no stand-in at all
-        assert resolve(UNITS[unit].stand_in)(layer, part_of(0.0)) is None
+    for unit in ("samples", "tokens"):  # protected: no replacement at all
+        assert resolve(UNITS[unit].replacement)(layer, part_of(0.0)) is None
 
 
 # ---- measured depths ---------------------------------------------------------------------------
@@ -701,7 +703,7 @@ def test_a_measured_depth_is_a_moving_average_of_each_steps_mean():
     layers = [Adds(), Adds(), Adds()]
     generator = torch.Generator().manual_seed(0)
     measured = Measured(DEPTHS["block_influence"], 3, ema=0.75)
-    assert measured.any and measured.average == [math.inf] * 3
+    assert measured.is_needed and measured.average == [math.inf] * 3
     expected = [math.inf] * 3
     for step in range(3):
         sums = [(0.0, 0.0)] * 3
@@ -738,7 +740,7 @@ def test_measured_is_kept_between_fold_and_state():
 
 
 def test_a_depth_that_measures_nothing_says_so():
-    assert not Measured(DEPTHS["slope"], 2, ema=0.5).any
+    assert not Measured(DEPTHS["slope"], 2, ema=0.5).is_needed
 
 
 # ---- a policy of one's own ---------------------------------------------------------------------
@@ -949,10 +951,10 @@ def test_a_unit_may_be_put_into_the_table_as_a_function(monkeypatch):
     def doubled(layer, part):
         return (lambda hidden: 2 * hidden) if part.off else None
 
-    monkeypatch.setitem(UNITS, "doubled", Unit(("rows",), True, stand_in=doubled))
+    monkeypatch.setitem(UNITS, "doubled", Unit(("rows",), True, replacement=doubled))
     lds = LDS("layerdrop", rate=0.5, unit="doubled")
     decision = decide(lds, 4, 0, 0, 1)
-    made = [resolve(UNITS["doubled"].stand_in)(None, part_of(0.5, off=decision.of(i)))
+    made = [resolve(UNITS["doubled"].replacement)(None, part_of(0.5, off=decision.of(i)))
             for i in range(4)]  # fmt: skip
     off = {i for i, one in enumerate(made) if one}
     assert off == {i for i, _ in decision.off} and 0 < len(off) < 4

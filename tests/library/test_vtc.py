@@ -556,7 +556,7 @@ else:
 def test_a_file_may_not_take_the_name_of_another_kind(tmp_path):
     (tmp_path / "uniform.py").write_text(MINE)
     with pytest.raises(ValueError, match=r"kind='uniform'.*taken"):
-        vtc.discovered([str(tmp_path)])
+        vtc.discover([str(tmp_path)])
 
 
 def test_names_and_files_of_kinds_need_no_torch(copied):

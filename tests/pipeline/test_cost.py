@@ -21,7 +21,7 @@ from zoo import ZOO
 from sts import LDS, VTC, sparsify
 from sts.architectures import NO_VTC, REFUSED
 from sts.lds.decision import Decision
-from sts.lds.units import without_backward
+from sts.lds.units import skip_backward
 from sts.pipeline.config import LoraConfig, StageConfig
 from sts.pipeline.cost.flops import (
     ROUGH,
@@ -252,7 +252,7 @@ def test_the_backward_of_attention_and_of_mlp_is_counted_apart(trains, off, chec
     skipper.decision = Decision(scheme.decision.chances, pieces)
     skipper._hung = {layer: skipper._part(layer) for layer in (0, 2, 4)}
     for layer, part in skipper._hung.items():
-        without_backward(skipper.layers[layer], part)
+        skip_backward(skipper.layers[layer], part)
     with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
         model(**batch_for(model)).loss.backward()
     metrics = scheme.metrics()

@@ -225,7 +225,7 @@ def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:
     def left_out(step: int) -> float:
         scheme.decide(step)
         decision, unit = skipper.decision, skipper.unit
-        drawn = len(decision.off) / len(unit.lowers)
+        drawn = len(decision.off) / len(unit.shares)
         return drawn if unit.drawn_by_step else sum(decision.chances)
 
     found, owed = [], 0.0

@@ -162,3 +162,8 @@ class Architecture:
     returned: Callable[[Tensor, dict[str, Any]], Any] | None = None
     always: Callable[[nn.Module], bool] = never
     partial: bool = True
+
+    @property
+    def decoder_layers(self) -> str:
+        """The path of the decoder layers in the outer model."""
+        return f"{self.language_model}.{self.layers}"

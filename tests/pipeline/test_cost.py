@@ -19,7 +19,7 @@ from transformers import (
 from zoo import ZOO
 
 from sts import LDS, VTC, sparsify
-from sts.architectures import NO_VTC, REFUSED
+from sts.architectures import NO_VTC, REFUSED, part_finder
 from sts.lds.decision import Decision
 from sts.lds.units import skip_backward
 from sts.pipeline.config import LoraConfig, StageConfig
@@ -37,7 +37,7 @@ from sts.pipeline.measure.shape_bench import FUSED_ON_CPU
 from sts.pipeline.measure.shapes import joined, made_up_batch, random_model
 from sts.pipeline.measure.shapes import shape as known
 from sts.pipeline.train.lora import add_adapters
-from sts.pipeline.train.model import freeze, part_finder, recompute
+from sts.pipeline.train.model import freeze, recompute
 
 SHAPES = {
     "wide": {

@@ -9,13 +9,13 @@ from cases import EVERYDAY, MIXED, ROWS
 from configs import short
 from zoo import ZOO
 
-from sts.architectures import REFUSED
+from sts.architectures import REFUSED, tower_layers_of
 from sts.pipeline.config import Config
 from sts.pipeline.cost.history import read_history
 from sts.pipeline.measure.bench import bench
 from sts.pipeline.train import features
 from sts.pipeline.train.feed import load_data
-from sts.pipeline.train.model import build, freeze, tower_layers
+from sts.pipeline.train.model import build, freeze
 from sts.pipeline.train.train import train
 
 BOTH = ["projector", "language_model"]
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_the_tower_or_the_model_is_refused(name)
     loss, grads = learnt(model, batch)
 
     ran = []
-    for layer in tower_layers(model):
+    for layer in tower_layers_of(model):
         layer.register_forward_hook(lambda *call: ran.append(call[1][0] is call[2]))
     given = {features.KEY + reader: tensor.detach() for reader, tensor in found.items()}
     features.skip_tower(model)

@@ -18,10 +18,10 @@ from transformers import (
 )
 from zoo_tiles import CASES as OTHERS
 
+from sts.architectures import PARTS
 from sts.pipeline.config import MINI, ModelConfig, load_scale
 from sts.pipeline.data.conversation import tokenise
 from sts.pipeline.train.model import (
-    PARTS,
     SHIPPED,
     build,
     build_llava,

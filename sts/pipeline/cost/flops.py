@@ -394,8 +394,7 @@ def shape_of(config: "PreTrainedConfig") -> Shape:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from sts.architectures import architecture_of, head_of
-    from sts.pipeline.train.model import part_finder, readers
+    from sts.architectures import architecture_of, head_of, part_finder, projector_of
 
     if config.model_type in ROUGH:
         log.warning("FLOPs of model_type %r are a rough figure", config.model_type)
@@ -428,7 +427,7 @@ def shape_of(config: "PreTrainedConfig") -> Shape:
         given = POOLED[config.model_type](config)
     elif getattr(config, "vision_feature_select_strategy", None) == "full" and class_tokens:
         given = (_tile(vision) + class_tokens) / _tile(vision)
-    modules = [one for name, one in readers(model).items() if not UNSEEN.search(name)]
+    modules = [one for name, one in projector_of(model).items() if not UNSEEN.search(name)]
     branches, rows = _branches(modules, channels, given, config)
     patches = _tile(vision) or round(SIDE**2 / rows)
     side = round(patches**0.5)

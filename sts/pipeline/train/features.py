@@ -24,6 +24,7 @@ from datasets import Dataset as Table
 from torch import Tensor, nn
 from transformers import BatchFeature, PreTrainedModel
 
+from sts.architectures import projector_of, tower_layers_of
 from sts.pipeline.config import Config, StageConfig
 from sts.pipeline.data.collator import made_once, pixels, split_files
 from sts.pipeline.data.rows import images_of
@@ -31,7 +32,7 @@ from sts.pipeline.files import read_json, sha256_json, write_json_atomic
 from sts.pipeline.run import follows
 from sts.pipeline.run.bar import bar_of
 from sts.pipeline.run.device import precision_here
-from sts.pipeline.train.model import build, freeze, readers, tower_layers
+from sts.pipeline.train.model import build, freeze
 from sts.pipeline.train.step import prepare_process
 from sts.vtc import wants
 
@@ -88,9 +89,9 @@ def skip_tower(model: PreTrainedModel) -> tuple[dict[str, Tensor], Callable[[], 
         return args, kwargs | {first: given[KEY + name]}
 
     hooks = [model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)]
-    for name, module in readers(model).items():
+    for name, module in projector_of(model).items():
         hooks.append(module.register_forward_pre_hook(partial(give, name), with_kwargs=True))
-    skipped = tower_layers(model)
+    skipped = tower_layers_of(model)
     for layer in skipped:
         layer.forward = _as_it_is
 
@@ -115,7 +116,7 @@ def seen_by_projector(
 
     Raises NotCached for a module that is not called once.
     """
-    modules = readers(model)
+    modules = projector_of(model)
     calls: dict[str, list[Tensor]] = {name: [] for name in modules}
 
     def see(name: str, _: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -200,7 +201,7 @@ def write_features(
 
 def _write(model: PreTrainedModel, processor: Any, pictures: Path, part: Path) -> None:
     rows = Table.from_file(str(pictures)).remove_columns("conversations")
-    names, checked = list(readers(model)), False
+    names, checked = list(projector_of(model)), False
     fields = [(name, pa.large_binary()) for name in names]
     fields += [(f"{name}{SHAPE}", pa.list_(pa.int32())) for name in names]
     schema = pa.schema([*fields, ("dtype", pa.string())])

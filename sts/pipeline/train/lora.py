@@ -16,8 +16,7 @@ MARK = "lora_"  # in the name of every parameter of an adapter
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, seed: int) -> LoraModel:
     """Put adapters, drawn from `seed`, on every linear layer of the decoder layers; they alone are
     set to be trained, and the model's own forward stays."""
-    names = architecture_of(model)
-    layers = f"{names.language_model}.{names.layers}"
+    layers = architecture_of(model).decoder_layers
     targets = [
         f"{layers}.{name}"
         for name, module in model.get_submodule(layers).named_modules()

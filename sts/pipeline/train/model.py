@@ -6,13 +6,11 @@ whole checkpoint.
 The backbone manifest says where they lie and hashes them; every run starts from it.
 """
 
-import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -31,7 +29,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from sts.architectures import architecture_of, head_of
+from sts.architectures import PARTS, part_finder
 from sts.checks import expect
 from sts.pipeline.config import ModelConfig
 from sts.pipeline.data.conversation import CHAT_TEMPLATE, V1
@@ -39,13 +37,8 @@ from sts.pipeline.data.rows import IMAGE_TOKEN
 from sts.pipeline.files import read_json, sha256_file, sha256_json, write_json_atomic
 
 SHIPPED = Path("data/backbones/mini")
-PARTS = ("projector", "language_model", "vision_tower")
 # Towers that are joined -> what is projected: of CLIP's all but the class token, SigLIP has none
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
-# What transformers calls the encoders of images, and, wherever it lies, what joins them to a
-# language model (Qwen's merger is a part of its tower)
-TOWER = re.compile(r"(tower|visual|vision_model|vision_encoder|vqmodel)\.")
-JOINT = re.compile("projector|merger|connector")
 
 
 def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) -> dict[str, Any]:
@@ -221,61 +214,6 @@ def pretrained_processor(
         num_additional_image_tokens=1 if strategy == "default" else 0,
         chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
     )
-
-
-def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
-    """The function from the name of a parameter or module of `model` to the part of `PARTS` that it
-    belongs to; the head goes with the language model, and what is no other part is the projector.
-
-    Raises ValueError for a model that the library doesn't know its way in.
-    """
-    head = head_of(model)
-    heads = [name for name, module in model.named_modules() if module is head]
-    language = tuple(f"{path}." for path in (architecture_of(model).language_model, *heads))
-
-    def part_of(name: str) -> str:
-        if f"{name}.".startswith(language):
-            return "language_model"
-        return (
-            "vision_tower" if TOWER.search(f"{name}.") and not JOINT.search(name) else "projector"
-        )
-
-    return part_of
-
-
-def readers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Name -> module of the projector, the largest ones: what they are called with comes from the
-    vision tower."""
-    part_of = part_finder(model)
-
-    def whole(name: str, module: nn.Module) -> bool:
-        inner = [f"{name}.{own}" for own, _ in module.named_parameters()]
-        called = inner and not isinstance(module, nn.ModuleList)
-        return called and all(part_of(one) == "projector" for one in inner)
-
-    return _outermost(model, whole)
-
-
-def tower_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the vision tower."""
-    part_of = part_finder(model)
-
-    def listed(name: str, module: nn.Module) -> bool:
-        return isinstance(module, nn.ModuleList) and part_of(name) == "vision_tower"
-
-    return [layer for one in _outermost(model, listed).values() for layer in one]
-
-
-def _outermost(
-    model: PreTrainedModel, wanted: Callable[[str, nn.Module], bool]
-) -> dict[str, nn.Module]:
-    """Name -> module that is wanted and in no other one that is."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if not inside and wanted(name, module):
-            found[name] = module
-    return found
 
 
 def freeze(model: PreTrainedModel, trains: Collection[str]) -> None:

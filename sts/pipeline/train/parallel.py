@@ -21,10 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from sts.architectures import architecture_of
+from sts.architectures import decoder_layers_of, tower_layers_of
 from sts.pipeline.config import StageConfig
 from sts.pipeline.run.device import precision_here
-from sts.pipeline.train.model import tower_layers
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -108,9 +107,7 @@ def shard(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
     mesh = init_device_mesh(device.type, (world(),))
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**half if bf16 else {})
-    names = architecture_of(model)
-    layers = getattr(model.get_submodule(names.language_model), names.layers)
-    for module in (*layers, *tower_layers(model), model):
+    for module in (*decoder_layers_of(model), *tower_layers_of(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
     sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

@@ -11,11 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from sts.architectures import part_finder
 from sts.lds import UNITS
 from sts.pipeline.config import StageConfig
 from sts.pipeline.run.device import precision_here
 from sts.pipeline.train.lora import MARK
-from sts.pipeline.train.model import part_finder
 from sts.scheme import Scheme
 from sts.settings import IGNORE_INDEX
 

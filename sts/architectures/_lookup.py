@@ -1,0 +1,105 @@
+"""Finds where a model keeps its parts: by the entry of its type, or where most models have them."""
+
+import pkgutil
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+from torch import nn
+
+from sts.architectures._base import Architecture
+from sts.architectures._refused import REFUSED
+
+
+def _families() -> list[dict[str, Architecture]]:
+    """The entries of each family's file in this folder."""
+    package = __name__.rpartition(".")[0]
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    return [
+        import_module(f"{package}.{name}").ARCHITECTURES
+        for name in names
+        if not name.startswith("_")
+    ]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    name: entry for family in _families() for name, entry in family.items()
+}
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """Where `model` keeps its parts, by its entry or found, with every path filled in.
+
+    Raises ValueError for a model that can't be carried, saying why, and for one whose parts are not
+    where an entry says or where models usually have them.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(config, "model_type", None)
+    if name in REFUSED:
+        raise ValueError(f"{_named(model)} can't be trained with STS: {REFUSED[name]}")
+    head = head_of(model)
+    sees = name in ARCHITECTURES or getattr(config, "vision_config", None) is not None
+    if head is None or not sees:
+        raise ValueError(
+            f"{_named(model)} is not an image-text-to-text model with a language head. Pass the "
+            "one that has it (of AutoModelForImageTextToText)"
+        )
+    entry = ARCHITECTURES.get(name, Architecture())
+    base = (model.base_model_prefix or "") if entry.base is None else entry.base
+    language_model = entry.language_model or _path_of(model, _decoder(model))
+    layers = entry.layers or _layers_of(model, language_model)
+    if entry.base is None and not language_model.startswith(f"{base}."):
+        base = ""
+    if not layers or (base and not _has(model, base)):
+        raise ValueError(
+            f"{_named(model)}: no list of decoder layers where most models have one. Add an entry: "
+            f"sts.architectures.ARCHITECTURES[{name!r}] = Architecture(base=..., "
+            "language_model=..., layers=...), paths in the model (sts/architectures/_base.py)"
+        )
+    return replace(entry, base=base, language_model=language_model, layers=layers)
+
+
+def _named(model: nn.Module) -> str:
+    name = getattr(getattr(model, "config", None), "model_type", None)
+    return f"{type(model).__name__} (model_type={name!r})"
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The language head, the outer model's or that of the language model in it."""
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    head = model.get_output_embeddings()
+    return model.get_decoder().get_output_embeddings() if head is None else head
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The innermost of what calls itself a decoder: a language model without its head."""
+    part = model.get_decoder()
+    while hasattr(part, "get_decoder") and part.get_decoder() is not part:
+        part = part.get_decoder()
+    return part
+
+
+def _path_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _layers_of(model: nn.Module, path: str) -> str | None:
+    """The attribute of a language model that is a list of as many layers as its config says."""
+    if not _has(model, path):
+        return None
+    language_model = model.get_submodule(path)
+    config = getattr(language_model, "config", model.config).get_text_config()
+    lists = [
+        name
+        for name, module in language_model.named_children()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    ]
+    return lists[0] if len(lists) == 1 else None
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        return model.get_submodule(path) is not None
+    except AttributeError:
+        return False

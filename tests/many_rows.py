@@ -17,14 +17,14 @@ from typing import Any
 from PIL import Image
 from processors import tiny_processor
 
-from sts.mini import scenes
+from recipes.mini import lessons
 from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
 from sts.pipeline.data.collator import collate
 from sts.pipeline.data.conversation import CHAT_TEMPLATE
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.train.feed import load_data
 
-WORDS = [*scenes.vocabulary()]
+WORDS = [*lessons.vocabulary()]
 TURNS = 5  # pairs of a conversation, of 25 and 12 words: about 1,300 characters as in the 665K set
 TEXT_ONLY = 16  # one row of so many
 

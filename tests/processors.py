@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sts.mini import scenes
+from recipes.mini import lessons
 from sts.pipeline.data.conversation import CHAT_TEMPLATE
 
 IMAGE, PATCH = 64, 16  # pixels; 16 patch tokens an image
@@ -33,7 +33,7 @@ IMAGE, PATCH = 64, 16  # pixels; 16 patch tokens an image
 def tiny_processor():
     """LlavaProcessor with a word-level tokenizer over the words of `scenes`."""
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
-    words = [*special, *sorted({"user", "assistant", ":", "\n", *scenes.vocabulary()})]
+    words = [*special, *sorted({"user", "assistant", ":", "\n", *lessons.vocabulary()})]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return llava_around(tokenizer, IMAGE, PATCH)

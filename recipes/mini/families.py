@@ -44,13 +44,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
-from sts.mini import scenes
+from sts.mini import pictures
 from sts.pipeline.data.conversation import CHAT_TEMPLATE
 
 MEAN, STD = [0.5] * 3, [0.25] * 3  # of a pixel's channels
 NORMAL = {"image_mean": MEAN, "image_std": STD}
-TILE = scenes.SIZE // 2  # pixels of a tile's side
-FINE = scenes.PATCH // 2  # pixels of a patch's side, where four are merged into a token
+TILE = pictures.SIZE // 2  # pixels of a tile's side
+FINE = pictures.PATCH // 2  # pixels of a patch's side, where four are merged into a token
 
 
 class Family(NamedTuple):
@@ -74,7 +74,7 @@ class Family(NamedTuple):
 
 def places_of(patches: Tensor) -> Tensor:
     """[...] patches of the grid -> [..., 2]: row and column, from 0."""
-    return torch.stack([patches // scenes.GRID, patches % scenes.GRID], -1)
+    return torch.stack([patches // pictures.GRID, patches % pictures.GRID], -1)
 
 
 def in_order(order: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -89,14 +89,14 @@ def in_order(order: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 
 def quarters() -> Tensor:
     """[576]: the patch of the grid that each of the patches a half as wide lies in."""
-    row = torch.arange(2 * scenes.GRID) // 2
-    return (scenes.GRID * row[:, None] + row).flatten()
+    row = torch.arange(2 * pictures.GRID) // 2
+    return (pictures.GRID * row[:, None] + row).flatten()
 
 
 def windows(vision: Qwen2_5_VLVisionConfig) -> Tensor:
     """[576]: as `quarters`, a window after the other and in it the four of a token together."""
     index, _ = get_vision_window_index(
-        torch.tensor([[1, 2 * scenes.GRID, 2 * scenes.GRID]]),
+        torch.tensor([[1, 2 * pictures.GRID, 2 * pictures.GRID]]),
         spatial_merge_size=vision.spatial_merge_size,
         window_size=vision.window_size,
         patch_size=vision.patch_size,
@@ -111,15 +111,15 @@ def in_tiles(truth: Tensor) -> tuple[Tensor, Tensor]:
     shows a thing. A tile's tower does not know which tile it has: a place is one in the tile, and
     is counted from 12 to tell it from one in the picture.
     """
-    half = scenes.GRID // 2
-    patch = torch.arange(scenes.GRID**2).view(half, 2, half, 2)
+    half = pictures.GRID // 2
+    patch = torch.arange(pictures.GRID**2).view(half, 2, half, 2)
     fours = patch.transpose(1, 2).reshape(-1, 4)  # of each patch of the whole
     wanted = 2 * truth[..., -1] + (truth[..., 0] > 0)
     first = wanted[:, fours].argmax(-1, keepdim=True)
     whole = fours.expand(len(truth), -1, -1).gather(-1, first).squeeze(-1)
     tiles = patch.view(2, half, 2, half).transpose(1, 2).reshape(-1)  # row by row of each tile
     tiles = tiles.expand(len(truth), -1)
-    inside = places_of(tiles) % half + scenes.GRID
+    inside = places_of(tiles) % half + pictures.GRID
     return torch.cat([whole, tiles], 1), torch.cat([places_of(whole), inside], 1)
 
 
@@ -138,16 +138,16 @@ def clip(side: int) -> CLIPVisionConfig:
         num_hidden_layers=5,
         num_attention_heads=4,
         image_size=side,
-        patch_size=scenes.PATCH,
+        patch_size=pictures.PATCH,
     )
 
 
 def llava(text: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     return LlavaConfig(
-        vision_config=clip(scenes.SIZE),
+        vision_config=clip(pictures.SIZE),
         text_config=text,
         image_token_index=tokenizer.image_token_id,
-        image_seq_length=scenes.GRID**2,
+        image_seq_length=pictures.GRID**2,
         tie_word_embeddings=text.tie_word_embeddings,
     )
 
@@ -156,10 +156,13 @@ def llava_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> LlavaP
     """Pictures squashed to 72x72; 144 tokens."""
     return LlavaProcessor(
         CLIPImageProcessorPil(
-            size=square(scenes.SIZE), crop_size=square(scenes.SIZE), do_center_crop=False, **NORMAL
+            size=square(pictures.SIZE),
+            crop_size=square(pictures.SIZE),
+            do_center_crop=False,
+            **NORMAL,
         ),
         tokenizer,
-        patch_size=scenes.PATCH,
+        patch_size=pictures.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template,
@@ -189,7 +192,7 @@ def llava_next_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> L
             **NORMAL,
         ),
         tokenizer,
-        patch_size=scenes.PATCH,
+        patch_size=pictures.PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=template,
@@ -203,7 +206,7 @@ def idefics3(text: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> Idefics3C
             intermediate_size=256,
             num_hidden_layers=3,
             num_attention_heads=2,
-            image_size=scenes.SIZE,
+            image_size=pictures.SIZE,
             patch_size=FINE,
         ),
         text_config=text,
@@ -217,13 +220,13 @@ def idefics3_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> Ide
     """Pictures squashed to 72x72; 144 tokens between three of the family's."""
     return Idefics3Processor(
         Idefics3ImageProcessorPil(
-            size={"longest_edge": scenes.SIZE},
-            max_image_size={"longest_edge": scenes.SIZE},
+            size={"longest_edge": pictures.SIZE},
+            max_image_size={"longest_edge": pictures.SIZE},
             do_image_splitting=False,
             **NORMAL,
         ),
         tokenizer,
-        image_seq_len=scenes.GRID**2,
+        image_seq_len=pictures.GRID**2,
         chat_template=template,
     )
 
@@ -234,7 +237,7 @@ QWEN_VISION = {
     "depth": 4,
     "num_heads": 2,
     "patch_size": FINE,
-    "window_size": scenes.SIZE // 2,  # 2 x 2 windows
+    "window_size": pictures.SIZE // 2,  # 2 x 2 windows
     "fullatt_block_indexes": [1],
 }
 
@@ -267,7 +270,7 @@ def qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> P
     return PaddleOCRVLProcessor(
         Qwen2VLImageProcessorPil(
             patch_size=FINE,
-            size={"shortest_edge": TILE**2, "longest_edge": 4 * scenes.SIZE**2},
+            size={"shortest_edge": TILE**2, "longest_edge": 4 * pictures.SIZE**2},
             **NORMAL,
         ),
         tokenizer,
@@ -282,7 +285,7 @@ FAMILIES: dict[str, Family] = {
         config=llava,
         processor=llava_processor,
         class_token=True,
-        shows=in_order(torch.arange(scenes.GRID**2)),
+        shows=in_order(torch.arange(pictures.GRID**2)),
         tokens={"image_token": "<image>"},
     ),
     "llava_next": Family(

@@ -1,7 +1,7 @@
 """The stand-in for Vicuna: a Llama decoder that never sees a pixel.
 
 It answers questions about, and captions, pictures *written* in words. Each patch is one slot, the
-sum of the embeddings of its words (`scenes.written`), so a slot has the place and the length of a
+sum of the embeddings of its words (`lessons.written`), so a slot has the place and the length of a
 visual token.
 """
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from recipes.mini import lessons
 from recipes.mini.muon import apart, learner
 from recipes.mini.vision import autocast, batched, patch_places
-from sts.mini import scenes
+from sts.mini import pictures, scenes
 from sts.settings import IGNORE_INDEX
 
 BATCH = 24  # samples of a step
@@ -42,8 +43,8 @@ def language_config(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaCon
 
 def slot_ids(tokenizer: PreTrainedTokenizerFast) -> Tensor:
     """[attributes + 2, values + 1] ids: the word of value v of attribute a; row and column last."""
-    lists = [*scenes.ATTRIBUTES.values()]
-    lists += [[f"{axis}{i + 1}" for i in range(scenes.GRID)] for axis in "rc"]
+    lists = [*pictures.ATTRIBUTES.values()]
+    lists += [[f"{axis}{i + 1}" for i in range(pictures.GRID)] for axis in "rc"]
     table = torch.full((len(lists), 1 + max(map(len, lists))), tokenizer.pad_token_id)
     for a, words in enumerate(lists):
         for v, word in enumerate(words):
@@ -141,7 +142,7 @@ def ask(
     seen = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
     seen &= torch.ones(seen.shape[-1], seen.shape[-1], dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
-    start = len(prefix) + scenes.GRID**2
+    start = len(prefix) + pictures.GRID**2
     places = torch.cat([torch.arange(shown).expand(size, -1), start + batch["place"]], 1)
     hidden = model.model(
         inputs_embeds=inputs, attention_mask=mask[:, None], position_ids=places, use_cache=False
@@ -165,7 +166,7 @@ def train_language(
 
     Two sevenths of the steps are to read. Until 3/8 of them all questions, on pictures that grow
     from a slot a thing to all slots of things to all slots. Then two of three (from 0.7 on: one)
-    are a drill in finding, counting and comparing places (`scenes.drill`), again from short
+    are a drill in finding, counting and comparing places (`lessons.drill`), again from short
     pictures to whole ones: without them relations stay at chance, and with nothing else before them
     colours do.
     The rest, five legs at half the learning rate, makes every picture's slots 1/2 to 16 times as
@@ -186,7 +187,7 @@ def train_language(
     table = slot_ids(tokenizer)
     errors = torch.Generator().manual_seed(seed)
     mixed = batched(scenes.rows("language", 10**9, seed), batch)
-    drills = batched(scenes.drill("drill", 10**9, seed), batch)
+    drills = batched(lessons.drill("drill", 10**9, seed), batch)
     bar = tqdm(range(steps), "language", mininterval=10)
     for step in bar:
         done = step / first
@@ -206,7 +207,7 @@ def train_language(
         if only is None and (done < 1 or not whole):
             only = few(truth, errors)
         inputs["truth"] = smudge(truth, errors)
-        noise = 0.1 * torch.randn(batch, scenes.GRID**2, WIDTH, generator=errors)
+        noise = 0.1 * torch.randn(batch, pictures.GRID**2, WIDTH, generator=errors)
         length = torch.ones(batch, 1, 1)
         if done >= 1:
             length = 2 ** torch.empty(batch, 1, 1).uniform_(-1, 4, generator=errors)

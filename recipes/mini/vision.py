@@ -19,10 +19,11 @@ from recipes.mini.families import FAMILIES, build, places_of, put_tower
 from recipes.mini.muon import apart, learner
 from recipes.mini.words import make_tokenizer
 from sts.mini import scenes
+from sts.mini.pictures import ATTRIBUTES, GRID
 from sts.pipeline.run.device import bf16_is_native
 
 BATCH = 16  # pictures of a step
-SIZES = [len(values) + 1 for values in scenes.ATTRIBUTES.values()]  # 0 is "none"
+SIZES = [len(values) + 1 for values in ATTRIBUTES.values()]  # 0 is "none"
 
 
 def batched(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
@@ -33,7 +34,7 @@ def batched(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
 
 def patch_places() -> Tensor:
     """[144, 2]: row and column of every patch, from 0."""
-    return places_of(torch.arange(scenes.GRID**2))
+    return places_of(torch.arange(GRID**2))
 
 
 def autocast() -> torch.autocast:
@@ -124,7 +125,7 @@ def loss_of(logits: Tensor, truth: Tensor) -> Tensor:
     return total
 
 
-def pictures(seed: int, words_from: int) -> Iterator[dict]:
+def training_rows(seed: int, words_from: int) -> Iterator[dict]:
     """Rows of pictures without end; after the first `words_from` every second shows a word, not
     every sixth: letters are learnt last."""
     for index, row in enumerate(scenes.rows("vision", 10**9, seed, turns=1)):
@@ -146,7 +147,7 @@ def train_vision(
     model.set_attn_implementation("eager" if bf16_is_native() else "sdpa")
     wave_places(tower)
     width = tower.config.hidden_size
-    _, places = shown(family, torch.zeros(1, scenes.GRID**2, len(SIZES), dtype=torch.long))
+    _, places = shown(family, torch.zeros(1, GRID**2, len(SIZES), dtype=torch.long))
     spots = int(places.max()) + 1
     patch_head = nn.Linear(width, sum(SIZES))
     place_head = nn.Linear(width, 2 * spots)
@@ -159,7 +160,7 @@ def train_vision(
     learn = learner(
         matrices, [*others, *heads], first, max(steps - first, 1), lr=1.5e-3, weight_decay=0.02
     )
-    rows_of = batched(islice(pictures(seed, first * batch), steps * batch), batch)
+    rows_of = batched(islice(training_rows(seed, first * batch), steps * batch), batch)
     bar = tqdm(rows_of, f"vision {family}", total=steps, mininterval=10)
     for rows in bar:
         features, classes = seen(family, model, processor, [row["image"] for row in rows])
@@ -197,7 +198,7 @@ def seeing(family: str, tower: PreTrainedModel, rows: int = 768) -> dict[str, fl
     ).numpy()
     told = torch.cat(shown(family, truth_of(pictures)), -1).numpy()
     things, fitted, shares = told[..., 0] > 0, 3 * rows // 4, {}
-    for index, name in enumerate([*scenes.ATTRIBUTES, "row", "column"]):
+    for index, name in enumerate([*ATTRIBUTES, "row", "column"]):
         answer = told[..., index]
         asked = things if name in ("centre", "row", "column") else answer > 0
         known, judged = asked[:fitted], asked[fitted:]

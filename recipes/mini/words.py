@@ -3,7 +3,7 @@
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sts.mini import scenes
+from recipes.mini import lessons
 
 EXTRA_WORDS = (
     "does the image contain not present in shape rectangle gray black teal brown true false or"
@@ -20,7 +20,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    words = [*scenes.vocabulary(), *EXTRA_WORDS.split()]
+    words = [*lessons.vocabulary(), *EXTRA_WORDS.split()]
     corpus = [text for word in words for text in (word, f" {word}")]
     trainer = trainers.BpeTrainer(
         vocab_size=1500,

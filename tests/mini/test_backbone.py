@@ -17,7 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from recipes.mini import language, vision
+from recipes.mini import language, lessons, vision
 from recipes.mini.__main__ import LANGUAGE_STEPS, LAYERS, TOWER_STEPS, main, save_parts, train_parts
 from recipes.mini.families import FAMILIES
 from recipes.mini.words import make_tokenizer
@@ -28,7 +28,7 @@ from sts.pipeline.train.model import SHIPPED, build, write_manifest
 
 def test_tokenizer_has_one_token_a_word_and_spells_the_rest():
     tokenizer = make_tokenizer()
-    for word in scenes.vocabulary():
+    for word in lessons.vocabulary():
         assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
     text = "Zebras? 2 of them; <image> user: ok"
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
@@ -41,7 +41,7 @@ def test_a_slot_is_the_sum_of_the_embeddings_of_its_words():
     slots = language.written_slots(
         embed, language.slot_ids(tokenizer), torch.from_numpy(truth[None]).long()
     )[0]
-    for slot, words in zip(slots, scenes.written(truth), strict=True):
+    for slot, words in zip(slots, lessons.written(truth), strict=True):
         ids = [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words]
         torch.testing.assert_close(slot, embed.weight[ids].sum(0))
 

@@ -15,7 +15,7 @@ from recipes.mini import vision
 from recipes.mini.families import FAMILIES, assemble
 from recipes.mini.language import language_config
 from recipes.mini.words import make_tokenizer
-from sts.mini import scenes
+from sts.mini import pictures, scenes
 from sts.pipeline.evaluate.evaluate import evaluate
 from sts.pipeline.train.features import write_features
 from sts.pipeline.train.model import write_manifest
@@ -166,15 +166,15 @@ def test_what_a_feature_is_told_lies_under_it(family, patch):
     for name, weight in model.get_submodule(FAMILIES[family].tower).named_parameters():
         if name.endswith(("out_proj.weight", "out_proj.bias", "attn.proj.weight")):
             weight.data.zero_()
-    plain = np.full((scenes.SIZE, scenes.SIZE, 3), 90, np.uint8)
-    row, column = patch // scenes.GRID, patch % scenes.GRID
+    plain = np.full((pictures.SIZE, pictures.SIZE, 3), 90, np.uint8)
+    row, column = patch // pictures.GRID, patch % pictures.GRID
     painted = plain.copy()
-    where = [slice(scenes.PATCH * i, scenes.PATCH * (i + 1)) for i in (row, column)]
-    painted[*where] = np.random.default_rng(0).integers(0, 255, (scenes.PATCH, scenes.PATCH, 3))
+    where = [slice(pictures.PATCH * i, pictures.PATCH * (i + 1)) for i in (row, column)]
+    painted[*where] = np.random.default_rng(0).integers(0, 255, (pictures.PATCH, pictures.PATCH, 3))
     with torch.no_grad():
         seen, _ = vision.seen(family, model.eval(), processor, [plain, painted])
     changed = (seen[0] - seen[1]).norm(dim=-1)
-    truth = torch.zeros(1, scenes.GRID**2, len(scenes.ATTRIBUTES), dtype=torch.long)
+    truth = torch.zeros(1, pictures.GRID**2, len(pictures.ATTRIBUTES), dtype=torch.long)
     truth[0, patch] = 1
     told, places = vision.shown(family, truth)
     told = told[0, :, 0] > 0
@@ -184,7 +184,7 @@ def test_what_a_feature_is_told_lies_under_it(family, patch):
         view = torch.arange(len(told)) < 36
         for part in (view, ~view):
             assert changed[part].argmax() == told[part].float().argmax()
-        tile_row, tile_column = (places[0, told & ~view] - scenes.GRID).flatten().tolist()
+        tile_row, tile_column = (places[0, told & ~view] - pictures.GRID).flatten().tolist()
         assert (tile_row, tile_column) == (row % 6, column % 6)
         told = told & view
     else:
@@ -194,8 +194,8 @@ def test_what_a_feature_is_told_lies_under_it(family, patch):
 
 
 def test_a_patch_of_the_smaller_whole_shows_a_centre_before_another_thing():
-    truth = torch.zeros(1, scenes.GRID**2, len(scenes.ATTRIBUTES), dtype=torch.long)
-    first, second = 4 * scenes.GRID + 6, 5 * scenes.GRID + 7  # corners of one block of 2 x 2
+    truth = torch.zeros(1, pictures.GRID**2, len(pictures.ATTRIBUTES), dtype=torch.long)
+    first, second = 4 * pictures.GRID + 6, 5 * pictures.GRID + 7  # corners of one block of 2 x 2
     truth[0, first, 0], truth[0, second, 0] = 1, 2
     block = 2 * 6 + 3
     assert vision.shown("llava_next", truth)[0][0, block, 0] == 1
@@ -214,7 +214,7 @@ def test_a_tower_of_a_few_steps_learns(family):
 
 
 def test_letters_which_are_learnt_last_come_more_often_later():
-    rows = list(islice(vision.pictures(0, words_from=100), 300))
+    rows = list(islice(vision.training_rows(0, words_from=100), 300))
     words = [row["qa"][0]["skill"] == "text" for row in rows]
     assert len({row["id"] for row in rows}) == len(rows) == 300
     assert np.mean(words[:100]) < 0.3 and 0.4 < np.mean(words[100:]) < 0.6

@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from sts.mini import scenes
+from recipes.mini import lessons
+from sts.mini import pictures, scenes
 
 
 def digest(rows: list[dict]) -> str:
@@ -55,33 +56,33 @@ def test_within_a_form_every_answer_comes_equally_often(skill):
 
 def test_no_training_row_shows_or_names_a_held_out_pair(instruct):
     shown = {
-        (scenes.SHAPES[kind - 1], scenes.COLOUR_NAMES[colour - 1])
+        (pictures.SHAPES[kind - 1], pictures.COLOUR_NAMES[colour - 1])
         for row in instruct
         for kind, colour in row["truth"][:, :2]
-        if 0 < kind <= len(scenes.SHAPES)
+        if 0 < kind <= len(pictures.SHAPES)
     }
-    assert len(shown) == 48 - len(scenes.HELD_OUT) and not shown & scenes.HELD_OUT
+    assert len(shown) == 48 - len(pictures.HELD_OUT) and not shown & pictures.HELD_OUT
     text = " ".join(
         row["caption"] + " ".join(qa["question"] for qa in row["qa"]) for row in instruct
     )
-    assert not [pair for pair in scenes.HELD_OUT if f"{pair[1]} {pair[0]}" in text]
+    assert not [pair for pair in pictures.HELD_OUT if f"{pair[1]} {pair[0]}" in text]
 
 
 def test_composition_asks_about_held_out_pairs_only():
-    pairs = [f"{colour} {shape}" for shape, colour in scenes.HELD_OUT]
+    pairs = [f"{colour} {shape}" for shape, colour in pictures.HELD_OUT]
     asked = [r["question"] for r in scenes.benchmark("composition", 60, 0) if r["form"] == "pair"]
     assert asked and all(any(pair in question for pair in pairs) for question in asked)
 
 
 def test_of_a_held_out_pair_neither_part_tells_the_other():
     for part in (0, 1):
-        partners = Counter(pair[part] for pair in scenes.HELD_OUT)
+        partners = Counter(pair[part] for pair in pictures.HELD_OUT)
         assert set(partners.values()) == {2}
 
 
 def test_truth_describes_the_pixels():
     """Where a patch is said to be red, red is the strongest channel of its reddest pixel."""
-    red = 1 + scenes.COLOUR_NAMES.index("red")
+    red = 1 + pictures.COLOUR_NAMES.index("red")
     for row in scenes.rows("align", 60, 3):
         patches = row["image"].reshape(12, 6, 12, 6, 3).transpose(0, 2, 1, 3, 4).reshape(144, 36, 3)
         for patch in np.flatnonzero((row["truth"][:, 1] == red) & (row["truth"][:, 3] == 0)):
@@ -94,7 +95,7 @@ def test_counts_agree_with_the_truth(instruct):
     for row in instruct:
         for qa in row["qa"]:
             if qa["question"] == "how many objects are there?":
-                assert row["truth"][:, -1].sum() == scenes.NUMBERS.index(qa["answer"])
+                assert row["truth"][:, -1].sum() == pictures.NUMBERS.index(qa["answer"])
 
 
 def test_no_number_is_the_answer_to_most_training_questions(instruct):
@@ -111,7 +112,7 @@ def test_no_number_is_the_answer_to_most_training_questions(instruct):
 
 def test_in_a_drill_neither_colour_nor_shape_alone_names_every_thing():
     """Else a decoder learns to look things up by their colour alone, and gets no further."""
-    for row in scenes.drill("drill", 60, 0):
+    for row in lessons.drill("drill", 60, 0):
         things = row["truth"][row["truth"][:, -1] > 0]
         for attribute in (0, 1):
             assert len(set(things[:, attribute])) < len(things)
@@ -124,7 +125,7 @@ def test_unknown_skill_names_the_known():
 
 def test_written_pictures_say_kind_and_place():
     row = next(row for row in scenes.rows("align", 50, 0) if "circle" in row["caption"])
-    slots = scenes.written(row["truth"])
+    slots = lessons.written(row["truth"])
     assert len(slots) == 144 and all(slot[-2:] == [f"r{i // 12 + 1}", f"c{i % 12 + 1}"]
                                     for i, slot in enumerate(slots))  # fmt: skip
     assert any("circle" in slot and "center" in slot for slot in slots)

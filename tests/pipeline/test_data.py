@@ -25,7 +25,7 @@ from PIL import Image
 from processors import tiny_processor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from sts.mini import scenes
+from sts.mini import pictures, scenes
 from sts.mini.sets.scenes import TURNS
 from sts.pipeline.config import MINI, Config, datasets, deep_merge, load_yaml, validate
 from sts.pipeline.data import source
@@ -573,7 +573,7 @@ def test_samples_are_the_rows_encoded(prepared_scenes, processor):
     rows = rows_of(prepared_scenes, "instruct")
     assert len(data) == len(rows)
     for index, row in enumerate(rows):
-        [expected] = tokenise(processor, [row["conversations"]], [[(scenes.SIZE, scenes.SIZE)]])
+        [expected] = tokenise(processor, [row["conversations"]], [[(pictures.SIZE, pictures.SIZE)]])
         pixels = processor.image_processor(images=row["image"], return_tensors="pt")
         batch = collate(processor, [data[index]])
         assert data.lengths[index] == batch["input_ids"].shape[1]

@@ -11,7 +11,7 @@ from recipes.mini.words import make_tokenizer
 from sts import LDS, VTC
 from sts.__main__ import main
 from sts.lds import POLICIES
-from sts.mini import scenes
+from sts.mini import pictures
 from sts.pipeline.cost.flops import shape_of
 from sts.pipeline.measure import shapes
 from sts.pipeline.measure.shape_bench import parse_setting, speed
@@ -164,7 +164,7 @@ def test_a_published_model_has_its_number_of_weights(name, weights):
 
 
 def test_mini_is_what_the_recipe_of_the_stand_ins_makes():
-    made = shapes.joined(clip(scenes.SIZE), language_config(make_tokenizer(), layers=12))
+    made = shapes.joined(clip(pictures.SIZE), language_config(make_tokenizer(), layers=12))
     assert shape_of(shapes.shape("mini")) == shape_of(made)
 
 

@@ -13,10 +13,10 @@ TURNS = 9  # of a conversation: questions are few tokens beside the image
 def _rows(data: DataConfig, _: None) -> dict[str, Rows]:
     size, seed = data.scenes, data.scenes.seed
     splits = {
-        "align": (size.align, map(_captioned, scenes.rows("align", size.align, seed))),
+        "align": (size.align, map(_caption, scenes.rows("align", size.align, seed))),
         "instruct": (
             size.instruct,
-            map(_asked, scenes.rows("instruct", size.instruct, seed, TURNS)),
+            map(_questions, scenes.rows("instruct", size.instruct, seed, TURNS)),
         ),
     }
     for skill in scenes.SKILLS:
@@ -24,11 +24,11 @@ def _rows(data: DataConfig, _: None) -> dict[str, Rows]:
     return splits
 
 
-def _captioned(row: dict) -> dict:
+def _caption(row: dict) -> dict:
     return conversation(row["id"], row["image"], [(scenes.CAPTION_REQUEST, row["caption"])])
 
 
-def _asked(row: dict) -> dict:
+def _questions(row: dict) -> dict:
     pairs = [(qa["question"], qa["answer"]) for qa in row["qa"]]
     return conversation(row["id"], row["image"], pairs)
 

@@ -45,7 +45,7 @@ def table(name, results, ablations, out_stem, labels, *sources):
 def summary(results): print("found something")""",
     "pipeline/measure/kept_tokens.py": """
 def kept_tokens(backbone, data, out): write(out, {"backbone": hashed(backbone)})""",
-    "pipeline/report/figures.py": """
+    "pipeline/report/figures/__init__.py": """
 def figure(name, results, ablations, out_stem, labels):
     for ending in ("svg", "png"): write(f"{out_stem}.{ending}", ablations)""",
 }

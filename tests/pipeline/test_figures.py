@@ -14,6 +14,7 @@ from matplotlib.contour import ContourSet
 from PIL import Image
 
 from sts.pipeline.report import figures
+from sts.pipeline.report.figures import layers, loss, pareto, tokens
 
 IDS = ["dense", "sts"]
 LAYERS, STEPS = 4, 20
@@ -70,7 +71,7 @@ def draw(name, results, stem, ids=IDS):
     return stem.with_suffix(".svg"), stem.with_suffix(".png")
 
 
-@pytest.mark.parametrize("name", list(figures.FIGURES))
+@pytest.mark.parametrize("name", figures.FIGURES)
 def test_every_figure_is_valid_and_the_same_twice(name, results, tmp_path):
     svg, png = draw(name, results, tmp_path / "new" / "first")
     ElementTree.parse(svg)
@@ -83,7 +84,7 @@ def test_every_figure_is_valid_and_the_same_twice(name, results, tmp_path):
 
 
 def test_pareto_puts_time_on_x_and_the_score_with_its_spread_on_y(results):
-    drawn = figures.pareto(results, {"dense": "Dense", "sts": "STS"})
+    drawn = pareto.draw(results, {"dense": "Dense", "sts": "STS"})
     points = {c.get_label(): c.lines[0].get_xydata()[0] for c in drawn.axes[0].containers}
     assert points["Dense"] == pytest.approx([1.0, 85.0])
     assert points["STS"] == pytest.approx([0.8, 85.0])
@@ -106,7 +107,7 @@ def on_own_scale(results, folder, scores):
 
 def test_pareto_shows_what_is_kept_where_no_score_is_a_share(results, tmp_path):
     own = on_own_scale(results, tmp_path / "own", {"dense": (1000, 1600), "sts": (900, 1200)})
-    drawn = figures.pareto(own, {"dense": "Dense", "sts": "STS"})
+    drawn = pareto.draw(own, {"dense": "Dense", "sts": "STS"})
     points = {c.get_label(): c.lines[0].get_xydata()[0] for c in drawn.axes[0].containers}
     assert points["Dense"] == pytest.approx([1.0, 100.0])
     assert points["STS"] == pytest.approx([0.8, (90 + 75) / 2])
@@ -120,7 +121,7 @@ def test_pareto_shows_what_is_kept_where_no_score_is_a_share(results, tmp_path):
 def test_pareto_names_a_method_without_a_point(results, tmp_path):
     """Nothing can be kept of a score of 0."""
     own = on_own_scale(results, tmp_path / "own", {"dense": (0, 1600), "sts": (900, 1200)})
-    drawn = figures.pareto(own, {"dense": "Dense", "sts": "STS"})
+    drawn = pareto.draw(own, {"dense": "Dense", "sts": "STS"})
     (legend,) = drawn.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         f"{name} (n/a: a score of Dense is 0)" for name in ("Dense", "STS")
@@ -129,7 +130,7 @@ def test_pareto_names_a_method_without_a_point(results, tmp_path):
 
 
 def test_layers_shows_the_layers_run_and_the_skips_of_each_layer(results):
-    drawn = figures.layers(results, {"dense": "Dense", "sts": "STS"})
+    drawn = layers.draw(results, {"dense": "Dense", "sts": "STS"})
     curves, heat = drawn.axes[:2]
     means = {line.get_label(): line.get_ydata().mean() for line in curves.lines}
     assert means == pytest.approx({"Dense": LAYERS, "STS": LAYERS - 1})
@@ -157,13 +158,13 @@ def falling(steps=100, seed=0, layers=LAYERS):
 def test_by_layer_is_the_mean_over_runs_and_over_the_steps_of_a_bin():
     runs = [falling(103, seed) for seed in (0, 1)]  # no multiple of the bins
     for key in ("asked", "skipped"):
-        found = figures._by_layer(runs, key, 101)
+        found = layers.by_layer(runs, key, 101)
         edges, start = [], 0  # the first bins have one step more
-        for bin in range(figures.BINS):
-            end = start + 101 // figures.BINS + (bin < 101 % figures.BINS)
+        for bin in range(layers.BINS):
+            end = start + 101 // layers.BINS + (bin < 101 % layers.BINS)
             edges.append((start, end))
             start = end
-        assert (found.shape, end) == ((LAYERS, figures.BINS), 101)
+        assert (found.shape, end) == ((LAYERS, layers.BINS), 101)
         for layer in range(LAYERS):
             for bin, (start, end) in enumerate(edges):
                 values = [run[step][key][layer] for run in runs for step in range(start, end)]
@@ -172,9 +173,9 @@ def test_by_layer_is_the_mean_over_runs_and_over_the_steps_of_a_bin():
 
 def heat_of(runs, monkeypatch):
     """The map of `layers` over made-up histories, drawn as it is to a file."""
-    monkeypatch.setattr(figures, "_histories", lambda *_: runs)
+    monkeypatch.setattr(layers, "histories", lambda *_: runs)
     with plt.rc_context(figures.STYLE):
-        drawn = figures.layers(Path("results"), {"sts": "STS"})
+        drawn = layers.draw(Path("results"), {"sts": "STS"})
         svg = io.BytesIO()
         drawn.savefig(svg, format="svg", metadata={"Date": None})
     return drawn.axes[1], svg.getvalue()
@@ -186,10 +187,10 @@ def test_layers_shows_a_skipping_that_falls_to_zero_with_the_chances_as_lines(mo
     shown = heat.images[0].get_array()
     assert shown[:, 0].mean() > 0.3
     assert shown[:, -1].max() == 0
-    asked = figures._by_layer(runs, "asked", 100)
+    asked = layers.by_layer(runs, "asked", 100)
     assert abs(shown - asked).max() < 0.35  # 40 draws or more a cell
     (lines,) = [c for c in heat.collections if isinstance(c, ContourSet)]
-    assert list(lines.levels) == [p for p in figures.ASKED if asked.min() < p < asked.max()]
+    assert list(lines.levels) == [p for p in layers.CHANCES if asked.min() < p < asked.max()]
     assert len(lines.levels) > 1
     assert svg == heat_of([falling(seed=seed) for seed in range(20)], monkeypatch)[1]
 
@@ -209,7 +210,7 @@ def test_layers_draws_chances_that_stay_as_they_are(monkeypatch, asked, steps):
     heat, _ = heat_of([history([asked] * steps, skipped)], monkeypatch)
     drawn = [c for c in heat.collections if isinstance(c, ContourSet)]
     assert bool(drawn) == (asked[0] == 0)
-    assert heat.images[0].get_array().shape == (LAYERS, min(steps, figures.BINS))
+    assert heat.images[0].get_array().shape == (LAYERS, min(steps, layers.BINS))
 
 
 def test_layers_without_any_skip_is_an_error(results, tmp_path):
@@ -228,10 +229,10 @@ def test_the_stages_are_those_of_each_methods_configuration(results, tmp_path):
         for stage in names:
             shown = ("sts", "instruct") if (id, stage) in skips else ("dense", "instruct")
             train(tmp_path, id, 0, stage, [row(*shown, step) for step in range(STEPS)])
-    drawn = figures.loss(tmp_path, {"dense": "Dense", "sts": "STS"})
+    drawn = loss.draw(tmp_path, {"dense": "Dense", "sts": "STS"})
     assert [axes.get_title() for axes in drawn.axes] == ["Warm up", "Tune", "Polish"]
     assert [len(axes.lines) for axes in drawn.axes] == [2, 2, 1]
-    drawn = figures.layers(tmp_path, {"dense": "Dense", "sts": "STS"})
+    drawn = layers.draw(tmp_path, {"dense": "Dense", "sts": "STS"})
     titles = [axes.get_title() for axes in drawn.axes]
     assert [title for title in titles if title and "skipped" not in title] == ["Warm up", "Tune"]
     assert len([axes for axes in drawn.axes if axes.images]) == 2
@@ -240,7 +241,7 @@ def test_the_stages_are_those_of_each_methods_configuration(results, tmp_path):
 
 
 def test_tokens_shows_every_kind_of_its_result_file(results, kept):
-    drawn = figures.tokens(results, {"dense": "Dense"})
+    drawn = tokens.draw(results, {"dense": "Dense"})
     titles = [axes.get_title() for axes in drawn.axes]
     assert titles == [f"{kind}: {len(kept['kinds'][kind])} tokens" for kind in kept["kinds"]]
     faded = {axes.get_title(): axes.images[0].get_array().mean() for axes in drawn.axes}
@@ -271,5 +272,5 @@ def test_a_missing_history_or_result_of_the_tokens_is_named(tmp_path):
 
 
 def test_an_unknown_figure_says_which_there_are(results, tmp_path):
-    with pytest.raises(KeyError, match="expected one of pareto, loss, layers, tokens"):
+    with pytest.raises(KeyError, match="expected one of layers, loss, pareto, tokens"):
         figures.figure("pie", results, IDS, tmp_path / "pie")

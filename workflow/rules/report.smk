@@ -112,7 +112,9 @@ rule figure:
         stem=subpath(output[0], strip_suffix=".svg"),
         ablations=members("main"),
         labels=[ABLATIONS[id].label for id in members("main")],
-        code=code("pipeline/report/figures.py"),
+        code=lambda wildcards: code(
+            *(f"pipeline/report/figures/{name}.py" for name in ("__init__", wildcards.figure))
+        ),
     message:
         "figure {wildcards.figure}"
     shell:

@@ -1,0 +1,57 @@
+"""Figures from result files, as SVG and PNG; a figure is a file of this folder.
+
+    python -m sts figure --name pareto --results results/mini --ablations dense vtc lds sts \
+        --out-stem results/mini/figures/pareto
+
+A new figure is a file with
+
+    INPUTS = ("runs",)      the results that it reads, as the workflow names them: `runs` (the
+                            histories of the trainings), `eval`, `bench`, `tokens`
+    def draw(results: Path, labels: Labels) -> Figure
+
+The same results give the same SVG, byte by byte.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+
+from sts.pipeline.report.figures._shared import STYLE
+
+FIGURES = sorted(
+    file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_")
+)
+
+
+def figure(
+    name: str,
+    results: str | Path,
+    ablations: Sequence[str],
+    out_stem: str | Path,
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Draw a figure and write `out_stem`.svg and .png.
+
+    Args:
+        name: One of FIGURES.
+        results: Folder of a scale's results.
+        ablations: The methods to show, in this order.
+        out_stem: Path of the files without their endings.
+        labels: Names of the methods, by default their ids.
+
+    Raises:
+        KeyError: There is no such figure.
+        FileNotFoundError: A result is missing; the message names it.
+    """
+    if name not in FIGURES:
+        raise KeyError(f"figure {name!r}: expected one of {', '.join(FIGURES)}")
+    stem = Path(out_stem)
+    label_by_id = {id: (labels or {}).get(id, id) for id in ablations}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        page = import_module(f"{__name__}.{name}").draw(Path(results), label_by_id)
+        page.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+        page.savefig(stem.with_suffix(".png"), metadata={"Software": None})
+        plt.close(page)

@@ -1,0 +1,52 @@
+"""Score against training time, a point for each method."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from sts.pipeline.report import tables
+from sts.pipeline.report.figures._shared import Labels, styles
+
+INPUTS = ("eval", "bench")
+
+
+def draw(results: Path, labels: Labels) -> Figure:
+    """Mean score over benchmarks against the training time relative to the first method.
+
+    Where no score is a share, scores have no mean: then the retention, which is the mean of score /
+    score of the first method.
+    """
+    ids, base = list(labels), next(iter(labels.values()))
+    rows = tables.compare(tables.scores(results, ids), results, dict.fromkeys(ids, ids[0]), "main")
+    has_average = any(row["average"] != tables.UNDEFINED for row in rows.values())
+    quantity = "mean score over benchmarks" if has_average else f"mean of score / score of {base}"
+    page, axes = plt.subplots(figsize=(5.6, 3.6))
+    for id, style in styles(labels):
+        score, time = rows[id]["average" if has_average else "retention"], rows[id]["time_ratio"]
+        if tables.MISSING in (score, time):
+            gone = "eval.json" if score == tables.MISSING else "time in bench/main.json"
+            raise FileNotFoundError(f"{results}: {id} has no complete {gone}; run snakemake first")
+        mean, error = _point(score)
+        style = {key: style[key] for key in ("color", "marker", "label")}
+        if math.isnan(mean):  # named, although there is no point to draw
+            style["label"] += f" ({tables.UNDEFINED}: a score of {base} is 0)"
+        axes.errorbar(time, mean, error, ls="", ms=7, capsize=3, **style)
+    axes.set(xlabel=f"training time / training time of {base}", ylabel=f"{quantity} (%)")
+    axes.axvline(1, color="0.6", lw=0.8, zorder=0)
+    axes.margins(0.15)
+    page.legend(loc="outside lower center", ncols=2)
+    return page
+
+
+def _point(score: dict[str, Any] | str) -> tuple[float, float | None]:
+    """(mean, half of the bar) in percent. The bar of an average is its sd, that of a retention its
+    interval. nan for what is not defined, no bar for a single seed."""
+    if isinstance(score, str):
+        return math.nan, None
+    end = score["sd"] if "sd" in score else score["low"]
+    if isinstance(end, str):
+        return 100 * score["mean"], None
+    return 100 * score["mean"], 100 * (end if "sd" in score else score["mean"] - end)

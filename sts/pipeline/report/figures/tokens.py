@@ -1,0 +1,67 @@
+"""The visual tokens that each compressor keeps, over a sample image."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sts.pipeline.files import read_json
+from sts.pipeline.report.figures._shared import COLOURS, Labels
+
+INPUTS = ("tokens",)
+
+
+def draw(results: Path, labels: Labels) -> Figure:
+    """Each compressor's tokens over a picture (tokens.json, see measure/kept_tokens.py).
+
+    Averaging kinds show the area of each output, selecting kinds the patches that are left.
+    """
+    file = results / "tokens.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such result; run snakemake first")
+    result = read_json(file)
+    with Image.open(io.BytesIO(base64.b64decode(result["picture"]))) as image:
+        picture = np.asarray(image) / 255
+    kinds, (rows, columns) = result["kinds"], result["grid"]
+    page, panels = plt.subplots(1, len(kinds), figsize=(1.8 * len(kinds), 2.2))
+    for axes, (kind, outputs) in zip(np.atleast_1d(panels), kinds.items(), strict=True):
+        weights = np.zeros((len(outputs), rows * columns))
+        for line, output in zip(weights, outputs, strict=True):
+            for token, weight in output:
+                line[token] = weight
+        _draw_tokens(axes, picture, weights.reshape(-1, rows, columns))
+        axes.set_title(f"{kind}: {len(outputs)} tokens")
+        axes.set_axis_off()
+    return page
+
+
+def _draw_tokens(axes: Axes, picture: np.ndarray, weights: np.ndarray) -> None:
+    """Draw a picture with a line around the area of each token; a patch in no output is faded.
+
+    Args:
+        axes: Where to draw.
+        picture: [height, width, 3], 0 to 1.
+        weights: [outputs, rows, columns], how much of each patch is in an output.
+    """
+    rows, columns = weights.shape[1:]
+    owner = np.where(weights.any(axis=0), weights.argmax(axis=0), -1)  # [rows, columns]
+    tall, wide = picture.shape[0] // rows, picture.shape[1] // columns
+    kept = np.kron(owner >= 0, np.ones((tall, wide)))[..., None]
+    axes.imshow(np.where(kept, picture, 0.15 * picture + 0.85), interpolation="nearest")
+    framed = np.pad(owner, 1, constant_values=-1)
+    lines = []
+    for row, column in np.ndindex(rows + 1, columns + 1):
+        x, y = column * wide - 0.5, row * tall - 0.5
+        above, left = framed[row, column + 1], framed[row + 1, column]
+        here = framed[row + 1, column + 1]
+        if column < columns and here != above:
+            lines.append([(x, y), (x + wide, y)])
+        if row < rows and here != left:
+            lines.append([(x, y), (x, y + tall)])
+    axes.add_collection(LineCollection(lines, colors=COLOURS[3], linewidths=0.9))

@@ -12,6 +12,8 @@ report: "workflow/report/overview.rst"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/resources.smk"
+include: "workflow/rules/recovery.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
@@ -47,8 +49,8 @@ onerror:
 rule all:
     default_target: True
     input:
-        tables(["main"]),
-        figures(FIGURES),
+        tables([MAIN]),
+        figures(figure_inputs()),
 
 
 # Named targets: `snakemake --cores all NAME`.

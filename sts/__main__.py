@@ -178,13 +178,10 @@ def estimate(args: argparse.Namespace) -> None:
 def requests(args: argparse.Namespace) -> None:
     """Write what the jobs of a cluster ask for, memory and time, from the estimate."""
     from sts.pipeline.measure import requests as needs
+    from sts.pipeline.plan import Plan
 
     configs = {file.stem: settings.load_scale(file) for file in args.configs}
-    groups: dict[str, list[str]] = {}
-    for id, entry in settings.load_ablations(args.ablations).items():
-        for group in entry.groups:
-            groups.setdefault(group, []).append(id)
-    needs.requests(configs, groups, args.gpus, args.out)
+    needs.requests(Plan(configs, settings.load_ablations(args.ablations)), args.gpus, args.out)
 
 
 def ui(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from project import ROOT, SMOKE, run
 
 from sts.pipeline.config import load_ablations, load_scale, resolve
 from sts.pipeline.measure import requests as needs
+from sts.pipeline.plan import Plan, make_plan
 from sts.pipeline.run import cluster
 
 PAPER = "workflow/config/paper.yaml"
@@ -96,7 +97,7 @@ def requests(out: Path, gpus: bool, scale: str = PAPER, **align) -> dict[str, di
     whole = resolve(load_scale(ROOT / scale), table["dense"])
     align = whole.stage("align").model_copy(update=align)
     configs = {"dense": whole.model_copy(update={"stages": whole.stages | {"align": align}})}
-    return needs.requests(configs, {"main": ["dense"]}, gpus, out)
+    return needs.requests(Plan(configs, table), gpus, out)
 
 
 def test_requests_come_from_the_estimate(tmp_path):
@@ -128,8 +129,11 @@ def test_without_gpus_the_hosts_memory_holds_the_training(tmp_path):
 def test_a_model_of_unknown_size_asks_for_what_is_usual(tmp_path, caplog):
     scale = load_scale(ROOT / PAPER)
     unknown = scale.model.model_copy(update={"language": "no/such-language"})
-    configs = {"dense": scale.model_copy(update={"model": unknown})}
-    assert needs.requests(configs, {"main": ["dense"]}, True, tmp_path / "none.json") == {}
+    plan = make_plan(
+        scale.model_copy(update={"model": unknown}),
+        {"dense": load_ablations(ROOT / "workflow/ablations.yaml")["dense"]},
+    )
+    assert needs.requests(plan, True, tmp_path / "none.json") == {}
     assert "no/such-language" in caplog.text
     assert cluster.request(tmp_path / "none.json", "train/dense/align") == cluster.UNKNOWN
 

@@ -1,11 +1,9 @@
 """The estimate before anything is trained."""
 
+import dataclasses
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -18,6 +16,7 @@ from sts.lds.decision import decide, expected_work
 from sts.pipeline.config import Config, StageConfig, load_ablations
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.measure import forecast as estimate
+from sts.pipeline.plan import Plan, load_plan
 
 ROOT = Path(__file__).parents[2]
 SMOKE, PAPER, SMALL, ABLATIONS = (
@@ -25,6 +24,7 @@ SMOKE, PAPER, SMALL, ABLATIONS = (
     for name in ("config/smoke.yaml", "config/paper.yaml", "config/small.yaml", "ablations.yaml")
 )
 BOTH = ["projector", "language_model"]
+DENSE = load_ablations(ABLATIONS)["dense"]
 
 
 def config(model: dict | None = None, **stages: dict) -> Config:
@@ -54,7 +54,7 @@ def smoke() -> dict:
 
 def test_the_estimate_is_whole_and_positive(smoke, capsys):
     runs, flops = smoke["flops"]["runs"], smoke["flops"]["total"]
-    assert set(runs) == set(estimate.shown(load_ablations(ABLATIONS)))
+    assert set(runs) == set(load_plan(SMOKE, ABLATIONS).members("main"))
     assert 0 < flops <= sum(sum(stages.values()) for stages in runs.values())
     assert smoke["seconds"]["total"] == pytest.approx(
         sum(value for name, value in smoke["seconds"].items() if name != "total")
@@ -156,7 +156,8 @@ def test_stages_are_those_of_the_configurations(no_timing):
         "short": config(align=align, last=adapted),
         "only": config(extra={"trains": ["vision_tower"]}),
     }
-    found = estimate.forecast(configs["long"], configs, {"main": [*configs]})
+    main_table = {id: dataclasses.replace(DENSE, id=id) for id in configs}
+    found = estimate.forecast(Plan(configs, main_table))
     seeds = len(configs["long"].seeds)
     assert found["jobs"] | {"train": 5 * seeds, "share": 1 * seeds} == found["jobs"]
     runs = found["flops"]["runs"]
@@ -315,21 +316,6 @@ def test_a_disk_that_is_too_small_is_said_with_what_helps():
     said = estimate.full(disk, free=77e9)
     assert "about 320 GB are needed (data 150 GB, weights 170 GB), and 77 GB are free" in said
     assert "data.folders" in said
-
-
-@pytest.mark.slow
-def test_jobs_are_those_that_the_workflow_would_run(tmp_path, smoke):
-    """In a copy without results, so that nothing counts as done."""
-    for name in ("sts", "workflow", "envs", "data/backbones"):
-        if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, tmp_path / name)
-    shutil.copy(ROOT / "Snakefile", tmp_path)
-    command = [sys.executable, "-m", "snakemake", "-n", "--configfile", str(SMOKE)]
-    dry = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert dry.returncode == 0, dry.stdout + dry.stderr
-    counted = dict(re.findall(r"^(\w+) +(\d+)$", dry.stdout, flags=re.MULTILINE))
-    counted.pop("total"), counted.pop("all")
-    assert {name: int(n) for name, n in counted.items()} == smoke["jobs"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from project import (
@@ -29,7 +28,7 @@ from project import (
     wait_for,
 )
 
-from sts.pipeline.config import GROUPS, load_ablations
+from sts.pipeline.plan import load_plan
 
 # ---- what runs --------------------------------------------------------------------------------
 
@@ -50,13 +49,15 @@ def test_a_stage_that_two_ablations_share_is_trained_once(finished):
     assert len(made) == len(set(made)), "something was made twice"
 
 
-def members(group: str) -> int:
+PLAN = load_plan(ROOT / SMOKE, ROOT / "workflow/ablations.yaml")
+
+
+def members(table: str) -> int:
     """Ablations that a table of the project shows."""
-    table = load_ablations(ROOT / "workflow/ablations.yaml").values()
-    return sum(group in entry.groups for entry in table)
+    return len(PLAN.members(table))
 
 
-@pytest.mark.parametrize("group", get_args(GROUPS))
+@pytest.mark.parametrize("group", PLAN.tables)
 def test_a_table_plans_the_runs_that_it_shows(project, group):
     jobs, shown = (
         planned(project, f"table_{group}" if "real" not in group else group),
@@ -392,7 +393,9 @@ def test_snakefiles_pass_lint_and_format():
 
 
 def test_the_workflow_needs_only_what_snakemake_depends_on(project):
-    code = "import sts.pipeline.run.follows, sts.pipeline.run.device, sys; print(*sys.modules)"
+    names = ("plan", "run.follows", "run.device", "run.cluster", "run.progress")
+    modules = ", ".join(f"sts.pipeline.{name}" for name in names)
+    code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True
     ).stdout.split()

@@ -4,7 +4,7 @@ FAMILIES = ["llava", "llava_next", "idefics3", "qwen2_5_vl"]  # of the toy backb
 
 rule data:
     input:
-        prepared(BASE.training_data() + BASE.evaluation_data()),
+        prepared(SCALE.training_data() + SCALE.evaluation_data()),
 
 
 rule backbones:
@@ -19,9 +19,9 @@ rule prepare:
         "<results>/logs/data/{dataset}.log",
     conda:
         "../../envs/sts.yaml"
-    threads: BASE.data.threads
+    threads: SCALE.data.threads
     params:
-        config=config_file(BASELINE),
+        config=config_file(PLAN.baseline),
         settings=lambda wildcards: preparation(wildcards.dataset),
         code=lambda wildcards: preparation_code(wildcards.dataset),
     message:
@@ -77,12 +77,14 @@ rule features:
         "../../envs/sts.yaml"
     threads: 1
     resources:
-        **asked("features/{wildcards.ablation}"),
+        **requested("features/{wildcards.ablation}"),
         gpu=gpus(),
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
-        stage=lambda wildcards: reader(wildcards),
-        settings=lambda wildcards: CONFIGS[wildcards.ablation].stage(reader(wildcards)).precision,
+        stage=lambda wildcards: features_stage(wildcards),
+        settings=lambda wildcards: CONFIGS[wildcards.ablation]
+        .stage(features_stage(wildcards))
+        .precision,
         code=follows.code(*follows.features()),
     message:
         "features of {wildcards.dataset}, {wildcards.split}"
@@ -103,7 +105,7 @@ rule rebuild:
         "../../envs/sts.yaml"
     threads: 1
     resources:
-        **asked("rebuild"),
+        **requested("rebuild"),
     params:
         folder=subpath(output[0], parent=True),
         code=follows.code(*sorted(Path("recipes/mini").glob("*.py"))),

@@ -3,12 +3,12 @@
 
 rule bench:
     input:
-        f"{RESULTS}/bench/main.json",
+        f"{RESULTS}/bench/{MAIN}.json",
 
 
 rule evaluate:
     input:
-        run=last_of,
+        run=lambda wildcards: PLAN.manifest(**wildcards, stage=CONFIGS[wildcards.ablation].last),
         data=lambda wildcards: prepared(CONFIGS[wildcards.ablation].evaluation_data()),
     output:
         "<results>/runs/{ablation}/seed{seed}/eval.json",
@@ -16,9 +16,9 @@ rule evaluate:
         "<results>/logs/runs/{ablation}/seed{seed}/eval.log",
     conda:
         "../../envs/sts.yaml"
-    threads: lambda wildcards: last_stage(wildcards).threads
+    threads: lambda wildcards: last_stage(wildcards.ablation).threads
     resources:
-        **asked("evaluate/{wildcards.ablation}"),
+        **requested("evaluate/{wildcards.ablation}"),
         gpu=gpus(),
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
@@ -34,13 +34,13 @@ rule evaluate:
 
 rule timing:
     input:
-        lambda wildcards: once(map(backbone_of, members(wildcards.group))),
+        lambda wildcards: unique(map(PLAN.backbone, PLAN.members(wildcards.group))),
         data=lambda wildcards: prepared(
-            name for stage in stages(wildcards.group) for name in stage.data
+            name for stage in PLAN.stages(wildcards.group) for name in stage.data
         ),
-        features=lambda wildcards: once(
+        features=lambda wildcards: unique(
             file
-            for id in members(wildcards.group)
+            for id in PLAN.members(wildcards.group)
             for file in features_of(id, *CONFIGS[id].stages)
         ),
     output:
@@ -51,17 +51,17 @@ rule timing:
         "../../envs/sts.yaml"
     threads: timing_threads
     resources:
-        **asked("timing/{wildcards.group}"),
+        **requested("timing/{wildcards.group}"),
         gpu=1 if CLUSTER else GPUS,
     params:
-        configs=lambda wildcards: [config_file(id) for id in members(wildcards.group)],
-        inits=lambda wildcards: [backbone_of(id) for id in members(wildcards.group)],
+        configs=lambda wildcards: [config_file(id) for id in PLAN.members(wildcards.group)],
+        inits=lambda wildcards: [PLAN.backbone(id) for id in PLAN.members(wildcards.group)],
         settings=lambda wildcards: settings.config_hash(
-            BASE.bench, *(stage.identity() for stage in stages(wildcards.group))
+            SCALE.bench, *(stage.identity() for stage in PLAN.stages(wildcards.group))
         ),
         code=lambda wildcards: [
             training_code(id, *CONFIGS[id].stages, also=["measure/bench.py"])
-            for id in members(wildcards.group)
+            for id in PLAN.members(wildcards.group)
         ],
     message:
         "training time of the group {wildcards.group}"

@@ -19,10 +19,12 @@ def job_size(job):
         return stage_size(stage, stage.steps)
     if job.rule.name == "evaluate":
         asked = CONFIGS[job.wildcards.ablation].evaluate
-        questions = asked.limit or BASE.data.scenes.test
+        questions = asked.limit or SCALE.data.scenes.test
         return questions * len(asked.benchmarks) * (1 + asked.blind)
     if job.rule.name == "timing":
-        return sum(stage_size(stage, BASE.bench.steps) for stage in stages(job.wildcards.group))
+        return sum(
+            stage_size(stage, SCALE.bench.steps) for stage in PLAN.stages(job.wildcards.group)
+        )
     return 0
 
 

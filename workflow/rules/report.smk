@@ -3,8 +3,8 @@
 
 rule table:
     input:
-        lambda wildcards: run_files(wildcards.group, "eval"),
-        lambda wildcards: run_files(wildcards.group),
+        lambda wildcards: PLAN.run_files(wildcards.group, "eval"),
+        lambda wildcards: PLAN.run_files(wildcards.group),
         "<results>/bench/{group}.json",
     output:
         "<results>/tables/{group}.md",
@@ -25,10 +25,12 @@ rule table:
     params:
         results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".md"),
-        ablations=lambda wildcards: members(wildcards.group),
-        labels=lambda wildcards: [ABLATIONS[id].label for id in members(wildcards.group)],
-        sources=lambda wildcards: [ABLATIONS[id].source for id in members(wildcards.group)],
-        bases=lambda wildcards: bases(wildcards.group),
+        ablations=lambda wildcards: PLAN.members(wildcards.group),
+        labels=lambda wildcards: [PLAN.ablations[id].label for id in PLAN.members(wildcards.group)],
+        sources=lambda wildcards: [
+            PLAN.ablations[id].source for id in PLAN.members(wildcards.group)
+        ],
+        bases=lambda wildcards: PLAN.compared_with(wildcards.group),
         code=code("pipeline/report/tables.py"),
     message:
         "table {wildcards.group}"
@@ -46,9 +48,8 @@ if REFERENCE.exists():
         input:
             reference=REFERENCE,
             runs=[
-                f"{RESULTS}/runs/{id}/seed{seed}/eval.json"
-                for id in [settings.load_yaml(REFERENCE)["ablation"]]
-                for seed in CONFIGS[id].seeds
+                PLAN.manifest(id, seed, "eval")
+                for id, seed in PLAN.runs([settings.load_yaml(REFERENCE)["ablation"]])
             ],
         output:
             f"{RESULTS}/tables/expected.md",
@@ -71,8 +72,8 @@ if REFERENCE.exists():
 
 rule tokens:
     input:
-        backbone=backbone_of(BASELINE),
-        data=prepared(BASE.training_data()[:1]),
+        backbone=PLAN.backbone(PLAN.baseline),
+        data=prepared(SCALE.training_data()[:1]),
     output:
         "<results>/tokens.json",
     log:
@@ -93,7 +94,7 @@ rule tokens:
 
 rule figure:
     input:
-        drawn_from,
+        lambda wildcards: PLAN.figure_files(wildcards.figure),
     output:
         report(
             "<results>/figures/{figure}.svg",
@@ -110,8 +111,8 @@ rule figure:
     params:
         results=subpath(output[0], ancestor=2),
         stem=subpath(output[0], strip_suffix=".svg"),
-        ablations=members("main"),
-        labels=[ABLATIONS[id].label for id in members("main")],
+        ablations=PLAN.members(MAIN),
+        labels=[PLAN.ablations[id].label for id in PLAN.members(MAIN)],
         code=lambda wildcards: code(
             *(f"pipeline/report/figures/{name}.py" for name in ("__init__", wildcards.figure))
         ),

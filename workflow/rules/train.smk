@@ -5,7 +5,7 @@
 
 rule train:
     input:
-        init=start_of,
+        init=lambda wildcards: PLAN.start_of(**wildcards),
         data=lambda wildcards: prepared(stage_of(wildcards).data),
         features=lambda wildcards: features_of(wildcards.ablation, wildcards.stage),
     output:
@@ -13,18 +13,18 @@ rule train:
     log:
         "<results>/logs/runs/{ablation}/seed{seed}/{stage}.log",
     wildcard_constraints:
-        ablation=trained_by(mine=True),
+        ablation=trained_by(itself=True),
     conda:
         "../../envs/sts.yaml"
-    threads: lambda wildcards: cores(stage_of(wildcards))
+    threads: lambda wildcards: cluster.cores(stage_of(wildcards))
     resources:
-        **asked("train/{wildcards.ablation}/{wildcards.stage}"),
-        **spread(),
+        **requested("train/{wildcards.ablation}/{wildcards.stage}"),
+        **several_nodes(),
         gpu=lambda wildcards: gpus(stage_of(wildcards).processes),
         nodes=lambda wildcards: stage_of(wildcards).nodes,
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
-        launch=lambda wildcards: launch(stage_of(wildcards)),
+        launch=lambda wildcards: cluster.launch(stage_of(wildcards)),
         settings=lambda wildcards: settings.config_hash(stage_of(wildcards).identity()),
         code=lambda wildcards: training_code(wildcards.ablation, wildcards.stage),
     message:
@@ -38,13 +38,15 @@ rule train:
 # Where another ablation trains a stage in the same way, its manifest is taken.
 rule share:
     input:
-        owned,
+        lambda wildcards: PLAN.manifest(
+            PLAN.trainer(wildcards.ablation, wildcards.stage), wildcards.seed, wildcards.stage
+        ),
     output:
         "<results>/runs/{ablation}/seed{seed}/{stage}.json",
     log:
         "<results>/logs/runs/{ablation}/seed{seed}/{stage}.log",
     wildcard_constraints:
-        ablation=trained_by(mine=False),
+        ablation=trained_by(itself=False),
     localrule: True
     conda:
         "../../envs/sts.yaml"

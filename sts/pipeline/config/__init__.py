@@ -36,7 +36,6 @@ from sts.settings import LDS, VTC
 CODE = Path(__file__).resolve().parents[2]
 MINI = CODE.parent / "workflow" / "config" / "mini.yaml"
 SETS = (CODE / "mini" / "sets", CODE / "pipeline" / "data" / "sets")  # folders of data sets
-GROUPS = Literal["main", "components", "compressor", "skipper", "architectures", "real", "real_lm"]
 SPLITS = ("align", "instruct")  # captions, conversations
 BACKBONE = "backbone"  # what the first stage starts from
 # no names of stages: they have files and keys of their own
@@ -461,7 +460,7 @@ class Config(Block):
 
 
 class _Entry(Block):
-    groups: list[GROUPS] = []
+    groups: list[Annotated[str, Field(pattern=f"^{NAME.pattern}$")]] = []
     """Tables that show the ablation."""
     label: str
     """Name in tables and figures."""

@@ -13,7 +13,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -24,21 +25,14 @@ from rich.table import Table
 from transformers import PreTrainedConfig
 
 from sts.lds.decision import expected_work
-from sts.pipeline.config import (
-    Ablation,
-    Config,
-    DataConfig,
-    StageConfig,
-    load_ablations,
-    load_scale,
-    resolve,
-)
+from sts.pipeline.config import Config, DataConfig, StageConfig
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.machines import SHARE, Machine
 from sts.pipeline.cost.memory import lacking, memory_here, step_memory
 from sts.pipeline.data.fetch import fetched_bytes, given_folder
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.measure import shapes
+from sts.pipeline.plan import MAIN, Plan, load_plan
 from sts.pipeline.run.device import attention_here, precision_here
 from sts.pipeline.tasks.registry import questions_of
 from sts.pipeline.train.checkpoint import KEPT
@@ -53,9 +47,6 @@ from sts.pipeline.train.step import (
 from sts.pipeline.train.train import put_scheme
 from sts.schedule import keep_at
 from sts.settings import LDS, VTC
-
-GROUPS = ("main",)  # tables of the bare command
-FIGURES = 4
 
 # Split -> (text, answer) tokens of a sample where the data set doesn't say: a guess at what LLaVA's
 # two data sets hold.
@@ -77,10 +68,7 @@ def estimate(
     Raises ConfigError for a file that is not accepted, ValueError for a pretrained model whose
     sizes are not known here.
     """
-    base, table = load_scale(configfile), load_ablations(ablations)
-    configs = {id: resolve(base, entry) for id, entry in shown(table).items()}
-    groups = {name: [id for id, e in table.items() if name in e.groups] for name in GROUPS}
-    found = forecast(base, configs, groups, on)
+    found = forecast(load_plan(configfile, ablations), on)
     if as_json:
         print(json.dumps(found, indent=2, sort_keys=True))
     else:
@@ -88,26 +76,19 @@ def estimate(
     return found
 
 
-def shown(table: Mapping[str, Ablation]) -> dict[str, Ablation]:
-    """The ablations that the bare command trains."""
-    return {id: entry for id, entry in table.items() if set(GROUPS) & set(entry.groups)}
-
-
-def forecast(
-    base: Config,
-    configs: Mapping[str, Config],
-    groups: Mapping[str, Sequence[str]],
-    on: Machine | None = None,
-) -> dict[str, Any]:
-    """Everything that `show` prints, as plain numbers: seconds, bytes, FLOPs. `respread`: what of
-    the configuration asks for more GPUs than there are, and what was estimated instead."""
+def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
+    """Everything that `show` prints of the bare command, as plain numbers: seconds, bytes, FLOPs.
+    `respread`: what of the configuration asks for more GPUs than there are, and what was estimated
+    instead."""
     gpus = on.count if on else torch.cuda.device_count()
-    respread = [said for config in (base, *configs.values()) for said in too_wide(config, gpus)]
-    base = spread(base, gpus)
-    configs = {id: spread(config, gpus) for id, config in configs.items()}
+    members = plan.members(MAIN)
+    respread = [said for id in members for said in too_wide(plan.configs[id], gpus)]
+    plan = replace(plan, configs={id: spread(c, gpus) for id, c in plan.configs.items()})
+    base = plan.scale
+    configs = {id: plan.configs[id] for id in members}
     model, data = model_config(base), base.data
     shape = cost.shape_of(model)
-    trainings = unique_trainings(configs)
+    trainings = [(plan.configs[job.ablation], job.stage) for job in plan.trainings(members)]
     speed, source = calibrate(base, configs, model, on)
     slots = concurrent(base, on)
     images = feature_images(configs.values())
@@ -127,7 +108,6 @@ def forecast(
     ]
     timing = sum(
         base.bench.steps * flops(configs[id], stage) / block.steps / block.processes / speed[stage]
-        for members in groups.values()
         for id in members
         for stage, block in configs[id].stages.items()
     )
@@ -136,7 +116,7 @@ def forecast(
         "training": sum(training) / slots,
         "evaluation": sum(evaluation) / slots,
         **({"features": sum(features) / slots} if features else {}),
-        "timing": timing + START_SECONDS * len(groups),
+        "timing": timing + START_SECONDS,
         "backbone": float(START_SECONDS),
     }
     weights = 4.0 * sum(shape.parameters.values())
@@ -151,7 +131,7 @@ def forecast(
         for (_, stage), block, parts in zip(trainings, blocks, needs, strict=True)
     ]
     disk = {
-        "data": data_bytes(configs.values()),
+        "data": data_bytes(plan.data(members), data),
         "features": sum(images.values()) * feature_bytes(shape, base),
         "weights": weights * len(trainings),
         "checkpoints": slots * max(state_bytes(shape, block) for block in blocks),
@@ -161,7 +141,7 @@ def forecast(
         lacks.append(full(disk, free))
     return {
         "scale": base.scale,
-        "jobs": jobs(configs, groups),
+        "jobs": plan.jobs(),
         "flops": {
             "runs": {
                 id: {stage: flops(config, stage) for stage in config.stages}
@@ -198,48 +178,6 @@ def gpu_hours(
     total = sum(parts.values()) * min(on.count, slots * widest) / 3600
     price = {} if on.price is None else {"price": total * on.price}
     return {"runs": runs, "total": total, **price}
-
-
-def jobs(configs: Mapping[str, Config], groups: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """Jobs of the bare command from an empty folder, by the name of their rule."""
-    runs = sum(len(config.seeds) for config in configs.values())
-    wanted = sum(len(config.seeds) * len(config.stages) for config in configs.values())
-    trained = len(unique_trainings(configs))
-    return {
-        "prepare": len(data_names(configs.values())),
-        "backbone": 1,
-        **({"features": len(read)} if (read := feature_images(configs.values())) else {}),
-        "train": trained,
-        **({"share": shared} if (shared := wanted - trained) else {}),
-        "evaluate": runs,
-        "timing": len(groups),
-        "table": len(groups),
-        "tokens": 1,
-        "figure": FIGURES,
-    }
-
-
-def unique_trainings(configs: Mapping[str, Config]) -> list[tuple[Config, str]]:
-    """(configuration, stage) of every training job; runs with equal settings and seed share one."""
-    found = {}
-    for config in configs.values():
-        for seed in config.seeds:
-            past: tuple = (seed,)
-            for stage, block in config.stages.items():
-                past = (*past, stage, json.dumps(block.identity(), sort_keys=True))
-                found[past] = (config, stage)
-    return list(found.values())
-
-
-def data_names(configs: Iterable[Config]) -> list[str]:
-    """Names of the data sets that are trained or evaluated on, each once."""
-    return list(
-        dict.fromkeys(
-            name
-            for config in configs
-            for name in [*config.training_data(), *config.evaluation_data()]
-        )
-    )
 
 
 # ---- sizes ------------------------------------------------------------------------------------
@@ -354,12 +292,11 @@ def full(disk: Mapping[str, float], free: float) -> str:
     )
 
 
-def data_bytes(configs: Iterable[Config]) -> float:
+def data_bytes(names: Iterable[str], data: DataConfig) -> float:
     """Bytes of the pictures of data sets that are made here, and of the files of those that are
     fetched; none of those in a folder of the user's or of a mirror."""
-    configs = list(configs)
-    data, total = configs[0].data, 0.0
-    for name in data_names(configs):
+    total = 0.0
+    for name in names:
         entry = dataset(name, data)
         total += entry.image_bytes * sum(rows_made_here(name, data).values())
         if not given_folder(name, data.folders, data.mirror):

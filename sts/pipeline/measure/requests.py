@@ -8,10 +8,9 @@ as much at the second attempt, where a training goes on from its last checkpoint
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sts.pipeline.config import Config, DataConfig, StageConfig, config_hash
+from sts.pipeline.config import Config, DataConfig, StageConfig
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.machines import SHARE, Machine
 from sts.pipeline.cost.memory import PROCESS_BYTES, step_memory
@@ -25,6 +24,7 @@ from sts.pipeline.measure.forecast import (
     stage_flops,
     tokens,
 )
+from sts.pipeline.plan import Plan, unique
 
 TIME_SLACK, MEMORY_SLACK = 2.0, 1.5
 START_MINUTES = 15  # imports and weights from a busy shared folder
@@ -36,20 +36,17 @@ HARNESS_BYTES = 2e9  # lm-eval and the questions of a benchmark
 log = logging.getLogger(__name__)
 
 
-def requests(
-    configs: Mapping[str, Config], groups: Mapping[str, Sequence[str]], gpus: bool, out: str | Path
-) -> dict[str, dict[str, int]]:
+def requests(plan: Plan, gpus: bool, out: str | Path) -> dict[str, dict[str, int]]:
     """Write and return what jobs ask for, {job: {`mem_mb`, `runtime` in minutes}}, on a cluster
     with GPUs or without: `train/<id>/<stage>`, `evaluate/<id>` and `features/<id>` of every
-    configuration (by its id), `timing/<group>` of every group of ids. Memory is that of one node.
+    ablation, `timing/<table>` of every table. Memory is that of one node.
 
     What starts from a model whose sizes are not known here is left out, with a warning.
     """
     found, timings = {}, {}
-    models = {config_hash(config.model): config for config in configs.values()}
-    shapes = {key: shape_of(config) for key, config in models.items()}
-    for id, config in configs.items():
-        shape = shapes[config_hash(config.model)]
+    shapes = {id: shape_of(plan.configs[id]) for id in unique(map(plan.model_of, plan.configs))}
+    for id, config in plan.configs.items():
+        shape = shapes[plan.model_of(id)]
         if shape is None:
             continue
         for stage, block in config.stages.items():
@@ -66,8 +63,8 @@ def requests(
         if images := max(feature_images([config]).values(), default=0):
             seconds = images * forward_flops(shape, cached=False) / rate
             found[f"features/{id}"] = limits(memory, seconds)
-    for group, ids in groups.items():
-        of_group = [(id, stage) for id in ids for stage in configs[id].stages]
+    for group in plan.tables:
+        of_group = [(id, stage) for id in plan.members(group) for stage in plan.configs[id].stages]
         if all(one in timings for one in of_group):
             sizes, times = zip(*(timings[one] for one in of_group), strict=True)
             found[f"timing/{group}"] = limits(2 * max(sizes), sum(times))  # with a tower, without

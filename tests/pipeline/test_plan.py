@@ -1,0 +1,129 @@
+"""The plan: which runs, trainings, tables, figures and jobs there are."""
+
+import pytest
+from project import ROOT, planned, real_project
+
+from sts.pipeline import plan as plans
+from sts.pipeline.config import ConfigError, load_ablations, load_scale
+from sts.pipeline.plan import Features, Training, load_plan, make_plan
+
+SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
+TABLE = """
+dense: {groups: [main], label: Dense}
+vtc:
+  groups: [main]
+  label: VTC
+  overrides: {align: {vtc: {kind: uniform, keep: 0.5}}}
+other:
+  groups: [main, families]
+  label: Another model
+  overrides: {model: {family: whole, checkpoint: somewhere}}
+wide:
+  groups: [families]
+  label: The same model and stages, one seed more
+  relative_to: other
+  seeds: [0, 1]
+  overrides: {model: {family: whole, checkpoint: somewhere}}
+late:
+  groups: [families]
+  label: As dense, then one stage more
+  overrides: {late: {trains: [language_model], split: instruct}}
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The plan of `TABLE` at the smoke scale, whose one seed is 0."""
+    (tmp_path / "ablations.yaml").write_text(TABLE)
+    scale = load_scale(ROOT / "workflow/config/smoke.yaml")
+    return make_plan(scale, load_ablations(tmp_path / "ablations.yaml"))
+
+
+def test_equal_stages_of_different_models_are_trainings_of_their_own(small):
+    assert small.trainings(["dense", "other"]) == [
+        Training(id, 0, stage) for id in ("dense", "other") for stage in ("align", "instruct")
+    ]
+    assert small.model_of("wide") == "other" and small.model_of("vtc") == "dense"
+
+
+def test_a_stage_is_shared_where_all_before_it_is_equal(small):
+    assert not small.trains("late", "instruct") and small.trains("late", "late")
+    assert small.trains("vtc", "align") and small.trains("vtc", "instruct"), "another start"
+    assert small.trainings(["late"]) == [
+        Training("late", 0, "late"), Training("dense", 0, "align"), Training("dense", 0, "instruct")
+    ]  # fmt: skip
+
+
+def test_whoever_trains_for_others_trains_their_seeds(small):
+    assert Training("other", 1, "instruct") in small.trainings(["wide"])
+    assert Training("wide", 1, "instruct") in small.stage_jobs(["wide"])
+
+
+def test_tables_are_the_groups_of_the_entries(small):
+    assert small.tables == ["main", "families"]
+    assert small.members("families") == ["other", "wide", "late"]
+    assert small.compared_with("families") == ["other", "other", "other"]
+    assert small.tables_with_baseline() == ["main"]
+
+
+def test_a_name_that_can_be_no_file_is_no_table(tmp_path):
+    (tmp_path / "ablations.yaml").write_text("dense: {groups: [my table], label: Dense}\n")
+    with pytest.raises(ConfigError, match=r"dense\.groups\.0: 'my table' is not accepted"):
+        load_ablations(tmp_path / "ablations.yaml")
+
+
+def test_features_are_those_of_stages_whose_tower_is_as_it_was():
+    plan = load_plan(ROOT / "workflow/config/mini.yaml", ROOT / "workflow/ablations.yaml")
+    assert plan.features("sts", "align") == [Features("dense", "scenes", "align")]
+    live = load_plan(ROOT / "workflow/config/paper.yaml", ROOT / "workflow/ablations.yaml")
+    assert live.features("sts", *live.configs["sts"].stages) == []
+
+
+def test_figures_are_files_that_say_what_they_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "FIGURES", tmp_path)
+    read = plans.figures.__wrapped__
+    (tmp_path / "_style.py").write_text("import nothing_that_is_here\n")
+    (tmp_path / "mine.py").write_text('import no_such\nINPUTS = ("runs", "bench")\n')
+    assert read() == {"mine": ("runs", "bench")}
+    (tmp_path / "other.py").write_text('INPUTS = ("rows",)\n')
+    with pytest.raises(ValueError, match=r"other.py: INPUTS: \('rows',\) is not accepted"):
+        read()
+    (tmp_path / "other.py").write_text("")
+    with pytest.raises(ValueError, match=r"other\.py: INPUTS is missing"):
+        read()
+
+
+# ---- the plan and Snakemake ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A copy of the project without results, so that nothing counts as done."""
+    return real_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda file: file.stem)
+def test_the_jobs_of_a_dry_run_are_those_of_the_plan(whole, scale):
+    plan = load_plan(scale, ROOT / "workflow/ablations.yaml")
+    name = f"workflow/config/{scale.name}"
+    jobs = planned(whole, "all", scale=name)
+    assert jobs.pop("all") == 1
+    assert jobs == plan.jobs()
+
+
+def test_every_table_is_planned_as_well(whole):
+    plan = load_plan(ROOT / "workflow/config/smoke.yaml", ROOT / "workflow/ablations.yaml")
+    jobs = planned(whole, *(f"table_{name}" for name in plan.tables))
+    jobs = {rule: count for rule, count in jobs.items() if not rule.startswith("table_")}
+    assert jobs == plan.jobs(plan.tables, drawn=False)
+
+
+def test_a_new_table_is_one_word_in_an_entry(whole):
+    table = whole / "workflow/ablations.yaml"
+    before = table.read_text()
+    table.write_text(before.replace("groups: [compressor]", "groups: [compressor, mine]", 1))
+    try:
+        jobs = planned(whole, "table_mine")
+    finally:
+        table.write_text(before)
+    assert (jobs["table"], jobs["timing"], jobs["evaluate"]) == (1, 1, 1)

@@ -78,7 +78,7 @@ class Skipper:
         if self.unit.hooks:
             see_hooks()
             hook_layer = resolve(self.unit.hooks)
-            self._hooked = {i: self._decision_of(i) for i in sorted(self.skipped)}
+            self._hooked = {i: self.decision_of(i) for i in sorted(self.skipped)}
             for i, decision in self._hooked.items():
                 self._hooks += hook_layer(self.layers[i], decision)
         if self.decision.off:
@@ -94,7 +94,8 @@ class Skipper:
         """The first of the names that is an attribute of a layer."""
         return next((name for name in names if hasattr(self.layers[layer], name)), "")
 
-    def _decision_of(self, layer: int, micro_batch: int = 0) -> LayerDecision:
+    def decision_of(self, layer: int, micro_batch: int = 0) -> LayerDecision:
+        """What the decision of the step means for a layer, in a micro-batch."""
         key = (self.seed, self._step, micro_batch, "layer", layer)
         return LayerDecision(
             chance=self.decision.chances[layer],
@@ -116,7 +117,7 @@ class Skipper:
         the parameters.
         """
         for index, share in self.decision.off:
-            sublayer = self._decision_of(index).sublayers.get(share, "")
+            sublayer = self.decision_of(index).sublayers.get(share, "")
             for parameter in self.layers[index].get_submodule(sublayer).parameters():
                 if parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None
@@ -129,7 +130,7 @@ class Skipper:
             return {}
         replace = resolve(self.unit.replacement)
         by_layer = {
-            i: replace(layer, self._decision_of(i, micro_batch))
+            i: replace(layer, self.decision_of(i, micro_batch))
             for i, layer in enumerate(self.layers)
         }
         return {i: replacement for i, replacement in by_layer.items() if replacement is not None}

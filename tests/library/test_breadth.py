@@ -76,7 +76,9 @@ def test_a_part_of_a_layer_is_that_part_or_refused(name, unit):
     )
     if unit == "tokens":
         return
-    parts = [scheme.skipper._part(layer) for layer in range(LAYERS)]  # as drawn in this micro-batch
+    parts = [
+        scheme.skipper.decision_of(layer) for layer in range(LAYERS)
+    ]  # as drawn in this micro-batch
     kept = [kept_rows(3, part).tolist() for part in parts]
     off = [[layer for layer in range(LAYERS) if row not in kept[layer]] for row in range(3)]
     model.eval()
@@ -99,7 +101,7 @@ def test_dropbp_changes_no_output(name):
     torch.testing.assert_close(loss, expected)
     assert scheme.decision.off and dense.keys() - grads.keys()
     for layer, share in scheme.decision.off:
-        part = scheme.skipper._part(layer).sublayers[share]
+        part = scheme.skipper.decision_of(layer).sublayers[share]
         sublayer = decoder_layers(model)[layer].get_submodule(part)
         assert all(p.grad is None for p in sublayer.parameters())
 

@@ -247,11 +247,11 @@ def test_the_backward_of_attention_and_of_mlp_is_counted_apart(trains, off, chec
     scheme = sparsify(model, lds=LDS("dropbp", rate=0.5))
     scheme.begin_step(0)
     skipper = scheme.skipper
-    skipper.let_go()
+    skipper.remove_hooks()
     pieces = frozenset((layer, share) for layer in (0, 2, 4) for share in off)
     skipper.decision = Decision(scheme.decision.chances, pieces)
-    skipper._hung = {layer: skipper._part(layer) for layer in (0, 2, 4)}
-    for layer, part in skipper._hung.items():
+    skipper._hooked = {layer: skipper.decision_of(layer) for layer in (0, 2, 4)}
+    for layer, part in skipper._hooked.items():
         skip_backward(skipper.layers[layer], part)
     with FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU) as counter:
         model(**batch_for(model)).loss.backward()

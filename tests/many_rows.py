@@ -20,8 +20,8 @@ from processors import tiny_processor
 from recipes.mini import lessons
 from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
 from sts.pipeline.data.collator import collate
-from sts.pipeline.data.conversation import CHAT_TEMPLATE
 from sts.pipeline.data.prepare import prepare
+from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data
 
 WORDS = [*lessons.vocabulary()]

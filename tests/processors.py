@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from recipes.mini import lessons
-from sts.pipeline.data.conversation import CHAT_TEMPLATE
+from sts.pipeline.data.templates import CHAT_TEMPLATE
 
 IMAGE, PATCH = 64, 16  # pixels; 16 patch tokens an image
 

@@ -20,7 +20,7 @@ from recipes.mini.families import FAMILIES, assemble
 from recipes.mini.language import reading, reading_without, train_language
 from recipes.mini.vision import seeing, train_vision
 from recipes.mini.words import make_tokenizer
-from sts.pipeline.data.conversation import CHAT_TEMPLATE
+from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.files import write_json_atomic
 
 SHIPPED = Path("data/backbones/mini")

@@ -45,7 +45,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.vision_utils import get_vision_window_index
 
 from sts.mini import pictures
-from sts.pipeline.data.conversation import CHAT_TEMPLATE
+from sts.pipeline.data.templates import CHAT_TEMPLATE
 
 MEAN, STD = [0.5] * 3, [0.25] * 3  # of a pixel's channels
 NORMAL = {"image_mean": MEAN, "image_std": STD}
@@ -353,7 +353,7 @@ def build(
     family = FAMILIES[name]
     tokenizer = with_tokens(tokenizer, family.tokens)
     processor = family.processor(
-        tokenizer, CHAT_TEMPLATE.replace("'<image>\n'", f"'{family.image}\n'")
+        tokenizer, CHAT_TEMPLATE.replace(r"'<image>\n'", rf"'{family.image}\n'")
     )
     text = LlamaConfig(**text.to_dict() | {"vocab_size": len(processor.tokenizer)})
     model = AutoModelForImageTextToText.from_config(family.config(text, tokenizer))

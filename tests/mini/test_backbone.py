@@ -25,6 +25,11 @@ from sts.mini import scenes
 from sts.pipeline.config import ModelConfig
 from sts.pipeline.train.model import SHIPPED, build, write_manifest
 
+CHAT = [
+    {"role": "user", "content": "<image>\nwhat is it?"},
+    {"role": "assistant", "content": "red"},
+]
+
 
 def test_tokenizer_has_one_token_a_word_and_spells_the_rest():
     tokenizer = make_tokenizer()
@@ -129,15 +134,16 @@ def test_a_run_starts_from_rebuilt_parts_as_from_the_shipped(tmp_path):
     parts = {name: str(tmp_path / "rebuilt" / name) for name in ("vision", "language")}
     chosen = {"rebuilt": ModelConfig(backbone="pretrained", layers=2, **parts),
               "shipped": ModelConfig()}  # fmt: skip
-    asked = {"text": ["<image>\nwhat is red?"], "images": [np.zeros((72, 72, 3), np.uint8)]}
+    question = {"text": ["<image>\nwhat is red?"], "images": [np.zeros((72, 72, 3), np.uint8)]}
     batches, templates = [], []
     for name, model in chosen.items():
         write_manifest(model, tmp_path / f"{name}.json")
         built, processor = build(tmp_path / f"{name}.json", seed=0)
-        batches.append(processor(**asked, return_tensors="pt"))
-        templates.append(processor.chat_template)
+        batches.append(processor(**question, return_tensors="pt"))
+        templates.append(processor.apply_chat_template(CHAT))
         assert len(processor.tokenizer) == built.config.text_config.vocab_size
-    assert templates[0] == templates[1] and batches[0].keys() == batches[1].keys()
+    assert templates[0] == templates[1] == "user: <image>\nwhat is it? assistant: red</s>"
+    assert batches[0].keys() == batches[1].keys()
     for key in batches[0]:
         assert torch.equal(batches[0][key], batches[1][key])
 

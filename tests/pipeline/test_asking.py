@@ -9,7 +9,7 @@ from PIL import Image
 from processors import PROCESSORS, model_of
 from transformers import AutoProcessor
 
-from sts.pipeline.data.conversation import end_token, parts, render
+from sts.pipeline.data.conversation import content_of, end_token, render
 from sts.pipeline.evaluate.evaluate import load_model
 
 # to be loaded
@@ -65,7 +65,7 @@ def ask(lm, images) -> list[str]:
 def test_answers_of_a_batch_are_those_that_each_question_gets_alone(lm, images):
     alone = []
     for question, shown in zip(QUESTIONS, images, strict=True):
-        prompt = render(lm.processor, [("user", parts(question))], ask=True)
+        prompt = render(lm.processor, [("user", content_of(question))], ask=True)
         inputs = lm.processor(
             text=[prompt], images=[[one.convert("RGB") for one in shown]], return_tensors="pt"
         ).to(lm.device, torch.float64)

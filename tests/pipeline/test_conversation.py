@@ -12,18 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoProcessor, Idefics2Processor, LlavaProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sts.pipeline.data.conversation import (
-    CHAT_TEMPLATE,
-    answers,
-    cut,
-    end_token,
-    expand,
-    messages,
-    parts,
-    placeholders,
-    render,
-    tokenise,
-)
+from sts.pipeline.config import StageConfig
+from sts.pipeline.data.conversation import answers, content_of, end_token, messages, render
+from sts.pipeline.data.templates import CHAT_TEMPLATE
+from sts.pipeline.data.tokens import cut, expand, placeholders, tokenise
+from sts.pipeline.run import follows
 from sts.pipeline.train.model import SHIPPED
 from sts.settings import IGNORE_INDEX
 
@@ -312,7 +305,7 @@ def test_placeholders_follow_the_size_of_an_image():
     ],
 )
 def test_marks_say_where_images_stand(text, expected):
-    assert parts(text) == expected
+    assert content_of(text) == expected
 
 
 def test_a_thought_is_a_part_of_the_last_answer_alone():
@@ -390,3 +383,8 @@ def test_a_processor_that_writes_other_tokens_is_refused():
     )
     with pytest.raises(ValueError, match="the Odd writes other tokens"):
         sample_of(odd, LONG, SHOWN)
+
+
+def test_a_training_follows_the_bytes_of_the_templates():
+    stage = StageConfig(trains=["projector"], split="align")
+    assert {"joined.jinja", "v1.jinja"} <= {file.name for file in follows.training(stage)}

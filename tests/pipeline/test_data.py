@@ -36,11 +36,12 @@ from sts.pipeline.data.collator import (
     collate,
     split_files,
 )
-from sts.pipeline.data.conversation import CHAT_TEMPLATE, expand, tokenise
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.data.sets import easy_vqa, nlvr
 from sts.pipeline.data.source import DataError
+from sts.pipeline.data.templates import CHAT_TEMPLATE
+from sts.pipeline.data.tokens import expand, tokenise
 from sts.settings import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parents[2]

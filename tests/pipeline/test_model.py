@@ -20,7 +20,7 @@ from zoo_tiles import CASES as OTHERS
 
 from sts.architectures import PARTS
 from sts.pipeline.config import MINI, ModelConfig, load_scale
-from sts.pipeline.data.conversation import tokenise
+from sts.pipeline.data.tokens import tokenise
 from sts.pipeline.train.model import (
     SHIPPED,
     build,

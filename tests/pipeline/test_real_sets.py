@@ -17,11 +17,11 @@ from processors import tiny_processor
 
 from sts.pipeline.config import MINI, ConfigError, deep_merge, load_yaml, validate
 from sts.pipeline.data import collator, llava
-from sts.pipeline.data.conversation import CHAT_TEMPLATE
 from sts.pipeline.data.hub import turns as hub_turns
 from sts.pipeline.data.llava import objects
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.source import DataError
+from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data, tokens_key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -418,7 +418,7 @@ import sys
 from processors import tiny_processor
 from sts.pipeline.config import MINI, load_scale
 from sts.pipeline.data import collator
-from sts.pipeline.data.conversation import CHAT_TEMPLATE
+from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data
 
 made, tokenise = [], collator.tokenise

@@ -31,8 +31,9 @@ from sts.pipeline.config import (
 )
 from sts.pipeline.cost.history import read_history
 from sts.pipeline.data.collator import batch_indices
-from sts.pipeline.data.conversation import V1, cut, expand, tokenise
 from sts.pipeline.data.prepare import prepare
+from sts.pipeline.data.templates import V1
+from sts.pipeline.data.tokens import cut, expand, tokenise
 from sts.pipeline.evaluate.evaluate import load_model
 from sts.pipeline.train.features import write_features
 from sts.pipeline.train.feed import my_pieces

@@ -175,5 +175,5 @@ def preparation(dataset):
 
 
 def preparation_code(dataset):
-    source = settings.datasets().get(dataset, CODE / "pipeline/data/custom.py")
+    source = settings.datasets().get(dataset, CODE / "pipeline/data/registry.py")
     return code("pipeline/data/prepare.py", str(source.relative_to(CODE)))

@@ -30,8 +30,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from sts.pipeline.data.conversation import Size, cut, expand, tokenise
 from sts.pipeline.data.rows import images_of
+from sts.pipeline.data.tokens import Size, cut, expand, tokenise
 from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time

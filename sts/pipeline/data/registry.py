@@ -1,7 +1,7 @@
 """What a data set is: where it comes from, under what terms, and how its rows are read.
 
 A data set is one file, of which the name is that of the set, with its `DATASET`; the folders of
-such files are `SETS` of sts/pipeline/config/__init__.py.
+such files are `SETS` of sts/pipeline/config/__init__.py. A user's own is an entry of `data.custom`.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from sts.pipeline.config import CODE, Config, DataConfig, datasets
+from sts.pipeline.config import CODE, Config, CustomConfig, DataConfig, datasets
 from sts.pipeline.data.fetch import File, folder_of
+from sts.pipeline.data.hub import hub_rows
+from sts.pipeline.data.llava import llava_rows
 from sts.pipeline.data.rows import Rows
 from sts.pipeline.data.source import DataError, Source, read
 
@@ -41,7 +43,8 @@ class DataSet:
 def dataset(name: str, data: DataConfig) -> DataSet:
     """The data set of a name: of a file of the package, or the user's own in `data.custom`.
 
-    Raises DataError for an unknown name.
+    Raises:
+        DataError: the name is unknown.
     """
     files = datasets()
     if name in files:
@@ -52,21 +55,37 @@ def dataset(name: str, data: DataConfig) -> DataSet:
             f"no data set {name!r}. There are: {', '.join([*files, *data.custom])}. "
             "Your own is an entry of data.custom in the scale file"
         )
-    from sts.pipeline.data import custom  # it makes a DataSet
+    return _custom(name, data.custom[name])
 
-    return custom.dataset(name, data.custom[name])
+
+def _custom(name: str, spec: CustomConfig) -> DataSet:
+    """A user's own data: a LLaVA-style JSON file and a folder of images, or a set of the hub."""
+
+    def load(_: DataConfig, __: None) -> dict[str, Rows]:
+        if spec.hub:
+            return {spec.split: hub_rows(name, spec.hub, spec.files, spec.revision)}
+        return {spec.split: llava_rows(name, spec.json_file, spec.images, f"data.custom.{name}")}
+
+    return DataSet(
+        version=spec.revision if spec.hub else "custom",
+        licence="not stated",
+        homepage=spec.hub or spec.json_file or "",
+        citation="",
+        load=load,
+        embed=bool(spec.hub),
+    )
 
 
 def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows]]:
     """The entry of a data set and its rows by split; files are fetched and checked first.
 
-    Raises DataError for an unknown name, files that can't be had, and files that are damaged.
+    Raises:
+        DataError: the name is unknown, or files can't be had or are damaged.
     """
-    entry = dataset(name, config.data)
-    data = config.data
-    had: Any = None
+    entry, data = dataset(name, config.data), config.data
+    source: Any = None
     if entry.source:
-        had = read(name, entry.source, data.mirror)
+        source = read(name, entry.source, data.mirror)
     elif entry.files:
-        had = folder_of(name, entry.files, data.folders, data.mirror)
-    return entry, entry.load(data, had)
+        source = folder_of(name, entry.files, data.folders, data.mirror)
+    return entry, entry.load(data, source)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from sts.pipeline.config import Config, ConfigError, EvaluateConfig, config_hash
-from sts.pipeline.data.conversation import end_token, parts, render
+from sts.pipeline.data.conversation import content_of, end_token, render
 from sts.pipeline.data.source import DataError, mirror_folder
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.run import provenance, tracking
@@ -278,7 +278,7 @@ class _Model(HFMultimodalLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         self.chat_applied = True
-        chat = [(message["role"], parts(message["content"])) for message in chat_history]
+        chat = [(message["role"], content_of(message["content"])) for message in chat_history]
         if add_generation_prompt:
             return render(self.processor, chat, ask=True)
         return render(self.processor, chat[:-1], ask=True) + chat_history[-1]["content"]

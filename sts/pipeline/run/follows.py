@@ -79,9 +79,14 @@ def imported(files: Iterable[Path], left_out: Callable[[Path], bool] = looks_on)
 
 @cache
 def imports(file: Path) -> tuple[Path, ...]:
-    """The files of this package that a file of it names in its imports, inside functions too."""
+    """The files of this package that a file of it names in its imports, inside functions too; of a
+    package that holds templates, these."""
+    if file.suffix != ".py":
+        return ()
+    templates = file.parent.glob("*.jinja") if file.name == "__init__.py" else ()
     tree = ast.parse(file.read_bytes(), filename=str(file))
-    return tuple(path for name in _names(tree) if (path := _file_of(name)))
+    named = (path for name in _names(tree) if (path := _file_of(name)))
+    return (*named, *templates)
 
 
 def _names(node: ast.AST) -> Iterator[str]:

@@ -32,8 +32,8 @@ from transformers import (
 from sts.architectures import PARTS, part_finder
 from sts.checks import expect
 from sts.pipeline.config import ModelConfig
-from sts.pipeline.data.conversation import CHAT_TEMPLATE, V1
 from sts.pipeline.data.rows import IMAGE_TOKEN
+from sts.pipeline.data.templates import CHAT_TEMPLATE, V1
 from sts.pipeline.files import read_json, sha256_file, sha256_json, write_json_atomic
 
 SHIPPED = Path("data/backbones/mini")

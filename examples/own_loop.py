@@ -5,7 +5,7 @@ import sys
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sts import LDS, VTC, sparsify
+from sts import STS_LDS, STS_VTC, sparsify
 
 STEPS = 8
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).train()
@@ -17,8 +17,8 @@ batch["labels"] = batch["input_ids"].clone()
 batch["labels"][:, :-1] = -100  # only the answer is learnt
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-visual, layers = VTC("uniform", keep=0.25), LDS("sts", rate=0.6, epsilon=0.5)  # the paper's
-with sparsify(model, visual, layers, total_steps=STEPS) as scheme:
+# Kinds and formula are the paper's, the values (keep ratio, rate, epsilon) are our choice.
+with sparsify(model, STS_VTC, STS_LDS, total_steps=STEPS) as scheme:
     for step in range(STEPS):
         scheme.begin_step(step)
         loss = model(**batch).loss

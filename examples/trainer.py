@@ -11,7 +11,7 @@ from transformers import (
     default_data_collator,
 )
 
-from sts import LDS, VTC, SparseCallback
+from sts import STS_LDS, STS_VTC, SparseCallback
 
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
 processor = AutoProcessor.from_pretrained(sys.argv[1])
@@ -22,8 +22,8 @@ sample = {name: value[0] for name, value in batch.items()}
 sample["labels"] = sample["input_ids"].clone()
 sample["labels"][:-1] = -100  # only the answer is learnt
 
-visual, layers = VTC("uniform", keep=0.25), LDS("sts", rate=0.6, epsilon=0.5)  # the paper's
-callback = SparseCallback(model, visual, layers)
+# Kinds and formula are the paper's, the values (keep ratio, rate, epsilon) are our choice.
+callback = SparseCallback(model, STS_VTC, STS_LDS)
 arguments = TrainingArguments(sys.argv[2], max_steps=8, logging_steps=1, report_to="none")
 Trainer(
     model, arguments, default_data_collator, train_dataset=[sample] * 64, callbacks=[callback]

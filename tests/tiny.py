@@ -85,6 +85,18 @@ def text(config: type, **more) -> hf.PreTrainedConfig:
     return config(**settings | more)
 
 
+def sliding(config: type, **more) -> hf.PreTrainedConfig:
+    """A decoder of which every second layer sees the last 8 tokens only."""
+    layers = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    return text(config, sliding_window=8, layer_types=layers, **more)
+
+
+def tower(config: type, **more) -> hf.PreTrainedConfig:
+    """A vision tower of two layers, for images of any size."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    return config(**sizes, num_attention_heads=2, patch_size=PATCH, **more)
+
+
 def vit(config: type, size: int | list[int] = 16, patch: int | list[int] = PATCH, **more):
     return config(
         image_size=size,
@@ -111,6 +123,12 @@ def builder(model: type, config: type, vision: Callable, language: Callable, **m
         return made.to(dtype).train()
 
     return build
+
+
+def typed(name: str, vision: Callable, language: Callable, **more) -> Callable:
+    """Of the classes that transformers calls `name`."""
+    model, config = getattr(hf, f"{name}ForConditionalGeneration"), getattr(hf, f"{name}Config")
+    return builder(model, config, vision, language, **more)
 
 
 def flat(pixels: Callable[[int], torch.Tensor]) -> Callable:
@@ -172,10 +190,7 @@ def sized(sizes: dict[str, tuple[int, int]]) -> Callable:
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 NEXT_SIZES = {"big": (24, 32), "small": (32, 16)}  # the first is padded to 32 x 32 and cut again
 NEXT_TILES = {"big": 5, "small": 3}
-NEXT_GRIDS = {
-    "big": [(4, 4, False), (6, 8, True)],
-    "small": [(4, 4, False), (8, 4, True)],
-}
+NEXT_GRIDS = {"big": [(4, 4, False), (6, 8, True)], "small": [(4, 4, False), (8, 4, True)]}
 QWEN_GRIDS = {"big": (8, 12), "small": (4, 8)}  # in patches; 2 x 2 of them are a token
 QWEN = {
     "images": {"big": [(4, 6, False)], "small": [(2, 4, False)]},
@@ -183,71 +198,57 @@ QWEN = {
     "of_ids": lambda ids, attended, visual: {"mm_token_type_ids": visual.long()},
 }
 SQUARE = {"big": [(4, 4, False)], "small": [(4, 4, False)]}
+FEW = {"big": [(3, 4, False)], "small": [(2, 2, False)]}
+# What several decoders and towers have alike
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+FIRST_DENSE = {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1)}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
+LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+SWA = {"swa_num_attention_heads": 3, "swa_num_key_value_heads": 1, "swa_head_dim": 8}
+WINDOWED = {"out_hidden_size": 24, "window_size": 16, "fullatt_block_indexes": [1]}
 MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2}
 
 
-def llava(name: str, config: str, **more) -> Callable:
-    return builder(
-        getattr(hf, name),
-        getattr(hf, config),
-        lambda: vit(hf.CLIPVisionConfig),
-        lambda: text(hf.LlamaConfig),
-        **more,
-    )
+def llava(name: str, **more) -> Callable:
+    return typed(name, lambda: vit(hf.CLIPVisionConfig), lambda: text(hf.LlamaConfig), **more)
 
 
 def idefics(name: str) -> Case:
     vision = getattr(hf, f"{name}VisionConfig")
-    build = builder(
-        getattr(hf, f"{name}ForConditionalGeneration"),
-        getattr(hf, f"{name}Config"),
-        lambda: vit(vision, 32).to_dict(),
-        lambda: text(hf.LlamaConfig),
-        scale_factor=2,
+    build = typed(
+        name, lambda: vit(vision, 32).to_dict(), lambda: text(hf.LlamaConfig), scale_factor=2
     )
     return Case(build, SQUARE, by_row)
 
 
 CASES = {
-    "llava": Case(
-        llava("LlavaForConditionalGeneration", "LlavaConfig", image_seq_length=16),
-        SQUARE,
-        flat(lambda n: noise(n, 3, 16, 16)),
-    ),
+    "llava": Case(llava("Llava", image_seq_length=16), SQUARE, flat(lambda n: noise(n, 3, 16, 16))),
     "pixtral": Case(  # a LLaVA with a tower that takes any size
-        builder(
-            hf.LlavaForConditionalGeneration,
-            hf.LlavaConfig,
+        typed(
+            "Llava",
             lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
             lambda: text(hf.MistralConfig),
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
         ),
-        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        FEW,
         sized({"big": (12, 16), "small": (8, 8)}),
     ),
     "vipllava": Case(
-        llava(
-            "VipLlavaForConditionalGeneration",
-            "VipLlavaConfig",
-            image_seq_length=16,
-            vision_feature_layers=[-2, 1],
-        ),
+        llava("VipLlava", image_seq_length=16, vision_feature_layers=[-2, 1]),
         SQUARE,
         flat(lambda n: noise(n, 3, 16, 16)),
     ),
     "llava_next": Case(
-        llava(
-            "LlavaNextForConditionalGeneration", "LlavaNextConfig", image_grid_pinpoints=PINPOINTS
-        ),
+        llava("LlavaNext", image_grid_pinpoints=PINPOINTS),
         NEXT_GRIDS,
         tiled(NEXT_SIZES, NEXT_TILES),
     ),
     "llava_onevision": Case(
-        builder(
-            hf.LlavaOnevisionForConditionalGeneration,
-            hf.LlavaOnevisionConfig,
+        typed(
+            "LlavaOnevision",
             lambda: vit(hf.SiglipVisionConfig),
             lambda: text(hf.Qwen2Config),
             image_grid_pinpoints=PINPOINTS,
@@ -257,34 +258,24 @@ CASES = {
         tiled(NEXT_SIZES, NEXT_TILES),
     ),
     "qwen2_vl": Case(
-        builder(
-            hf.Qwen2VLForConditionalGeneration,
-            hf.Qwen2VLConfig,
+        typed(
+            "Qwen2VL",
             lambda: {**QWEN_VISION, "embed_dim": 16, "hidden_size": 24},
             lambda: text(hf.Qwen2VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
         ),
         **QWEN,
     ),
     "qwen2_5_vl": Case(
-        builder(
-            hf.Qwen2_5_VLForConditionalGeneration,
-            hf.Qwen2_5_VLConfig,
-            lambda: {
-                **QWEN_VISION,
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "out_hidden_size": 24,
-                "window_size": 16,
-                "fullatt_block_indexes": [1],
-            },
+        typed(
+            "Qwen2_5_VL",
+            lambda: {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32, **WINDOWED},
             lambda: text(hf.Qwen2_5_VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
         ),
         **QWEN,
     ),
     "qwen3_vl": Case(
-        builder(
-            hf.Qwen3VLForConditionalGeneration,
-            hf.Qwen3VLConfig,
+        typed(
+            "Qwen3VL",
             lambda: {
                 **QWEN_VISION,
                 "hidden_size": 16,
@@ -298,9 +289,8 @@ CASES = {
         **QWEN,
     ),
     "internvl": Case(
-        builder(
-            hf.InternVLForConditionalGeneration,
-            hf.InternVLConfig,
+        typed(
+            "InternVL",
             lambda: vit(hf.InternVLVisionConfig, [32, 32], [PATCH, PATCH]),
             lambda: text(hf.Qwen2Config),
             image_seq_length=16,
@@ -311,9 +301,8 @@ CASES = {
     "idefics3": idefics("Idefics3"),
     "smolvlm": idefics("SmolVLM"),
     "paligemma": Case(
-        builder(
-            hf.PaliGemmaForConditionalGeneration,
-            hf.PaliGemmaConfig,
+        typed(
+            "PaliGemma",
             lambda: vit(hf.SiglipVisionConfig, projection_dim=24),
             lambda: text(hf.GemmaConfig),
             projection_dim=24,
@@ -325,15 +314,10 @@ CASES = {
         },
     ),
     "gemma3": Case(
-        builder(
-            hf.Gemma3ForConditionalGeneration,
-            hf.Gemma3Config,
+        typed(
+            "Gemma3",
             lambda: vit(hf.SiglipVisionConfig, 32),
-            lambda: text(
-                hf.Gemma3TextConfig,
-                sliding_window=8,
-                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
-            ),
+            lambda: sliding(hf.Gemma3TextConfig),
             mm_tokens_per_image=16,
         ),
         SQUARE,
@@ -341,15 +325,14 @@ CASES = {
         lambda ids, attended, visual: {"token_type_ids": visual.long()},
     ),
     "mistral3": Case(
-        builder(
-            hf.Mistral3ForConditionalGeneration,
-            hf.Mistral3Config,
+        typed(
+            "Mistral3",
             lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
             lambda: text(hf.MistralConfig),
             spatial_merge_size=2,
             vision_feature_layer=-1,
         ),
-        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        FEW,
         sized({"big": (24, 32), "small": (16, 16)}),
     ),
 }

@@ -5,21 +5,29 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from tiny import (
+    EXPERTS,
+    FEW,
+    FIRST_DENSE,
+    LATENT,
     LAYERS,
     MROPE,
     PATCH,
     QWEN,
     QWEN_GRIDS,
     QWEN_VISION,
+    SWA,
     VOCAB,
+    WINDOWED,
     Case,
     builder,
     noise,
+    sliding,
     text,
+    tower,
+    typed,
     vit,
 )
 
-FEW = {"big": [(3, 4, False)], "small": [(2, 2, False)]}
 MERGED = QWEN["images"]  # of QWEN_GRIDS, 2 x 2 patches a token
 
 AUDIO = {  # a tower that no batch uses
@@ -91,9 +99,8 @@ def few(*shape: int, grid: bool) -> Callable:
 
 CASES = {
     "paddleocr_vl": Case(
-        builder(
-            hf.PaddleOCRVLForConditionalGeneration,
-            hf.PaddleOCRVLConfig,
+        typed(
+            "PaddleOCRVL",
             lambda: vit(hf.PaddleOCRVisionConfig).to_dict(),
             lambda: text(hf.PaddleOCRTextConfig, rope_parameters=dict(MROPE)).to_dict(),
         ),
@@ -102,30 +109,19 @@ CASES = {
         QWEN["of_ids"],
     ),
     "video_llama_3": Case(
-        builder(
-            hf.VideoLlama3ForConditionalGeneration,
-            hf.VideoLlama3Config,
-            lambda: hf.VideoLlama3VisionConfig(
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                patch_size=PATCH,
-            ),
+        typed(
+            "VideoLlama3",
+            lambda: tower(hf.VideoLlama3VisionConfig),
             lambda: text(hf.Qwen2Config),
             video_token_id=61,
         ),
         MERGED,
-        grids(
-            3 * PATCH * PATCH,
-            image_merge_sizes=lambda n: torch.full((n,), 2),
-        ),
+        grids(3 * PATCH * PATCH, image_merge_sizes=lambda n: torch.full((n,), 2)),
     ),
     "ernie4_5_vl_moe": Case(  # a dense layer, then experts for text and others for images
         eager(
-            builder(
-                hf.Ernie4_5_VLMoeForConditionalGeneration,
-                hf.Ernie4_5_VLMoeConfig,
+            typed(
+                "Ernie4_5_VLMoe",
                 lambda: {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32},
                 lambda: text(
                     hf.Ernie4_5_VLMoeTextConfig,
@@ -134,7 +130,7 @@ CASES = {
                     moe_num_experts=4,
                     moe_k=2,
                     moe_num_shared_experts=1,
-                    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1),
+                    **FIRST_DENSE,
                 ).to_dict(),
                 video_token_id=61,
             )
@@ -149,18 +145,10 @@ CASES = {
     # A token more at the beginning, at the end and after each row. One part of the positions is
     # the number of the image in the batch: a row's loss depends on how many images precede it.
     "hunyuan_vl": Case(
-        builder(
-            hf.HunYuanVLForConditionalGeneration,
-            hf.HunYuanVLConfig,
-            lambda: hf.HunYuanVLVisionConfig(
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                patch_size=PATCH,
-                max_image_size=16,
-                out_hidden_size=24,
-                text_hidden_size=24,
+        typed(
+            "HunYuanVL",
+            lambda: tower(
+                hf.HunYuanVLVisionConfig, max_image_size=16, out_hidden_size=24, text_hidden_size=24
             ),
             lambda: text(
                 hf.HunYuanVLTextConfig, rope_parameters={**MROPE, "mrope_section": [1, 1, 1, 1]}
@@ -175,30 +163,17 @@ CASES = {
     ),
     "kimi_k25": Case(  # DeepSeek's latent attention and experts with shared ones
         eager(
-            builder(
-                hf.Kimi_K25ForConditionalGeneration,
-                hf.Kimi_K25Config,
-                lambda: hf.Kimi_K25VisionConfig(
-                    hidden_size=16,
-                    intermediate_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    patch_size=PATCH,
-                    pos_emb_height=4,
-                    pos_emb_width=4,
-                ),
+            typed(
+                "Kimi_K25",
+                lambda: tower(hf.Kimi_K25VisionConfig, pos_emb_height=4, pos_emb_width=4),
                 lambda: text(
                     hf.DeepseekV3Config,
                     num_key_value_heads=3,
                     head_dim=4,
-                    q_lora_rank=8,
-                    kv_lora_rank=8,
+                    **LATENT,
                     qk_rope_head_dim=4,
-                    qk_nope_head_dim=8,
-                    v_head_dim=8,
-                    moe_intermediate_size=16,
+                    **EXPERTS,
                     n_routed_experts=4,
-                    num_experts_per_tok=2,
                     n_group=1,
                     topk_group=1,
                     first_k_dense_replace=1,
@@ -211,17 +186,14 @@ CASES = {
         grids(3, PATCH, PATCH),
     ),
     "hyperclovax_vision_v2": Case(
-        builder(
-            hf.HyperCLOVAXVisionV2ForConditionalGeneration,
-            hf.HyperCLOVAXVisionV2Config,
+        typed(
+            "HyperCLOVAXVisionV2",
             lambda: {
                 **QWEN_VISION,
                 "model_type": "qwen2_5_vl_vision",
                 "hidden_size": 16,
                 "intermediate_size": 32,
-                "out_hidden_size": 24,
-                "window_size": 16,
-                "fullatt_block_indexes": [1],
+                **WINDOWED,
             },
             lambda: text(hf.HyperCLOVAXConfig, residual_multiplier=0.7),
             video_token_id=61,
@@ -230,9 +202,8 @@ CASES = {
         grids(3 * 2 * PATCH * PATCH),
     ),
     "lfm3_vl": Case(  # convolutions between attention of two reaches, in tower and decoder
-        builder(
-            hf.Lfm3VlForConditionalGeneration,
-            hf.Lfm3VlConfig,
+        typed(
+            "Lfm3Vl",
             lambda: hf.Lfm3VlVisionConfig(
                 hidden_size=16,
                 intermediate_size=32,
@@ -255,9 +226,8 @@ CASES = {
         grids(3 * 2 * PATCH * PATCH),
     ),
     "cohere_compass": Case(  # no positions in full attention; features into the first two layers
-        builder(
-            hf.CohereCompassForConditionalGeneration,
-            hf.CohereCompassConfig,
+        typed(
+            "CohereCompass",
             lambda: {
                 **QWEN_VISION,
                 "hidden_size": 16,
@@ -266,10 +236,8 @@ CASES = {
                 "num_position_embeddings": 16,
                 "deepstack_visual_indexes": [0, 1],
             },
-            lambda: text(
+            lambda: sliding(
                 hf.CohereCompassTextConfig,
-                sliding_window=8,
-                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
                 rope_parameters={"sliding_attention": dict(MROPE), "full_attention": None},
             ).to_dict(),
             video_token_id=61,
@@ -277,18 +245,9 @@ CASES = {
         **QWEN,
     ),
     "muse_glimmer": Case(  # the last layer has no positions and attends to all
-        builder(
-            hf.MuseGlimmerForConditionalGeneration,
-            hf.MuseGlimmerConfig,
-            lambda: hf.MuseGlimmerVisionConfig(
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                patch_size=PATCH,
-                pos_emb_height=4,
-                pos_emb_width=4,
-            ),
+        typed(
+            "MuseGlimmer",
+            lambda: tower(hf.MuseGlimmerVisionConfig, pos_emb_height=4, pos_emb_width=4),
             lambda: text(hf.MuseGlimmerTextConfig, sliding_window=8),
             out_hidden_size=64,
             projector_hidden_size=32,
@@ -299,23 +258,11 @@ CASES = {
     ),
     # The model finds images by a token before them, which the rows lack: positions as in text.
     "qwen2_5_omni_thinker": Case(
-        builder(
-            hf.Qwen2_5OmniThinkerForConditionalGeneration,
-            hf.Qwen2_5OmniThinkerConfig,
-            lambda: {
-                **QWEN_VISION,
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "out_hidden_size": 24,
-                "window_size": 16,
-                "fullatt_block_indexes": [1],
-            },
-            lambda: text(
-                hf.Qwen2_5OmniTextConfig,
-                rope_parameters=dict(MROPE),
-                use_sliding_window=True,
-                sliding_window=8,
-                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+        typed(
+            "Qwen2_5OmniThinker",
+            lambda: {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32, **WINDOWED},
+            lambda: sliding(
+                hf.Qwen2_5OmniTextConfig, rope_parameters=dict(MROPE), use_sliding_window=True
             ).to_dict(),
             audio_config={**AUDIO},
             **OMNI,
@@ -325,9 +272,8 @@ CASES = {
     ),
     "qwen3_omni_moe_thinker": Case(  # positions as in text, too; a dense layer among experts
         eager(
-            builder(
-                hf.Qwen3OmniMoeThinkerForConditionalGeneration,
-                hf.Qwen3OmniMoeThinkerConfig,
+            typed(
+                "Qwen3OmniMoeThinker",
                 lambda: {
                     **QWEN_VISION,
                     "hidden_size": 16,
@@ -339,9 +285,8 @@ CASES = {
                 lambda: text(
                     hf.Qwen3OmniMoeTextConfig,
                     rope_parameters=dict(MROPE),
-                    moe_intermediate_size=16,
+                    **EXPERTS,
                     num_experts=4,
-                    num_experts_per_tok=2,
                     mlp_only_layers=[1],
                 ).to_dict(),
                 audio_config={**AUDIO, "downsample_hidden_size": 8},
@@ -358,13 +303,7 @@ CASES = {
             builder(
                 hf.MiniMaxM3SparseForConditionalGeneration,
                 hf.MiniMaxM3VLConfig,
-                lambda: hf.MiniMaxM3VLVisionConfig(
-                    hidden_size=16,
-                    intermediate_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    patch_size=PATCH,
-                ),
+                lambda: tower(hf.MiniMaxM3VLVisionConfig),
                 lambda: text(
                     hf.MiniMaxM3VLTextConfig,
                     intermediate_size=16,
@@ -377,7 +316,7 @@ CASES = {
                         "rope_theta": 10000.0,
                         "partial_rotary_factor": 0.5,
                     },
-                    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1),
+                    **FIRST_DENSE,
                     layer_types=["full_attention", "minimax_m3_sparse"] * (LAYERS // 2),
                     index_n_heads=1,
                     index_head_dim=8,
@@ -395,15 +334,10 @@ CASES = {
     # in float32 whatever the weights are.
     "inkling2": Case(
         single(
-            builder(
-                hf.Inkling2ForConditionalGeneration,
-                hf.Inkling2Config,
-                lambda: hf.Inkling2VisionConfig(
-                    hidden_size=16,
-                    intermediate_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    patch_size=PATCH,
+            typed(
+                "Inkling2",
+                lambda: tower(
+                    hf.Inkling2VisionConfig,
                     posemb_grid_size=4,
                     projection_hidden_dim=32,
                     text_hidden_size=24,
@@ -411,9 +345,7 @@ CASES = {
                 lambda: text(
                     hf.Inkling2TextConfig,
                     intermediate_size=16,
-                    swa_num_attention_heads=3,
-                    swa_num_key_value_heads=1,
-                    swa_head_dim=8,
+                    **SWA,
                     sliding_window_size=8,
                     d_rel=4,
                     rel_extent=16,
@@ -432,25 +364,21 @@ CASES = {
     # but nothing in a batch says how many make a row: one row.
     "inkling_mm_model": Case(
         eager(
-            builder(
-                hf.InklingForConditionalGeneration,
-                hf.InklingConfig,
+            typed(
+                "Inkling",
                 lambda: hf.InklingVisionConfig(num_hidden_layers=3, patch_size=2),
                 lambda: text(
                     hf.InklingTextConfig,
-                    moe_intermediate_size=16,
-                    swa_num_attention_heads=3,
-                    swa_num_key_value_heads=1,
-                    swa_head_dim=8,
+                    **EXPERTS,
+                    **SWA,
                     sliding_window_size=8,
                     d_rel=4,
                     rel_extent=16,
                     n_routed_experts=4,
-                    num_experts_per_tok=2,
                     n_shared_experts=1,
                     logits_mup_width_multiplier=1.0,
                     layer_types=["hybrid_sliding", "hybrid"] * (LAYERS // 2),
-                    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1),
+                    **FIRST_DENSE,
                 ),
                 audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
                 audio_token_id=62,
@@ -461,15 +389,10 @@ CASES = {
     ),
     "dots3_note": Case(  # half of the layers attend to the 8 best keys, half to the last 8
         eager(
-            builder(
-                hf.Dots3NoteForConditionalGeneration,
-                hf.Dots3NoteConfig,
-                lambda: hf.Dots3NoteVisionConfig(
-                    hidden_size=16,
-                    intermediate_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    patch_size=PATCH,
+            typed(
+                "Dots3Note",
+                lambda: tower(
+                    hf.Dots3NoteVisionConfig,
                     mlp_layer_types=["dense", "sparse"],
                     moe_intermediate_size=16,
                     num_local_experts=4,
@@ -480,11 +403,8 @@ CASES = {
                     hf.Dots3NoteTextConfig,
                     num_key_value_heads=3,
                     head_dim=12,
-                    q_lora_rank=8,
-                    kv_lora_rank=8,
+                    **LATENT,
                     qk_rope_head_dim=4,
-                    qk_nope_head_dim=8,
-                    v_head_dim=8,
                     swa_num_attention_heads=3,
                     swa_num_key_value_heads=3,
                     swa_head_dim=12,
@@ -492,10 +412,9 @@ CASES = {
                     swa_kv_lora_rank=8,
                     swa_qk_nope_head_dim=8,
                     swa_v_head_dim=8,
-                    moe_intermediate_size=16,
+                    **EXPERTS,
                     shared_experts_intermediate_size=16,
                     n_routed_experts=4,
-                    num_experts_per_tok=2,
                     index_topk=8,
                     index_head_dim=8,
                     index_n_heads=8,
@@ -522,26 +441,16 @@ CASES = {
     ),
     "muse_spark": Case(  # the last layer has no positions and attends to all; experts
         eager(
-            builder(
-                hf.MuseSparkForConditionalGeneration,
-                hf.MuseSparkConfig,
-                lambda: hf.MuseSparkVisionConfig(
-                    hidden_size=16,
-                    intermediate_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    patch_size=PATCH,
-                    pos_emb_height=4,
-                    pos_emb_width=4,
-                ),
+            typed(
+                "MuseSpark",
+                lambda: tower(hf.MuseSparkVisionConfig, pos_emb_height=4, pos_emb_width=4),
                 lambda: text(
                     hf.MuseSparkTextConfig,
                     sliding_window=8,
-                    moe_intermediate_size=16,
+                    **EXPERTS,
                     moe_hidden_size=16,
                     num_local_experts=4,
-                    num_experts_per_tok=2,
-                    mlp_layer_types=["dense"] + ["sparse"] * (LAYERS - 1),
+                    **FIRST_DENSE,
                 ),
                 audio_config={
                     "patch_sizes": [2, 2],

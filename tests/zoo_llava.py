@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from tiny import (
-    LAYERS,
+    FEW,
     NEXT_GRIDS,
     NEXT_SIZES,
     NEXT_TILES,
@@ -13,18 +13,18 @@ from tiny import (
     PINPOINTS,
     SQUARE,
     Case,
-    builder,
     flat,
     llava,
     noise,
     sized,
+    sliding,
     text,
     tiled,
+    typed,
     vit,
 )
 
 EAGER = {"experts_implementation": "eager"}  # PyTorch's grouped product has no float64
-KINDS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
 
 def counted(tiles: dict[str, int], size: int) -> Callable:
@@ -40,7 +40,7 @@ def siglip(size: int):
 
 
 def cohere2():
-    return text(hf.Cohere2Config, sliding_window=8, layer_types=KINDS)
+    return sliding(hf.Cohere2Config)
 
 
 def sam(config: type, **more):
@@ -89,29 +89,14 @@ COHERE = {
 }
 
 CASES = {
-    "aya_vision": Case(
-        builder(
-            hf.AyaVisionForConditionalGeneration,
-            hf.AyaVisionConfig,
-            lambda: siglip(24),
-            cohere2,
-        ),
-        **COHERE,
-    ),
+    "aya_vision": Case(typed("AyaVision", lambda: siglip(24), cohere2), **COHERE),
     "cohere2_vision": Case(
-        builder(
-            hf.Cohere2VisionForConditionalGeneration,
-            hf.Cohere2VisionConfig,
-            lambda: siglip(24),
-            cohere2,
-            alignment_intermediate_size=48,
-        ),
+        typed("Cohere2Vision", lambda: siglip(24), cohere2, alignment_intermediate_size=48),
         **COHERE,
     ),
     "got_ocr2": Case(  # 16 x 16 patches, then two convolutions of stride 2
-        builder(
-            hf.GotOcr2ForConditionalGeneration,
-            hf.GotOcr2Config,
+        typed(
+            "GotOcr2",
             lambda: sam(type(hf.GotOcr2Config().vision_config)),
             lambda: text(hf.Qwen2Config),
             image_seq_length=16,
@@ -120,9 +105,8 @@ CASES = {
         flat(lambda n: noise(n, 3, 64, 64)),
     ),
     "fast_vlm": Case(  # its own tower is timm's FastViT; this one is convolutional as well
-        builder(
-            hf.FastVlmForConditionalGeneration,
-            hf.FastVlmConfig,
+        typed(
+            "FastVlm",
             lambda: hf.ConvNextConfig(
                 patch_size=PATCH,
                 num_stages=2,
@@ -138,19 +122,13 @@ CASES = {
         flat(lambda n: noise(n, 3, 24, 32)),
     ),
     "deepseek_vl": Case(
-        builder(
-            hf.DeepseekVLForConditionalGeneration,
-            hf.DeepseekVLConfig,
-            lambda: siglip(16),
-            lambda: text(hf.LlamaConfig),
-        ),
+        typed("DeepseekVL", lambda: siglip(16), lambda: text(hf.LlamaConfig)),
         SQUARE,
         flat(lambda n: noise(n, 3, 16, 16)),
     ),
     "janus": Case(  # its VQ model and generation head only make images, and get no gradient
-        builder(
-            hf.JanusForConditionalGeneration,
-            hf.JanusConfig,
+        typed(
+            "Janus",
             lambda: {
                 "image_size": 16,
                 "patch_size": PATCH,
@@ -177,29 +155,22 @@ CASES = {
         flat(lambda n: noise(n, 3, 16, 16)),
     ),
     "llava_next_video": Case(
-        llava(
-            "LlavaNextVideoForConditionalGeneration",
-            "LlavaNextVideoConfig",
-            image_grid_pinpoints=PINPOINTS,
-            video_token_id=61,
-        ),
+        llava("LlavaNextVideo", image_grid_pinpoints=PINPOINTS, video_token_id=61),
         NEXT_GRIDS,
         tiled(NEXT_SIZES, NEXT_TILES),
     ),
     "lighton_ocr": Case(
-        builder(
-            hf.LightOnOcrForConditionalGeneration,
-            hf.LightOnOcrConfig,
+        typed(
+            "LightOnOcr",
             lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
             lambda: text(hf.Qwen3Config),
         ),
-        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        FEW,
         sized({"big": (24, 32), "small": (16, 16)}),
     ),
     "perception_lm": Case(  # its own tower is timm's; a thumbnail and two tiles of every image
-        builder(
-            hf.PerceptionLMForConditionalGeneration,
-            hf.PerceptionLMConfig,
+        typed(
+            "PerceptionLM",
             lambda: vit(hf.CLIPVisionConfig, model_args={"embed_dim": 16}),
             lambda: text(hf.LlamaConfig),
             projector_pooling_ratio=2,
@@ -209,9 +180,8 @@ CASES = {
         flat(lambda n: noise(n, 3, 3, 16, 16)),
     ),
     "aria": Case(  # 6 queries of a resampler for an image of 16 patches
-        builder(
-            hf.AriaForConditionalGeneration,
-            hf.AriaConfig,
+        typed(
+            "Aria",
             lambda: vit(hf.Idefics3VisionConfig),
             lambda: text(
                 hf.AriaTextConfig, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1
@@ -223,21 +193,15 @@ CASES = {
         masked({"big": 16, "small": 8}),
     ),
     "video_llava": Case(  # the tower of videos is another than that of images
-        llava(
-            "VideoLlavaForConditionalGeneration",
-            "VideoLlavaConfig",
-            image_seq_length=16,
-            video_token_id=61,
-        ),
+        llava("VideoLlava", image_seq_length=16, video_token_id=61),
         SQUARE,
         flat(lambda n: noise(n, 3, 16, 16)),
     ),
     # No visual token in the input, but added before layers 0, 1 and 2. A head of its Q-former
     # is 64 wide. 16 x 16 pixels are 4 x 4 patches, one query for 2 x 2 of them.
     "granite4_vision": Case(
-        builder(
-            hf.Granite4VisionForConditionalGeneration,
-            hf.Granite4VisionConfig,
+        typed(
+            "Granite4Vision",
             lambda: hf.CLIPVisionConfig(
                 image_size=16,
                 patch_size=PATCH,
@@ -271,9 +235,8 @@ CASES = {
         tiled({"big": (32, 32), "small": (32, 16)}, NEXT_TILES),
     ),
     "qianfan_ocr": Case(
-        builder(
-            hf.QianfanOCRForConditionalGeneration,
-            hf.QianfanOCRConfig,
+        typed(
+            "QianfanOCR",
             lambda: vit(
                 hf.QianfanOCRVisionConfig, [32, 32], [PATCH, PATCH], drop_path_rate=0.0
             ).to_dict(),
@@ -286,9 +249,8 @@ CASES = {
     # Experts but in its first layer, two layers without positions. A query sees the 8 tokens
     # that score highest; with few heads scores tie at 0, and padding decides which come first.
     "mistral_large4": Case(
-        builder(
-            hf.MistralLarge4ForConditionalGeneration,
-            hf.MistralLarge4Config,
+        typed(
+            "MistralLarge4",
             lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
             lambda: text(
                 hf.MistralLarge4TextConfig,
@@ -307,13 +269,12 @@ CASES = {
             ),
             **EAGER,
         ),
-        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        FEW,
         sized({"big": (24, 32), "small": (16, 16)}),
     ),
     "deepseek_vl_hybrid": Case(  # SAM's 16 x 16 patches become 4 x 4 and join SigLIP's
-        builder(
-            hf.DeepseekVLHybridForConditionalGeneration,
-            hf.DeepseekVLHybridConfig,
+        typed(
+            "DeepseekVLHybrid",
             lambda: siglip(16),
             lambda: text(hf.LlamaConfig),
             high_res_vision_config=sam(hf.SamVisionConfig).to_dict(),

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from tiny import (
+    EXPERTS,
+    FEW,
     IMAGE,
     LAYERS,
     PAD,
@@ -17,6 +19,7 @@ from tiny import (
     noise,
     sized,
     text,
+    typed,
     vit,
 )
 
@@ -62,9 +65,8 @@ def qformer(name: str, language: Callable, **more) -> Callable:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return builder(
-        getattr(hf, f"{name}ForConditionalGeneration"),
-        getattr(hf, f"{name}Config"),
+    return typed(
+        name,
         lambda: vit(getattr(hf, f"{name}VisionConfig"), initializer_range=0.02).to_dict(),
         lambda: language().to_dict(),
         qformer_config=query.to_dict(),
@@ -95,9 +97,8 @@ def always(inputs: Callable) -> Callable:
 
 
 def kosmos(name: str, vision: Callable) -> Callable:
-    return builder(
-        getattr(hf, f"{name}ForConditionalGeneration"),
-        getattr(hf, f"{name}Config"),
+    return typed(
+        name,
         lambda: vision(getattr(hf, f"{name}VisionConfig")).to_dict(),
         lambda: text(
             getattr(hf, f"{name}TextConfig"), ffn_dim=48, dropout=0.0, attention_dropout=0.0
@@ -142,14 +143,7 @@ CROPS = {"big": (1, 2), "small": (0, 0)}  # rows and columns of the local views
 
 
 def moe(config: type, **more) -> hf.PreTrainedConfig:
-    return text(
-        config,
-        mlp_layer_types=SPARSE,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        **more,
-    )
+    return text(config, mlp_layer_types=SPARSE, n_routed_experts=4, **EXPERTS, **more)
 
 
 def sam(config: type, size: int) -> hf.PreTrainedConfig:
@@ -344,9 +338,8 @@ CASES = {
         views(32, 32, torch.tensor),
     ),
     "unlimited_ocr": Case(
-        builder(
-            hf.UnlimitedOcrForConditionalGeneration,
-            hf.UnlimitedOcrConfig,
+        typed(
+            "UnlimitedOcr",
             lambda: {
                 "sam_config": sam(hf.UnlimitedOcrSamVisionConfig, 48).to_dict(),
                 "encoder_config": vit(hf.UnlimitedOcrVisionEncoderConfig, 12).to_dict(),
@@ -366,15 +359,14 @@ CASES = {
         unlimited,
     ),
     "step3p7": Case(
-        builder(
-            hf.Step3p7ForConditionalGeneration,
-            hf.Step3p7Config,
+        typed(
+            "Step3p7",
             lambda: vit(hf.Step3p7VisionConfig, 48, mlp_ratio=2.0).to_dict(),
             lambda: moe(
                 hf.Step3p7TextConfig,
-                share_expert_dim=16,
                 sliding_window=8,
                 layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
+                share_expert_dim=16,
                 num_sliding_attention_heads=2,
             ).to_dict(),
         ),
@@ -382,9 +374,8 @@ CASES = {
         views(48, 32, torch.tensor),
     ),
     "molmo2": Case(  # image_token_id is image_patch_id
-        builder(
-            hf.Molmo2ForConditionalGeneration,
-            hf.Molmo2Config,
+        typed(
+            "Molmo2",
             lambda: vit(
                 hf.Molmo2VisionConfig,
                 [16, 16],
@@ -416,11 +407,7 @@ CASES = {
         molmo,
         lambda ids, attended, visual: {"mm_token_type_ids": visual.long()},
     ),
-    "nemotron_h_omni": Case(
-        nemotron_build,
-        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
-        nemotron,
-    ),
+    "nemotron_h_omni": Case(nemotron_build, FEW, nemotron),
     # A video of two frames as image: there is no other input. image_token_id is video_token_id.
     "instructblipvideo": Case(
         qformer("InstructBlipVideo", lambda: text(hf.LlamaConfig), video_token_index=IMAGE),

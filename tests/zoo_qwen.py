@@ -4,7 +4,20 @@ from collections.abc import Callable
 
 import torch
 import transformers as hf
-from tiny import MROPE, PATCH, QWEN, QWEN_GRIDS, QWEN_VISION, Case, builder, noise, text
+from tiny import (
+    EXPERTS,
+    LATENT,
+    LINEAR,
+    MROPE,
+    PATCH,
+    QWEN,
+    QWEN_GRIDS,
+    QWEN_VISION,
+    Case,
+    noise,
+    text,
+    typed,
+)
 
 VISION = {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 24}
 QWEN3_VISION = {**VISION, "num_position_embeddings": 16}
@@ -12,13 +25,6 @@ DEEPSTACK_VISION = {**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]}
 GLM_VISION = {**VISION, "image_size": 16}  # 4 x 4 position embeddings, interpolated
 # rotary embedding on half of a head; the published models have it on a quarter or a half
 HALF = {"head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 0.5}}
-LINEAR = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 1,
-    "linear_num_value_heads": 2,
-}
-EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 
 
 def alternating(first: str, second: str) -> list[str]:
@@ -26,9 +32,8 @@ def alternating(first: str, second: str) -> list[str]:
 
 
 def build(name: str, vision: Callable, text_config: str, more: dict, **outer) -> Callable:
-    return builder(
-        getattr(hf, f"{name}ForConditionalGeneration"),
-        getattr(hf, f"{name}Config"),
+    return typed(
+        name,
         vision,
         lambda: text(
             getattr(hf, text_config), **{"rope_parameters": dict(MROPE), **more}
@@ -171,10 +176,7 @@ CASES = {
                 "n_routed_experts": 4,
                 "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
                 "layer_types": alternating("linear_attention", "indexed_attention"),
-                "q_lora_rank": 8,
-                "kv_lora_rank": 8,
-                "v_head_dim": 8,
-                "qk_nope_head_dim": 8,
+                **LATENT,
                 "linear_head_dim": 8,
                 "linear_num_heads": 2,
                 "hc_mult": 2,

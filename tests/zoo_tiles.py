@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from tiny import (
+    FEW,
     LAYERS,
+    LINEAR,
     MROPE,
     PAD,
     PATCH,
@@ -17,7 +19,9 @@ from tiny import (
     builder,
     flat,
     noise,
+    sliding,
     text,
+    typed,
     vit,
 )
 
@@ -64,9 +68,8 @@ def fuyu_inputs(names: list[list[str]]) -> dict:
 
 
 def llama4(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
-    build = builder(
-        hf.Llama4ForConditionalGeneration,
-        hf.Llama4Config,
+    build = typed(
+        "Llama4",
         lambda: hf.Llama4VisionConfig(
             image_size=32,
             patch_size=PATCH,
@@ -132,10 +135,8 @@ def gemma3n(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
         hf.Gemma3nForConditionalGeneration,
         config,
         lambda: tower,
-        lambda: text(
+        lambda: sliding(
             hf.Gemma3nTextConfig,
-            sliding_window=8,
-            layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
             vocab_size_per_layer_input=56,
             hidden_size_per_layer_input=8,
             altup_num_inputs=2,
@@ -217,18 +218,14 @@ def minicpm(
             "target_sizes": torch.tensor(every),
         }
 
-    build = builder(
-        getattr(hf, f"{name}ForConditionalGeneration"),
-        getattr(hf, f"{name}Config"),
+    build = typed(
+        name,
         lambda: vit(getattr(hf, f"{name}VisionConfig"), 32),
         lambda: text(
             hf.Qwen3_5TextConfig,
             head_dim=16,
             rope_parameters={**MROPE, "partial_rotary_factor": 0.5},
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            linear_num_key_heads=1,
-            linear_num_value_heads=2,
+            **LINEAR,
             layer_types=["linear_attention", "full_attention"] * (LAYERS // 2),
         ),
         insert_layer_id=0,
@@ -245,9 +242,8 @@ def types(ids: torch.Tensor, attended: torch.Tensor, visual: torch.Tensor) -> di
 
 CASES = {
     "idefics2": Case(  # a resampler: 6 queries an image, whatever its size
-        builder(
-            hf.Idefics2ForConditionalGeneration,
-            hf.Idefics2Config,
+        typed(
+            "Idefics2",
             lambda: vit(hf.Idefics2VisionConfig).to_dict(),
             lambda: text(hf.MistralConfig),
             perceiver_config={
@@ -263,9 +259,8 @@ CASES = {
         padded({"big": (12, 16), "small": (8, 8)}),
     ),
     "lfm2_vl": Case(  # 2 x 2 patches are a token
-        builder(
-            hf.Lfm2VlForConditionalGeneration,
-            hf.Lfm2VlConfig,
+        typed(
+            "Lfm2Vl",
             lambda: hf.Siglip2VisionConfig(
                 patch_size=PATCH,
                 num_patches=16,
@@ -283,13 +278,12 @@ CASES = {
             projector_hidden_size=32,
             downsample_factor=2,
         ),
-        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        FEW,
         naflex({"big": (6, 8), "small": (4, 4)}),
     ),
     "ovis2": Case(  # 2 x 2 patches are a token, a mixture of 27 visual words
-        builder(
-            hf.Ovis2ForConditionalGeneration,
-            hf.Ovis2Config,
+        typed(
+            "Ovis2",
             lambda: vit(
                 hf.Ovis2VisionConfig,
                 32,
@@ -317,22 +311,15 @@ CASES = {
         fuyu_inputs,
     ),
     "llama4": Case(  # in turn, a dense layer on chunks of 8 tokens and one of experts on all tokens
-        llama4,
-        SQUARE,
-        flat(lambda n: noise(n, 3, 32, 32)),
+        llama4, SQUARE, flat(lambda n: noise(n, 3, 32, 32))
     ),
     # the last two layers take the keys and values of the first two, which must therefore run
-    "gemma3n": Case(
-        gemma3n,
-        SQUARE,
-        flat(lambda n: noise(n, 3, 32, 32)),
-    ),
+    "gemma3n": Case(gemma3n, SQUARE, flat(lambda n: noise(n, 3, 32, 32))),
     # every kind of Gemma 4 in one: per-layer inputs, keys and values shared as above, experts,
     # and the tokens of an image see each other in the sliding layers
     "gemma4": Case(
-        builder(
-            hf.Gemma4ForConditionalGeneration,
-            hf.Gemma4Config,
+        typed(
+            "Gemma4",
             lambda: hf.Gemma4VisionConfig(
                 hidden_size=16,
                 intermediate_size=32,
@@ -344,13 +331,11 @@ CASES = {
                 pooling_kernel_size=2,
                 position_embedding_size=16,
             ),
-            lambda: text(
+            lambda: sliding(
                 hf.Gemma4TextConfig,
                 global_head_dim=16,
                 num_global_key_value_heads=1,
                 attention_k_eq_v=True,
-                sliding_window=8,
-                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
                 use_bidirectional_attention="vision",
                 vocab_size_per_layer_input=VOCAB,
                 hidden_size_per_layer_input=8,
@@ -363,14 +348,13 @@ CASES = {
             **GEMMA4_TOKENS,
             **EAGER,
         ),
-        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        FEW,
         placed({"big": (6, 8), "small": (4, 4)}),
         types,
     ),
     "granite_docling": Case(  # an image is one or two square tiles, 2 x 2 patches a token
-        builder(
-            hf.GraniteDoclingForConditionalGeneration,
-            hf.GraniteDoclingConfig,
+        typed(
+            "GraniteDocling",
             lambda: vit(
                 hf.GraniteDoclingVisionConfig,
                 24,
@@ -395,9 +379,8 @@ CASES = {
     "minicpmv4_6": minicpm("MiniCPMV4_6", {"big": (12, 16), "small": (8, 8)}),
     "minicpm_ocr": minicpm("MiniCPMOcr", {"big": (6, 8), "small": (4, 4)}),
     "gemma4_unified": Case(  # no tower: a few layers on the pixels of a patch
-        builder(
-            hf.Gemma4UnifiedForConditionalGeneration,
-            hf.Gemma4UnifiedConfig,
+        typed(
+            "Gemma4Unified",
             lambda: hf.Gemma4UnifiedVisionConfig(
                 patch_size=PATCH // 2,
                 pooling_kernel_size=2,
@@ -405,15 +388,10 @@ CASES = {
                 mm_posemb_size=16,
                 output_proj_dims=16,
             ),
-            lambda: text(
-                hf.Gemma4UnifiedTextConfig,
-                global_head_dim=16,
-                sliding_window=8,
-                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
-            ),
+            lambda: sliding(hf.Gemma4UnifiedTextConfig, global_head_dim=16),
             **GEMMA4_TOKENS,
         ),
-        {"big": [(3, 4, False)], "small": [(2, 2, False)]},
+        FEW,
         placed({"big": (3, 4), "small": (2, 2)}),
         types,
     ),

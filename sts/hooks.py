@@ -1,0 +1,378 @@
+"""The hooks of a scheme: what happens to a forward pass on its way through the model and back.
+
+    the model           labels: its head is to get the hidden states before answer tokens only
+      the base model    gets the inputs as the caller gave them
+        language model  gets fewer visual tokens; skips layers
+      the base model    gives as many hidden states as there were tokens, or those before answers
+    the model           gives the loss, and no logits where they would be those of the answers only
+
+A forward pass may begin at any of the three modules. Shapes: B batch, T tokens of a row, D model
+width, A answer tokens of the batch.
+"""
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sts.architectures import Architecture
+from sts.checks import expect
+from sts.compression import Compression
+from sts.draws import keyed_torch_generator
+from sts.lds.skipper import Skipper
+from sts.lds.units import with_replacements
+from sts.loss import answer_keywords, before_targets, needs_only_answers
+from sts.realised import Realised
+from sts.sequence import Batch, not_padding, take
+from sts.settings import VTC
+from sts.vtc import kind_of
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "visual_token_compressor"  # the submodule of a VTC kind that has weights of its own
+MEDIA = ("image", "video")
+# Model -> what `needs_only_answers` said of its forwards: it costs a few tokens' logits
+_NEEDS_ONLY_ANSWERS: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDictionary()
+
+
+@dataclass
+class Call:
+    """A forward pass under way.
+
+    Attributes:
+        entered: The module at which it began.
+        inputs: Its keywords, of all modules outside the language model.
+        answers_only: The model's head gets the hidden states before answer tokens only.
+        places: Where those stand: (rows [A], places [A]).
+        originals: The keywords that the model's own forward got changed, as the caller gave them.
+        compression: VTC of this micro-batch; None: all visual tokens are kept.
+        batch: Set while the language model runs.
+        replacements: Layer -> what is called instead of it.
+        tokens: [rows, tokens of each] that the language model gets.
+        visual: Visual tokens (before, after) compression.
+        stack: What is undone when the language model returns.
+    """
+
+    entered: nn.Module
+    inputs: dict[str, Any] = field(default_factory=dict)
+    answers_only: bool = False
+    places: tuple[Tensor, ...] = ()
+    originals: dict[str, Any] = field(default_factory=dict)
+    compression: Compression | None = None
+    batch: Batch | None = None
+    replacements: dict = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    visual: tuple[Tensor, ...] = ()
+    stack: ExitStack = field(default_factory=ExitStack)
+
+
+class Hooks:
+    """What hangs on a model, and does what a scheme decided for the step.
+
+    Attributes:
+        realised: What the forwards since `begin_step` did.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        vtc: VTC,
+        skipper: Skipper,
+        seed: int,
+    ) -> None:
+        self.model, self.architecture = model, architecture
+        self.language_model = model.get_submodule(architecture.language_model)
+        self.vtc, self.skipper, self.seed = vtc, skipper, seed
+        self._handles: list = []
+        self._call: Call | None = None
+        self._step: int | None = None
+        self._keep = 1.0
+        self.realised = Realised(len(skipper.layers))
+
+    def begin_step(self, step: int, keep: float) -> None:
+        """From now on forwards belong to optimizer step `step`, with this keep ratio."""
+        self._step, self._keep = step, keep
+        self.realised = Realised(len(self.skipper.layers))
+
+    def attach(self) -> None:
+        """Hang the hooks on the model."""
+        base = self.architecture.base
+        hooks = [(self.model, self._enter_model, self._leave_model)]
+        if base:
+            hooks += [(self.model.get_submodule(base), self._enter_base, self._leave_base)]
+        hooks += [(self.language_model, self._enter_language_model, self._leave_language_model)]
+        for module, enter, leave in hooks:
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+            ]
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.skipper.remove_hooks()
+
+    # ---- entering and leaving whichever module --------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+        """The inputs of `module` by name, with a call under way; None: the scheme does not act."""
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError("nn.DataParallel copies the model to threads: use DDP (torchrun)")
+        if self._call and self._call.entered is module:  # left by what no hook sees, as Ctrl-C
+            self._end()
+        if self._call is None:
+            if not self._is_training():
+                return None
+            self._call = self._begin(module)
+        if args:
+            names = list(signature(type(module).forward).parameters)[1:]  # without self
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if module is not self.model:
+            kwargs = self._as_given(kwargs)
+        if module is not self.language_model:
+            self._call.inputs |= kwargs
+        return kwargs
+
+    def _is_training(self) -> bool:
+        """Whether a forward that begins now is one that trains."""
+        if not (self.model.training and torch.is_grad_enabled()):
+            return False
+        if self._step is None:
+            raise RuntimeError("call scheme.begin_step(step) before the forwards of each step")
+        return True
+
+    def _begin(self, module: nn.Module) -> Call:
+        """A call that begins at `module`, with the VTC of this micro-batch if it has one."""
+        call = Call(module)
+        if self._keep < 1:
+            kind = getattr(self.model, WEIGHTS, None) or kind_of(self.vtc.kind)
+            key = (self.seed, self._step, self.realised.micro_batches, "tokens")
+            generator = keyed_torch_generator(*key)
+            call.compression = Compression(
+                self.model, self.architecture, self.vtc, kind, self._keep, generator
+            )
+            call.stack.enter_context(call.compression.watching())
+        return call
+
+    def _as_given(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of an inner module as the model's forward would have given them, had it got
+        what the caller gave."""
+        originals, self._call.originals = self._call.originals, {}
+        if self._call.answers_only:
+            kwargs = {name: value for name, value in kwargs.items() if name != "shift_labels"}
+        return kwargs | {name: value for name, value in originals.items() if name in kwargs}
+
+    def _leave(self, module: nn.Module) -> None:
+        """End the call if it began at this module."""
+        if self._call and self._call.entered is module:
+            self._end()
+
+    def _end(self) -> None:
+        call, self._call = self._call, None
+        call.stack.close()
+
+    # ---- the outer model ------------------------------------------------------------------------
+
+    def _enter_model(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """Give the model's forward the labels of the answers only, if its loss is the same then."""
+        inputs = self._enter(model, args, kwargs)
+        labels = None if inputs is None else inputs.get("labels")
+        if labels is None or inputs.get("shift_labels") is not None:
+            return None
+        _check_labels(labels, inputs)
+        if not self._needs_only_answers(inputs):
+            return None
+        call = self._call
+        call.answers_only = True
+        call.originals = {name: inputs.get(name) for name in ("labels", "attention_mask")}
+        call.places = before_targets(labels)
+        changed = inputs | answer_keywords(labels, *call.places)
+        changed.pop("logits_to_keep", None)
+        if self._balances_experts(inputs):
+            # its loss looks at the mask, which is as long as the whole sequence
+            changed["attention_mask"] = None
+        return (), changed
+
+    def _needs_only_answers(self, inputs: dict[str, Any]) -> bool:
+        """Whether the loss is the same if the head gets the answers only; found out once."""
+        forward = getattr(self.model.forward, "__func__", self.model.forward)
+        key = (forward, self.model.loss_function, frozenset(inputs))
+        by_forward = _NEEDS_ONLY_ANSWERS.setdefault(self.model, {})
+        if key not in by_forward:
+            path = self.architecture.base or self.architecture.language_model
+            by_forward[key] = needs_only_answers(self.model, path, inputs)
+            if not by_forward[key]:
+                log.info("sts: logits are computed for every token, as this forward asks for them")
+        return by_forward[key]
+
+    def _balances_experts(self, inputs: dict[str, Any]) -> bool:
+        """Whether the model's loss balances experts by the logits of their routers."""
+        is_on = inputs.get("output_router_logits")
+        if is_on is None:
+            text_config = self.model.config.get_text_config()
+            is_on = getattr(text_config, "output_router_logits", False)
+        return bool(is_on)
+
+    def _leave_model(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Drop logits that are those of the answers only."""
+        answers_only = self._call is not None and self._call.answers_only
+        self._leave(model)
+        if not answers_only or output is None:
+            return None
+        if isinstance(output, tuple):  # loss, logits, ...
+            return (output[0], *output[2:])
+        return type(output)(**{name: x for name, x in output.items() if name != "logits"})
+
+    # ---- the base model, which may be called by itself, as TRL does ------------------------------
+
+    def _enter_base(self, base: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        inputs = self._enter(base, args, kwargs)
+        return None if inputs is None else ((), inputs)
+
+    def _leave_base(self, base: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self._leave(base)
+
+    # ---- the language model ----------------------------------------------------------------------
+
+    def _enter_language_model(
+        self, language_model: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple | None:
+        """Compress the visual tokens, which the embeddings now hold, and skip layers."""
+        kwargs = self._enter(language_model, args, kwargs)
+        if kwargs is None:
+            return None
+        call = self._call
+        if kwargs.get("inputs_embeds") is None:
+            embed = self.model.get_input_embeddings()
+            kwargs = kwargs | {"inputs_embeds": embed(kwargs["input_ids"]), "input_ids": None}
+        if kwargs.get("past_key_values") is None and call.inputs.get("position_ids") is None:
+            # A cache is of no use here. Where positions are given it stays: without one,
+            # transformers reads restarts among them as packed sequences.
+            kwargs = kwargs | {"use_cache": False}
+        media = self._placeholders(call.inputs, kwargs["inputs_embeds"])
+        image, *video = media.values()
+        visual = image | video[0] if video else image
+        call.batch = Batch(call.inputs, media, visual, not_padding(call.inputs, visual))
+        before = after = visual.sum()
+        if call.compression and (count := int(before)):
+            kwargs, after = call.compression(call.batch, kwargs, count)
+        call.tokens = list(kwargs["inputs_embeds"].shape[:2])
+        call.visual = (before, after)
+        self._skip_layers(call)
+        return (), kwargs
+
+    def _placeholders(self, inputs: dict[str, Any], embeddings: Tensor) -> dict[str, Tensor]:
+        """Medium -> where its placeholders stand, [B, T]; at least one medium."""
+        ids, by_token = inputs.get("input_ids"), {}
+        for medium in MEDIA:
+            token = getattr(self.model.config, f"{medium}_token_id", None)
+            if not isinstance(token, int) or token in by_token:
+                continue
+            if ids is not None:
+                by_token[token] = medium, ids == token
+            elif inputs.get("inputs_embeds") is not None:  # as transformers does
+                table = self.model.get_input_embeddings()
+                vector = table(torch.tensor([token], device=embeddings.device))
+                by_token[token] = medium, (inputs["inputs_embeds"] == vector).all(-1)
+        if by_token:
+            return dict(by_token.values())
+        nowhere = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        return {"image": nowhere}
+
+    def _skip_layers(self, call: Call) -> None:
+        """Put replacements of decoder layers, and hooks that measure them, into the model."""
+        if not self.realised.micro_batches:
+            self.skipper.drop_zero_gradients()
+        call.replacements = self.skipper.replacements(self.realised.micro_batches)
+        is_partial = call.replacements and not self.skipper.unit.drawn_by_step
+        is_refused = is_partial and self._balances_experts(call.inputs)
+        unit = self.skipper.lds.unit
+        accepted = f"unset for LDS unit {unit!r}: experts see other tokens in each layer"
+        expect(not is_refused, "output_router_logits", True, accepted)
+        for hook in self.skipper.measuring_hooks(call.batch, call.replacements):
+            call.stack.enter_context(hook)
+        if call.replacements:
+            name = self.architecture.layers
+            call.stack.enter_context(
+                with_replacements(self.language_model, name, call.replacements)
+            )
+
+    def _leave_language_model(
+        self, language_model: nn.Module, args: tuple, kwargs: dict, output: Any
+    ) -> Any:
+        """Back to as many hidden states as there were tokens, or those before the answers."""
+        call = self._call
+        if call is None or output is None or call.batch is None:
+            return self._leave(language_model)
+        call.stack.close()
+        hidden = output[0]
+        if list(hidden.shape[:2]) != call.tokens:
+            raise RuntimeError(
+                f"{type(language_model).__name__} returned hidden states {list(hidden.shape)} for "
+                f"{call.tokens} tokens: do its decoder layers return something else than one "
+                "tensor? LDS can't stand in for them"
+            )
+        work = self.skipper.work(call.replacements)
+        batch, call.batch = call.batch, None
+        if call.answers_only:
+            row, place = (x.to(hidden.device) for x in call.places)
+            place = place if batch.shows is None else batch.shows[row, place]
+            hidden = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + place)[None]
+        elif batch.shows is not None:
+            hidden = take(hidden, batch.shows)
+        self.realised.micro_batch(call.tokens, call.visual, hidden.shape[:2].numel(), work)
+        output = _with(output, hidden, batch, self._router_logits(output, batch, call.answers_only))
+        self._leave(language_model)
+        return output
+
+    def _router_logits(self, output: Any, batch: Batch, answers_only: bool) -> tuple | None:
+        """The router logits of real tokens, [tokens, experts] a layer; None: nothing to change.
+
+        Raises:
+            ValueError: The loss would read them wrongly.
+        """
+        logits = None if isinstance(output, tuple) else getattr(output, "router_logits", None)
+        if not logits or not self._balances_experts(batch.inputs):
+            return None
+        accepted = "unset: experts can't be balanced over shortened sequences in this forward"
+        is_readable = answers_only or batch.shows is None
+        expect(is_readable, "output_router_logits", True, accepted)
+        if not answers_only:
+            return None
+        real = batch.mask.flatten()
+        return tuple(None if x is None else x.flatten(0, -2)[real] for x in logits)
+
+
+def _check_labels(labels: object, inputs: dict[str, Any]) -> None:
+    """Raise ValueError for labels that are not [B, T] whole numbers beside the inputs."""
+    kind = type(labels).__name__
+    expect(isinstance(labels, Tensor), "labels", kind, "a tensor [batch, tokens]")
+    expect(labels.ndim == 2, "labels.shape", list(labels.shape), "[batch, tokens]")
+    expect(labels.dtype == torch.long, "labels.dtype", str(labels.dtype), "torch.int64")
+    tokens = inputs.get("input_ids")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is not None:
+        expected = list(tokens.shape[:2])
+        expect(list(labels.shape) == expected, "labels.shape", list(labels.shape), expected)
+
+
+def _with(output: Any, hidden: Tensor, batch: Batch, router_logits: tuple | None) -> Any:
+    """The language model's output with other last hidden states [B, T, D]; those in between, if
+    they were asked for, for as many tokens as there were."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output.last_hidden_state = hidden
+    between = getattr(output, "hidden_states", None)
+    if between and batch.shows is not None:
+        output.hidden_states = tuple(x if x is None else take(x, batch.shows) for x in between)
+    if router_logits is not None:
+        output.router_logits = router_logits
+    return output

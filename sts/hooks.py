@@ -159,7 +159,7 @@ class Hooks:
             call.compression = Compression(
                 self.model, self.architecture, self.vtc, kind, self._keep, generator
             )
-            call.stack.enter_context(call.compression.watching())
+            call.stack.enter_context(call.compression.recording())
         return call
 
     def _as_given(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sts.architectures import head_of
 from sts.draws import keyed_torch_generator
-from sts.modules import in_the_place_of
+from sts.modules import replaced
 from sts.settings import IGNORE_INDEX
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def needs_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any]
 
     def loss_of(hidden: Tensor, **targets: Tensor) -> tuple[float, bool]:
         """The loss, and whether the output holds something unexpected."""
-        with in_the_place_of(model, path, FixedOutput(hidden)):
+        with replaced(model, path, FixedOutput(hidden)):
             output = model.forward(**inputs | targets | {"return_dict": True})
         names = {name for name, value in output.items() if isinstance(value, Tensor)}
         return float(output["loss"]), bool(names - set(EXPECTED_OUTPUTS))

@@ -1,4 +1,4 @@
-"""What is done to the modules of a model for a while, whatever they are."""
+"""Temporary changes to the modules of any model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,19 +7,19 @@ from torch import nn
 
 
 @contextmanager
-def in_the_place_of(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
-    """The model with `module` where its submodule `path` is."""
+def replaced(model: nn.Module, path: str, replacement: nn.Module) -> Iterator[None]:
+    """The model with `replacement` at the submodule `path`."""
     parent, _, name = path.rpartition(".")
-    modules = model.get_submodule(parent)._modules
-    real = modules[name]
-    modules[name] = module
+    siblings = model.get_submodule(parent)._modules
+    original = siblings[name]
+    siblings[name] = replacement
     try:
         yield
     finally:
-        modules[name] = real
+        siblings[name] = original
 
 
-def see_hooks() -> None:
+def show_hooks_to_compile() -> None:
     """Make torch.compile see hooks that come after it: by default it leaves them out in silence."""
     import torch._dynamo.config as dynamo  # here, as it takes a second
 

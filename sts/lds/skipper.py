@@ -13,7 +13,7 @@ from sts.lds.decision import Decision, LayerDecision, decide
 from sts.lds.distributed import prepare_skipped_layers
 from sts.lds.measure import Measured
 from sts.lds.units import Replacement
-from sts.modules import see_hooks
+from sts.modules import show_hooks_to_compile
 from sts.sequence import Batch
 from sts.settings import LDS
 
@@ -76,7 +76,7 @@ class Skipper:
         self._step = step
         self.remove_hooks()
         if self.unit.hooks:
-            see_hooks()
+            show_hooks_to_compile()
             hook_layer = resolve(self.unit.hooks)
             self._hooked = {i: self.decision_of(i) for i in sorted(self.skipped)}
             for i, decision in self._hooked.items():

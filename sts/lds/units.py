@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from sts.lds.decision import LayerDecision
-from sts.modules import in_the_place_of
+from sts.modules import replaced
 from sts.sequence import row_argument, take, token_argument, write_places, write_rows
 
 
@@ -213,4 +213,4 @@ def with_replacements(
 ) -> AbstractContextManager[None]:
     """The language model, whose loop calls replacements for some layers of `attribute`."""
     layers = _Layers(getattr(language_model, attribute), replacements)
-    return in_the_place_of(language_model, attribute, layers)
+    return replaced(language_model, attribute, layers)

@@ -39,24 +39,13 @@ def smollm2(args: argparse.Namespace) -> None:
     fetch(args.out)
 
 
-def features(args: argparse.Namespace) -> None:
-    """Compute once what a frozen vision tower gives the projector for a data set's pictures."""
-    from sts.pipeline.train import features
-
-    config = _with_stage(args)
-    try:
-        features.write_features(config, args.stage, *args.data, init=args.init, out=args.out)
-    except features.NotCached as error:
-        raise settings.ConfigError(args.config, "model.features", "cached", str(error)) from error
-
-
 def train(args: argparse.Namespace) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
     from sts.pipeline.train import train
 
     config = _with_stage(args)
     run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
-    files = {"data": args.data, "init": args.init, "features": args.features}
+    files = {"data": args.data, "init": args.init}
     train.train(config, **run, **files, out=args.out)
 
 
@@ -112,7 +101,7 @@ def bench(args: argparse.Namespace) -> None:
         accepted = f"one, or one for each of the {len(configs)} configurations"
         raise settings.ConfigError("command line", "--init", len(inits), accepted)
     inits = dict(zip(configs, inits, strict=True))
-    bench.bench(configs, data=args.data, inits=inits, out=args.out, features=args.features)
+    bench.bench(configs, data=args.data, inits=inits, out=args.out)
 
 
 def tokens(args: argparse.Namespace) -> None:
@@ -253,10 +242,6 @@ def parser() -> argparse.ArgumentParser:
     def stage(add: Callable) -> None:
         add("--stage", required=True, metavar="NAME", help="one of the configuration's stages")
 
-    def cached(add: Callable) -> None:
-        text = "manifests of features of the vision tower, where they are cached"
-        add("--features", type=Path, nargs="*", default=[], metavar="FILE", help=text)
-
     def shown(add: Callable) -> None:
         add("--name", required=True)
         results(add)
@@ -281,16 +266,11 @@ def parser() -> argparse.ArgumentParser:
     paths(add, config="resolved configuration or scale file", out=out)
     add = verb(smollm2)
     paths(add, out="folder to write")
-    add = verb(features)
-    stage(add)
-    paths(add, config="resolved configuration", init="backbone manifest", out=out)
-    add("--data", type=Path, nargs=1, required=True, metavar="FILE", help="manifest of a data set")
     add = verb(train)
     run(add)
     stage(add)
     data(add)
     paths(add, init="backbone manifest for the first stage, else that of the one before", out=out)
-    cached(add)
     add = verb(evaluate)
     run(add)
     data(add, least="*")
@@ -308,7 +288,6 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, nargs="+", metavar="FILE", help="manifests of prepared data sets")
     text = "backbone manifest, one for all or one for each configuration"
     add("--init", type=Path, nargs="+", metavar="FILE", help=text)
-    cached(add)
     paths(add, out=out)
     add("--shape", metavar="NAME", help="mini, wide, llava-1.5-7b, ... (random weights)")
     text = "such as uniform@0.25, layerdrop@0.5:unit=samples, or joined by + (default: %(default)s)"

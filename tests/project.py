@@ -23,11 +23,8 @@ def prepare(config, name, out):
     write(out, {"dataset": name, "of": config.data.model_dump_json()})""",
     "pipeline/train/model.py": """
 def write_manifest(model, out): write(out, {"vision": model.backbone})""",
-    "pipeline/train/features.py": """
-def write_features(config, stage, data, init, out): write(out, {"model": hashed(init)})
-class NotCached(ValueError): pass""",
     "pipeline/train/train.py": """
-def train(config, ablation, seed, stage, data, init, out, features):
+def train(config, ablation, seed, stage, data, init, out):
     print("training", ablation, flush=True)
     for _ in range(600 * Path("slow").exists()): time.sleep(0.1)
     if Path("broken").exists(): raise SystemExit(f"{ablation}: out of memory")
@@ -35,7 +32,7 @@ def train(config, ablation, seed, stage, data, init, out, features):
     "pipeline/evaluate/evaluate.py": """
 def evaluate(config, ablation, seed, run, data, out): write(out, {"run": hashed(run)})""",
     "pipeline/measure/bench.py": """
-def bench(configs, data, inits, out, features):
+def bench(configs, data, inits, out):
     write(out, {"threads": os.environ["OMP_NUM_THREADS"], "configs": list(configs)})""",
     "pipeline/report/tables.py": """
 def table(name, results, ablations, out_stem, labels, *sources):

@@ -38,14 +38,6 @@ class Training(NamedTuple):
     stage: str
 
 
-class Features(NamedTuple):
-    """Features of the vision tower for a split of a data set; model: ablation that names it."""
-
-    model: str
-    dataset: str
-    split: str
-
-
 @dataclass(frozen=True, eq=False)
 class Plan:
     """All that is to be done with a scale.
@@ -155,16 +147,6 @@ class Plan:
         """The stages that are trained so that these ablations have their runs."""
         return [job for job in self.stage_jobs(ablations) if self.trains(job.ablation, job.stage)]
 
-    def features(self, ablation: str, *stages: str) -> list[Features]:
-        """What stages of an ablation read of the vision tower, if it is computed once for all."""
-        config, model = self.configs[ablation], self.model_of(ablation)
-        return unique(
-            Features(model, name, config.stage(stage).split)
-            for stage in stages
-            if config.reads_features(stage)
-            for name in config.stage(stage).data
-        )
-
     # ---- files ----------------------------------------------------------------------------------
 
     @cached_property
@@ -232,7 +214,6 @@ class Plan:
             "prepare": len(set(data)),
             "smollm2": int(any(self.configs[id].model.language == SMOLLM2 for id in models)),
             "backbone": len(models),
-            "features": len({one for id, stage in used for one in self.features(id, stage)}),
             "train": len(trainings),
             "share": len(stages) - len(trainings),
             "evaluate": len(self.runs(ids)),

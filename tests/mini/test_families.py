@@ -17,7 +17,6 @@ from recipes.mini.language import language_config
 from recipes.mini.words import make_tokenizer
 from sts.mini import pictures, scenes
 from sts.pipeline.evaluate.evaluate import evaluate
-from sts.pipeline.train.features import write_features
 from sts.pipeline.train.model import write_manifest
 from sts.pipeline.train.train import train
 
@@ -128,20 +127,16 @@ def test_a_checkpoint_is_trained_by_the_scheme_and_asked_with_all_it_has(
             "family": "whole",
             "checkpoint": str(folders[family]),
             "fresh": ["projector"],
-            "features": "cached",
             "layers": 2,
         },
         evaluate={"benchmarks": ["existence"], "max_new_tokens": 2},
     )
     start, run = tmp_path / "start.json", {"ablation": "sts", "seed": 0}
     write_manifest(config.model, start)
-    before, kept = start, {}
+    before = start
     for stage in config.stages:
-        kept[stage] = tmp_path / f"scenes-{stage}.json"
-        write_features(config, stage, prepared, start, kept[stage])
         out = tmp_path / "runs" / f"{stage}.json"
-        made = train(config, **run, stage=stage, data=[prepared], init=before, out=out,
-                     features=[kept[stage]])  # fmt: skip
+        made = train(config, **run, stage=stage, data=[prepared], init=before, out=out)
         before = out
         history = [
             json.loads(line)
@@ -150,7 +145,6 @@ def test_a_checkpoint_is_trained_by_the_scheme_and_asked_with_all_it_has(
         shown = {row["visual_tokens"] for row in history}
         whole = IMAGE_PART[family][0]
         assert shown == {whole} if stage == "instruct" else max(shown) < 0.7 * whole
-        assert all(row["cached"] for row in history)
     assert type(loaded(made["weights"])[0]) is type(loaded(folders[family])[0])
     result = evaluate(config, **run, run=before, data=[prepared], out=tmp_path / "eval.json")
     assert result["benchmarks"]["existence"]["score"] in (0, 1)  # of one question

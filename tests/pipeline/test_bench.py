@@ -13,8 +13,7 @@ from tiny import CASES
 
 from sts import LDS, sparsify
 from sts.pipeline.config import REPEATS, Config
-from sts.pipeline.files import write_json_atomic
-from sts.pipeline.measure.bench import bench, rotated, seen_by, typical_steps
+from sts.pipeline.measure.bench import bench, rotated, typical_steps
 from sts.settings import VTC
 
 POINTS = 2
@@ -116,20 +115,6 @@ def test_a_stage_is_timed_on_its_own_data(tmp_path, backbone, prepared, one_core
     assert found["variants"]["more"]["time_s"] > 0
     with pytest.raises(ValueError, match="no manifest of extra among scenes"):
         bench(variants, [prepared], dict.fromkeys(variants, backbone), tmp_path / "bench.json")
-
-
-def test_every_model_reads_the_features_of_its_own_tower(tmp_path):
-    """A table of several architectures hands over those of all."""
-    for name in ("llava", "next"):
-        write_json_atomic(tmp_path / f"{name}.json", {"sha256": name})
-    kept = []
-    for name in ("llava", "next"):
-        for split in ("align", "instruct"):
-            kept.append(tmp_path / f"{name}-{split}.json")
-            write_json_atomic(kept[-1], {"model": name, "split": split})
-    assert seen_by(tmp_path / "llava.json", kept) == kept[:2]
-    assert seen_by(tmp_path / "next.json", kept) == kept[2:]
-    assert seen_by(tmp_path / "next.json", ()) == []
 
 
 def test_variants_must_agree_on_the_points(tmp_path, backbone, prepared):

@@ -12,7 +12,7 @@ from sts.pipeline.config import load_ablations, load_scale, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
-    "prepare", "backbone", "smollm2", "features", "train", "evaluate", "submission", "bench",
+    "prepare", "backbone", "smollm2", "train", "evaluate", "submission", "bench",
     "tokens", "table", "figure", "expected", "summary", "estimate", "requests", "ui", "reap",
     "close", "config",
 )  # fmt: skip

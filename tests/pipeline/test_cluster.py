@@ -123,7 +123,6 @@ def test_without_gpus_the_hosts_memory_holds_the_training(tmp_path):
     )
     of_one, of_four = (found["train/dense/align"]["mem_mb"] for found in (one, four))
     assert of_four == pytest.approx(4 * of_one, rel=0.01)
-    assert one["features/dense"]["runtime"] > needs.START_MINUTES
 
 
 def test_a_model_of_unknown_size_asks_for_what_is_usual(tmp_path, caplog):

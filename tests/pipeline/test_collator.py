@@ -163,11 +163,3 @@ def test_a_cut_leaves_images_and_an_answer_or_is_refused(qwen, files, caplog):
     )
     with pytest.raises(ValueError, match=message):
         Conversations(files, qwen, end - 1)
-
-
-def test_what_images_were_turned_into_before_comes_with_them(qwen, files):
-    features = {row: {"seen": torch.full((row + 1, 2), row)} for row in (0, 2, 3)}
-    data = Conversations(files, qwen, 2048, lambda row: features.get(row, {}))
-    batch = collate(qwen, [data[3], data[1], data[0]])
-    assert torch.equal(batch["seen"], torch.cat([features[3]["seen"], features[0]["seen"]]))
-    assert "seen" not in collate(qwen, [data[1]])

@@ -308,26 +308,6 @@ def test_a_whole_checkpoint_is_one_entry_of_a_scale_or_an_ablation(tmp_path, min
     assert mini.model.family == "joined"
 
 
-def test_features_are_cached_as_long_as_nothing_has_trained_the_tower(tmp_path, mini):
-    tower = "{trains: [vision_tower, projector]}"
-    cached = mini.model_copy(update={"model": mini.model.model_copy(update={"features": "cached"})})
-    assert not mini.model_copy(
-        update={"model": mini.model.model_copy(update={"features": "live"})}
-    ).reads_features("align")
-    for overrides, expected in (
-        ("{}", [True, True]),
-        (f"{{instruct: {tower[:-1]}, lr: 1e-3}}}}", [True, False]),
-        (f"{{align: {tower}}}", [False, False]),  # it starts from another tower
-    ):
-        config = resolved(tmp_path, cached, overrides)
-        assert [config.reads_features(stage) for stage in config.stages] == expected
-
-
-def test_how_features_come_about_is_no_part_of_what_a_run_depends_on(mini):
-    ways = [mini.model.model_copy(update={"features": way}) for way in ("live", "cached")]
-    assert settings.config_hash(ways[0]) == settings.config_hash(ways[1])
-
-
 def test_a_pretrained_model_needs_both_parts(tmp_path):
     file = tmp_path / "scale.yaml"
     file.write_text("model: {backbone: pretrained, vision: openai/clip}\n")

@@ -311,7 +311,7 @@ def test_the_disk_of_sets_that_are_fetched_and_of_those_that_are_there(tmp_path,
 
 
 def test_a_disk_that_is_too_small_is_said_with_what_helps():
-    disk = {"data": 150e9, "features": 0.0, "weights": 170e9}
+    disk = {"data": 150e9, "weights": 170e9}
     assert estimate.full(disk, free=320e9) == ""
     said = estimate.full(disk, free=77e9)
     assert "about 320 GB are needed (data 150 GB, weights 170 GB), and 77 GB are free" in said

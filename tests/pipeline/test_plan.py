@@ -5,7 +5,7 @@ from project import ROOT, planned, real_project
 
 from sts.pipeline import plan as plans
 from sts.pipeline.config import ConfigError, load_ablations, load_scale
-from sts.pipeline.plan import Features, Training, load_plan, make_plan
+from sts.pipeline.plan import Training, load_plan, make_plan
 
 SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
 TABLE = """
@@ -70,13 +70,6 @@ def test_a_name_that_can_be_no_file_is_no_table(tmp_path):
     (tmp_path / "ablations.yaml").write_text("dense: {groups: [my table], label: Dense}\n")
     with pytest.raises(ConfigError, match=r"dense\.groups\.0: 'my table' is not accepted"):
         load_ablations(tmp_path / "ablations.yaml")
-
-
-def test_features_are_those_of_stages_whose_tower_is_as_it_was():
-    plan = load_plan(ROOT / "workflow/config/mini.yaml", ROOT / "workflow/ablations.yaml")
-    assert plan.features("sts", "align") == [Features("dense", "scenes", "align")]
-    live = load_plan(ROOT / "workflow/config/paper.yaml", ROOT / "workflow/ablations.yaml")
-    assert live.features("sts", *live.configs["sts"].stages) == []
 
 
 def test_figures_are_files_that_say_what_they_read(tmp_path, monkeypatch):

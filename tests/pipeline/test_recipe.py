@@ -35,7 +35,6 @@ from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.templates import V1
 from sts.pipeline.data.tokens import cut, expand, tokenise
 from sts.pipeline.evaluate.evaluate import load_model
-from sts.pipeline.train.features import write_features
 from sts.pipeline.train.feed import my_pieces
 from sts.pipeline.train.model import build, freeze
 from sts.pipeline.train.step import lr_factor, make_optimizer
@@ -346,24 +345,18 @@ def test_the_recipe_from_parts_in_folders_to_a_model_that_is_asked_as_it_was_tra
     tmp_path, data, monkeypatch, tower, language
 ):
     monkeypatch.setenv("STS_TRACKING", "off")
-    start, both = joined(tmp_path, tower, language, TEXTS, **V1_PAD), {}
-    features = tmp_path / "features.json"
-    write_features(config(), "align", data["align"], start, features)
-    for folder, files in (("live", []), ("cached", [features])):
-        runs, init = tmp_path / folder / "runs" / "dense" / "seed0", start
-        for stage in ("align", "instruct"):
-            out, files = runs / f"{stage}.json", files if stage == "align" else []
-            given = (config(), "dense", 0, stage, [data[stage]], init, out)
-            both[folder, stage] = train(*given, features=files)
-            init = out
+    start, trained = joined(tmp_path, tower, language, TEXTS, **V1_PAD), {}
+    runs, init = tmp_path / "results" / "runs" / "dense" / "seed0", start
     for stage in ("align", "instruct"):
-        assert both["live", stage]["weights_sha256"] == both["cached", stage]["weights_sha256"]
-    captions = [row["answer_tokens"] for row in read_history(both["live", "align"]["weights"])]
+        out = runs / f"{stage}.json"
+        trained[stage] = train(config(), "dense", 0, stage, [data[stage]], init, out)
+        init = out
+    captions = [row["answer_tokens"] for row in read_history(trained["align"]["weights"])]
     tokenizer = build(start, 0)[1].tokenizer
     labels = llava_plain(tokenizer, CAPTION)[1]
     assert captions == [4 * sum(label != IGNORE_INDEX for label in labels[1:])] * 2
 
-    lm = load_model(both["live", "instruct"]["weights"], batch_size=2, threads=1)
+    lm = load_model(trained["instruct"]["weights"], batch_size=2, threads=1)
     assert lm.processor.chat_template == V1 and lm.processor.image_processor.do_pad
     prompt = lm.apply_chat_template([{"role": "user", "content": "<image>\nwhat is it?"}])
     assert prompt.endswith(f"{SYSTEM} USER: <image>\nwhat is it? ASSISTANT:")

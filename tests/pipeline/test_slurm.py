@@ -112,9 +112,9 @@ def test_another_scheduler_is_a_matter_of_its_commands(project):
     """Here Slurm's, in the place of PBS's."""
     asked = "--cpus-per-task={threads} --gpus={resources.gpu} --mem={resources.mem_mb}"
     submit = f"sbatch --parsable --output=/dev/null --time={{resources.runtime}} {asked}"
-    target = "results/smoke/features/dense/scenes-align.json"
+    target = "results/smoke/runs/dense/seed0/align.json"
     said = run(project, target, "--cluster-generic-submit-cmd", submit, profile="generic")
-    assert said.count("with external jobid") == 3, "data, backbone, features"
+    assert said.count("with external jobid") == 3, "data, backbone, training"
     assert (project / target).exists()
 
 

@@ -68,14 +68,6 @@ def prepared(datasets):
     return [f"data/{SCALE.scale}/{name}/manifest.json" for name in unique(datasets)]
 
 
-def features_of(ablation, *stages):
-    """The features of the vision tower that stages of an ablation read, if they are cached."""
-    return [
-        f"{RESULTS}/features/{read.model}/{read.dataset}-{read.split}.json"
-        for read in PLAN.features(ablation, *stages)
-    ]
-
-
 def tables(names):
     return [f"{RESULTS}/tables/{name}.md" for name in names]
 
@@ -117,17 +109,6 @@ def trained_by(itself):
         rf"{id}(?=/seed\d+/(?:{'|'.join(stages)})\.)" for id, stages in stages_of.items() if stages
     ]
     return "|".join(patterns) or "-"
-
-
-def features_stage(wildcards):
-    """A stage that trains on a split of a data set, whose features are computed."""
-    return next(
-        stage
-        for id, config in CONFIGS.items()
-        if PLAN.model_of(id) == wildcards.ablation
-        for stage, block in config.stages.items()
-        if block.split == wildcards.split and wildcards.dataset in block.data
-    )
 
 
 # ---- what a job follows: formulas and files, not comments -----------------------------------------

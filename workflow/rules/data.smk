@@ -64,35 +64,6 @@ rule backbone:
         "python -m sts backbone --config {params.config} --out {output} > {log} 2>&1"
 
 
-# What a frozen vision tower gives the projector, for all runs that start from it.
-rule features:
-    input:
-        init="<results>/backbone/{ablation}.json",
-        data="<data>/{dataset}/manifest.json",
-    output:
-        "<results>/features/{ablation}/{dataset}-{split}.json",
-    log:
-        "<results>/logs/features/{ablation}/{dataset}-{split}.log",
-    conda:
-        "../../envs/sts.yaml"
-    threads: 1
-    resources:
-        **requested("features/{wildcards.ablation}"),
-        gpu=gpus(),
-    params:
-        config=lambda wildcards: config_file(wildcards.ablation),
-        stage=lambda wildcards: features_stage(wildcards),
-        settings=lambda wildcards: CONFIGS[wildcards.ablation]
-        .stage(features_stage(wildcards))
-        .precision,
-        code=follows.code(*follows.features()),
-    message:
-        "features of {wildcards.dataset}, {wildcards.split}"
-    shell:
-        "python -m sts features --config {params.config} --stage {params.stage}"
-        " --data {input.data} --init {input.init} --out {output} > {log} 2>&1"
-
-
 # The toy backbones of data/backbones, from scratch: no run needs it.
 rule rebuild:
     output:

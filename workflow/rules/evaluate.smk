@@ -38,11 +38,6 @@ rule timing:
         data=lambda wildcards: prepared(
             name for stage in PLAN.stages(wildcards.group) for name in stage.data
         ),
-        features=lambda wildcards: unique(
-            file
-            for id in PLAN.members(wildcards.group)
-            for file in features_of(id, *CONFIGS[id].stages)
-        ),
     output:
         "<results>/bench/{group}.json",
     log:
@@ -67,4 +62,4 @@ rule timing:
         "training time of the group {wildcards.group}"
     shell:
         "python -m sts bench --configs {params.configs} --init {params.inits} --data {input.data}"
-        " --features {input.features} --out {output} > {log} 2>&1"
+        " --out {output} > {log} 2>&1"

@@ -7,7 +7,6 @@ rule train:
     input:
         init=lambda wildcards: PLAN.start_of(**wildcards),
         data=lambda wildcards: prepared(stage_of(wildcards).data),
-        features=lambda wildcards: features_of(wildcards.ablation, wildcards.stage),
     output:
         "<results>/runs/{ablation}/seed{seed}/{stage}.json",
     log:
@@ -32,7 +31,7 @@ rule train:
     shell:
         "{params.launch} train --config {params.config} --ablation {wildcards.ablation}"
         " --seed {wildcards.seed} --stage {wildcards.stage} --data {input.data}"
-        " --init {input.init} --features {input.features} --out {output} > {log} 2>&1"
+        " --init {input.init} --out {output} > {log} 2>&1"
 
 
 # Where another ablation trains a stage in the same way, its manifest is taken.

@@ -208,8 +208,6 @@ class ModelConfig(Block):
     image_aspect_ratio: Annotated[Literal["own", "pad"], Neutral("own")] = "own"
     """How pictures of joined parts become squares: as the tower's processor has it (CLIP's cuts the
     centre out), or padded in its mean colour, as in LLaVA-1.5."""
-    features: Annotated[Literal["live", "cached"], Neutral(EVER)] = "live"
-    """Of a frozen vision tower: computed in every step, or once for all runs; results are equal."""
     backbone: Literal["shipped", "pretrained"] = "shipped"
     """Parts that are joined: of this repository, or a hub id or folder for each."""
     vision: str | None = None
@@ -440,14 +438,6 @@ class Config(Block):
         """The stage that a stage starts from; BACKBONE for the first."""
         names = [BACKBONE, *self.stages]
         return names[names.index(name) - 1]
-
-    def reads_features(self, name: str) -> bool:
-        """Whether the vision tower is as it was at the start when a stage is trained, and stays so,
-        and its features are to be computed once."""
-        names = list(self.stages)
-        past = names[: names.index(name) + 1]
-        trained = any("vision_tower" in self.stages[one].trains for one in past)
-        return self.model.features == "cached" and not trained
 
     def training_data(self) -> list[str]:
         """Names of the data sets that are trained on, each once."""

@@ -167,7 +167,6 @@ def flop_parts(
     images: float | None = None,
     patches: float | None = None,
     pairs: float | None = None,
-    cached: bool = False,
     checkpointing: bool = False,
     fused_attention: bool = True,
 ) -> dict[str, float]:
@@ -179,12 +178,11 @@ def flop_parts(
     `lora` is trained. work: of each decoder layer the shares of its work that are less than
     1 (sts/lds/decision.py, SHARES), [layers]; default: all layers do all of it. images: in the
     batch, each a tile of the tower's size (default: one per sample where there are visual tokens).
-    patches, pairs: of the batch, where images are not such tiles (`tower_work`). cached: the
-    tower's layers are not run, since what they give is known. checkpointing: layers that pass
-    gradients on are computed once more (non-reentrant, the default of transformers).
+    patches, pairs: of the batch, where images are not such tiles (`tower_work`). checkpointing:
+    layers that pass gradients on are computed once more (non-reentrant, transformers' default).
     fused_attention: its backward recomputes the scores (SDPA and flash: 2.5 times the forward;
-    eager: 2). Raises ValueError for parts that can't be trained, a trained tower that is cached, or
-    work of another number of layers.
+    eager: 2). Raises ValueError for parts that can't be trained, or work of another number of
+    layers.
     """
     _check(trains, lora_rank)
     s = shape
@@ -194,8 +192,6 @@ def flop_parts(
     sees, joins, speaks, adapts = (
         part in trains for part in ("vision_tower", "projector", "language_model", "lora")
     )
-    if sees and cached:
-        raise ValueError("cached: what a vision_tower gives is not known while it is trained")
     rank = lora_rank if adapts else 0
     scores_backward = 2.5 if fused_attention else 2
 
@@ -207,7 +203,7 @@ def flop_parts(
     seen = patches + tiles * s.class_tokens
     vision = 2 * patches * s.embedding * (1 + sees)  # pixels need no gradient
     vision += 2 * patches * sum(one.weights for one in s.beside) * (1 + 2 * sees)
-    for index, layer in enumerate(() if cached else s.tower):
+    for index, layer in enumerate(s.tower):
         attention, mlp, _, last = layer.sizes
         scores = 2 * pairs * layer.scores
         forward = 2 * seen * (attention + mlp) + scores

@@ -41,7 +41,6 @@ def measure(
     block: StageConfig,
     has_image: Sequence[bool],
     batches: Sequence[Mapping[str, Any]] = (),
-    cached: bool = False,
 ) -> dict[str, Any]:
     """What a step really did, for its row of the history. `has_image`: of its global batch.
 
@@ -49,8 +48,7 @@ def measure(
     visual_tokens, mean of a sample; of each layer the chance asked for, the share skipped and its
     work (Scheme.metrics); FLOPs. batches: this process's micro-batches, for the patches that went
     through the vision tower and the pairs of them that see each other (without them every sample
-    with an image has one of the tower's size). cached: whether the tower's layers were not run,
-    since features were read. Of several processes the first counts for all.
+    with an image has one of the tower's size). Of several processes the first counts for all.
     """
     seen, samples = scheme.metrics(), len(has_image)
     row = {
@@ -66,7 +64,7 @@ def measure(
         own = sum(len(batch["input_ids"]) for batch in batches)
         found = [cost.tower_work(scheme.model.config, shape, batch) for batch in batches]
         patches, pairs = (sum(values) * samples / own for values in zip(*found, strict=True))
-        row |= {"patches": patches, "pairs": pairs, "cached": cached}
+        row |= {"patches": patches, "pairs": pairs}
     return row | {"flops": row_flops(shape, block, row)}
 
 
@@ -78,7 +76,6 @@ def row_flops(shape: cost.Shape, block: StageConfig, row: dict[str, Any]) -> flo
         images=row["images"],
         patches=row.get("patches"),  # older rows are of images of the tower's size
         pairs=row.get("pairs"),
-        cached=row.get("cached", False),
         visual_tokens=row["visual_tokens"],
         text_tokens=row["tokens"] / row["samples"] - row["visual_tokens"],
         answer_tokens=row["answer_tokens"] / row["samples"],

@@ -82,8 +82,7 @@ class Conversations(Dataset):
     memory.
 
     Tokens longer than `max_length` are cut; rows that then have no answer left are dropped, with a
-    warning. features: row -> what a sample's images have been turned into before, name -> tensor
-    [rows, ...]. template: as in `tokenise`. tokens: file that holds, or gets, what the processor
+    warning. template: as in `tokenise`. tokens: file that holds, or gets, what the processor
     makes of these rows; processes that ask for it at once wait for the first. Raises ValueError if
     `max_length` doesn't hold a row's images.
 
@@ -96,7 +95,6 @@ class Conversations(Dataset):
         files: Sequence[str | Path],
         processor: ProcessorMixin,
         max_length: int,
-        features: Callable[[int], dict[str, torch.Tensor]] | None = None,
         template: str | None = None,
         tokens: Path | None = None,
     ):
@@ -112,7 +110,7 @@ class Conversations(Dataset):
                     with pa.OSFile(str(part), "wb") as sink:
                         make(sink)
             held = pa.memory_map(str(tokens))
-        self.features, self.samples = features, pa.ipc.open_file(held).read_all()
+        self.samples = pa.ipc.open_file(held).read_all()
         self.lengths = self.samples["length"].to_pylist()
         self.has_image = self.samples["has_image"].to_pylist()
         if len(self.samples) < len(rows):
@@ -127,12 +125,11 @@ class Conversations(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         """{"input_ids", "labels": int32 [tokens], "images": PIL images in the order of their
-        places, "features": name -> tensor [rows, ...], empty if there are none}."""
+        places}."""
         sample = {name: self.samples[name][index].values.to_numpy() for name in MADE}
         ids, labels = expand(sample)
         row = self.samples["row"][index].as_py()
-        sample = {"input_ids": ids, "labels": labels, "images": images_of(self.images[row])}
-        return sample | {"features": self.features(row) if self.features else {}}
+        return {"input_ids": ids, "labels": labels, "images": images_of(self.images[row])}
 
 
 def _write_tokens(
@@ -191,7 +188,7 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
 
     Returns input_ids, attention_mask and labels, long [batch, tokens], the kinds of tokens if the
     model asks for them, and, if any sample has an image, what the processor makes of the images in
-    the order of the samples (pixel_values, image_sizes, image_grid_thw, ...) and their features.
+    the order of the samples (pixel_values, image_sizes, image_grid_thw, ...).
     """
     pad = processor.tokenizer.pad_token_id or 0  # without a pad token any id does: it is masked
 
@@ -210,9 +207,6 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
         batch[name] = stack([np.array(row) for row in kinds], 0)
     if images := [sample["images"] for sample in samples if sample["images"]]:
         batch |= pixels(processor, images)
-    found = [sample["features"] for sample in samples if sample["features"]]
-    for name in found[0] if found else ():
-        batch[name] = torch.cat([features[name] for features in found])
     return BatchFeature(batch)
 
 

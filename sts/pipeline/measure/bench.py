@@ -27,11 +27,10 @@ from sts.pipeline.config import REPEATS, BenchConfig, Config, StageConfig
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.history import measure
 from sts.pipeline.data.collator import collate
-from sts.pipeline.files import read_json, write_json_atomic
+from sts.pipeline.files import write_json_atomic
 from sts.pipeline.run import provenance
 from sts.pipeline.run.bar import bar_of
 from sts.pipeline.run.device import lease
-from sts.pipeline.train.features import skip_tower, usable
 from sts.pipeline.train.feed import load_data, my_pieces
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import build
@@ -47,16 +46,14 @@ def bench(
     data: Sequence[str | Path],
     inits: Mapping[str, str | Path],
     out: str | Path,
-    features: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Time optimizer steps of every variant (id -> configuration) at points of its stages; write
     and return the result. Stages of one name and one model are timed side by side.
 
     A stage's time is its number of steps times the mean over the points of a step's median seconds;
     its FLOPs come from the very steps that were timed. data: manifests of prepared data sets;
-    inits: id -> backbone manifest; features: manifests of vision features, where they are cached. A
-    measured depth has measured nothing yet and so draws uniformly at its rate. Raises ValueError if
-    the variants don't agree on `bench`.
+    inits: id -> backbone manifest. A measured depth has measured nothing yet and so draws uniformly
+    at its rate. Raises ValueError if the variants don't agree on `bench`.
     """
     first, *others = configs.values()
     if any(other.bench != first.bench for other in others):
@@ -73,10 +70,7 @@ def bench(
                 }
                 if not blocks:
                     continue
-                reads = {id: configs[id].reads_features(stage) for id in blocks}
-                own = seen_by(init, features)
-                cached = {id: own if reads[id] else () for id in blocks}
-                timed = time_stage(blocks, stage, data, init, first.bench, cached, tokens)
+                timed = time_stage(blocks, stage, data, init, first.bench, tokens)
                 for id, found in timed.items():
                     variants[id][stage] = found
         facts = provenance.hardware()
@@ -97,19 +91,12 @@ def bench(
     return result
 
 
-def seen_by(init: str | Path, features: Sequence[str | Path]) -> list[str | Path]:
-    """The features that the vision tower of a model made: every model has its own."""
-    model = read_json(init)["sha256"]
-    return [file for file in features if read_json(file)["model"] == model]
-
-
 def time_stage(
     blocks: Mapping[str, StageConfig],
     stage: str,
     data: Sequence[str | Path],
     init: str | Path,
     plan: BenchConfig,
-    features: Mapping[str, Sequence[str | Path]],
     tokens: Path,
 ) -> dict[str, dict[str, Any]]:
     """id -> {steps, stage_s, flops (of the stage), and at each point step (its number), step_s
@@ -118,17 +105,15 @@ def time_stage(
     accelerator = prepare_process(first.model_copy(update={"processes": 1}))
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
     sets = {id: of_stage(data, block) for id, block in blocks.items()}
-    files = {id: usable(block, sets[id], features[id]) for id, block in blocks.items()}
-    what = {id: _trained(block, bool(files[id])) for id, block in blocks.items()}
+    what = {id: _trained(block) for id, block in blocks.items()}
     trained = {}  # one model for all that train the same parts, each loaded when first asked for
     for id, block in blocks.items():
         if what[id] not in trained:
-            trained[what[id]] = _prepared(block, init, accelerator, bool(files[id]))
+            trained[what[id]] = _prepared(block, init, accelerator)
     processor, shape = next(iter(trained.values()))[2:]
     seed = derived_seed(SEED, f"{stage}/order")
     feeds = {
-        id: load_data(sets[id], block, processor, seed, files[id], tokens)
-        for id, block in blocks.items()
+        id: load_data(sets[id], block, processor, seed, tokens) for id, block in blocks.items()
     }
     on_gpu = accelerator.device.type == "cuda"
     chosen = {}
@@ -158,7 +143,7 @@ def time_stage(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         has_image = [samples.has_image[i] for i in indices]
-        row = measure(scheme, shape, block, has_image, batches, cached=bool(files[id]))
+        row = measure(scheme, shape, block, has_image, batches)
         unsparsify(model)
         return seconds, row
 
@@ -193,22 +178,20 @@ def time_stage(
     }
 
 
-def _trained(block: StageConfig, cached: bool) -> str:
-    """What of a model is trained, and whether its tower is skipped, as a key."""
+def _trained(block: StageConfig) -> str:
+    """What of a model is trained, as a key."""
     rank = block.lora.rank if "lora" in block.trains else 0
-    return json.dumps([sorted(block.trains), rank, cached])
+    return json.dumps([sorted(block.trains), rank])
 
 
 def _prepared(
-    block: StageConfig, init: str | Path, accelerator: Accelerator, cached: bool
+    block: StageConfig, init: str | Path, accelerator: Accelerator
 ) -> tuple[PreTrainedModel, AcceleratedOptimizer, Any, cost.Shape]:
     """Model, optimizer, processor and shape. At learning rate 0 every step starts from equal
     weights, so the steps of all variants may share them."""
     model, processor = build(init, SEED)
     shape = cost.shape_of(model.config)
     train_parts(model, block, SEED)
-    if cached:
-        skip_tower(model)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
     return model, optimizer, processor, shape
 

@@ -36,7 +36,6 @@ from sts.pipeline.plan import MAIN, Plan, load_plan
 from sts.pipeline.run.device import attention_here, precision_here
 from sts.pipeline.tasks.registry import questions_of
 from sts.pipeline.train.checkpoint import KEPT
-from sts.pipeline.train.features import asks_tower
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import SHIPPED
 from sts.pipeline.train.step import (
@@ -91,12 +90,9 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
     trainings = [(plan.configs[job.ablation], job.stage) for job in plan.trainings(members)]
     speed, source = calibrate(base, configs, model, on)
     slots = concurrent(base, on)
-    images = feature_images(configs.values())
-    live, cached = (forward_flops(shape, cached) for cached in (False, True))
 
     def flops(config: Config, stage: str) -> float:
-        cached = reads_features(config, stage)
-        return stage_flops(shape, config.stage(stage), data, cached=cached, on=on)
+        return stage_flops(shape, config.stage(stage), data, on=on)
 
     def seconds(config: Config, stage: str) -> float:
         return flops(config, stage) / speed[stage] / at_once(config.stage(stage), gpus)
@@ -111,11 +107,9 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
         for id in members
         for stage, block in configs[id].stages.items()
     )
-    features = [n * (live - cached) / speed[base.last] + START_SECONDS for n in images.values()]
     parts = {
         "training": sum(training) / slots,
         "evaluation": sum(evaluation) / slots,
-        **({"features": sum(features) / slots} if features else {}),
         "timing": timing + START_SECONDS,
         "backbone": float(START_SECONDS),
     }
@@ -132,7 +126,6 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
     ]
     disk = {
         "data": data_bytes(plan.data(members), data),
-        "features": sum(images.values()) * feature_bytes(shape, base),
         "weights": weights * len(trainings),
         "checkpoints": slots * max(state_bytes(shape, block) for block in blocks),
     }
@@ -206,45 +199,16 @@ def tokens(block: StageConfig, data: DataConfig) -> tuple[float, float]:
     return text, answer
 
 
-def reads_features(config: Config, stage: str) -> bool:
-    """Whether a stage trains on features of the vision tower that were computed before."""
-    return config.reads_features(stage) and not asks_tower(config.stage(stage))
-
-
-def feature_images(configs: Iterable[Config]) -> dict[tuple[str, str], int]:
-    """(data set, split) -> images whose features are computed; 0 where the number is not known."""
-    found = {}
-    for config in configs:
-        for stage, block in config.stages.items():
-            for name in block.data if config.reads_features(stage) else ():
-                found[name, block.split] = rows_made_here(name, config.data).get(block.split, 0)
-    return found
-
-
-def feature_bytes(shape: cost.Shape, config: Config) -> float:
-    """Bytes of the features of one image: what the projector reads of each patch."""
-    channels = sum(matrix.inputs for branch in shape.projector for matrix in branch.reads[:1])
-    half = precision_here(config.stage(config.last).precision) == "bf16"
-    return shape.visual_tokens * channels * (2 if half else 4)
-
-
-def forward_flops(shape: cost.Shape, cached: bool) -> float:
-    """FLOPs of an image in a frozen vision tower, all of it or without its layers."""
-    sizes = {"batch": 1, "visual_tokens": shape.visual_tokens, "text_tokens": 0, "answer_tokens": 0}
-    return cost.flop_parts(shape, **sizes, trains=["projector"], cached=cached)["vision"]
-
-
 def stage_flops(
     shape: cost.Shape,
     block: StageConfig,
     data: DataConfig,
     points: int = 50,
-    cached: bool = False,
     on: Machine | None = None,
 ) -> float:
     """FLOPs of a whole stage on all processes, with its schedules for keep ratio and skip rate."""
     return block.steps * fmean(
-        step_flops(shape, block, data, (i + 0.5) / points, cached, on) for i in range(points)
+        step_flops(shape, block, data, (i + 0.5) / points, on) for i in range(points)
     )
 
 
@@ -253,11 +217,9 @@ def step_flops(
     block: StageConfig,
     data: DataConfig,
     fraction: float,
-    cached: bool = False,
     on: Machine | None = None,
 ) -> float:
-    """FLOPs of one optimizer step at a fraction of the stage, on all processes; cached: the vision
-    tower's features are read."""
+    """FLOPs of one optimizer step at a fraction of the stage, on all processes."""
     vtc = block.vtc
     keep = keep_at(fraction, vtc.keep, vtc.schedule, vtc.dense_tail)
     text, answer = tokens(block, data)
@@ -268,7 +230,6 @@ def step_flops(
         text_tokens=text,
         answer_tokens=answer,
         work=expected_work(block.lds, shape.layers, fraction),
-        cached=cached,
         trains=block.trains,
         lora_rank=block.lora.rank,
         checkpointing=block.gradient_checkpointing,
@@ -461,7 +422,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for name, seconds in found["seconds"].items():
         table.add_row(f"time: {name}", duration(seconds))
     disk, memory = found["disk_bytes"], found["memory_bytes"]
-    for name in ("data", "features", "weights", "checkpoints", "free"):
+    for name in ("data", "weights", "checkpoints", "free"):
         table.add_row(f"disk: {name}", size(disk[name]))
     there = f"{size(memory['of_a_training'])}, there are {size(memory['of_a_process'])}"
     table.add_row("memory of a process", there)

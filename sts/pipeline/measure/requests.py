@@ -17,10 +17,7 @@ from sts.pipeline.cost.memory import PROCESS_BYTES, step_memory
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.measure.forecast import (
     evaluation_seconds,
-    feature_images,
-    forward_flops,
     model_config,
-    reads_features,
     stage_flops,
     tokens,
 )
@@ -38,7 +35,7 @@ log = logging.getLogger(__name__)
 
 def requests(plan: Plan, gpus: bool, out: str | Path) -> dict[str, dict[str, int]]:
     """Write and return what jobs ask for, {job: {`mem_mb`, `runtime` in minutes}}, on a cluster
-    with GPUs or without: `train/<id>/<stage>`, `evaluate/<id>` and `features/<id>` of every
+    with GPUs or without: `train/<id>/<stage>`, `evaluate/<id>` of every
     ablation, `timing/<table>` of every table. Memory is that of one node.
 
     What starts from a model whose sizes are not known here is left out, with a warning.
@@ -60,14 +57,11 @@ def requests(plan: Plan, gpus: bool, out: str | Path) -> dict[str, dict[str, int
         memory = (GPU_PROCESS_BYTES if gpus else PROCESS_BYTES) + float32_bytes(shape)
         seconds = evaluation_seconds(shape, config, rate)
         found[f"evaluate/{id}"] = limits(memory + HARNESS_BYTES, seconds)
-        if images := max(feature_images([config]).values(), default=0):
-            seconds = images * forward_flops(shape, cached=False) / rate
-            found[f"features/{id}"] = limits(memory, seconds)
     for group in plan.tables:
         of_group = [(id, stage) for id in plan.members(group) for stage in plan.configs[id].stages]
         if all(one in timings for one in of_group):
             sizes, times = zip(*(timings[one] for one in of_group), strict=True)
-            found[f"timing/{group}"] = limits(2 * max(sizes), sum(times))  # with a tower, without
+            found[f"timing/{group}"] = limits(2 * max(sizes), sum(times))  # two models
     write_json_atomic(out, found)
     return found
 
@@ -100,8 +94,7 @@ def speed(block: StageConfig, gpus: bool) -> float:
 def training_seconds(shape: cost.Shape, config: Config, stage: str, gpus: bool) -> float:
     """Seconds that a stage takes."""
     block = config.stage(stage)
-    cached = reads_features(config, stage)
-    flops = stage_flops(shape, block, config.data, cached=cached, on=SLOW if gpus else None)
+    flops = stage_flops(shape, block, config.data, on=SLOW if gpus else None)
     return flops / block.processes / speed(block, gpus)
 
 

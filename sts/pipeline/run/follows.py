@@ -17,7 +17,6 @@ from sts.pipeline.config import CODE, StageConfig
 from sts.pipeline.run.provenance import fingerprint
 
 STORY = CODE / "pipeline" / "train/train.py"
-FEATURES = CODE / "pipeline" / "train/features.py"
 ARCHITECTURES = CODE / "architectures"
 JOINED = ARCHITECTURES / "llava.py"  # of the model that is joined of parts
 LOOKS_ON = [
@@ -48,11 +47,6 @@ def training(stage: StageConfig, family: str = "joined") -> list[Path]:
     acts = {"vtc": stage.compresses, "lds": stage.skips}
     closed = [room for name, rooms in ROOMS.items() if not acts[name] for room in rooms]
     return _without(files - {None}, closed)
-
-
-def features() -> list[Path]:
-    """The source files that the features of a vision tower follow: VTC and LDS come after them."""
-    return _without({FEATURES}, [room for rooms in ROOMS.values() for room in rooms])
 
 
 def _without(files: set[Path], closed: list[Path]) -> list[Path]:

@@ -17,7 +17,6 @@ from sts.pipeline.data.collator import Conversations, batch_order, collate, spli
 from sts.pipeline.data.conversation import template_of
 from sts.pipeline.files import read_json, sha256_json
 from sts.pipeline.run import follows
-from sts.pipeline.train.features import reader_of
 from sts.settings import IGNORE_INDEX
 
 LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
@@ -28,18 +27,15 @@ def load_data(
     block: StageConfig,
     processor: Any,
     seed: int,
-    features: Sequence[str | Path] = (),
     cache: Path | None = None,
 ) -> tuple[Conversations, Callable[[int], list[int]]]:
     """The samples of a stage, and the function step -> indices of that step's global batch.
 
-    features: manifests of vision features of the data sets, if they are cached. cache: folder of
-    tokens, which all trainings share that have the same data and processor.
+    cache: folder of tokens, which all trainings share that have the same data and processor.
     """
-    read = reader_of(features) if features else None
     tokens = cache and cache / f"{tokens_key(data, block, processor)}.arrow"
     files = split_files(data, block.split)
-    samples = Conversations(files, processor, block.max_length, read, block.template, tokens)
+    samples = Conversations(files, processor, block.max_length, block.template, tokens)
     order = batch_order(
         samples.lengths,
         samples.has_image,

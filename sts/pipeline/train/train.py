@@ -48,7 +48,6 @@ from sts.pipeline.train.checkpoint import (
     save_state,
     sigterm_put_off,
 )
-from sts.pipeline.train.features import skip_tower, usable
 from sts.pipeline.train.feed import feed, load_data
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import build, load_whole, recompute
@@ -76,14 +75,12 @@ def train(
     data: Sequence[str | Path],
     init: str | Path,
     out: str | Path,
-    features: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Train one stage, or reuse its finished weights; write and return the manifest `out`.
 
     data: manifests of prepared data sets. init: the backbone manifest for the first stage, else the
-    manifest of the stage before. features: manifests of the vision tower's features of the data
-    sets, if they are cached; the weights are the same without. Raises FloatingPointError if loss or
-    gradient is not finite, OSError if a checkpoint can't be written; the one before is kept.
+    manifest of the stage before. Raises FloatingPointError if loss or gradient is
+    not finite, OSError if a checkpoint can't be written; the one before is kept.
     """
     block, out = config.stage(stage), Path(out)
     key = stage_key(block, stage, seed, data, init, config.model.family)
@@ -113,7 +110,7 @@ def train(
                     tracked.log(with_speed(row), row["step"])
             else:
                 run = (config, ablation, seed, stage, data, init, folder)
-                fit(*run, tracked.log, stopped, features)
+                fit(*run, tracked.log, stopped)
     manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
                 "precision": precision_here(block.precision),
                 "weights": str(folder), **summary(folder, block)}  # fmt: skip
@@ -132,7 +129,6 @@ def fit(
     folder: Path,
     report: Callable[[dict, int], None],
     stopped: Callable[[], bool],
-    features: Sequence[str | Path] = (),
 ) -> None:
     """Train from the last checkpoint in `folder`, or from `init`, to the finished `folder`.
 
@@ -150,11 +146,8 @@ def fit(
     model, processor = load_shared(block, partial(load, init, seed))
     adapters = train_parts(model, block, derived_seed(seed, f"{stage}/lora"))
     shape = cost.shape_of(model.config)
-    cached = usable(block, data, features)
-    if cached:
-        skip_tower(model)
     shuffled, tokens = derived_seed(seed, f"{stage}/order"), folder.parents[1] / "tokens"
-    samples, order = load_data(data, block, processor, shuffled, cached, tokens)
+    samples, order = load_data(data, block, processor, shuffled, tokens)
     text = max(1.0, fmean(samples.lengths) - shape.visual_tokens)
     check_memory(shape, stage, block, text, answer=text)  # the most that there may be
     scheme = put_scheme(model, block, seed, stage, len(samples))
@@ -185,7 +178,7 @@ def fit(
             lr = peak_lr(block) * factor
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
             shown = [samples.has_image[i] for i in order(step)]
-            row |= measure(scheme, shape, block, shown, batches, cached=bool(cached))
+            row |= measure(scheme, shape, block, shown, batches)
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             history.write(json.dumps(row) + "\n")
             report(with_speed(row), step)

@@ -9,7 +9,7 @@ import torch
 from tiny import is_visual
 from torch import Tensor
 
-from sts import LDS, sparsify
+from sts import LDS, VTC, sparsify
 from sts.architectures import architecture_of
 from sts.vtc import Outputs
 from sts.vtc._shared import pooled_grid
@@ -257,19 +257,28 @@ def by_hand(model, case, rows, batch, choose: Choice | None = None, off=None, po
     return loss.detach(), gradients(model)
 
 
-def skipping_is_by_hand(case, rows, vtc=None, choose: Choice | None = None) -> set[int]:
-    """Asserts for three steps that what LDS skips might as well not be there, and has no gradient;
-    the layers that were ever skipped."""
+def skipping_is_by_hand(
+    case,
+    rows,
+    vtc: VTC | None = None,
+    choose: Choice | None = None,
+    lds: LDS | None = None,
+    steps=(0, 1, 2),
+) -> set[int]:
+    """Asserts for some steps that VTC does what `choose` says, and that layers that LDS skips might
+    as well not be there and have no gradient; the layers that were ever skipped."""
     model, batch = case.build(), case.batch(rows)
-    lds = LDS("sts", rate=0.6, epsilon=0.5)
+    lds = LDS("sts", rate=0.6, epsilon=0.5) if lds is None else lds
     scheme, ever = sparsify(model, vtc, lds, total_steps=8, seed=3), set()
-    for step in (0, 1, 2):
+    for step in steps:
         scheme.begin_step(step)
-        found, off = backward(model, batch), scheme.skipped
+        result, off = backward(model, batch), scheme.skipped
         ever |= off
         for layer in off:
             assert all(p.grad is None for p in decoder_layers(model)[layer].parameters())
+        shorter = choose if scheme.keep < 1 else None
+        assert (scheme.metrics()["keep_ratio"] < 0.6) == bool(shorter)
         model.eval()  # the scheme doesn't act
-        assert_same(found, by_hand(model, case, rows, batch, choose, [off] * len(rows)))
+        assert_same(result, by_hand(model, case, rows, batch, shorter, [off] * len(rows)))
         model.train()
     return ever

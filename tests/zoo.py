@@ -64,15 +64,15 @@ HEAD = """# Architectures
 Of all {all} image-text-to-text types of transformers {version}, {carried} are carried, {both} of them with both
 VTC and LDS; {refused} are refused with the reason. `PYTHONPATH=. python tests/zoo.py` writes this page, and
 `tests/library/test_breadth.py` checks it. That file tests every carried type with tiny random weights of its real
-class: the loss and every gradient of VTC against the sequence shortened by hand, of LDS against the model
-without those layers, of unit `samples` against each row through its own layers, and of an idle scheme against
-the model itself; units `tokens` and `backward` are run on all, and are against a reference on the 14 types
-of `tests/library/test_architectures.py`. No full-size weights were at hand.
+class: the loss and every gradient of VTC and LDS against the sequence shortened by hand and the model without
+those layers, of unit `samples` against each row through its own layers, and of an idle scheme against the model
+itself. Units `tokens` and `backward` are run on all types, and compared with a reference on the 14 types of
+`tests/library/test_architectures.py`. No full-size weights were at hand.
 
-Where images lie is found (by the sizes that the processor gives, else by runs of placeholders: a square, or
-a sequence) or said by an entry in `sts/architectures/`.
+The grids of images are found (by the sizes that the processor gives, else by runs of placeholders: a square, or
+a sequence) or given by an entry in `sts/architectures/`.
 
-| model_type | class | VTC | LDS, units | where images lie |
+| model_type | class | VTC | LDS, units | grids of images |
 |---|---|---|---|---|
 """  # noqa: E501
 REASONS = """- Types without units `samples` and `tokens` hand on or share what a layer computes of all tokens;
@@ -104,7 +104,7 @@ def table() -> str:
         units += [] if name in NO_BACKWARD else ["backward"]
         vtc = "no" if name in NO_VTC else "yes"
         lds = "no" if name in NO_LDS else "all" if len(units) == 4 else ", ".join(units)
-        where = "found" if entry.grids is Architecture().grids else "an entry says"
+        where = "found" if entry.grids is Architecture().grids else "by an entry"
         text += f"| `{name}` | {TYPES[name]} | {vtc} | {lds} | {where} |\n"
     text += "\nHalf carried, and why:\n\n"
     text += "".join(f"- `{name}`, no VTC: {why}.\n" for name, why in NO_VTC.items())

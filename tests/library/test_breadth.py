@@ -14,7 +14,7 @@ from by_hand import (
     pooled,
     skipping_is_by_hand,
 )
-from tiny import LAYERS
+from tiny import CASES, LAYERS
 from zoo import NO_BACKWARD, PAGE, TYPES, ZOO, table
 
 from sts import LDS, VTC, sparsify
@@ -25,7 +25,6 @@ ROWS = [[3, "big", 5, "small", 6, 7, 8], [9, 10, 11, 12], ["small", 14, 15, 16]]
 NO_PARTS = ("gemma3n", "gemma4", "glm5_next", "minimax_m3_vl", "mistral_large4")
 CARRIED = sorted(set(ZOO) - set(REFUSED))
 EVERY = pytest.mark.parametrize("name", CARRIED)
-FOR_VTC = pytest.mark.parametrize("name", sorted(set(CARRIED) - set(NO_VTC)))
 FOR_LDS = pytest.mark.parametrize("name", sorted(set(CARRIED) - set(NO_LDS)))
 
 
@@ -38,22 +37,14 @@ def test_an_idle_scheme_is_the_model_itself(name):
     assert_same(backward(model, batch), expected)
 
 
-@FOR_VTC
-def test_vtc_is_the_sequence_shortened_by_hand(name):
-    case = ZOO[name]
-    model, batch = case.build(), case.batch(ROWS)
-    expected = by_hand(model, case, ROWS, batch, pooled)
-    scheme = sparsify(model, VTC("avgpool2d", keep=KEEP))
-    scheme.begin_step(0)
-    assert_same(backward(model, batch), expected)
-    assert scheme.metrics()["keep_ratio"] < 0.6
-
-
-@FOR_LDS
-def test_lds_is_the_model_without_those_layers(name):
-    ever = skipping_is_by_hand(ZOO[name], ROWS)
+@pytest.mark.parametrize("name", sorted(set(CARRIED) - set(CASES)))
+def test_vtc_and_lds_are_the_sequence_and_the_layers_taken_out_by_hand(name):
+    """First both, then LDS alone. The types of tiny.py are those of test_architectures.py."""
+    vtc = None if name in NO_VTC else VTC("avgpool2d", keep=KEEP, dense_tail=0.5)
+    lds = LDS() if name in NO_LDS else LDS("layerdrop", rate=0.5, draw="fixed_count")
+    ever = skipping_is_by_hand(ZOO[name], ROWS, vtc, pooled, lds, steps=(2, 4))
     stored = name in ("gemma3n", "gemma4")  # later layers read what the first two store
-    assert ever >= ({2, 3} if stored else {0, LAYERS - 1})  # none is protected
+    assert ever == (set() if name in NO_LDS else {2, 3} if stored else set(range(LAYERS)))
 
 
 @FOR_LDS

@@ -314,9 +314,11 @@ def drawn(lds, steps=STEPS, layers=8, t=0.0, seed=0, measured=None):
     return [decide(lds, layers, t, seed, step, measured) for step in range(steps)]
 
 
-@pytest.mark.parametrize("unit", BY_STEP)
 @pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("depth", sorted(DEPTHS))
+@pytest.mark.parametrize(
+    ("depth", "unit"),
+    [*((depth, "layer") for depth in sorted(DEPTHS)), *(("slope", unit) for unit in BY_STEP[:-1])],
+)
 def test_every_layer_is_off_as_often_as_the_formula_says(depth, draw, unit):
     first, last = (1, 1) if depth in ("block_influence", "uniform") else (0, 0)
     lds = LDS(
@@ -916,28 +918,6 @@ except ValueError as error:
     assert "mine" in str(error), error
 else:
     raise AssertionError
-"""
-    )
-
-
-def test_one_file_may_measure_gradients(copied):
-    copied(
-        """
-import torch
-from torch import nn
-
-from sts.lds import DEPTHS
-from sts.lds.measure import Measured
-
-layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
-measured = Measured(DEPTHS["mine"], 2, ema=0.5)
-for slope, expected in ((4.0, 4.0), (2.0, 3.0)):
-    layers[0].weight.grad = None
-    list(measured.hooks(layers, lambda layer: None))
-    layers[0](torch.tensor([slope])).backward()
-    measured.gradients(layers)
-    measured.fold(torch.device("cpu"))
-    assert measured.average == [expected, float("inf")], measured.average
 """
     )
 

@@ -136,7 +136,7 @@ def resumed_like_the_whole(folder: Path, lds: LDS, vtc: VTC = VISUAL) -> Trainer
         MEASURED,
         PAPER,
         LDS("layerskip", rate=0.9, schedule="rising_linear"),
-        LDS("random_ltd", rate=0.5),
+        pytest.param(LDS("random_ltd", rate=0.5), marks=pytest.mark.slow),  # as layerskip
         LDS("dropbp", rate=0.5),
     ],
     ids=lambda lds: lds.policy,

@@ -1,35 +1,62 @@
 """What VTC and LDS may be told: one definition, for the library and for the pipeline's YAML.
 
-No torch and no pydantic: the workflow reads settings in any environment. A value that is not
-accepted raises ValueError with its name, itself and what is accepted.
+Each setting says what it accepts and what it does; the checks, the Args of the docstrings and the
+JSON schema (sts/pipeline/config/schemas.py) are made of that. No torch and no pydantic: the
+workflow reads settings in any environment. A value that is not accepted raises ValueError with its
+name, itself and what is accepted.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from inspect import cleandoc
 from typing import Any
 
-from sts.checks import expect
+from sts.checks import Flag, Interval, Layers, Names, expect
 from sts.lds import DEPTHS, DRAWS, POLICIES, UNITS
 from sts.schedule import SCHEDULES
 from sts.vtc import KINDS
 
 IGNORE_INDEX = -100  # label that is no target, as in torch's cross entropy
-POSITIONS = ("keep", "mean")
-TEXTS = ("all", "prompt")
-CLOCKS = ("steps", "epochs")
+SHARE = Interval(0, 1)
 
 
-def neutral(value: Any) -> Any:
-    """A default at which a setting does nothing. There it is no part of what a result depends on,
-    so that a new setting changes no result; a default that is not its neutral value does."""
-    return field(default=value, metadata={"neutral": value})
+def setting(default: Any, accepted: Any, help: str, *, neutral: bool = False) -> Any:
+    """A field of VTC or LDS.
+
+    Args:
+        default: Its value where none is given; None: that of the policy.
+        accepted: What it may be: Names, Interval, Layers or Flag of sts/checks.py.
+        help: What it does, in a sentence.
+        neutral: At its default the setting does nothing. There it is no part of what a result
+            depends on, so that a new setting changes no result.
+    """
+    metadata = {"accepted": accepted, "help": help} | ({"neutral": default} if neutral else {})
+    return field(default=default, metadata=metadata)
 
 
-class _OverAStage:
-    """What VTC and LDS share: a strength S(t) and a dense tail."""
+def _with_args(kind: type) -> type:
+    """Add to the docstring of VTC or LDS what its settings say of themselves."""
+    lines = [f"    {f.name}: {f.metadata['help']}. {_accepted(f)}." for f in fields(kind)]
+    kind.__doc__ = "\n".join([cleandoc(kind.__doc__), "", "Args:", *lines])
+    return kind
+
+
+def _accepted(setting: Any) -> str:
+    text = str(setting.metadata["accepted"])
+    return text[0].upper() + text[1:]
+
+
+class _Settings:
+    """What VTC and LDS share: the check of each setting, a strength S(t) and a dense tail."""
 
     schedule: str | None
     dense_tail: float
+
+    def _check_each(self) -> None:
+        for setting in fields(self):
+            value, accepted = getattr(self, setting.name), setting.metadata["accepted"]
+            name = f"{type(self).__name__}.{setting.name}"
+            expect(accepted.accepts(value), name, value, str(accepted))
 
     @property
     def timed(self) -> bool:
@@ -37,91 +64,80 @@ class _OverAStage:
         return self.schedule != "constant" or self.dense_tail > 0
 
 
+@_with_args
 @dataclass(frozen=True)
-class VTC(_OverAStage):
-    """Visual token compression of one stage.
+class VTC(_Settings):
+    """Visual token compression of one stage."""
 
-    kind: a key of sts.vtc.KINDS. keep: share of the visual tokens that reaches the language model,
-    in (0, 1]. schedule: S(t), a key of SCHEDULES; at t the share 1 - (1 - keep) S(t) is kept.
-    dense_tail: last share of the stage with all tokens. positions: outputs take the position ids of
-    the tokens they stand at (keep), or what the kind makes of all of them (mean). text: for kinds
-    that look at text, all of the sample's or its prompt alone (no answer tokens).
-    """
-
-    kind: str = "none"
-    keep: float = 1.0
-    schedule: str = neutral("constant")
-    dense_tail: float = neutral(0.0)
-    positions: str = neutral("keep")
-    text: str = neutral("all")
+    # fmt: off
+    kind: str = setting("none", Names(KINDS), "How tokens are chosen or merged: sts/vtc")
+    keep: float = setting(1.0, Interval(0, 1, excluded=(0,)),
+        "Share of the visual tokens that reaches the language model")
+    schedule: str = setting("constant", Names(SCHEDULES),
+        "S(t); at t the share 1 - (1 - keep) S(t) is kept", neutral=True)
+    dense_tail: float = setting(0.0, SHARE, "Last share of the stage with all tokens", neutral=True)
+    positions: str = setting("keep", Names(("keep", "mean")),
+        "Position ids of the outputs: those of the tokens they stand at (keep), or what the kind "
+        "makes of all tokens' (mean)", neutral=True)
+    text: str = setting("all", Names(("all", "prompt")),
+        "For kinds that look at text: all of the sample's, or its prompt alone (no answer tokens)",
+        neutral=True)
+    # fmt: on
 
     def __post_init__(self) -> None:
-        _one_of("VTC.kind", self.kind, KINDS)
-        _number("VTC.keep", self.keep, "a number in (0, 1]", lambda x: 0 < x <= 1)
-        _one_of("VTC.schedule", self.schedule, SCHEDULES)
-        _share("VTC.dense_tail", self.dense_tail)
-        _one_of("VTC.positions", self.positions, POSITIONS)
-        _one_of("VTC.text", self.text, TEXTS)
-        nothing = self.kind == "none" and self.keep < 1
-        expect(not nothing, "VTC.keep", self.keep, "1.0 where VTC.kind is none")
+        self._check_each()
+        is_possible = self.kind != "none" or self.keep == 1
+        expect(is_possible, "VTC.keep", self.keep, "1.0 where VTC.kind is none")
 
 
+@_with_args
 @dataclass(frozen=True)
-class LDS(_OverAStage):
+class LDS(_Settings):
     """Layer dynamic skipping of one stage: p_l(t) = rate x S(t) x D(l).
 
-    policy: a key of sts.lds.POLICIES, a named choice of the parts below; a part given here takes
-    the place of the policy's. rate: alpha in the paper, in [0, 1]; every chance p_l must be one.
-    schedule: S(t), a key of SCHEDULES. depth: D(l), a key of DEPTHS, over the layers that are not
-    protected; epsilon: of depth `slope`, in [-1, 1]. draw: a key of DRAWS. unit: what is left out,
-    a key of UNITS. protect_first, protect_last: layers that always run. dense_tail: last share of
-    the stage with all layers. clock: t moves with optimizer steps or with whole epochs. rescale:
-    what a layer adds is divided by 1 - p_l where it is not left out. explore, ema: for a measured
-    depth, the share of uniform skipping and the memory of the moving average.
+    A policy is a named choice of schedule, depth, draw, unit and protected layers; a part given
+    here takes the place of the policy's.
     """
 
-    policy: str = "none"
-    rate: float = 0.0
-    schedule: str | None = None
-    depth: str | None = None
-    draw: str | None = None
-    unit: str | None = None
-    epsilon: float = neutral(0.0)
-    protect_first: int | None = None
-    protect_last: int | None = None
-    dense_tail: float = neutral(0.0)
-    clock: str = neutral("steps")
-    rescale: bool = neutral(False)
-    explore: float = 0.1
-    ema: float = 0.9
+    # fmt: off
+    policy: str = setting("none", Names(POLICIES), "A choice of the parts below: sts/lds")
+    rate: float = setting(0.0, SHARE, "The paper's alpha; every chance p_l must be one")
+    schedule: str | None = setting(None, Names(SCHEDULES), "S(t), over the stage")
+    depth: str | None = setting(None, Names(DEPTHS), "D(l), over the layers that are not protected")
+    draw: str | None = setting(None, Names(DRAWS), "How layers are drawn by their chances")
+    unit: str | None = setting(None, Names(UNITS), "What is skipped")
+    epsilon: float = setting(0.0, Interval(-1, 1),
+        "Of depth `slope`: how much more deep layers are skipped; no policy sets it, and at 0 all "
+        "layers are alike", neutral=True)
+    protect_first: int | None = setting(None, Layers(), "First layers, which always run")
+    protect_last: int | None = setting(None, Layers(), "Last layers, which always run")
+    dense_tail: float = setting(0.0, SHARE, "Last share of the stage with all layers", neutral=True)
+    clock: str = setting("steps", Names(("steps", "epochs")),
+        "t moves with optimizer steps or with whole epochs", neutral=True)
+    rescale: bool = setting(False, Flag(),
+        "What a layer adds is divided by 1 - p_l where it is not skipped", neutral=True)
+    explore: float = setting(0.1, SHARE,
+        "Of a measured depth: the share of skipping that is uniform")
+    ema: float = setting(0.9, Interval(0, 1, excluded=(1,)),
+        "Of a measured depth: memory of the moving average")
+    # fmt: on
 
     def __post_init__(self) -> None:
-        _one_of("LDS.policy", self.policy, POLICIES)
+        policies = Names(POLICIES)
+        expect(policies.accepts(self.policy), "LDS.policy", self.policy, str(policies))
         policy = POLICIES[self.policy]
         for part in policy._fields:
             if getattr(self, part) is None:
                 object.__setattr__(self, part, getattr(policy, part))
-        _share("LDS.rate", self.rate)
-        _one_of("LDS.schedule", self.schedule, SCHEDULES)
-        _one_of("LDS.depth", self.depth, DEPTHS)
-        _one_of("LDS.unit", self.unit, UNITS)
-        _one_of("LDS.draw", self.draw, DRAWS)
-        _one_of("LDS.draw", self.draw, UNITS[self.unit].draws, f" for unit {self.unit!r}")
-        _number("LDS.epsilon", self.epsilon, "a number in [-1, 1]", lambda x: -1 <= x <= 1)
-        for name in ("protect_first", "protect_last"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            expect(whole, f"LDS.{name}", value, "0 or more layers")
-        _share("LDS.dense_tail", self.dense_tail)
-        _one_of("LDS.clock", self.clock, CLOCKS)
-        expect(isinstance(self.rescale, bool), "LDS.rescale", self.rescale, "true or false")
-        can = UNITS[self.unit].rescales or not self.rescale
-        whole = ", ".join(name for name, unit in UNITS.items() if unit.rescales)
-        expect(can, "LDS.rescale", self.rescale, f"false for unit {self.unit!r}; units: {whole}")
-        _share("LDS.explore", self.explore)
-        _number("LDS.ema", self.ema, "a number in [0, 1)", lambda x: 0 <= x < 1)
-        nothing = self.policy == "none" and self.rate > 0
-        expect(not nothing, "LDS.rate", self.rate, "0.0 where LDS.policy is none")
+        self._check_each()
+        unit = UNITS[self.unit]
+        accepted = f"{Names(unit.draws)} for unit {self.unit!r}"
+        expect(self.draw in unit.draws, "LDS.draw", self.draw, accepted)
+        names = ", ".join(name for name, unit in UNITS.items() if unit.rescales)
+        accepted = f"false for unit {self.unit!r}; units: {names}"
+        expect(unit.rescales or not self.rescale, "LDS.rescale", self.rescale, accepted)
+        is_possible = self.policy != "none" or self.rate == 0
+        expect(is_possible, "LDS.rate", self.rate, "0.0 where LDS.policy is none")
         self._check_chances(2)
 
     def check_layers(self, num_layers: int) -> None:
@@ -180,20 +196,6 @@ class LDS(_OverAStage):
 def _down(limit: float) -> str:
     """A limit in three digits, of which it is never said that it is not accepted."""
     return f"{math.floor(1000 * limit + 1e-9) / 1000:g}"
-
-
-def _number(name: str, value: object, accepted: str, fits) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    expect(number and fits(value), name, value, accepted)
-
-
-def _share(name: str, value: object) -> None:
-    _number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1)
-
-
-def _one_of(name: str, value: object, known, why: str = "") -> None:
-    ok = isinstance(value, str) and value in known
-    expect(ok, name, value, f"one of {', '.join(known)}{why}")
 
 
 # The scheme's default values, which are those of row `sts` of workflow/ablations.yaml. The paper's

@@ -2,14 +2,20 @@
 
 from sts.pipeline.config import Config
 
+# What a stage must say
+RECIPE = {
+    "data": ["scenes"], "steps": 200, "batch_size": 32, "lr": 1e-3, "precision": "fp32",
+    "processes": 1, "parallel": "ddp", "gradient_checkpointing": False,
+}  # fmt: skip
+
 
 def two_stages(align: dict, instruct: dict, **more) -> Config:
     """Align trains the projector, instruct the language model too; `more` of the configuration."""
     return Config(
         scale="tiny",
         stages={
-            "align": {"trains": ["projector"], **align},
-            "instruct": {"trains": ["projector", "language_model"], **instruct},
+            "align": RECIPE | {"trains": ["projector"], **align},
+            "instruct": RECIPE | {"trains": ["projector", "language_model"], **instruct},
         },
         **more,
     )

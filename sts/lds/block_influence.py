@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sts.lds import Depth, Policy
+from sts.lds.parts import LDS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sts.settings import LDS
-
 MEASURED_TOKENS = 64  # of each row, evenly spaced: enough for the mean of a layer
 
 
-def by_rank(layers: int, lds: "LDS", measured: Sequence[float]) -> list[float]:
+def by_rank(layers: int, lds: LDS, measured: Sequence[float]) -> list[float]:
     """explore + (1 - explore) x 2 rank / (L + 1), of mean 1; rank L is the least influence.
 
     Equal values share their mean rank, so before any measurement D(l) is uniform. The share

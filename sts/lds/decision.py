@@ -6,15 +6,12 @@ micro-batch and after a resume, and no other random stream moves.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sts.draws import keyed_generator
 from sts.lds import DEPTHS, DRAWS, UNITS
-from sts.lds.parts import unmeasured
+from sts.lds.parts import LDS, unmeasured
 from sts.schedule import strength
-
-if TYPE_CHECKING:
-    from sts.settings import LDS
 
 # Shares of a decoder layer's work in a step, 1 unless something is skipped: of the samples that run
 # through it, of each sample's tokens, of the backward of its two sublayers.
@@ -66,7 +63,7 @@ class LayerDecision:
 
 
 def chances(
-    lds: "LDS", num_layers: int, t: float, measured: Sequence[float] | None = None
+    lds: LDS, num_layers: int, t: float, measured: Sequence[float] | None = None
 ) -> tuple[float, ...]:
     """p_l(t) = rate x S(t) x D(l) of every layer, [num_layers]; 0 for protected layers.
 
@@ -83,7 +80,7 @@ def chances(
 
 
 def decide(
-    lds: "LDS",
+    lds: LDS,
     num_layers: int,
     t: float,
     seed: int,
@@ -112,7 +109,7 @@ def decide(
     return Decision(probabilities, frozenset(pieces[i] for i in drawn))
 
 
-def expected_work(lds: "LDS", num_layers: int, t: float) -> list[dict[str, float]]:
+def expected_work(lds: LDS, num_layers: int, t: float) -> list[dict[str, float]]:
     """The mean work of every layer at t before anything was measured, [num_layers]."""
     shares = UNITS[lds.unit].shares
     return [
@@ -121,7 +118,7 @@ def expected_work(lds: "LDS", num_layers: int, t: float) -> list[dict[str, float
     ]
 
 
-def skipped_share(lds: "LDS", work: Sequence[Work]) -> list[float]:
+def skipped_share(lds: LDS, work: Sequence[Work]) -> list[float]:
     """The share of each layer that was skipped, of what the unit skips, [layers]."""
     shares = UNITS[lds.unit].shares
     return [1 - sum(layer.get(share, 1.0) for share in shares) / len(shares) for layer in work]

@@ -8,10 +8,10 @@ first measurement); only a measured depth looks at it.
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from sts.settings import LDS
+# Stands for sts.settings.LDS, which is made of this package's tables and can't be imported here.
+LDS = Any
 
 
 class Depth(NamedTuple):
@@ -27,29 +27,29 @@ class Depth(NamedTuple):
     `weights` gets the moving average of sum / count over the steps.
     """
 
-    weights: Callable[[int, "LDS", Sequence[float]], list[float]]
+    weights: Callable[[int, LDS, Sequence[float]], list[float]]
     text: str
     of_forward: Callable | None = None
     of_gradients: Callable | None = None
 
 
-def uniform(layers: int, lds: "LDS", measured: Sequence[float]) -> list[float]:
+def uniform(layers: int, lds: LDS, measured: Sequence[float]) -> list[float]:
     """The same for every layer: LayerDrop (arXiv 1909.11556)."""
     return [1.0] * layers
 
 
-def slope(layers: int, lds: "LDS", measured: Sequence[float]) -> list[float]:
+def slope(layers: int, lds: LDS, measured: Sequence[float]) -> list[float]:
     """1 + epsilon (2 l - (L - 1)) / (L - 1), of mean 1: the paper's depth-based adjustment."""
     last = layers - 1
     return [1 + lds.epsilon * (2 * i - last) / last for i in range(layers)] if last else [1.0]
 
 
-def linear(layers: int, lds: "LDS", measured: Sequence[float]) -> list[float]:
+def linear(layers: int, lds: LDS, measured: Sequence[float]) -> list[float]:
     """(l + 1) / L: stochastic depth (arXiv 1603.09382), PLD (2010.13369)."""
     return [(i + 1) / layers for i in range(layers)]
 
 
-def exponential(layers: int, lds: "LDS", measured: Sequence[float]) -> list[float]:
+def exponential(layers: int, lds: LDS, measured: Sequence[float]) -> list[float]:
     """2^(l / (L - 1)) - 1, from 0 to 1: LayerSkip (arXiv 2404.16710)."""
     last = layers - 1
     return [2 ** (i / last) - 1 for i in range(layers)] if last else [1.0]

@@ -12,10 +12,10 @@ from sts.lds import DEPTHS, UNITS, resolve
 from sts.lds.decision import Decision, LayerDecision, decide
 from sts.lds.distributed import prepare_skipped_layers
 from sts.lds.measure import Measured
+from sts.lds.parts import LDS
 from sts.lds.units import Replacement
 from sts.modules import show_hooks_to_compile
 from sts.sequence import Batch
-from sts.settings import LDS
 
 
 class Skipper:

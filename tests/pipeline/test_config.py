@@ -1,7 +1,7 @@
 """What a scale file and an ablation may say, and what one is told who says something else."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -10,8 +10,24 @@ import yaml
 from pydantic import BaseModel, create_model
 
 from sts import LDS, STS_LDS, STS_VTC, VTC
-from sts.pipeline import config as settings
-from sts.pipeline.config import ConfigError, load_ablations, load_scale, load_yaml, resolve
+from sts.checks import Interval
+from sts.pipeline.config import (
+    ALWAYS,
+    BACKBONE,
+    Config,
+    ConfigError,
+    CustomConfig,
+    Neutral,
+    StageConfig,
+    deep_merge,
+    dump,
+    identity,
+    load_ablations,
+    load_scale,
+    load_yaml,
+    resolve,
+)
+from sts.settings import setting
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
@@ -20,7 +36,7 @@ PAGE = ROOT / "docs/ablations.md"
 
 
 @pytest.fixture(scope="module")
-def mini() -> settings.Config:
+def mini() -> Config:
     return load_scale(ROOT / "workflow/config/mini.yaml")
 
 
@@ -31,7 +47,7 @@ def entry(tmp_path: Path, overrides: str, label: str = "label: Mine") -> Path:
     return file
 
 
-def resolved(tmp_path: Path, scale: settings.Config, overrides: str) -> settings.Config:
+def resolved(tmp_path: Path, scale: Config, overrides: str) -> Config:
     return resolve(scale, load_ablations(entry(tmp_path, overrides))["mine"])
 
 
@@ -48,17 +64,26 @@ def test_every_ablation_is_valid_on_every_scale(scale):
 @pytest.mark.parametrize("scale", SCALES, ids=lambda path: path.stem)
 def test_a_resolved_configuration_reads_back_as_it_was_written(scale, tmp_path):
     config = load_scale(scale)
-    (tmp_path / "resolved.yaml").write_text(settings.dump(config))
+    (tmp_path / "resolved.yaml").write_text(dump(config))
     assert load_scale(tmp_path / "resolved.yaml") == config
 
 
-def test_the_default_scale_is_complete(mini):
-    """All but the settings of VTC and LDS, which are off: their parts are in sts/settings.py."""
-    said, whole = load_yaml(ROOT / "workflow/config/mini.yaml"), mini.model_dump(by_alias=True)
-    for mine, filled in zip(said["stages"].values(), whole["stages"].values(), strict=True):
-        assert (mine.pop("vtc"), mine.pop("lds")) == ({"kind": "none"}, {"policy": "none"})
-        assert (filled.pop("vtc"), filled.pop("lds")) == (asdict(VTC()), asdict(LDS()))
-    assert said == whole
+def test_the_mini_scale_repeats_no_default(mini):
+    """So that a default can't drift from it: what it says differs from the blocks', or has none."""
+
+    def repeated(block: BaseModel, content: dict) -> list[str]:
+        return [
+            name
+            for name, value in content.items()
+            if value == type(block).model_fields[name].get_default()
+        ]
+
+    content = load_yaml(ROOT / "workflow/config/mini.yaml")
+    for name, stage in content.pop("stages").items():
+        assert repeated(mini.stage(name), stage) == []
+    assert content.pop("scale") == "mini"
+    for name, block in content.items():
+        assert repeated(getattr(mini, name), block) == []
 
 
 def test_the_paper_scale_is_the_recipe_of_llava(mini):
@@ -127,6 +152,12 @@ def test_a_real_data_set_is_evaluated_on_its_own_test_split(tmp_path, mini):
     assert config.evaluation_data() == ["nlvr", "scenes"]
 
 
+RECIPE = (
+    "{data: [scenes], steps: 4, batch_size: 8, processes: 1, parallel: ddp, lr: 1.0e-3, "
+    "precision: bf16, gradient_checkpointing: false}"
+)
+
+
 # ---- what is not --------------------------------------------------------------------------------
 
 WRONG = {
@@ -185,7 +216,7 @@ WRONG = {
     "unknown data set": ("{align: {data: [coco]}}", "align.data", "easy_vqa, llava_mix665k"),
     "unknown benchmark": ("{evaluate: {benchmarks: [mme]}}", "evaluate.benchmarks", "chart"),
     "unknown precision": ("{align: {precision: fp8}}", "align.precision", "'fp32' or 'bf16'"),
-    "a stage that there is not": ("{modell: {steps: 4}}", "modell.trains", "a value"),
+    "a stage that there is not": ("{modell: {steps: 4}}", "modell", "trains, data, batch_size"),
     "no part to train": ("{align: {trains: []}}", "align.trains", "at least one"),
     "a part that there is not": ("{align: {trains: [head]}}", "align.trains.0", "'projector'"),
     "a part twice": ("{align: {trains: [lora, lora]}}", "align.trains", "every part once"),
@@ -203,8 +234,12 @@ WRONG = {
         "{align: {init: instruct}, instruct: {init: align}}", "align.init", "does not come after",
     ),
     "a split that can't be told": (
-        "{warm: {trains: [projector]}}", "warm.split", "one of align, instruct",
+        f"{{warm: {{trains: [projector], {RECIPE[1:]}}}", "warm.split", "one of align, instruct",
     ),
+    "like a stage that there is not": ("{warm: {like: tune}}", "warm.like", "one of align, inst"),
+    "like no stage's name": ("{warm: {like: [align]}}", "warm.like", "one of align, instruct"),
+    "like in a circle": ("{a: {like: b}, b: {like: a}}", "like", "a stage that is not like this"),
+    "like, of a stage that has values": ("{align: {like: instruct}}", "align.like", "null: it is"),
     "a whole model that is none": ("{model: {family: whole}}", "model.checkpoint", "folder"),
     "a checkpoint to join": ("{model: {checkpoint: a/b}}", "model.checkpoint", "null where"),
     "fresh parts to join": ("{model: {fresh: [projector]}}", "model.fresh", "[] where"),
@@ -258,7 +293,7 @@ def test_a_doubled_key_in_a_scale(tmp_path):
     [
         ("Mine-1: {label: x}", "lower case"),
         ("mine: {}", "label"),
-        ("mine: {label: x, groups: [best]}", "'main'"),
+        ("mine: {label: x, groups: [Best]}", "lower case"),
         ("mine: {label: x, group: [main]}", "groups, label"),
         ("mine: {label: x, source: theirs}", "'baseline', 'paper', 'ours' or 'peers'"),
         ("mine: 3", "mapping"),
@@ -328,7 +363,7 @@ def test_a_custom_data_set_trains_the_stage_that_it_is_for(tmp_path):
 # ---- what else must hold ------------------------------------------------------------------------
 
 
-def blocks(kind: object = settings.Config) -> set[type[BaseModel]]:
+def blocks(kind: object = Config) -> set[type[BaseModel]]:
     """The blocks of a configuration, wherever they stand."""
     if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
         return {block for inner in get_args(kind) for block in blocks(inner)}
@@ -336,7 +371,7 @@ def blocks(kind: object = settings.Config) -> set[type[BaseModel]]:
 
 
 def test_every_field_is_described():
-    assert {settings.CustomConfig, settings.StageConfig} < blocks()
+    assert {CustomConfig, StageConfig} < blocks()
     for block in blocks():
         for name, info in block.model_fields.items():
             assert info.description, f"{block.__name__}.{name}"
@@ -349,13 +384,17 @@ def test_a_stage_more_or_fewer_is_one_entry(tmp_path, mini):
     def names(overrides: str) -> list[str]:
         return list(resolved(tmp_path, mini, overrides).stages)
 
-    warm = "{init: align, trains: [projector, vision_tower], split: instruct}"
+    warm = "{init: align, like: align, trains: [vision_tower], split: instruct}"
     assert names("{}") == ["align", "instruct"]
     assert names("{align: null}") == ["instruct"]
     assert names(f"{{warm: {warm}}}") == ["align", "warm", "instruct"]
-    assert names("{late: {trains: [lora], split: instruct}}") == ["align", "instruct", "late"]
+    assert names("{late: {like: instruct, trains: [lora], lr: 1e-3}}") == [
+        "align",
+        "instruct",
+        "late",
+    ]
     config = resolved(tmp_path, mini, f"{{warm: {warm}}}")
-    assert config.before("warm") == "align" and config.before("align") == settings.BACKBONE
+    assert config.before("warm") == "align" and config.before("align") == BACKBONE
     assert config.before("instruct") == "warm" and config.last == "instruct"
     assert config.stages["instruct"] == mini.stages["instruct"]
 
@@ -364,14 +403,14 @@ def test_a_stage_more_or_fewer_is_one_entry(tmp_path, mini):
     "overrides",
     [
         "{align: null}",
-        "{warm: {init: backbone, trains: [lora], split: align}}",
-        "{warm: {init: align, trains: [lora], split: align}, align: {lr: {projector: 0.1}}}",
+        "{warm: {init: backbone, like: align}}",
+        "{warm: {init: align, like: align, split: instruct}, align: {lr: {projector: 0.1}}}",
     ],
 )
 def test_other_stages_read_back_as_they_were_written(tmp_path, mini, overrides):
     """A job reads its resolved configuration as a scale file, on top of the mini scale."""
     config = resolved(tmp_path, mini, overrides)
-    (tmp_path / "resolved.yaml").write_text(settings.dump(config))
+    (tmp_path / "resolved.yaml").write_text(dump(config))
     again = load_scale(tmp_path / "resolved.yaml")
     assert again == config and list(again.stages) == list(config.stages)
 
@@ -382,6 +421,63 @@ def test_an_ablation_of_a_stage_that_the_scale_took_out_is_the_scales_own_run(tm
     scale = load_scale(file)
     assert list(scale.stages) == ["instruct"]
     assert resolved(tmp_path, scale, "{align: {vtc: {kind: random, keep: 0.5}}}") == scale
+
+
+UNFROZEN = """
+stages:
+  unfrozen:
+    {}
+    trains: [projector, language_model, vision_tower]
+    split: instruct
+    steps: 100
+    batch_size: 16
+    lr: {{projector: 2.0e-5, language_model: 2.0e-5, vision_tower: 2.0e-6}}
+"""
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda path: path.stem)
+def test_a_new_stage_is_like_another_or_says_its_recipe(tmp_path, scale):
+    """What a recipe decides never comes from a default, against the other stages of its scale."""
+    file = tmp_path / "scale.yaml"
+
+    def load(line: str) -> Config:
+        file.write_text(
+            yaml.safe_dump(deep_merge(load_yaml(scale), yaml.safe_load(UNFROZEN.format(line))))
+        )
+        return load_scale(file)
+
+    with pytest.raises(ConfigError) as error:
+        load("")
+    assert error.value.key == "stages.unfrozen"
+    missing = "data, processes, parallel, precision, gradient_checkpointing"
+    assert error.value.accepted == (
+        f"{missing} beside these, or `like`, a stage to take them from: align or instruct"
+    )
+    config = load("like: instruct")
+    stage, other = config.stage("unfrozen"), config.stage("instruct")
+    own = {"trains", "steps", "batch_size", "lr"}
+    assert (stage.steps, stage.batch_size) == (100, 16) and "vision_tower" in stage.trains
+    assert {k: v for k, v in stage if k not in own} == {k: v for k, v in other if k not in own}
+
+
+def test_like_takes_all_but_the_place_also_what_acts(tmp_path, mini):
+    """Of the other stage as the ablation has it; a policy of its own starts from its own parts."""
+    lds = "{policy: sts, rate: 0.5, epsilon: 1, protect_first: 2}"
+    start = f"instruct: {{init: align, steps: 7, lds: {lds}}}"
+    config = resolved(
+        tmp_path, mini, f"{{{start}, b: {{like: a, steps: 9}}, a: {{like: instruct}}}}"
+    )
+    assert list(config.stages) == ["align", "instruct", "b", "a"]
+    assert config.stages["a"] == config.stages["instruct"] and config.stages["b"].steps == 9
+    other = f"{{{start}, a: {{like: instruct, lds: {{policy: random_ltd, rate: 0.5}}}}}}"
+    assert resolved(tmp_path, mini, other).stages["a"].lds == LDS("random_ltd", rate=0.5)
+
+
+def test_like_is_of_a_new_stage(tmp_path):
+    file = tmp_path / "scale.yaml"
+    file.write_text("stages: {align: {like: instruct}}\n")
+    with pytest.raises(ConfigError, match=r"stages\.align\.like: 'instruct' .* of a new stage"):
+        load_scale(file)
 
 
 # ---- what a result depends on -------------------------------------------------------------------
@@ -395,24 +491,24 @@ def test_weights_depend_on_all_of_a_stage_but_how_often_it_is_saved(mini):
 
 
 def test_what_is_idle_does_not_count_and_what_acts_does(tmp_path, mini):
-    def identity(overrides: str) -> dict:
+    def values(overrides: str) -> dict:
         return resolved(tmp_path, mini, overrides).stages["align"].identity()
 
     idle = ["{}", "{align: {vtc: {positions: mean}}}", "{align: {lora: {rank: 8}}}",
             "{align: {lds: {policy: layerdrop, rate: 0.0}}}"]  # fmt: skip
-    assert all(identity(one) == identity("{}") for one in idle)
+    assert all(values(overrides) == values("{}") for overrides in idle)
     acts = ["{align: {vtc: {kind: random, keep: 0.5}}}", "{align: {trains: [lora]}}",
             "{align: {vtc: {kind: random, keep: 0.5, positions: mean}}}",
             "{align: {lds: {policy: layerdrop, rate: 0.1}}}"]  # fmt: skip
-    assert len({str(identity(one)) for one in [*acts, "{}"]}) == len(acts) + 1
+    assert len({str(values(overrides)) for overrides in [*acts, "{}"]}) == len(acts) + 1
 
 
 def test_a_new_key_at_its_neutral_value_changes_no_identity_and_a_changed_default_does(mini):
-    class More(settings.StageConfig):
-        ema: Annotated[float, settings.Neutral(0.0)] = 0.0
+    class More(StageConfig):
+        ema: Annotated[float, Neutral(0.0)] = 0.0
 
-    class Other(settings.StageConfig):
-        ema: Annotated[float, settings.Neutral(0.0)] = 0.9
+    class Other(StageConfig):
+        ema: Annotated[float, Neutral(0.0)] = 0.9
 
     stage = mini.stages["align"]
     values = dict(stage)
@@ -423,19 +519,19 @@ def test_a_new_key_at_its_neutral_value_changes_no_identity_and_a_changed_defaul
 
 @dataclass(frozen=True)
 class MoreVTC(VTC):
-    temperature: float = field(default=1.0, metadata={"neutral": 1.0})
+    temperature: float = setting(1.0, Interval(0, 2), "Heat", neutral=True)
 
 
 def test_so_does_a_new_setting_of_the_library():
-    assert settings.identity(MoreVTC("random", 0.5)) == settings.identity(VTC("random", 0.5))
-    assert settings.identity(MoreVTC("random", 0.5, temperature=2.0))["temperature"] == 2.0
+    assert identity(MoreVTC("random", 0.5)) == identity(VTC("random", 0.5))
+    assert identity(MoreVTC("random", 0.5, temperature=2.0))["temperature"] == 2.0
 
 
 def test_every_neutral_value_is_one_that_the_key_takes():
     for block in blocks():
         for name, info in block.model_fields.items():
             for mark in info.metadata:
-                if isinstance(mark, settings.Neutral) and mark.value is not settings.EVER:
+                if isinstance(mark, Neutral) and mark.value is not ALWAYS:
                     only = create_model("Only", one=(info.rebuild_annotation(), mark.value))
                     assert only(one=mark.value).one == mark.value, name
 
@@ -477,7 +573,6 @@ def test_the_page_on_ablations_does_what_it_says(tmp_path, mini):
     file.write_text(table if id in load_ablations(ABLATIONS) else f"{table}\n{example}")
     config = resolve(mini, load_ablations(file)[id])
     assert config != mini
-    for words in re.findall(r"`(\w+)`", PAGE.read_text().partition("## Accepted values")[2]):
-        assert (
-            words in (ROOT / "sts/pipeline/config/__init__.py").read_text() + ABLATIONS.read_text()
-        ), words
+    code = "".join(file.read_text() for file in (ROOT / "sts/pipeline/config").glob("*.py"))
+    for word in re.findall(r"`(\w+)`", PAGE.read_text().partition("## Accepted values")[2]):
+        assert word in code + ABLATIONS.read_text(), word

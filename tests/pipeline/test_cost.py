@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from configs import RECIPE
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -570,7 +571,8 @@ def test_a_row_of_the_history_knows_the_flops_of_its_micro_batches(name):
     scheme = sparse(model, "vtc and lds")
     flops = counted(model, batch, other)
     has_image = [True, True, True, False, True, False, True]
-    block = StageConfig(steps=1, batch_size=4, split="instruct", trains=[*INSTRUCT])
+    few = {"steps": 1, "batch_size": 4, "split": "instruct", "trains": [*INSTRUCT]}
+    block = StageConfig(**RECIPE | few)
     row = measure(scheme, shape_of(model.config), block, has_image, [batch, other])
     # both micro-batches count as if they were as long as their mean
     assert row["flops"] == pytest.approx(flops, rel=0.02)

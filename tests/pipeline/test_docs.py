@@ -120,9 +120,9 @@ def test_a_stage_more_at_the_end_between_or_fewer_is_one_entry(finished):
 
 
 def test_a_knob_is_one_field(finished):
-    config = finished / "sts/pipeline/config/__init__.py"
+    stages = finished / "sts/pipeline/config/stages.py"
     (knob,) = blocks("stages.md", "python")
-    edit(config, "    steps: Count = 200\n", f"{knob}    steps: Count = 200\n")
+    edit(stages, "    steps: Count\n", f"{knob}    steps: Count\n")
     edit(finished / SMOKE, "instruct: {steps: 6", "instruct: {ema: 0.9, steps: 6")
     shown = subprocess.run(
         [sys.executable, "-m", "sts", "config", "--configfile", SMOKE],

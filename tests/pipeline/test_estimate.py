@@ -1,6 +1,5 @@
 """The estimate before anything is trained."""
 
-import dataclasses
 import json
 import os
 import re
@@ -8,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from configs import RECIPE
 from tiny import CASES, LAYERS
 
 from sts import LDS, sparsify
@@ -28,7 +28,7 @@ DENSE = load_ablations(ABLATIONS)["dense"]
 
 
 def config(model: dict | None = None, **stages: dict) -> Config:
-    few = {"steps": 10, "batch_size": 2, "split": "instruct", "trains": BOTH}
+    few = RECIPE | {"steps": 10, "batch_size": 2, "split": "instruct", "trains": BOTH}
     return Config(
         scale="tiny",
         model=model or {},
@@ -156,7 +156,7 @@ def test_stages_are_those_of_the_configurations(no_timing):
         "short": config(align=align, last=adapted),
         "only": config(extra={"trains": ["vision_tower"]}),
     }
-    main_table = {id: dataclasses.replace(DENSE, id=id) for id in configs}
+    main_table = {id: DENSE.model_copy(update={"id": id}) for id in configs}
     found = estimate.forecast(Plan(configs, main_table))
     seeds = len(configs["long"].seeds)
     assert found["jobs"] | {"train": 5 * seeds, "share": 1 * seeds} == found["jobs"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from asking import Oracle, picture, write_arrow
+from configs import RECIPE
 from hub_sets import ART, write_chartqa, write_mmmu
 
 from sts.__main__ import main
@@ -38,7 +39,7 @@ def untracked(monkeypatch):
 def configured(evaluate: dict, **more):
     """A small configuration with these values of `evaluate`, which asks all again in grey."""
     data = {"scenes": {"seed": 5, "align": 4, "instruct": 4, "test": 20}, **more}
-    stages = {"instruct": {"trains": ["projector"]}}
+    stages = {"instruct": RECIPE | {"trains": ["projector"]}}
     evaluate = {"blind": 1, **evaluate}
     return validate({"data": data, "stages": stages, "evaluate": evaluate}, "test.yaml")
 

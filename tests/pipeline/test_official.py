@@ -2,6 +2,7 @@
 
 import pytest
 from asking import Oracle, picture
+from configs import RECIPE
 from hub_sets import OFFICIAL, write_sets
 
 from sts.pipeline.config import validate
@@ -135,7 +136,8 @@ def mirror(tmp_path_factory):
 
 
 def settings(mirror, *names):
-    scale = {"stages": {"instruct": {"trains": ["projector"]}}, "data": {"mirror": str(mirror)},
+    stages = {"instruct": RECIPE | {"trains": ["projector"]}}
+    scale = {"stages": stages, "data": {"mirror": str(mirror)},
              "evaluate": {"benchmarks": list(names)}}  # fmt: skip
     return validate(scale, "test.yaml").evaluate
 

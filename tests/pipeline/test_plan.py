@@ -27,7 +27,7 @@ wide:
 late:
   groups: [families]
   label: As dense, then one stage more
-  overrides: {late: {trains: [language_model], split: instruct}}
+  overrides: {late: {like: instruct, trains: [language_model], lr: 1e-3}}
 """
 
 

@@ -46,11 +46,13 @@ def remarks(project: Path) -> None:
 
 def new_knobs(project: Path) -> None:
     """Each at its neutral value: of a stage, of VTC, of an evaluation."""
-    config, own = project / "sts/pipeline/config/__init__.py", project / "sts/settings.py"
-    knob = 'Annotated[Number, Neutral(0.0)] = 0.0\n    """A new knob."""\n'
-    edit(config, "    steps: Count = 200\n", f"    ema: {knob}    steps: Count = 200\n")
-    edit(config, "    blind: Share = 0.25\n", f"    noise: {knob}    blind: Share = 0.25\n")
-    edit(own, "    keep: float = 1.0\n", "    keep: float = 1.0\n    heat: float = neutral(1.0)\n")
+    config, library = project / "sts/pipeline/config", project / "sts/settings.py"
+    knob = 'Annotated[{}, Neutral(0.0)] = 0.0\n    """A new knob."""\n{}'
+    steps, blind = "    steps: Count\n", "    blind: Share = 0.25\n"
+    edit(config / "stages.py", steps, "    ema: " + knob.format("Number", steps))
+    edit(config / "blocks.py", blind, "    noise: " + knob.format("Share", blind))
+    heat = '    heat: float = setting(1.0, Interval(0, 2), "Heat", neutral=True)\n'
+    edit(library, "    keep: float = ", f"{heat}    keep: float = ")
 
 
 def new_kind(project: Path) -> None:
@@ -62,7 +64,7 @@ def new_kind(project: Path) -> None:
 
 
 def one_stage_more(project: Path) -> None:
-    stage = "  late: {trains: [language_model], split: instruct, steps: 2, batch_size: 8}\n"
+    stage = "  late: {like: instruct, trains: [language_model], lr: 1e-3, steps: 2}\n"
     edit(project / SMOKE, "evaluate:", f"{stage}evaluate:")
 
 

@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from sts import LDS, VTC
 from sts.pipeline.config import load_yaml
-from sts.pipeline.config.schemas import FOLDER, descriptions, schemas
+from sts.pipeline.config.schemas import FOLDER, schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE, ABLATIONS = "scale.schema.json", "ablations.schema.json"
@@ -114,8 +114,10 @@ def test_every_name_that_the_schema_lists_is_one_of_the_library():
 
 
 @pytest.mark.parametrize("kind", [VTC, LDS])
-def test_every_setting_of_the_library_is_described(kind):
-    words = descriptions(kind)
-    assert words.keys() == {field.name for field in fields(kind)}
-    assert all(words.values())
-    assert descriptions(VTC)["keep"].startswith("share of the visual tokens that reaches")
+def test_every_setting_of_the_library_is_described_where_help_and_schema_take_it(kind):
+    rules = schemas()[SCALE]["$defs"][kind.__name__]["properties"]
+    assert [*rules] == [setting.name for setting in fields(kind)]
+    for name, rule in rules.items():
+        assert f"\n    {name}: {rule['description']}. " in kind.__doc__
+    assert "Share of the visual tokens that reaches" in VTC.__doc__
+    assert "A number in (0, 1]." in VTC.__doc__

@@ -7,6 +7,7 @@ import datasets
 import pandas as pd
 import pytest
 from asking import Oracle
+from configs import RECIPE
 from hub_sets import write_sets
 
 from sts.__main__ import main
@@ -56,7 +57,7 @@ def ask(mirror, tmp_path, monkeypatch):
     """ask(benchmark, ...): (status, oracle, file) of the verb, with an oracle for the weights."""
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
     scale = {
-        "stages": {"instruct": {"trains": ["projector"]}},
+        "stages": {"instruct": RECIPE | {"trains": ["projector"]}},
         "data": {"mirror": str(mirror)},
         "evaluate": {"benchmarks": ["colour"], "limit": 1},
     }

@@ -181,9 +181,9 @@ def test_each_family_is_compared_with_its_own_dense_row(results):
 def test_every_source_that_an_ablation_may_name_has_a_head():
     from typing import get_args
 
-    from sts.pipeline.config import _Entry
+    from sts.pipeline.config import Entry
 
-    assert set(get_args(_Entry.model_fields["source"].annotation)) == set(tables.SOURCES)
+    assert set(get_args(Entry.model_fields["source"].annotation)) == set(tables.SOURCES)
 
 
 def test_metrics_are_numbers_by_method(results):

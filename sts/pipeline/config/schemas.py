@@ -5,60 +5,29 @@ say what can be said of one key alone; `python -m sts config` checks how keys go
 """
 
 import json
-import re
 import sys
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from sts.lds import DEPTHS, DRAWS, POLICIES, UNITS
-from sts.pipeline.config import NAME, RESERVED, Config, CustomConfig, _Entry
-from sts.schedule import SCHEDULES
-from sts.settings import CLOCKS, LDS, POSITIONS, TEXTS, VTC
-from sts.vtc import KINDS
+from sts.pipeline.config import NAME, RESERVED, Config, CustomConfig, Entry
+from sts.settings import LDS, VTC
 
 FOLDER = Path("workflow/schemas")
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 NAMES = {"pattern": f"^{NAME.pattern}$"}
 OVERRIDDEN = {"evaluate": "EvaluateConfig", "model": "ModelConfig"}  # besides stages
-SHARE = {"minimum": 0, "maximum": 1}
-ACCEPTED: dict[type, dict[str, Any]] = {  # what sts.settings checks, key by key
-    VTC: {
-        "kind": KINDS,
-        "keep": {"exclusiveMinimum": 0, "maximum": 1},
-        "schedule": SCHEDULES,
-        "dense_tail": SHARE,
-        "positions": POSITIONS,
-        "text": TEXTS,
-    },
-    LDS: {
-        "policy": POLICIES,
-        "rate": SHARE,
-        "schedule": SCHEDULES,
-        "depth": DEPTHS,
-        "draw": DRAWS,
-        "unit": UNITS,
-        "epsilon": {"minimum": -1, "maximum": 1},
-        "protect_first": {"minimum": 0},
-        "protect_last": {"minimum": 0},
-        "dense_tail": SHARE,
-        "clock": CLOCKS,
-        "explore": SHARE,
-        "ema": {"minimum": 0, "exclusiveMaximum": 1},
-    },
-}
 KEYWORDS = {  # pydantic's names for bounds that stand behind a function of ours
     "ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum",
 }  # fmt: skip
-TYPES = {str: "string", float: "number", int: "integer", bool: "boolean", type(None): "null"}
 
 
 def schemas() -> dict[str, dict[str, Any]]:
     """File name -> schema: of a scale file, which gives only what differs from the mini scale, and
     of the table of ablations."""
-    scale, entry = (_tidy(TypeAdapter(kind).json_schema()) for kind in (Config, _Entry))
+    scale, entry = (_tidy(TypeAdapter(kind).json_schema()) for kind in (Config, Entry))
     blocks = scale.pop("$defs") | entry.pop("$defs", {})
     for key, kind in (("vtc", VTC), ("lds", LDS)):
         blocks[kind.__name__] = _settings(kind)
@@ -88,47 +57,32 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 
 def _settings(kind: type) -> dict[str, Any]:
-    """The schema of VTC or LDS: its fields, what is accepted, and the words of its docstring."""
-    hints, words = get_type_hints(kind), descriptions(kind)
-    properties = {}
-    for field in fields(kind):
-        types = [TYPES[one] for one in get_args(hints[field.name]) or (hints[field.name],)]
-        accepted = ACCEPTED[kind].get(field.name, {})
-        if "string" in types:
-            rule: dict[str, Any] = {"enum": [*accepted, *([None] if "null" in types else [])]}
-        else:
-            rule = {"type": types if len(types) > 1 else types[0], **accepted}
-        properties[field.name] = rule | {"description": words[field.name]}
+    """The schema of VTC or LDS, of what its settings say of themselves."""
     return {
         "title": kind.__name__,
         "description": (kind.__doc__ or "").partition("\n")[0],
         "type": "object",
-        "properties": properties,
+        "properties": {setting.name: _setting(setting) for setting in fields(kind)},
         "additionalProperties": False,
     }
 
 
-def descriptions(kind: type) -> dict[str, str]:
-    """Field -> what the docstring of VTC or LDS says of it, as `name: words.` or `a, b: ...`"""
-    text = " ".join((kind.__doc__ or "").split())
-    names = "|".join(field.name for field in fields(kind))
-    found = re.split(rf"(?<=[.;] )((?:{names})(?:, (?:{names}))*): ", text)
-    return {
-        name: said.strip().rstrip(";.")
-        for keys, said in zip(found[1::2], found[2::2], strict=True)
-        for name in keys.split(", ")
-    }
+def _setting(setting: Field) -> dict[str, Any]:
+    rule = setting.metadata["accepted"].schema()
+    if setting.default is None:  # a part that is the policy's where the file gives none
+        rule = {"anyOf": [rule, {"type": "null"}]}
+    return rule | {"description": setting.metadata["help"]}
 
 
 def _tidy(part: Any) -> Any:
     """A schema without pydantic's titles and without defaults, which are not what a file that says
     nothing gets (that is the mini scale's value)."""
     if isinstance(part, list):
-        return [_tidy(one) for one in part]
+        return [_tidy(item) for item in part]
     if not isinstance(part, dict):
         return part
     return {
-        KEYWORDS.get(key, key): {name: _tidy(one) for name, one in value.items()}
+        KEYWORDS.get(key, key): {name: _tidy(item) for name, item in value.items()}
         if key in ("properties", "$defs")
         else _tidy(value)
         for key, value in part.items()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from sts.checks import NotAccepted
+from sts.pipeline.config.base import NAME_ACCEPTED
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -20,28 +21,38 @@ class ConfigError(ValueError):
         self.file, self.key, self.value, self.accepted = str(file), key, value, accepted
 
 
-def parsed(model: type[ModelT], content: Any, file: str | Path, prefix: str) -> ModelT:
-    """Pydantic's check of `content`. Raises the first problem as a ConfigError that names `file`
-    and the key with `prefix` (the ablation)."""
+def parsed(model: type[ModelT], content: Any, file: str | Path, ablation: str = "") -> ModelT:
+    """Pydantic's check of `content`.
+
+    Args:
+        model: What `content` is to be.
+        content: A mapping, as it was read.
+        file: Names the file in an error.
+        ablation: The entry that `content` is of, which then begins the keys in an error.
+
+    Raises:
+        ConfigError: The first problem.
+    """
     try:
         return model.model_validate(content)
     except ValidationError as error:
         problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"] if str(part) not in _TAGS)
-    wrong = problem.get("ctx", {}).get("error")
-    if isinstance(wrong, NotAccepted):  # of a block that is the library's: VTC.keep
-        _, _, last = wrong.name.partition(".")
-        whole = key_in_file(prefix, ".".join(filter(None, (key, last))))
-        raise ConfigError(file, whole, wrong.value, wrong.accepted)
-    raise ConfigError(file, key_in_file(prefix, key), problem["input"], _accepted(model, problem))
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, NotAccepted):  # VTC.keep: of the library's settings, or stages.x.init
+        inner = cause.name.partition(".")[2]
+        key, value, accepted = f"{key}.{inner}".strip("."), cause.value, cause.accepted
+    else:
+        value, accepted = problem["input"], _accepted(model, problem)
+    raise ConfigError(file, key_in_file(ablation, key), value, accepted)
 
 
 _TAGS = ("", "[key]", "[one]", "[parts]")  # what pydantic puts into a key that nobody wrote
 
 
-def key_in_file(prefix: str, key: str) -> str:
-    """A key as it stands in the file: an ablation (`prefix`) names its stages without `stages`."""
-    return f"{prefix}.{key.removeprefix('stages.')}" if prefix else key
+def key_in_file(ablation: str, key: str) -> str:
+    """A key as it stands in the file: an ablation names its stages without `stages`."""
+    return f"{ablation}.{key.removeprefix('stages.')}" if ablation else key
 
 
 def _accepted(model: type[BaseModel], problem: Mapping) -> str:
@@ -66,9 +77,7 @@ def _accepted(model: type[BaseModel], problem: Mapping) -> str:
     if problem["type"] == "literal_error":
         return f"one of {problem['ctx']['expected']}"
     bounds = [_bound(item) for item in field.metadata] if field else []
-    if problem["type"] in ("greater_than", "less_than") and not any(
-        bounds
-    ):  # of a value in a union
+    if problem["type"] in ("greater_than", "less_than") and not any(bounds):  # in a union
         return f"a number {_bound(SimpleNamespace(**problem['ctx']))}"
     kind = _KINDS.get(owner if isinstance(owner, type) else None)
     kind = kind or _PARSED.get(problem["type"])
@@ -83,10 +92,11 @@ _SHAPES = {
     "model_type": "a mapping",
     "dict_type": "a mapping",
     "too_short": "at least one",
+    "string_pattern_mismatch": NAME_ACCEPTED,  # names are the only text that has a pattern
 }
 
 
 def _bound(item: Any) -> str:
     words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
-    found = (f"{word} {getattr(item, op)}" for op, word in words.items() if hasattr(item, op))
-    return next(found, "")
+    bounds = (f"{word} {getattr(item, op)}" for op, word in words.items() if hasattr(item, op))
+    return next(bounds, "")

@@ -1,0 +1,181 @@
+"""The blocks of a configuration: data, model, evaluation, timing, and all of them together."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from sts.checks import expect
+from sts.pipeline.config.base import Block, Count, Index, Name, Share
+from sts.pipeline.config.identity import ALWAYS, Neutral
+from sts.pipeline.config.stages import BACKBONE, StageConfig, Stages
+from sts.pipeline.tasks import registry as benchmarks
+
+
+class ScenesConfig(Block):
+    """Size of the generated data set."""
+
+    seed: Index = 0
+    """Seed of the scenes; every split draws from its own part of the seed space."""
+    align: Count = 2400
+    """Images of the align split."""
+    instruct: Count = 2720
+    """Images of the instruct split."""
+    test: Count = 160
+    """Questions of each benchmark."""
+
+
+class CustomConfig(Block):
+    """A user's own data, a LLaVA-style JSON file and the folder its image paths start from, or a
+    set of the hub with images, and texts or conversations."""
+
+    json_file: str | None = Field(alias="json", default=None)
+    """JSON list of {id, image, conversations}."""
+    images: str | None = None
+    """Folder that the image paths are relative to."""
+    hub: str | None = None
+    """Name of a set of the hub, or a folder with its files."""
+    files: str = "**/*.parquet"
+    """Which of its Parquet files, such as vqav2/*.parquet."""
+    revision: str = "main"
+    """Its branch, tag or commit."""
+    split: Literal["align", "instruct"] = "instruct"
+    """Stage that trains on it."""
+
+
+def _one_kind(custom: CustomConfig) -> CustomConfig:
+    sources = [source for source in (custom.json_file, custom.hub) if source]
+    expect(len(sources) == 1, "custom.json", custom.json_file, "json and images, or else hub")
+    expect(custom.hub or custom.images, "custom.images", custom.images, "a folder, beside json")
+    return custom
+
+
+class DataConfig(Block):
+    """Where data come from and when preparation gives up."""
+
+    mirror: str | None = None
+    """Folder with copies of the source files; the variable STS_DATA_MIRROR wins over it."""
+    max_bad_share: Share = 0.01
+    """Share of rejected rows above which preparation stops."""
+    max_text_chars: Count = 4000
+    """Characters of one turn above which a row is rejected."""
+    threads: Annotated[Count, Neutral(ALWAYS)] = 1
+    """Threads that decode and check the images of a set."""
+    rows: dict[str, Count] = {}
+    """Data set -> rows that are taken of each training split, always the same; all of others."""
+    folders: dict[str, str] = {}
+    """Data set -> folder where its files lie already, for those that are fetched."""
+    scenes: ScenesConfig = ScenesConfig()
+    """The embedded data set."""
+    custom: dict[str, Annotated[CustomConfig, AfterValidator(_one_kind)]] = {}
+    """Name -> the user's own data."""
+
+
+class ModelConfig(Block):
+    """The model that training starts from."""
+
+    family: Annotated[Literal["joined", "whole"], Neutral("joined")] = "joined"
+    """A vision tower and a language model joined by a fresh projector (LLaVA), or `checkpoint`."""
+    checkpoint: Annotated[str | None, Neutral(None)] = None
+    """Hub id or folder of any image-text-to-text model, with its processor, where family: whole."""
+    fresh: Annotated[list[Literal["projector", "language_model", "vision_tower"]], Neutral([])] = []
+    """Parts of `checkpoint` that are drawn anew from the run's seed."""
+    template: Annotated[Literal["own", "v1"], Neutral("own")] = "own"
+    """Chat template of joined parts: the language model's, if it has none ours; or LLaVA-1.5's."""
+    image_aspect_ratio: Annotated[Literal["own", "pad"], Neutral("own")] = "own"
+    """How pictures of joined parts become squares: as the tower's processor has it (CLIP's cuts the
+    centre out), or padded in its mean colour, as in LLaVA-1.5."""
+    backbone: Literal["shipped", "pretrained"] = "shipped"
+    """Parts that are joined: of this repository, or a hub id or folder for each."""
+    vision: str | None = None
+    """Vision tower of `pretrained`."""
+    language: str | None = None
+    """Language model of `pretrained`."""
+    vision_feature_layer: int = -2
+    """Layer of the vision tower whose features are projected."""
+    layers: Count = 12
+    """Decoder layers of the language model; what skip rates are checked against."""
+
+    @property
+    def sources(self) -> list[str]:
+        """Folders or hub ids that are not ours: a whole checkpoint, or both pretrained parts."""
+        of_parts = (self.vision, self.language) if self.backbone == "pretrained" else ()
+        sources = (self.checkpoint,) if self.family == "whole" else of_parts
+        return [source for source in sources if source]
+
+
+class EvaluateConfig(Block):
+    """How every finished run is measured."""
+
+    benchmarks: Annotated[list[str], Field(min_length=1)] = [
+        "existence", "colour", "shape", "counting", "relation", "text", "chart", "composition",
+    ]  # fmt: skip
+    """Names of benchmarks: files of sts/pipeline/tasks, image tasks or groups of lm-eval."""
+    metrics: Annotated[dict[str, str], Neutral({})] = {}
+    """Benchmark -> metric that is its score, where it is not the first one of its task."""
+    batch_size: Count = 64
+    """Questions answered at once; a part of the result's identity."""
+    blind: Share = 0.25
+    """Share of the questions that are also asked with a grey image; 0: none."""
+    max_new_tokens: Count = 4
+    """Longest answer to our own questions; lm-eval's tasks have their own limits."""
+    limit: Count | None = None
+    """At most this many questions of each benchmark, always the same ones; null: all."""
+
+
+REPEATS = 3  # timed steps of a variant at a point; their median counts
+
+
+class BenchConfig(Block):
+    """How the time of a training is measured."""
+
+    points: Count = 8
+    """Places in each stage where a step is timed."""
+    warmup: Index = 1
+    """Steps before each that don't count."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that the timing takes of each stage of a run, in one process."""
+        return self.points * (self.warmup + REPEATS)
+
+
+class Config(Block):
+    """All settings of one run."""
+
+    scale: Name = "mini"
+    """Names the folders results/<scale> and data/<scale>."""
+    seeds: Annotated[list[Index], Field(min_length=1)] = [0, 1, 2]
+    """One run for each."""
+    data: DataConfig = DataConfig()
+    """Sources and preparation."""
+    model: ModelConfig = ModelConfig()
+    """Vision tower and language model."""
+    stages: Stages
+    """Name -> training stage, one after the other; null takes a stage out."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Benchmarks."""
+    bench: BenchConfig = BenchConfig()
+    """Timing."""
+
+    def stage(self, name: str) -> StageConfig:
+        """The block of a stage. Raises KeyError for one that there is not."""
+        return self.stages[name]
+
+    @property
+    def last(self) -> str:
+        """Name of the last stage, whose weights are evaluated."""
+        return list(self.stages)[-1]
+
+    def before(self, name: str) -> str:
+        """The stage that a stage starts from; BACKBONE for the first."""
+        names = [BACKBONE, *self.stages]
+        return names[names.index(name) - 1]
+
+    def training_data(self) -> list[str]:
+        """Names of the data sets that are trained on, each once."""
+        return list(dict.fromkeys(name for block in self.stages.values() for name in block.data))
+
+    def evaluation_data(self) -> list[str]:
+        """Names of the prepared data sets that hold the benchmarks, each once."""
+        sets = map(benchmarks.dataset_of, self.evaluate.benchmarks)
+        return list(dict.fromkeys(filter(None, sets)))

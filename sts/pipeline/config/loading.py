@@ -1,0 +1,176 @@
+"""Read scales and ablations, put an ablation's values into a scale, write a configuration."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from annotated_types import Gt, Le
+from pydantic import Field
+
+from sts.pipeline.config.base import (
+    MINI,
+    NAME,
+    NAME_ACCEPTED,
+    Block,
+    Index,
+    Name,
+    Number,
+    deep_merge,
+)
+from sts.pipeline.config.blocks import Config
+from sts.pipeline.config.contradictions import contradictions
+from sts.pipeline.config.errors import ConfigError, key_in_file, parsed
+from sts.pipeline.config.stages import merge_stage
+
+
+class Entry(Block):
+    """An entry of the table of ablations."""
+
+    groups: list[Name] = []
+    """Tables that show the ablation."""
+    label: str
+    """Name in tables and figures."""
+    source: Literal["baseline", "paper", "ours", "peers"] = "ours"
+    """Whose method it is: the head it stands under in tables."""
+    seeds: Annotated[list[Index], Field(min_length=1)] | None = None
+    """Instead of the scale's."""
+    steps_share: Annotated[Number, Gt(0), Le(1)] = 1.0
+    """Share of the scale's steps that each stage trains: a control with less training."""
+    relative_to: str | None = None
+    """Ablation that retention and cost are relative to in tables; null: the first of the table."""
+    overrides: dict[str, dict[str, Any] | None] = {}
+    """The values that differ from the scale's, of `model`, `evaluate` or a stage; null takes out a
+    stage, and a name that the scale has not adds one."""
+
+
+class Ablation(Entry):
+    """A named delta of a scale."""
+
+    id: str
+    """Its name in files and calls."""
+    file: str
+    """The file that says it."""
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping. ConfigError if a key stands twice, or if it is no YAML mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1
+        problem = getattr(error, "problem", str(error))
+        raise ConfigError(path, f"line {line}", problem, "valid YAML") from None
+    if not isinstance(content, dict):
+        raise ConfigError(path, "the file", content, "a mapping of keys to values")
+    return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML, as Snakemake reads the same files by it; alone it takes the last of two equal keys
+    without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
+            line = mark.line + 1
+            if key in lines:
+                twice = f"given twice, in lines {lines[key]} and {line}"
+                raise ConfigError(mark.name, key, twice, "every key once")
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def load_scale(path: str | Path) -> Config:
+    """Read and check a scale file, or a resolved configuration. Raises ConfigError.
+
+    What the file doesn't say comes from the mini scale, as with `snakemake --configfile`, and then
+    from the blocks' defaults.
+    """
+    return validate(deep_merge(load_yaml(MINI), load_yaml(path)), path)
+
+
+def load_ablations(path: str | Path) -> dict[str, Ablation]:
+    """Read the ablation table, by id; the first entry is the complete baseline.
+
+    Raises ConfigError for what can be seen without a scale; `resolve` checks the overrides.
+    """
+    ablations: dict[str, Ablation] = {}
+    for id, content in load_yaml(path).items():
+        if not NAME.fullmatch(str(id)):
+            raise ConfigError(path, "id", id, NAME_ACCEPTED)
+        entry = parsed(Entry, content, path, id)
+        ablations[id] = Ablation(id=id, file=str(path), **dict(entry))
+    for id, entry in ablations.items():
+        if entry.relative_to not in (None, *ablations):
+            accepted = f"an id of this file: {', '.join(ablations)}"
+            raise ConfigError(path, f"{id}.relative_to", entry.relative_to, accepted)
+    baseline = next(iter(ablations.values()))
+    if baseline.steps_share < 1:
+        accepted = "1.0: this is the baseline"
+        raise ConfigError(path, f"{baseline.id}.steps_share", baseline.steps_share, accepted)
+    if baseline.overrides:
+        accepted = "{}: the first is the baseline"
+        raise ConfigError(path, f"{baseline.id}.overrides", baseline.overrides, accepted)
+    return ablations
+
+
+def resolve(config: Config, ablation: Ablation) -> Config:
+    """The scale's configuration with the ablation's values in place. Raises ConfigError."""
+    base = config.model_dump(by_alias=True)
+    overrides = dict(ablation.overrides)
+    delta = {block: overrides.pop(block) for block in ("model", "evaluate") if block in overrides}
+    if ablation.seeds:
+        delta["seeds"] = ablation.seeds
+    for name in _mini_stages() - base["stages"].keys():
+        if not {"trains", "like"} & (overrides.get(name) or {}).keys():
+            overrides.pop(name, None)  # it says how to train a stage that the scale took out
+    stages = base["stages"]
+    for block in stages.values():
+        block["steps"] = max(1, round(block["steps"] * ablation.steps_share))
+    for name, block in overrides.items():
+        if name in stages and (block or {}).get("like") is not None:
+            raise _refuse_like(ablation.file, f"{ablation.id}.{name}.like", block["like"])
+        stages[name] = merge_stage(stages.get(name, {}), block) if block is not None else None
+    return _checked(deep_merge(base, delta), ablation.file, ablation.id)
+
+
+@cache
+def _mini_stages() -> frozenset[str]:
+    return frozenset(load_yaml(MINI)["stages"])
+
+
+def _refuse_like(file: str | Path, key: str, value: Any) -> ConfigError:
+    return ConfigError(file, key, value, "null: it is of a new stage, this one has its values")
+
+
+def validate(content: Mapping, file: str | Path) -> Config:
+    """The checked configuration of a scale that was merged with the mini scale; `file` is what an
+    error names. Raises ConfigError."""
+    stages = content.get("stages")
+    for name in _mini_stages() & (stages if isinstance(stages, dict) else {}).keys():
+        like = stages[name].get("like") if isinstance(stages[name], dict) else None
+        if like is not None:  # by now nobody can tell the mini scale's values from the file's
+            raise _refuse_like(file, f"stages.{name}.like", like)
+    return _checked(content, file)
+
+
+def _checked(content: Mapping, file: str | Path, ablation: str = "") -> Config:
+    config = parsed(Config, content, file, ablation)
+    for key, value, accepted in contradictions(config):
+        raise ConfigError(file, key_in_file(ablation, key), value, accepted)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The configuration as YAML that `load_scale` reads: it says all that the mini scale would fill
+    in, also the order of the stages, and which of them there are not."""
+    content = config.model_dump(by_alias=True)
+    for name, block in content["stages"].items():
+        block["init"] = config.before(name)
+        del block["like"]
+    content["stages"] |= dict.fromkeys(sorted(_mini_stages() - content["stages"].keys()))
+    return yaml.safe_dump(content, sort_keys=False)

@@ -44,12 +44,12 @@ from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 def model_folder(tmp_path_factory):
     """The mini scale's own LLaVA, not yet aligned, as a user would load it."""
     from sts.pipeline.files import write_json_atomic
-    from sts.pipeline.train.model import SHIPPED, build_llava
+    from sts.pipeline.train.model import SHIPPED, build
 
     folder = tmp_path_factory.mktemp("llava")
     parts = {part: str(ROOT / SHIPPED / part) for part in ("vision", "language", "processor")}
     write_json_atomic(folder / "manifest.json", parts)
-    model, processor = build_llava(folder / "manifest.json", seed=0)
+    model, processor = build(folder / "manifest.json", seed=0)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -23,7 +23,7 @@ from sts.pipeline.data.source import DataError
 from sts.pipeline.evaluate import evaluate as module
 from sts.pipeline.evaluate.evaluate import evaluate, guesses, load_benchmarks
 from sts.pipeline.tasks import registry as benchmarks
-from sts.pipeline.train.model import build_llava
+from sts.pipeline.train.model import build
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/evaluation.md"
 BENCHMARKS = ["existence", "colour"]
@@ -76,7 +76,7 @@ def questions(config, scenes):
 def weights(backbone, tmp_path_factory):
     """A checkpoint as a training leaves it: untrained, with weights so large that what it says
     depends on every token it is shown; it falls silent after a few words."""
-    model, processor = build_llava(backbone, seed=0)
+    model, processor = build(backbone, seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -542,7 +542,7 @@ def test_a_real_checkpoint_answers_lm_evals_tasks_from_the_command_line(
 
 
 def test_a_question_that_is_too_long_for_the_model_is_refused(theirs, backbone, trained, tmp_path):
-    for part in build_llava(backbone, seed=0):
+    for part in build(backbone, seed=0):
         part.save_pretrained(tmp_path / "short")
     with pytest.raises(ValueError, match=r"up to 512 don't fit into the 256 tokens.*'user"):
         evaluate(theirs, "dense", 1, trained(tmp_path / "short"), [], tmp_path / "eval.json")

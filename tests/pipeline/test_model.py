@@ -21,12 +21,11 @@ from zoo_tiles import CASES as OTHERS
 from sts.architectures import PARTS
 from sts.pipeline.config import MINI, ModelConfig, load_scale
 from sts.pipeline.data.tokens import tokenise
+from sts.pipeline.train.joined import load_tower
 from sts.pipeline.train.model import (
     SHIPPED,
     build,
-    build_llava,
     freeze,
-    load_tower,
     write_manifest,
 )
 from sts.settings import IGNORE_INDEX
@@ -41,9 +40,9 @@ def manifest(tmp_path_factory) -> Path:
 
 def test_shipped_files_are_small_and_join_to_a_llava_with_a_seeded_projector(manifest):
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 10e6
-    a, processor = build_llava(manifest, 1)
-    b, _ = build_llava(manifest, 1)
-    c, _ = build_llava(manifest, 2)
+    a, processor = build(manifest, 1)
+    b, _ = build(manifest, 1)
+    c, _ = build(manifest, 2)
     states = [model.state_dict() for model in (a, b, c)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     moved = {name for name in states[0] if not torch.equal(states[0][name], states[2][name])}
@@ -82,7 +81,7 @@ def test_pretrained_parts_are_joined_and_learn_the_image_token(backbone, tmp_pat
         write_manifest(settings, tmp_path / "manifest.json")
     settings = settings.model_copy(update={"layers": 1})
     write_manifest(settings, tmp_path / "manifest.json")
-    (model, processor), (again, _) = (build_llava(tmp_path / "manifest.json", 0) for _ in range(2))
+    (model, processor), (again, _) = (build(tmp_path / "manifest.json", 0) for _ in range(2))
     assert model.config.text_config.vocab_size == len(words) + 1
     ids = processor(text="<image>", images=torch.zeros(3, 72, 72))["input_ids"][0]
     assert ids == [model.config.image_token_id] * 16 == [len(words)] * 16
@@ -155,7 +154,7 @@ def test_a_language_model_keeps_the_chat_template_that_it_was_tuned_with(backbon
     template += "{% if add_generation_prompt %}{{ '<s>' }}{% endif %}"
     settings = save_parts(backbone, tmp_path, template).model_copy(update={"layers": 1})
     write_manifest(settings, tmp_path / "manifest.json")
-    _, processor = build_llava(tmp_path / "manifest.json", 0)
+    _, processor = build(tmp_path / "manifest.json", 0)
     turns = [{"from": "human", "value": "<image>\nis"}, {"from": "gpt", "value": "red"}]
     [sample] = tokenise(processor, [turns], [[(72, 72)]])
     told = ["<s>", "<image>", "is", "</s>", "<s>", "red", "</s>"]
@@ -164,7 +163,7 @@ def test_a_language_model_keeps_the_chat_template_that_it_was_tuned_with(backbon
 
 
 def test_a_whole_checkpoint_is_gone_on_with_as_it_is(manifest, tmp_path):
-    model, processor = build_llava(manifest, 1)
+    model, processor = build(manifest, 1)
     for one in (model, processor):
         one.save_pretrained(tmp_path / "whole")
     own = {"family": "whole", "checkpoint": str(tmp_path / "whole")}

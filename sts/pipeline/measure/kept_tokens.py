@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sts.pipeline.data.rows import images_of
 from sts.pipeline.files import read_json
-from sts.pipeline.train.model import TOWERS, image_processor, load_tower
+from sts.pipeline.train.joined import TOWERS, image_processor, load_tower
 from sts.vtc import KINDS, compress, kind_of, wants
 
 KEEP = 0.25  # share of the visual tokens

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from sts.checks import expect
-from sts.pipeline.train.model import SHIPPED, TOWERS, as_tower
+from sts.pipeline.train.joined import TOWERS, tower_config
+from sts.pipeline.train.model import SHIPPED
 from sts.settings import IGNORE_INDEX
 
 IMAGE_TOKEN = 3  # id of the placeholder
@@ -131,7 +132,7 @@ def joined(
 ) -> LlavaConfig:
     """A vision tower and a language model as LLaVA joins them; vocabulary: instead of the language
     model's own."""
-    vision, language = as_tower("the tower", deepcopy(vision)), deepcopy(language)
+    vision, language = tower_config("the tower", deepcopy(vision)), deepcopy(language)
     language.vocab_size = vocabulary or language.vocab_size
     return LlavaConfig(
         vision_config=vision,

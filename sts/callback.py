@@ -25,8 +25,17 @@ class SparseCallback(TrainerCallback, ExportableState):
     The stage is the Trainer's: schedules and dense_tail are shares of `max_steps`. A decision holds
     for all micro-batches of an accumulation, evaluation in between is dense, and a resumed Trainer
     goes on as if it had not stopped. A model that isn't the Trainer's is an error at once, and a
-    step without a sparse forward is one before the optimizer moves. Other arguments and errors are
-    those of `sparsify`; settings may be given as dicts.
+    step without a sparse forward is one before the optimizer moves.
+
+    Args:
+        model: The Trainer's; None: the scheme goes onto the model that it trains.
+        vtc: As in `sparsify`, or its fields as a dict.
+        lds: The same.
+        seed: As in `sparsify`.
+        dense_step: As in `sparsify`.
+
+    Raises:
+        ValueError: As `sparsify`.
     """
 
     def __init__(
@@ -50,7 +59,7 @@ class SparseCallback(TrainerCallback, ExportableState):
         self.scheme = attach(model, self.vtc, self.lds, None, self.seed, self.dense_step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._take(kwargs["model"])
+        self._check_model(kwargs["model"])
         self._check_ddp(args)
         self.scheme.total_steps = state.max_steps
         batches = len(kwargs["train_dataloader"]) if self.lds.clock == "epochs" else 0
@@ -61,12 +70,12 @@ class SparseCallback(TrainerCallback, ExportableState):
             average = [math.inf if x is None else x for x in stored["average"]]
             self.scheme.load_state_dict(stored | {"average": average})
 
-    def _take(self, model: nn.Module) -> None:
-        """See that the scheme is on the model that is trained."""
+    def _check_model(self, model: nn.Module) -> None:
+        """Make sure that the scheme is on the model that is trained."""
         trained = model_in(model)
-        there = vars(trained).get(SCHEME)
-        if self.scheme is None and there and (there.vtc, there.lds) == (self.vtc, self.lds):
-            self.scheme = there  # of a callback that the Trainer replaced by this one
+        scheme = vars(trained).get(SCHEME)
+        if self.scheme is None and scheme and (scheme.vtc, scheme.lds) == (self.vtc, self.lds):
+            self.scheme = scheme  # of a callback that the Trainer replaced by this one
         elif self.scheme is None or (self.scheme.model is trained and not self.scheme.attached):
             self._attach(model)  # a Trainer's second train(), or the first without a model
         elif self.scheme.model is not trained:
@@ -80,12 +89,12 @@ class SparseCallback(TrainerCallback, ExportableState):
         leaves_out = self.lds.rate > 0 and not UNITS[self.lds.unit].trains_all
         sharded = bool(args.fsdp) or args.deepspeed is not None
         if args.world_size > 1 and leaves_out and not sharded:
-            why = (
+            accepted = (
                 f"True with LDS unit {self.lds.unit!r}, whose skipped layers have no gradient "
                 "(units samples and tokens need it not)"
             )
-            found = args.ddp_find_unused_parameters
-            expect(found is True, "ddp_find_unused_parameters", found, why)
+            is_told = args.ddp_find_unused_parameters
+            expect(is_told is True, "ddp_find_unused_parameters", is_told, accepted)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.scheme.begin_step(state.global_step)
@@ -98,20 +107,20 @@ class SparseCallback(TrainerCallback, ExportableState):
         if logs is not None and "loss" in logs:
             realised = self.scheme.metrics()
             names = ("keep_ratio", "visual_tokens", "layers_run")
-            more = {f"sts_{name}": realised[name] for name in names}
-            state.log_history[-1].update(more)
-            logs.update(more)  # for the callbacks that come after this one
+            metrics = {f"sts_{name}": realised[name] for name in names}
+            state.log_history[-1].update(metrics)
+            logs.update(metrics)  # for the callbacks that come after this one
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         unsparsify(self.scheme.model)
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json, of every checkpoint: what a measured depth has measured, and what
-        makes such a callback anew."""
-        kept = None
+        """For trainer_state.json, of every checkpoint: the scheme's state, and the arguments of an
+        equal callback."""
+        stored = None
         if self.scheme is not None:
-            kept = self.scheme.state_dict()
-            kept["average"] = [None if math.isinf(x) else x for x in kept["average"]]
+            stored = self.scheme.state_dict()
+            stored["average"] = [None if math.isinf(x) else x for x in stored["average"]]
         settings = {"vtc": asdict(self.vtc), "lds": asdict(self.lds)}
         settings |= {"seed": self.seed, "dense_step": self.dense_step}
-        return {"args": settings, "attributes": {"stored": kept}}
+        return {"args": settings, "attributes": {"stored": stored}}

@@ -11,8 +11,13 @@ from transformers import PreTrainedModel
 
 
 class Grid(NamedTuple):
-    """A rectangle of visual tokens, row by row. newline: every row ends in one more token, which
-    is no patch (width 0: nothing but such tokens)."""
+    """A rectangle of visual tokens, row by row.
+
+    Attributes:
+        height: Rows.
+        width: Patches of a row; 0: the rows hold nothing but newlines.
+        newline: Every row ends in one more token, which is no patch.
+    """
 
     height: int
     width: int
@@ -30,28 +35,32 @@ Grids = Callable[[PreTrainedModel, Inputs, Tensor], list[Grid]]
 class ClassAttention(NamedTuple):
     """The vision attention whose class token (the first) rates the patches.
 
-    queries, keys: names of its modules that give them, [tiles, 1 + patches, width].
+    Attributes:
+        module: Has `head_dim` and `scale`.
+        queries: Name of its submodule that gives them, [tiles, 1 + patches, width].
+        keys: The same for the keys.
     """
 
-    module: nn.Module  # has head_dim and scale
+    module: nn.Module
     queries: str = "q_proj"
     keys: str = "k_proj"
 
 
-def no_class_token(tower: nn.Module) -> str:
-    """What to say where a VTC kind wants scores and nothing gives them."""
-    return (
+def class_token_error(tower: nn.Module) -> ValueError:
+    """The error where a VTC kind wants scores and the vision tower gives none."""
+    return ValueError(
         "VTC kinds that want scores (cls_topk, cls_merge) need a vision tower with a class token, "
         f"and {type(tower).__name__} has none: use another VTC kind"
     )
 
 
-def without_class_token(model: PreTrainedModel) -> ClassAttention:
+def no_class_attention(model: PreTrainedModel) -> ClassAttention:
     base = model.base_model
-    raise ValueError(no_class_token(getattr(base, "vision_tower", base)))
+    raise class_token_error(getattr(base, "vision_tower", base))
 
 
-def a_patch_a_token(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Tensor:
+def patch_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Tensor:
+    """The token scores [V] where each patch is a visual token: scores [tiles, patches] in order."""
     return scores.flatten()
 
 
@@ -60,18 +69,14 @@ def never(layer: nn.Module) -> bool:
 
 
 # ---- grids: (outer model, outer inputs, runs) -> the grids of the images, or of the frames of the
-# videos, in the order in which their tokens stand in the batch. runs: how many placeholders stand
-# in a row in each place where there are some, [runs]; all of them the same image's or its tiles'.
+# videos, in the order in which their tokens stand in the batch. runs: the lengths of the runs of
+# placeholders, [runs]; a run is an image, or some of an image's tiles.
 
 
-def of_runs(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+def grids_by_runs(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """A square where a run of placeholders is one, else a sequence; for models of unknown grids."""
-    return [_square(n) or Grid(1, n) for n in runs.tolist()]
-
-
-def _square(tokens: int) -> Grid | None:
-    side = round(tokens**0.5)
-    return Grid(side, side) if side * side == tokens else None
+    sides = [(length, round(length**0.5)) for length in runs.tolist()]
+    return [Grid(side, side) if side**2 == length else Grid(1, length) for length, side in sides]
 
 
 # What processors call the sizes of each image, [images, 2 or 3]: (frames,) rows and columns, in
@@ -82,35 +87,43 @@ SIZES = {
 }
 
 
-def of_sizes(sizes: Tensor, tokens: int) -> list[Grid]:
-    """By sizes [images, 2 or 3] of which step x step became one token: by the step that explains
-    the number of `tokens`."""
+def grids_by_sizes(sizes: Tensor, tokens: int) -> list[Grid]:
+    """The grids of images of which step x step patches or pixels became one token.
+
+    Args:
+        sizes: [images, 2 or 3]: (frames,) rows and columns.
+        tokens: The visual tokens of all of them, from which the step follows.
+    """
     step = max(1, round((int(sizes.prod(1).sum()) / max(tokens, 1)) ** 0.5))
     rows = [(*[1] * (3 - len(size)), *size) for size in sizes.tolist()]
     return [Grid(h // step, w // step) for frames, h, w in rows for _ in range(frames)]
 
 
-def found(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+def _grids_of(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Of `image` or `video`, where an entry doesn't say: by the sizes that the processor gave if
     they explain the number of tokens, else by runs of placeholders."""
     tokens = int(runs.sum())
     for name in SIZES[medium]:
         if inputs.get(name) is not None:
-            made = of_sizes(torch.as_tensor(inputs[name]), tokens)
-            if sum(grid.tokens for grid in made) == tokens:
-                return made
+            grids = grids_by_sizes(torch.as_tensor(inputs[name]), tokens)
+            if sum(grid.tokens for grid in grids) == tokens:
+                return grids
     frames = inputs.get("pixel_values_videos") if medium == "video" else None
     if frames is not None and frames.ndim == 5 and tokens % frames.shape[:2].numel() == 0:
         count = frames.shape[:2].numel()  # [videos, frames, channels, height, width]
         runs = torch.full((count,), tokens // count)
-    return of_runs(model, inputs, runs)
+    return grids_by_runs(model, inputs, runs)
 
 
-of_images, of_videos = partial(found, "image"), partial(found, "video")
+image_grids, video_grids = partial(_grids_of, "image"), partial(_grids_of, "video")
 
 
 def square_tiles(side_of: Callable[[Any], int]) -> Grids:
-    """As many tiles of side x side tokens as there are placeholders for; `side_of` the config."""
+    """The grids of tiles of side x side tokens, as many as there are placeholders for.
+
+    Args:
+        side_of: The model's configuration -> side.
+    """
     return partial(_square_tiles, side_of)  # not a closure: a model with a scheme can be pickled
 
 
@@ -132,28 +145,35 @@ def _first(size: int | list[int]) -> int:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model keeps what the scheme touches. Paths are relative to the outer model, and those
-    that are None are found where most models have them.
+    """Where a model keeps what the scheme touches.
 
-    grids, video_grids: see above; without them they are found.
-    class_attention: outer model -> the attention that rates patches; raises ValueError without one.
-    token_scores: (outer model, outer inputs, scores [tiles, patches]) -> one per visual token, [V].
-    base: the model without head; its first output is the last hidden state [batch, tokens, dim].
-        Empty where the outer model calls its language model itself.
-    language_model: takes inputs_embeds, attention_mask and position_ids by keyword.
-    layers: attribute of the language model with its decoder layers, each called with the hidden
-        state [batch, tokens, dim] first and returning the next one.
-    attention, mlp: attributes that a decoder layer may have for its two sublayers.
-    returned: (hidden state, the layer's keywords) -> what a layer returns that changes nothing,
-        where that is not the hidden state alone: a tuple, of which it is the first.
-    always: layer -> whether it always runs, since others read what it stores.
-    partial: whether a layer can run on some of the samples or tokens.
+    Paths are relative to the outer model; those that are None are looked for where most models have
+    them.
+
+    Attributes:
+        grids: See above; by default from sizes or runs of placeholders.
+        video_grids: The same for the frames of videos.
+        class_attention: Outer model -> the attention that rates patches; raises ValueError without
+            one.
+        token_scores: (outer model, outer inputs, scores [tiles, patches]) -> a score per visual
+            token, [V].
+        base: The model without head; its first output is the last hidden state [batch, tokens,
+            dim]. Empty where the outer model calls its language model itself.
+        language_model: Takes inputs_embeds, attention_mask and position_ids by keyword.
+        layers: Attribute of the language model with its decoder layers, each called with the hidden
+            state [batch, tokens, dim] first and returning the next one.
+        attention: Attributes that a decoder layer may have for its attention.
+        mlp: The same for its MLP.
+        returned: (hidden state, the layer's keywords) -> what a skipped layer returns, where that
+            is a tuple, of which the hidden state is the first.
+        always: Layer -> whether it always runs, since others read what it stores.
+        partial: Whether a layer can run on some of the samples or tokens.
     """
 
-    grids: Grids = of_images
-    video_grids: Grids = of_videos
-    class_attention: Callable[[PreTrainedModel], ClassAttention] = without_class_token
-    token_scores: Callable[[PreTrainedModel, Inputs, Tensor], Tensor] = a_patch_a_token
+    grids: Grids = image_grids
+    video_grids: Grids = video_grids
+    class_attention: Callable[[PreTrainedModel], ClassAttention] = no_class_attention
+    token_scores: Callable[[PreTrainedModel, Inputs, Tensor], Tensor] = patch_scores
     base: str | None = None
     language_model: str | None = None
     layers: str | None = None

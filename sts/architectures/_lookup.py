@@ -1,4 +1,4 @@
-"""Finds where a model keeps its parts: by the entry of its type, or where most models have them."""
+"""Where a model keeps its parts: by the entry of its type, or where most models have them."""
 
 import pkgutil
 from dataclasses import replace
@@ -28,20 +28,21 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Where `model` keeps its parts, by its entry or found, with every path filled in.
+    """Where `model` keeps its parts, with every path filled in.
 
-    Raises ValueError for a model that can't be carried, saying why, and for one whose parts are not
-    where an entry says or where models usually have them.
+    Raises:
+        ValueError: The model can't be carried, and why; or its parts are not where an entry says or
+            where models usually have them.
     """
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
     if name in REFUSED:
-        raise ValueError(f"{_named(model)} can't be trained with STS: {REFUSED[name]}")
+        raise ValueError(f"{_name(model)} can't be trained with STS: {REFUSED[name]}")
     head = head_of(model)
-    sees = name in ARCHITECTURES or getattr(config, "vision_config", None) is not None
-    if head is None or not sees:
+    has_vision = name in ARCHITECTURES or getattr(config, "vision_config", None) is not None
+    if head is None or not has_vision:
         raise ValueError(
-            f"{_named(model)} is not an image-text-to-text model with a language head. Pass the "
+            f"{_name(model)} is not an image-text-to-text model with a language head. Pass the "
             "one that has it (of AutoModelForImageTextToText)"
         )
     entry = ARCHITECTURES.get(name, Architecture())
@@ -52,14 +53,14 @@ def architecture_of(model: nn.Module) -> Architecture:
         base = ""
     if not layers or (base and not _has(model, base)):
         raise ValueError(
-            f"{_named(model)}: no list of decoder layers where most models have one. Add an entry: "
+            f"{_name(model)}: no list of decoder layers where most models have one. Add an entry: "
             f"sts.architectures.ARCHITECTURES[{name!r}] = Architecture(base=..., "
             "language_model=..., layers=...), paths in the model (sts/architectures/_base.py)"
         )
     return replace(entry, base=base, language_model=language_model, layers=layers)
 
 
-def _named(model: nn.Module) -> str:
+def _name(model: nn.Module) -> str:
     name = getattr(getattr(model, "config", None), "model_type", None)
     return f"{type(model).__name__} (model_type={name!r})"
 
@@ -73,7 +74,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """The innermost of what calls itself a decoder: a language model without its head."""
+    """The innermost module that calls itself a decoder: a language model without its head."""
     part = model.get_decoder()
     while hasattr(part, "get_decoder") and part.get_decoder() is not part:
         part = part.get_decoder()

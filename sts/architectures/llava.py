@@ -12,40 +12,54 @@ from sts.architectures._base import (
     ClassAttention,
     Grid,
     Inputs,
-    no_class_token,
+    class_token_error,
     square_tiles,
     vit_side,
 )
 
 
 def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float) -> list[Tensor]:
-    """What the model itself makes of tile features [tiles, tokens, 1] with padding cut away and
-    `newline` after each row: [tokens of the image, 1] of each image."""
+    """What the model itself makes of tile features, with padding cut away.
+
+    Args:
+        tiles: [tiles, tokens, 1], or [1, tokens, 1] for features that don't vary.
+        newline: The feature that it puts after each row.
+
+    Returns:
+        [tokens, 1] of each image.
+    """
     config, sizes = model.config, inputs["image_sizes"]
-    alone = inputs.get("batch_num_images")
-    whole = [True] * len(sizes) if alone is None else [n == 1 for n in alone for _ in range(n)]
     counts = [
         image_size_to_num_patches(
             image_size=size,
             grid_pinpoints=config.image_grid_pinpoints,
             patch_size=config.vision_config.image_size,
         )
-        if cut
+        if is_tiled
         else 1
-        for size, cut in zip(sizes, whole, strict=True)
+        for size, is_tiled in zip(sizes, _are_tiled(inputs), strict=True)
     ]
     extra = {}
     if hasattr(config, "vision_aspect_ratio"):
-        asked = inputs.get("vision_aspect_ratio")  # None: as the config says
-        extra["vision_aspect_ratio"] = asked or config.vision_aspect_ratio
+        ratio = inputs.get("vision_aspect_ratio")  # None: as the config says
+        extra["vision_aspect_ratio"] = ratio or config.vision_aspect_ratio
     else:
         extra["vision_feature_select_strategy"] = "full"  # only for a warning
-    if len(tiles) != sum(counts):  # features that don't vary: the grid is all that is asked for
+    if len(tiles) != sum(counts):
         tiles = tiles[:1].expand(sum(counts), -1, -1)
     packed, _ = model.model.pack_image_features(
         list(tiles.split(counts)), sizes, image_newline=tiles.new_full((1,), newline), **extra
     )
     return packed
+
+
+def _are_tiled(inputs: Inputs) -> list[bool]:
+    """Of each image whether it is cut to tiles: LLaVA-OneVision leaves those of a sample with
+    several images as they are."""
+    images = inputs.get("batch_num_images")  # of each sample
+    if images is None:
+        return [True] * len(inputs["image_sizes"])
+    return [count == 1 for count in images for _ in range(count)]
 
 
 def _anyres_grids(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
@@ -68,7 +82,7 @@ def _clip_attention(model: PreTrainedModel) -> ClassAttention:
     """
     tower = model.get_submodule("model.vision_tower")
     if not hasattr(getattr(tower, "embeddings", None), "class_embedding"):
-        raise ValueError(no_class_token(tower))
+        raise class_token_error(tower)
     layers = tower.encoder.layers
     features = model.config.vision_feature_layer
     features = [features] if isinstance(features, int) else features

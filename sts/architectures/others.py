@@ -10,7 +10,7 @@ from sts.architectures._base import (
     Architecture,
     Grid,
     Inputs,
-    of_sizes,
+    grids_by_sizes,
     square_tiles,
     vit_side,
 )
@@ -35,7 +35,7 @@ def _between_two(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[G
 def _overview_and_crops(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Molmo 2: (rows, columns) of the overview and of the crops, of each image."""
     sizes = torch.as_tensor(inputs["image_grids"]).reshape(-1, 2)
-    return of_sizes(sizes, int(sizes.prod(1).sum()))
+    return grids_by_sizes(sizes, int(sizes.prod(1).sum()))
 
 
 def _as_many_tiles(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
@@ -49,9 +49,9 @@ def _side(config: Any) -> int:
     return vit_side(config) // config.vision_config.scale_factor
 
 
-def _with_indices(hidden: Tensor, given: dict[str, Any]) -> tuple:
+def _with_indices(hidden: Tensor, kwargs: dict[str, Any]) -> tuple:
     """A layer hands on which keys an earlier one chose."""
-    return hidden, given.get("prev_topk_indices")
+    return hidden, kwargs.get("prev_topk_indices")
 
 
 ARCHITECTURES = {

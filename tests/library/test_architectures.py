@@ -3,6 +3,7 @@ hand, row by row: a sequence that was shortened here, and layers that do nothing
 """
 
 import math
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,12 @@ CHECKPOINTING = ({"use_reentrant": True}, {"use_reentrant": False})
 
 def test_every_entry_has_a_tiny_model():
     assert set(ARCHITECTURES) <= set(ZOO)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_entry_can_be_pickled_as_a_model_with_a_scheme_is(name):
+    entry = ARCHITECTURES[name]
+    assert pickle.loads(pickle.dumps(entry)).base == entry.base
 
 
 @EVERY

@@ -44,6 +44,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
+from sts.architectures import projector_of, tower_of
 from sts.mini import pictures
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 
@@ -59,8 +60,6 @@ class Family(NamedTuple):
     features, 2]) of each feature that the projector is called with, in that order.
     """
 
-    tower: str  # where it lies in the model
-    projector: str  # and the module that is called with what it sees
     config: Callable[[LlamaConfig, PreTrainedTokenizerFast], PreTrainedConfig]
     processor: Callable[[PreTrainedTokenizerFast, str], ProcessorMixin]
     shows: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -280,8 +279,6 @@ def qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerFast, template: str) -> P
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(
-        tower="model.vision_tower",
-        projector="model.multi_modal_projector",
         config=llava,
         processor=llava_processor,
         class_token=True,
@@ -289,8 +286,6 @@ FAMILIES: dict[str, Family] = {
         tokens={"image_token": "<image>"},
     ),
     "llava_next": Family(
-        tower="model.vision_tower",
-        projector="model.multi_modal_projector",
         config=llava_next,
         processor=llava_next_processor,
         class_token=True,
@@ -298,8 +293,6 @@ FAMILIES: dict[str, Family] = {
         tokens={"image_token": "<image>"},
     ),
     "idefics3": Family(
-        tower="model.vision_model",
-        projector="model.connector",
         config=idefics3,
         processor=idefics3_processor,
         shows=in_order(quarters()),
@@ -311,8 +304,6 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen2_5_vl": Family(
-        tower="model.visual",
-        projector="model.visual.merger",
         config=qwen2_5_vl,
         processor=qwen2_5_vl_processor,
         shows=in_order(windows(Qwen2_5_VLVisionConfig(**QWEN_VISION))),
@@ -360,12 +351,12 @@ def build(
     return model.float(), processor
 
 
-def put_tower(model: PreTrainedModel, name: str, tower: PreTrainedModel) -> None:
-    """Give a model of the family this tower; what lies in it of the projector stays the model's."""
-    family = FAMILIES[name]
-    old = model.get_submodule(family.tower)
-    joint = family.projector.removeprefix(f"{family.tower}.")
-    new = {key: one for key, one in tower.state_dict().items() if not key.startswith(f"{joint}.")}
+def put_tower(model: PreTrainedModel, tower: PreTrainedModel) -> None:
+    """Give a model this tower; what lies in it of the projector stays the model's."""
+    [(path, old)] = tower_of(model).items()
+    [projector] = projector_of(model)
+    inner = f"{projector.removeprefix(f'{path}.')}."  # of Qwen's tower
+    new = {key: x for key, x in tower.state_dict().items() if not key.startswith(inner)}
     old.load_state_dict(old.state_dict() | new)
 
 
@@ -386,7 +377,7 @@ def assemble(
         # of zeros or of another length might be; the noise tells them apart
         noise = torch.randn(len(processor.tokenizer) - len(words), words.shape[1])
         rows = torch.cat([words, words.mean(0) + 0.1 * words.std(0) * noise])
-    put_tower(model, name, tower)
+    put_tower(model, tower)
     decoder = model.get_decoder()
     zeros = {key: torch.zeros_like(old) for key, old in decoder.state_dict().items()}
     biases = {key: zero for key, zero in zeros.items() if key.endswith(".bias")}  # Llama has none

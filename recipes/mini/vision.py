@@ -18,6 +18,7 @@ from transformers import LlamaConfig, PreTrainedModel, ProcessorMixin
 from recipes.mini.families import FAMILIES, build, places_of, put_tower
 from recipes.mini.muon import apart, learner
 from recipes.mini.words import make_tokenizer
+from sts.architectures import projector_of, tower_of
 from sts.mini import scenes
 from sts.mini.pictures import ATTRIBUTES, GRID
 from sts.pipeline.run.device import bf16_is_native
@@ -49,7 +50,7 @@ def with_tower(
     text = LlamaConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
     model, processor = build(family, make_tokenizer(), text)
     if tower is not None:
-        put_tower(model, family, tower)
+        put_tower(model, tower)
     return model, processor
 
 
@@ -67,9 +68,10 @@ def seen(
         if FAMILIES[family].class_token:
             found["classes"] = out.pooler_output
 
+    [tower], [projector] = tower_of(model).values(), projector_of(model).values()
     hooks = [
-        model.get_submodule(FAMILIES[family].projector).register_forward_pre_hook(of_projector),
-        model.get_submodule(FAMILIES[family].tower).register_forward_hook(of_tower),
+        projector.register_forward_pre_hook(of_projector),
+        tower.register_forward_hook(of_tower),
     ]
     with autocast():
         model.get_image_features(**processor.image_processor(images=images, return_tensors="pt"))
@@ -142,7 +144,8 @@ def train_vision(
     second picture is a word. `losses` gets that of each step."""
     torch.manual_seed(seed)
     model, processor = with_tower(family)
-    tower = model.get_submodule(FAMILIES[family].tower).train()
+    [tower], [projector] = tower_of(model).values(), projector_of(model).values()
+    tower.train()
     # in bf16 on a CPU the backward of fused attention takes longer than all the rest
     model.set_attn_implementation("eager" if bf16_is_native() else "sdpa")
     wave_places(tower)
@@ -153,7 +156,7 @@ def train_vision(
     place_head = nn.Linear(width, 2 * spots)
     scene_head = nn.Linear(width, sum(SIZES))
     heads = [*patch_head.parameters(), *place_head.parameters(), *scene_head.parameters()]
-    unused = set(model.get_submodule(FAMILIES[family].projector).parameters())  # in Qwen's tower
+    unused = set(projector.parameters())  # in Qwen's tower
     named = [(name, p) for name, p in tower.named_parameters() if p not in unused]
     matrices, others = apart(named)
     first = 2 * steps // 3

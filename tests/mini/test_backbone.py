@@ -21,6 +21,7 @@ from recipes.mini import language, lessons, vision
 from recipes.mini.__main__ import LANGUAGE_STEPS, LAYERS, TOWER_STEPS, main, save_parts, train_parts
 from recipes.mini.families import FAMILIES
 from recipes.mini.words import make_tokenizer
+from sts.architectures import tower_of
 from sts.mini import scenes
 from sts.pipeline.config import ModelConfig
 from sts.pipeline.train.model import SHIPPED, build, write_manifest
@@ -108,7 +109,7 @@ def test_the_tower_of_a_shipped_checkpoint_sees_what_is_said(family):
     folder = SHIPPED.parent / family
     said = json.loads((folder / "quality.json").read_text())["seeing"]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    seen = vision.seeing(family, model.get_submodule(FAMILIES[family].tower))
+    seen = vision.seeing(family, *tower_of(model).values())
     assert seen == pytest.approx(said, abs=0.03)
     assert min(said[name] for name in ("kind", "colour", "size")) > 0.9
 
@@ -128,7 +129,7 @@ def test_a_rebuild_cut_short_learns_to_see_and_to_read(tmp_path):
 def test_a_run_starts_from_rebuilt_parts_as_from_the_shipped(tmp_path):
     """`model.backbone: pretrained` with the two folders: equal tokens, template and pictures."""
     tokenizer = make_tokenizer()
-    tower = vision.with_tower("llava")[0].get_submodule(FAMILIES["llava"].tower)
+    [tower] = tower_of(vision.with_tower("llava")[0]).values()
     decoder = LlamaForCausalLM(language.language_config(tokenizer, layers=2))
     save_parts(tmp_path / "rebuilt", tower, decoder, tokenizer)
     parts = {name: str(tmp_path / "rebuilt" / name) for name in ("vision", "language")}

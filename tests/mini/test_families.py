@@ -15,6 +15,7 @@ from recipes.mini import vision
 from recipes.mini.families import FAMILIES, assemble
 from recipes.mini.language import language_config
 from recipes.mini.words import make_tokenizer
+from sts.architectures import tower_of
 from sts.mini import pictures, scenes
 from sts.pipeline.evaluate.evaluate import evaluate
 from sts.pipeline.train.model import write_manifest
@@ -62,7 +63,7 @@ def folders(language, tmp_path_factory) -> dict[str, Path]:
         found[family] = tmp_path_factory.mktemp(family)
         torch.manual_seed(2)
         whole, _ = vision.with_tower(family)
-        tower = whole.get_submodule(FAMILIES[family].tower)
+        [tower] = tower_of(whole).values()
         assemble(family, tower, language, make_tokenizer(), found[family])
     return found
 
@@ -106,8 +107,9 @@ def test_text_alone_gets_the_logits_of_the_decoder(family, folders, language):
 @each_family
 def test_a_tower_comes_back_from_the_checkpoint(family, folders):
     torch.manual_seed(2)
-    tower = vision.with_tower(family)[0].get_submodule(FAMILIES[family].tower)
-    saved = loaded(folders[family])[0].get_submodule(FAMILIES[family].tower).state_dict()
+    [tower] = tower_of(vision.with_tower(family)[0]).values()
+    [saved] = tower_of(loaded(folders[family])[0]).values()
+    saved = saved.state_dict()
     assert saved.keys() == tower.state_dict().keys()
     for name, value in tower.state_dict().items():
         if not name.startswith("merger."):  # the projector is another
@@ -157,7 +159,8 @@ def test_what_a_feature_is_told_lies_under_it(family, patch):
     a tower without attention, where no other patch can."""
     torch.manual_seed(0)
     model, processor = vision.with_tower(family)
-    for name, weight in model.get_submodule(FAMILIES[family].tower).named_parameters():
+    [tower] = tower_of(model).values()
+    for name, weight in tower.named_parameters():
         if name.endswith(("out_proj.weight", "out_proj.bias", "attn.proj.weight")):
             weight.data.zero_()
     plain = np.full((pictures.SIZE, pictures.SIZE, 3), 90, np.uint8)

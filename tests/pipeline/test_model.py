@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from parts import LANGUAGES, SIZES, TOWERS, VISUAL, joined
-from tiny import CASES
+from tiny import CASES, LAYERS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
@@ -18,7 +18,7 @@ from transformers import (
 )
 from zoo_tiles import CASES as OTHERS
 
-from sts.architectures import PARTS
+from sts.architectures import PARTS, decoder_layers_of, projector_of, tower_layers_of, tower_of
 from sts.pipeline.config import MINI, ModelConfig, load_scale
 from sts.pipeline.data.tokens import tokenise
 from sts.pipeline.train.joined import load_tower
@@ -207,6 +207,20 @@ PLACES = {
     "idefics3": ("model.connector.", "model.vision_model."),
     "llama4": ("multi_modal_projector.", "vision_model."),  # the head is its language model's
 }
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_tower_projector_and_decoder_are_the_modules_of_their_class(name):
+    model = (CASES | OTHERS)[name].build()
+    joint, path = PLACES[name]
+    [(name, tower)], layers = tower_of(model).items(), decoder_layers_of(model)
+    assert f"{name}." == path
+    assert [f"{name}." for name in projector_of(model)] == [
+        joint if isinstance(joint, str) else joint[0]
+    ]
+    assert len(layers) == LAYERS and all("Decoder" in type(layer).__name__ for layer in layers)
+    seeing = tower_layers_of(model)
+    assert seeing and set(seeing) <= set(tower.modules())
 
 
 @pytest.mark.parametrize("name", PLACES)

@@ -56,8 +56,8 @@ def questions_of(name: str) -> int | None:
 
 def sources(names: Iterable[str]) -> list[Path]:
     """The files of ours that the questions and scores of these benchmarks are made of."""
-    own = [TASKS / f"{name}.yaml" for name in names if name in ours()]
-    parts = {part: content for file in own for part, content in _parts(file)}
+    files = [TASKS / f"{name}.yaml" for name in names if name in ours()]
+    parts = {part: content for file in files for part, content in _parts(file)}
     modules = {name.partition(".")[0] for name in _functions(list(parts.values()))}
     return sorted({*parts, *(TASKS / f"{module}.py" for module in modules)})
 
@@ -67,8 +67,8 @@ def _functions(content: Any) -> Iterator[str]:
     if isinstance(content, _Function):
         yield content
     elif isinstance(content, dict | list):
-        for one in content.values() if isinstance(content, dict) else content:
-            yield from _functions(one)
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _functions(value)
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -39,13 +39,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a trained run; write and return the result.
 
-    Every answer goes to samples/<benchmark>.jsonl beside `out`, time and place to
-    eval/provenance.json.
+    Answers go to samples/<benchmark>.jsonl beside `out`, time and place to eval/provenance.json.
 
     Args:
         config: with the benchmarks.
-        ablation, seed: of the run.
-        run: manifest of its last stage, which names the weights.
+        ablation, seed, run: of the run, and the manifest of its last stage.
         data: manifests of the prepared data sets that the benchmarks ask.
         out: result to write.
 
@@ -71,10 +69,11 @@ def evaluate(
         lm = load_model(trained["weights"], options.batch_size, threads)
         began, cpu_began = time.monotonic(), time.process_time()
         scores, samples = answer(lm, benchmarks, metrics, options.limit, options.blind)
-        seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
-        for name, rows in samples.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            write_text_atomic(out.parent / "samples" / f"{name}.jsonl", lines)
+        facts = {
+            "seconds": time.monotonic() - began,
+            "cpu_seconds": time.process_time() - cpu_began,
+            "samples": sum(map(len, samples.values())),
+        }
         result = {
             "ablation": ablation,
             "seed": seed,
@@ -85,17 +84,22 @@ def evaluate(
                 name: summary(name, scores, samples[name]) for name in options.benchmarks
             },
         }
-        count = sum(map(len, samples.values()))
-        write_json_atomic(
-            out.with_suffix("") / "provenance.json",
-            provenance.collect(config_hash(config))
-            | {"seconds": seconds, "cpu_seconds": cpu_seconds, "samples": count},
-        )
-        write_json_atomic(out, result)
+        _write(out, result, samples, provenance.collect(config_hash(config)) | facts)
         for name, row in result["benchmarks"].items():
             tracked.log({f"{name}.{key}": value for key, value in row.items()}, step=0)
         tracked.artifact(out)
     return result
+
+
+def _write(
+    out: Path, result: dict[str, Any], samples: dict[str, list[dict]], facts: dict[str, Any]
+) -> None:
+    """Write the answers, where and how long they were asked, and last the result."""
+    for name, rows in samples.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_text_atomic(out.parent / "samples" / f"{name}.jsonl", lines)
+    write_json_atomic(out.with_suffix("") / "provenance.json", facts)
+    write_json_atomic(out, result)
 
 
 def _with_metrics(

@@ -51,7 +51,7 @@ def load_benchmarks(
     for name in options.benchmarks:
         file = registry.file_of(name)
         if file is None:
-            raise _refused("benchmarks", name, f"one of {registry.accepted()}")
+            raise _refused("benchmarks", name, f"one of {registry.accepted_names()}")
         # of that folder alone: indexing all of lm-eval's tasks takes long
         manager = TaskManager(include_defaults=False, include_path=file.parent, metadata=metadata)
         benchmarks[name] = _load(name, manager, file, mirror)

@@ -25,12 +25,12 @@ def file_of(name: str) -> Path | None:
     return TASKS / f"{name}.yaml" if name in ours() else _lm_evals(name)
 
 
-def known(name: str) -> bool:
+def exists(name: str) -> bool:
     """Whether there is such a benchmark; without lm-eval, whether there can be."""
     return file_of(name) is not None or find_spec("lm_eval") is None
 
 
-def accepted() -> str:
+def accepted_names() -> str:
     """What a benchmark may be, for errors."""
     return (
         f"{', '.join(ours())} (the files of sts/pipeline/tasks), or the name of a task or group of "

@@ -1,4 +1,4 @@
-"""The families that the mini scale has a stand-in of, each as a whole Hugging Face checkpoint.
+"""The families that have a toy backbone, each as a whole Hugging Face checkpoint.
 
     assemble("idefics3", tower, language, make_tokenizer(), folder)
 

@@ -1,4 +1,4 @@
-"""The stand-in for Vicuna: a Llama decoder that never sees a pixel.
+"""The toy decoder, in place of Vicuna: a Llama that never sees a pixel.
 
 It answers questions about, and captions, pictures *written* in words. Each patch is one slot, the
 sum of the embeddings of its words (`lessons.written`), so a slot has the place and the length of a

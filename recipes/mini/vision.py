@@ -1,4 +1,4 @@
-"""The stand-ins' vision towers, trained on the generator's ground truth.
+"""The toy vision towers, trained on the generator's ground truth.
 
 Every feature that a projector is called with is told what its patch shows, and where; a class
 token, which things its view holds.

@@ -1,4 +1,4 @@
-"""What the stand-ins take for words."""
+"""The toy decoder's tokenizer."""
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast

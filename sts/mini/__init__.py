@@ -1,1 +1,1 @@
-"""The mini scale: generated scenes, and stand-ins for CLIP and Vicuna that read them."""
+"""The mini scale's data: generated scenes."""

@@ -1,4 +1,4 @@
-"""The stand-ins for CLIP and Vicuna: what they read, that they train, and how good the shipped are.
+"""The toy backbones: what they read, that they train, and how good the shipped are.
 
 STS_REBUILD=1 make test-all ARGS="-k rebuilt -n0"    # trains them anew and compares
 """

@@ -10,7 +10,7 @@ from processors import PROCESSORS, model_of
 from transformers import AutoProcessor
 
 from sts.pipeline.data.conversation import content_of, end_token, render
-from sts.pipeline.evaluate.evaluate import load_model
+from sts.pipeline.evaluate.asking import load_model
 
 # to be loaded
 NEED_TORCHVISION = (

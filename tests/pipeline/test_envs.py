@@ -83,7 +83,7 @@ def test_the_lock_meets_what_the_package_asks_for():
 
 FLOORS = {  # folders -> the extras whose packages their files may import
     ("sts/[!_]*.py", "sts/vtc/*.py", "sts/lds/*.py", "sts/architectures/*.py"): (),
-    ("sts/**/*.py",): ("pipeline",),
+    ("sts/**/*.py", "recipes/**/*.py"): ("pipeline",),
     ("tests/**/*.py", "examples/*.py", "workflow/*.py"): ("pipeline", "dev"),
 }
 IF_THERE = {"deepspeed", "liger_kernel"}  # their users have them; not in the lock
@@ -102,7 +102,7 @@ def imports(file: Path) -> set[str]:
 
 def test_what_a_floor_imports_is_what_its_extra_asks_for():
     packages = metadata.packages_distributions()
-    own = {"sts", "workflow", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
+    own = {"sts", "recipes", "workflow", *(file.stem for file in (ROOT / "tests").glob("*.py"))}
     for patterns, extras in FLOORS.items():
         names = set().union(*(imports(file) for glob in patterns for file in ROOT.glob(glob)))
         for name in names - sys.stdlib_module_names - own - IF_THERE:

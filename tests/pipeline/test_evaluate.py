@@ -21,7 +21,9 @@ from sts.pipeline.config import ConfigError, dump, validate
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.source import DataError
 from sts.pipeline.evaluate import evaluate as module
-from sts.pipeline.evaluate.evaluate import evaluate, guesses, load_benchmarks
+from sts.pipeline.evaluate.evaluate import evaluate
+from sts.pipeline.evaluate.loading import load_benchmarks
+from sts.pipeline.evaluate.scoring import guesses
 from sts.pipeline.tasks import registry as benchmarks
 from sts.pipeline.train.model import build
 

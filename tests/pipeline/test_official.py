@@ -6,8 +6,9 @@ from configs import RECIPE
 from hub_sets import OFFICIAL, write_sets
 
 from sts.pipeline.config import validate
-from sts.pipeline.evaluate import evaluate
-from sts.pipeline.evaluate.evaluate import answer, load_benchmarks, metric_of, tasks_of
+from sts.pipeline.evaluate import asking
+from sts.pipeline.evaluate.loading import load_benchmarks, metric_of, tasks_of
+from sts.pipeline.evaluate.scoring import answer
 from sts.pipeline.tasks import official
 from sts.pipeline.tasks import registry as benchmarks
 
@@ -33,7 +34,7 @@ from sts.pipeline.tasks import registry as benchmarks
     ],
 )
 def test_an_answer_is_compared_as_the_servers_of_vqa_do(said, meant):
-    assert official.normal(said) == meant
+    assert official.normalise(said) == meant
 
 
 def test_an_answer_is_worth_as_many_as_say_so():
@@ -48,16 +49,17 @@ def test_an_answer_is_worth_as_many_as_say_so():
 
 def test_vqa_compares_as_it_is_where_all_agree():
     agreed = {"answers": [{"answer": "2 dogs"}] * 10}
-    assert official.vqa(agreed, ["Two dogs."]) == {"accuracy": 1.0}
+    assert official.score_vqav2(agreed, ["Two dogs."]) == {"accuracy": 1.0}
     unlike = {"answers": [{"answer": "the dog"}] * 10}
-    assert official.vqa(unlike, ["the dog"]) == {"accuracy": 0.0}, "as the official code has it"
+    assert official.score_vqav2(unlike, ["the dog"])["accuracy"] == 0, "as the official code"
     mixed = {"answers": [{"answer": "the dog"}] * 9 + [{"answer": "cat"}]}
-    assert official.vqa(mixed, ["the dog"]) == {"accuracy": 1.0}
+    assert official.score_vqav2(mixed, ["the dog"]) == {"accuracy": 1.0}
 
 
 def test_text_of_people_is_made_alike_on_both_sides():
     row = {"answers": ["Coca Cola", "coca-cola", "coca cola!", *["pepsi"] * 7]}
-    assert official.people(row, ["COCA COLA"])["accuracy"] == pytest.approx((7 + 3 * 2 / 3) / 10)
+    score = official.score_textvqa(row, ["COCA COLA"])["accuracy"]
+    assert score == pytest.approx((7 + 3 * 2 / 3) / 10)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +68,12 @@ def test_text_of_people_is_made_alike_on_both_sides():
 )
 def test_pope_hears_yes_unless_the_first_sentence_says_no(said, correct):
     row = {"category": "random", "answer": "yes"}
-    assert official.pope(row, [said])["accuracy"] == float(correct)
+    assert official.score_pope(row, [said])["accuracy"] == float(correct)
 
 
 def test_pope_is_the_mean_of_the_f1_of_each_way_of_choosing():
     def found(category, *pairs):
-        return [{"category": category, "said": said, "answer": right} for said, right in pairs]
+        return [{"category": category, "output": said, "answer": right} for said, right in pairs]
 
     random = found("random", ("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"))
     popular = found("popular", ("yes", "yes"), ("no", "no"), ("yes", "no"))
@@ -92,7 +94,7 @@ def test_mme_adds_the_share_of_answers_and_of_whole_pairs():
     assert official.mme_total(count + found("scene", "c", True)) == pytest.approx(125 + 100)
     row = {"category": "count", "question_id": "x.png", "answer": "No"}
     for said, right in (("No.", 1), ("no, it is", 1), ("n", 1), ("Yes", 0), ("maybe not", 0)):
-        assert official.mme(row, [said])["accuracy"] == right, said
+        assert official.score_mme(row, [said])["accuracy"] == right, said
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_mme_adds_the_share_of_answers_and_of_whole_pairs():
     [("B", 1), ("B. a dog", 1), ("The answer is B.", 1), ("A", 0), ("Because", 0), ("b", 0)],
 )
 def test_scienceqa_reads_a_letter(said, right):
-    assert official.scienceqa({"answer": 1}, [said])["accuracy"] == right
+    assert official.score_scienceqa({"answer": 1}, [said])["accuracy"] == right
 
 
 def test_mmbench_counts_a_question_if_every_turn_of_it_is_right():
@@ -110,13 +112,13 @@ def test_mmbench_counts_a_question_if_every_turn_of_it_is_right():
         {"index": 1_000_007, "answer": "B", **options},
         {"index": 8, "answer": "B", **options},
     ]
-    given = [official.circular(row, [said])["circular"] for row, said in zip(
+    given = [official.score_mmbench(row, [said])["circular"] for row, said in zip(
         rows, ["A", "A.", "(B)"], strict=True)]  # fmt: skip
     assert [one["correct"] for one in given] == [True, False, True]
     assert official.all_copies(given) == 0.5
-    assert official.named("It shows Two cats", official.options_of(rows[0])) == "B"
-    assert official.named("A or B", official.options_of(rows[0])) is None
-    assert official.named("A thing with a tail", official.options_of(rows[0])) is None
+    assert official.letter_in("It shows Two cats", official.options_of(rows[0])) == "B"
+    assert official.letter_in("A or B", official.options_of(rows[0])) is None
+    assert official.letter_in("A thing with a tail", official.options_of(rows[0])) is None
 
 
 # ---- through lm-eval, on files of the form of the hub's ----------------------------------------
@@ -179,7 +181,7 @@ def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, m
     some = ["pope", "mme_perception", "mmbench_en", "gqa"]
     found, metrics = asked(mirror, *some)
     whole = answer(Oracle(says), found, metrics, limit=4)
-    monkeypatch.setattr(evaluate, "AT_ONCE", 3)
+    monkeypatch.setattr(asking, "AT_ONCE", 3)
     oracle = Oracle(says)
     assert answer(oracle, found, metrics, limit=4) == whole
     assert oracle.at_once == [3, 3, 3, 3, 1]  # of 4 + 4 + 2 + 3
@@ -197,7 +199,7 @@ def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, m
 
     monkeypatch.setattr(type(task), "eval_docs", Counted())
     places = {("pope", "sts_pope"): [1, 4]}
-    samples = [one for _, one in evaluate.ask(Oracle(says), {("pope", "sts_pope"): task}, places)]
+    samples = [one for _, one in asking.ask(Oracle(says), {("pope", "sts_pope"): task}, places)]
     assert [one["doc_id"] for one in samples] == [1, 4]
     assert set(taken) == {1, 4}
 
@@ -205,7 +207,7 @@ def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, m
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 def test_pieces_are_all_places_in_order_and_none_is_larger(size):
     places = {("a", "x"): [0, 3, 4, 9], ("b", "x"): [2], ("b", "y"): range(5)}
-    found = list(evaluate.pieces(places, size))
+    found = list(asking.pieces(places, size))
     counts = [sum(map(len, piece.values())) for piece in found]
     assert all(count == size for count in counts[:-1]) and 0 < counts[-1] <= size
     flat = [(id, place) for piece in found for id, own in piece.items() for place in own]

@@ -34,7 +34,7 @@ from sts.pipeline.data.collator import batch_indices
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.templates import V1
 from sts.pipeline.data.tokens import cut, expand, tokenise
-from sts.pipeline.evaluate.evaluate import load_model
+from sts.pipeline.evaluate.asking import load_model
 from sts.pipeline.train.feed import my_pieces
 from sts.pipeline.train.model import build, freeze
 from sts.pipeline.train.step import lr_factor, make_optimizer

@@ -12,7 +12,7 @@ from hub_sets import write_sets
 
 from sts.__main__ import main
 from sts.pipeline.config import dump, validate
-from sts.pipeline.evaluate import evaluate, submission
+from sts.pipeline.evaluate import asking, submission
 from sts.pipeline.tasks import official
 
 TEXT, IMAGE, NUMBER = datasets.Value("string"), datasets.Image(), datasets.Value("int64")
@@ -151,8 +151,7 @@ def test_mmbench_is_a_table_of_its_questions_with_a_prediction(ask, language):
 
 
 def test_an_interrupted_call_goes_on_where_it_was(ask, questions, monkeypatch):
-    for module in (evaluate, submission):
-        monkeypatch.setattr(module, "AT_ONCE", 2)
+    monkeypatch.setattr(asking, "AT_ONCE", 2)
     more = ["--questions", questions(*ALL)]
     _, whole, out = ask("vqav2_testdev", *more)
     assert whole.at_once == [2, 2, 1]

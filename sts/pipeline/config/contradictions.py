@@ -55,14 +55,14 @@ def _of_stage(stage: StageConfig, layers: int) -> Iterator[Contradiction]:
 def _of_benchmarks(config: Config, sets: tuple[str, ...]) -> Iterator[Contradiction]:
     for name in config.evaluate.benchmarks:
         dataset = benchmarks.dataset_of(name)
-        if not benchmarks.known(name):
-            yield "evaluate.benchmarks", name, f"one of {benchmarks.accepted()}"
+        if not benchmarks.exists(name):
+            yield "evaluate.benchmarks", name, f"one of {benchmarks.accepted_names()}"
         elif dataset and dataset not in sets:
             accepted = f"a task file whose dataset is one of {', '.join(sets)}, not {dataset}"
             yield "evaluate.benchmarks", name, accepted
     for name, metric in config.evaluate.metrics.items():
-        if not benchmarks.known(name):
-            yield f"evaluate.metrics.{name}", metric, f"a key that is {benchmarks.accepted()}"
+        if not benchmarks.exists(name):
+            yield f"evaluate.metrics.{name}", metric, f"a key that is {benchmarks.accepted_names()}"
 
 
 def _of_model(model: ModelConfig) -> Iterator[Contradiction]:

@@ -11,7 +11,6 @@ one and needs no sampler state.
 """
 
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from sts.pipeline.data.rows import images_of
 from sts.pipeline.data.tokens import Size, cut, expand, tokenise
+from sts.pipeline.files import read_json
 from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time
@@ -67,7 +67,7 @@ def split_files(manifests: Sequence[str | Path], split: str) -> list[Path]:
     """
     files = []
     for manifest in map(Path, manifests):
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = read_json(manifest)
         if split not in content["splits"]:
             raise ValueError(
                 f"{manifest}: data set {content['dataset']} has no split {split!r}; it has: "
@@ -82,12 +82,22 @@ class Conversations(Dataset):
     memory.
 
     Tokens longer than `max_length` are cut; rows that then have no answer left are dropped, with a
-    warning. template: as in `tokenise`. tokens: file that holds, or gets, what the processor
-    makes of these rows; processes that ask for it at once wait for the first. Raises ValueError if
-    `max_length` doesn't hold a row's images.
+    warning.
 
-    lengths    tokens of each sample, the placeholders of its images included
-    has_image  whether each sample has an image
+    Args:
+        files: Arrow files of prepared splits.
+        processor: of the model.
+        max_length: tokens of a sample.
+        template: as in `tokenise`.
+        tokens: file that holds, or gets, what the processor makes of these rows; processes that
+            ask for it at once wait for the first.
+
+    Attributes:
+        lengths: tokens of each sample, the placeholders of its images included.
+        has_image: whether each sample has an image.
+
+    Raises:
+        ValueError: `max_length` doesn't hold a row's images.
     """
 
     def __init__(
@@ -103,14 +113,14 @@ class Conversations(Dataset):
         if tokens is None:
             sink = pa.BufferOutputStream()
             make(sink)
-            held = pa.BufferReader(sink.getvalue())
+            table = pa.BufferReader(sink.getvalue())
         else:
             with made_once(tokens) as part:
                 if part:
                     with pa.OSFile(str(part), "wb") as sink:
                         make(sink)
-            held = pa.memory_map(str(tokens))
-        self.samples = pa.ipc.open_file(held).read_all()
+            table = pa.memory_map(str(tokens))
+        self.samples = pa.ipc.open_file(table).read_all()
         self.lengths = self.samples["length"].to_pylist()
         self.has_image = self.samples["has_image"].to_pylist()
         if len(self.samples) < len(rows):

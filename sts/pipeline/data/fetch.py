@@ -1,5 +1,7 @@
-"""The files of a large public set: from a folder that the user has, or fetched one by one, each to
-go on where it was interrupted, unpacked, and noted when it is whole."""
+"""The files of a large public set: from a folder of the user's, or fetched one by one.
+
+A download goes on where it was interrupted; an archive is unpacked, and noted when it is whole.
+"""
 
 import zipfile
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from sts.pipeline.data.source import DOWNLOADS, DataError, mirror_folder
 from sts.pipeline.files import sha256_file, write_json_atomic
 
-WHOLE = ".whole"  # folder of notes, one for each file that is there, with its size and SHA-256
+NOTES = ".whole"  # folder of notes: of each file that is there in full, its size and SHA-256
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class File:
     """https://..., or <owner>/<name>/<path> of a data set of the hub."""
     into: str = "."
     """Folder, below that of the set, that it lies or is unpacked in."""
-    there: str = ""
-    """What it is known by in a folder that the user has; its own name by default."""
+    kept_as: str = ""
+    """What of it lies in a folder that the user has; its own name by default."""
     gigabytes: float = 0.0
     """Its size, as the hub lists it or a copy of it; for the estimate."""
 
@@ -44,9 +46,9 @@ class File:
         return f"{owner}/{name}", path
 
     @property
-    def known_by(self) -> str:
-        """What is there, below the folder of the set, if the file is."""
-        return self.there or str(PurePosixPath(self.into) / self.name)
+    def place(self) -> str:
+        """Where it lies, or what is unpacked of it, below the folder of the set."""
+        return self.kept_as or str(PurePosixPath(self.into) / self.name)
 
 
 def fetched_bytes(files: Sequence[File]) -> float:
@@ -56,7 +58,7 @@ def fetched_bytes(files: Sequence[File]) -> float:
     return sum(sizes) + max(sizes, default=0.0)
 
 
-def given_folder(name: str, folders: dict[str, str], mirror: str | None) -> Path | None:
+def user_folder(name: str, folders: dict[str, str], mirror: str | None) -> Path | None:
     """The folder of a set that need not be fetched: `folders[name]`, or `<mirror>/<name>`."""
     root = mirror_folder(mirror)
     if folders.get(name):
@@ -70,24 +72,25 @@ def folder_of(
     """The folder with all files of a set: `folders[name]`, `<mirror>/<name>`, else data/raw/<name>,
     where what is missing is fetched.
 
-    Raises DataError that says what is missing in a folder, or which file can't be had.
+    Raises:
+        DataError: files are missing in the user's folder, or one can't be had.
     """
-    given = given_folder(name, folders, mirror)
-    if given:
-        missing = [one.known_by for one in files if not (given / one.known_by).exists()]
+    if folder := user_folder(name, folders, mirror):
+        missing = [file.place for file in files if not (folder / file.place).exists()]
         if missing:
             raise DataError(
-                f"data set {name}: {given} lacks {', '.join(missing)}. Add them (docs/data.md says "
-                f"how they lie), correct data.folders.{name}, or take it out to have all fetched"
+                f"data set {name}: {folder} lacks {', '.join(missing)}. Add them (docs/data.md "
+                f"says how they lie), correct data.folders.{name}, or take it out to have all "
+                "fetched"
             )
-        return given
+        return folder
     folder = DOWNLOADS / name
     for file in files:
-        note = folder / WHOLE / f"{file.known_by.replace('/', '-')}.json"
+        note = folder / NOTES / f"{file.place.replace('/', '-')}.json"
         if note.exists():
             continue
         try:
-            _have(file, folder, note)
+            _fetch(file, folder, note)
         except (OSError, HfHubHTTPError, ValueError, zipfile.BadZipFile) as error:
             raise DataError(
                 f"data set {name}: {file.url} can't be had: {error}. What is whole was kept: the "
@@ -96,56 +99,58 @@ def folder_of(
     return folder
 
 
-def _have(file: File, folder: Path, note: Path) -> None:
+def _fetch(file: File, folder: Path, note: Path) -> None:
     """Fetch a file, compare it with what its source says of it, unpack it, note it."""
-    place = folder / file.into
-    place.mkdir(parents=True, exist_ok=True)
+    target = folder / file.into
+    target.mkdir(parents=True, exist_ok=True)
     note.parent.mkdir(exist_ok=True)
     of_hub = file.of_hub
-    got = _from_hub(*of_hub, place) if of_hub else _from_web(file, place)
-    facts = {"url": file.url, "bytes": got.stat().st_size, "sha256": sha256_file(got)}
+    path = _from_hub(*of_hub, target) if of_hub else _from_web(file, target)
+    facts = {"url": file.url, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
     if of_hub:
-        said = get_hf_file_metadata(hf_hub_url(*of_hub, repo_type="dataset"))
-        facts["commit"] = said.commit_hash
-        if said.etag and len(said.etag) == 64 and said.etag != facts["sha256"]:  # SHA-256
-            got.unlink()
-            raise OSError(f"SHA-256 {facts['sha256']}, not {said.etag} as the hub says")
-    if got.suffix == ".zip":
-        unpack(got, place)
-        got.unlink()
+        listed = get_hf_file_metadata(hf_hub_url(*of_hub, repo_type="dataset"))
+        facts["commit"] = listed.commit_hash
+        if listed.etag and len(listed.etag) == 64 and listed.etag != facts["sha256"]:  # SHA-256
+            path.unlink()
+            raise OSError(f"SHA-256 {facts['sha256']}, not {listed.etag} as the hub says")
+    if path.suffix == ".zip":
+        unpack(path, target)
+        path.unlink()
     write_json_atomic(note, facts)
 
 
-def _from_hub(name: str, path: str, place: Path) -> Path:
-    got = Path(hf_hub_download(name, path, repo_type="dataset", local_dir=place / ".hub"))
-    return got.replace(place / got.name)
+def _from_hub(name: str, path: str, folder: Path) -> Path:
+    copy = Path(hf_hub_download(name, path, repo_type="dataset", local_dir=folder / ".hub"))
+    return copy.replace(folder / copy.name)
 
 
-def _from_web(file: File, place: Path) -> Path:
+def _from_web(file: File, folder: Path) -> Path:
     """Fetched with the client of the hub, which goes on where a part ends and tries again."""
-    whole = place / file.name
-    part = whole.with_name(f"{file.name}.part")
-    if not whole.exists():
+    path = folder / file.name
+    part = path.with_name(f"{file.name}.part")
+    if not path.exists():
         with part.open("ab") as stream:
             try:
                 http_get(file.url, stream, resume_size=part.stat().st_size)
             except HfHubHTTPError as error:
                 if error.response.status_code != 416:  # it begins where the file ends: it is whole
                     raise
-        part.replace(whole)
-    return whole
+        part.replace(path)
+    return path
 
 
-def unpack(archive: Path, place: Path) -> None:
+def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .zip into a folder; what lies there in full already, from a call before, is left.
 
-    Raises OSError for a path that leads out of the folder, zipfile.BadZipFile for a damaged one.
+    Raises:
+        OSError: a path leads out of the folder.
+        zipfile.BadZipFile: the archive is damaged.
     """
     with zipfile.ZipFile(archive) as packed:
         for member in tqdm(packed.infolist(), f"unpack {archive.name}", unit="file", disable=None):
-            path = place / member.filename
-            if not path.resolve().is_relative_to(place.resolve()):
+            path = folder / member.filename
+            if not path.resolve().is_relative_to(folder.resolve()):
                 raise OSError(f"{archive.name} has the path {member.filename}")
             if member.is_dir() or (path.is_file() and path.stat().st_size == member.file_size):
                 continue
-            packed.extract(member, place)
+            packed.extract(member, folder)

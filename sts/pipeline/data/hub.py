@@ -19,9 +19,16 @@ CHUNK = 100  # rows read at a time, with their images
 def hub_rows(name: str, source: str, files: str, revision: str) -> Rows:
     """The rows of a set of the hub, or of a folder that holds its files.
 
-    files: pattern of the Parquet files, such as vqav2/*.parquet. What was fetched before is not
-    fetched again, and what was interrupted goes on. Raises DataError for what can't be had or has
-    other columns.
+    What was fetched before is not fetched again, and what was interrupted goes on.
+
+    Args:
+        name: of the entry in data.custom.
+        source: name of the set on the hub, or a folder.
+        files: pattern of the Parquet files, such as vqav2/*.parquet.
+        revision: branch, tag or commit.
+
+    Raises:
+        DataError: the files can't be had, or have other columns.
     """
     key = f"data.custom.{name}"
     folder = Path(source)
@@ -40,25 +47,25 @@ def hub_rows(name: str, source: str, files: str, revision: str) -> Rows:
                 f"data set {name}: {source} of the hub, revision {revision}, can't be had: {error} "
                 f"Go online, correct {key}.hub, or give a folder that holds its files"
             ) from error
-    found = sorted(folder.glob(files))
-    if not found:
+    paths = sorted(folder.glob(files))
+    if not paths:
         raise DataError(f"data set {name}: {folder} has no files {files}. Correct {key}.files")
     try:
-        heads = [pq.ParquetFile(file) for file in found]
+        heads = [pq.ParquetFile(file) for file in paths]
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(
             f"data set {name}: {error}. Delete {folder} and run again, or correct {key}.files"
         ) from error
     columns = heads[0].schema_arrow.names
-    images = next((one for one in ("images", "image") if one in columns), None)
-    texts = next((one for one in ("conversations", "texts") if one in columns), None)
+    images = next((name for name in ("images", "image") if name in columns), None)
+    texts = next((name for name in ("conversations", "texts") if name in columns), None)
     if not images or not texts:
         raise DataError(
-            f"data set {name}: {found[0]} has the columns {', '.join(columns)}, but needs images "
+            f"data set {name}: {paths[0]} has the columns {', '.join(columns)}, but needs images "
             f"or image, and texts or conversations. Correct {key}.files"
         )
     count = sum(head.metadata.num_rows for head in heads)
-    return count, _rows(found, images, texts, "id" in columns)
+    return count, _rows(paths, images, texts, "id" in columns)
 
 
 def _rows(files: list[Path], images: str, texts: str, named: bool) -> Iterator[dict]:
@@ -68,7 +75,7 @@ def _rows(files: list[Path], images: str, texts: str, named: bool) -> Iterator[d
         for batch in pq.ParquetFile(file).iter_batches(CHUNK, columns=columns):
             for row in batch.to_pylist():
                 pictures = row[images] if images == "images" else [row[images]]
-                pictures = [one["bytes"] for one in pictures or [] if one]
+                pictures = [picture["bytes"] for picture in pictures or [] if picture]
                 yield {
                     "id": str(row["id"]) if named else f"{index:08d}",
                     **columns_of(pictures, images == "images"),
@@ -80,13 +87,13 @@ def _rows(files: list[Path], images: str, texts: str, named: bool) -> Iterator[d
 def turns(texts: Any, images: int) -> Any:
     """LLaVA's turns {from, value} of either form: those themselves, or pairs {user, assistant}.
     Where no text says where the images stand, they come first."""
-    if not isinstance(texts, list) or not all(isinstance(one, dict) for one in texts):
+    if not isinstance(texts, list) or not all(isinstance(text, dict) for text in texts):
         return texts  # `prepare` judges it
     if texts and "user" in texts[0]:
-        texts = turns_of((one.get("user"), one.get("assistant")) for one in texts)
+        texts = turns_of((pair.get("user"), pair.get("assistant")) for pair in texts)
     else:
-        texts = [{"from": one.get("from"), "value": one.get("value")} for one in texts]
-    said = [turn["value"] or "" for turn in texts]
-    if texts and said[0] and not any(IMAGE_TOKEN in one for one in said):
-        texts[0]["value"] = f"{IMAGE_TOKEN}\n" * images + said[0]
+        texts = [{"from": turn.get("from"), "value": turn.get("value")} for turn in texts]
+    values = [turn["value"] or "" for turn in texts]
+    if texts and values[0] and not any(IMAGE_TOKEN in value for value in values):
+        texts[0]["value"] = f"{IMAGE_TOKEN}\n" * images + values[0]
     return texts

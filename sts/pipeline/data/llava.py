@@ -18,8 +18,14 @@ def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -
     """The rows of a JSON list of {id, image, conversations}, with paths below the folder `images`;
     an image may be a list, and is then one in all rows.
 
-    key: what the configuration calls the two, for the message. Raises DataError that says what is
-    wrong with the file or the folder.
+    Args:
+        name: of the data set.
+        file: the JSON file.
+        images: the folder.
+        key: what the configuration calls the two, for the message.
+
+    Raises:
+        DataError: something is wrong with the file or the folder.
     """
     file, images = Path(file), Path(images)
     try:
@@ -28,12 +34,11 @@ def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -
             count += 1
             several = several or (isinstance(row, dict) and isinstance(row.get("image"), list))
     except (OSError, ValueError) as error:
-        told = f"data set {name}: {file} can't be read: {error}. {_fix(key, 'json')}"
-        raise DataError(told) from error
+        message = f"data set {name}: {file} can't be read: {error}. {_fix(key, 'json')}"
+        raise DataError(message) from error
     if not images.is_dir():
         raise DataError(f"data set {name}: {images} is not a folder. {_fix(key, 'images')}")
-    found = (_row(row, index, images, several) for index, row in enumerate(objects(file)))
-    return count, found
+    return count, (_row(row, i, images, several) for i, row in enumerate(objects(file)))
 
 
 def _fix(key: str, which: str) -> str:
@@ -62,10 +67,10 @@ def objects(file: Path) -> Iterator[Any]:
             """The next character that is not white space, where `place` then is; "" at the end."""
             nonlocal place
             while True:
-                found = SOLID.search(text, place)
-                if found:
-                    place = found.start()
-                    return found.group()
+                match = SOLID.search(text, place)
+                if match:
+                    place = match.start()
+                    return match.group()
                 if not more():
                     return ""
 
@@ -95,8 +100,8 @@ def _row(row: Any, index: int, images: Path, several: bool) -> dict:
     """A row as it stands, malformed or not: `prepare` judges it and reports the index."""
     row = row if isinstance(row, dict) else {}
     image = row.get("image")
-    listed = image if isinstance(image, list) else [] if image is None else [image]
-    paths = [images / str(one) for one in listed]
+    names = image if isinstance(image, list) else [] if image is None else [image]
+    paths = [images / str(name) for name in names]
     return {
         "id": str(row.get("id", index)),
         **columns_of(paths, several),

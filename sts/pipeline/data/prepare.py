@@ -44,8 +44,16 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
     """Write a data set's splits as Arrow files beside `out`, its manifest, and return the manifest.
 
     Rows that can't be used are listed in bad_rows.jsonl. All files are written aside and renamed
-    when all are whole, the manifest last. Raises DataError if the data can't be had, a split is
-    empty, or the share of bad rows is above data.max_bad_share; the list of bad rows stays.
+    when all are whole, the manifest last.
+
+    Args:
+        config: its block `data`.
+        name: of the data set.
+        out: manifest to write.
+
+    Raises:
+        DataError: the data can't be had, a split is empty, or the share of bad rows is above
+            data.max_bad_share; the list of bad rows stays.
     """
     out = Path(out)
     entry, splits = load(config, name)
@@ -59,7 +67,7 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
         for split, rows in splits.items():
             file = part / f"{split}.arrow"
             if name in config.data.rows and not split.startswith("test_"):
-                rows = _some(rows, config.data.rows[name])
+                rows = _subset(rows, config.data.rows[name])
             count, sha256, rejected, noted = _write(name, rows, file, entry.embed, config.data)
             described[split] = {"rows": count, "sha256": sha256, "file": file.name}
             bad += rejected
@@ -88,12 +96,12 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _some(rows: Rows, count: int) -> Rows:
+def _subset(rows: Rows, count: int) -> Rows:
     """So many of the rows, always the same ones, in their order."""
     total, stream = rows
-    taken = np.zeros(total, bool)
-    taken[np.random.default_rng(0).permutation(total)[:count]] = True
-    return int(taken.sum()), compress(stream, taken.tolist())
+    is_taken = np.zeros(total, bool)
+    is_taken[np.random.default_rng(0).permutation(total)[:count]] = True
+    return int(is_taken.sum()), compress(stream, is_taken.tolist())
 
 
 def _check(
@@ -101,15 +109,15 @@ def _check(
 ) -> None:
     bad = sum(reasons.values())
     total = bad + sum(split["rows"] for split in splits.values())
-    told = f"{bad} of {total} rows of {source} are bad ({reasons}); all are listed in {report}"
+    summary = f"{bad} of {total} rows of {source} are bad ({reasons}); all are listed in {report}"
     if total and bad / total > max_share:
         raise DataError(
-            f"data set {name}: {told}. That is above data.max_bad_share = {max_share}: correct the "
-            "data or raise the limit"
+            f"data set {name}: {summary}. That is above data.max_bad_share = {max_share}: correct "
+            "the data or raise the limit"
         )
     empty = [split for split, described in splits.items() if not described["rows"]]
     if empty:
-        raise DataError(f"data set {name}: no rows in {', '.join(empty)}; {told}")
+        raise DataError(f"data set {name}: no rows in {', '.join(empty)}; {summary}")
 
 
 def _write(
@@ -126,13 +134,13 @@ def _write(
 
     def good() -> Iterator[dict]:
         progress = tqdm(stream, f"{name} {split}", count, unit="row", disable=None)
-        for index, (row, judged) in enumerate(_judged(progress, embed, data)):
-            if isinstance(judged, BadRow):
-                reason, detail = judged.args
+        for index, (row, verdict) in enumerate(_checked(progress, embed, data)):
+            if isinstance(verdict, BadRow):
+                reason, detail = verdict.args
                 where = {"split": split, "row": index, "id": row["id"]}
                 bad.append({**where, "reason": reason, "detail": detail})
                 continue
-            images, odd = judged
+            images, odd = verdict
             notes.update(odd)
             texts = {key: value for key, value in row.items() if key not in ("image", "images")}
             cells, shapes = [cell for cell, _ in images], [pixels.shape for _, pixels in images]
@@ -143,11 +151,11 @@ def _write(
                 digest.update(pixels.tobytes())
             yield {**texts, **columns_of(cells, "images" in row)}
 
-    written = good()
-    first = list(islice(written, 1))
+    good_rows = good()
+    first = list(islice(good_rows, 1))
     features = SEVERAL if first and "images" in first[0] else TRAINING
     features = BENCHMARK if split.startswith("test_") else features
-    count = _write_arrow(chain(first, written), features, file)
+    count = _write_arrow(chain(first, good_rows), features, file)
     return count, digest.hexdigest(), bad, notes
 
 
@@ -162,7 +170,7 @@ def _write_arrow(rows: Iterable[dict], features: Features, file: Path) -> int:
     return written
 
 
-def _judged(
+def _checked(
     rows: Iterable[dict], embed: bool, data: DataConfig
 ) -> Iterator[tuple[dict, tuple[list, list[str]] | BadRow]]:
     """Each row, and its images as (cell, pixels) with what is odd about it, or why it is bad.
@@ -170,13 +178,13 @@ def _judged(
     Odd is what others stumble over and this pipeline doesn't: labels are found by rendering, images
     are opened by what they are.
     """
-    rows, judge = iter(rows), partial(_judge, embed, data.max_text_chars)
+    rows, check = iter(rows), partial(_check_row, embed, data.max_text_chars)
     with ThreadPoolExecutor(data.threads) as pool:
-        while some := list(islice(rows, TOGETHER)):
-            yield from zip(some, pool.map(judge, some), strict=True)
+        while block := list(islice(rows, TOGETHER)):
+            yield from zip(block, pool.map(check, block), strict=True)
 
 
-def _judge(embed: bool, max_chars: int, row: dict) -> tuple[list, list[str]] | BadRow:
+def _check_row(embed: bool, max_chars: int, row: dict) -> tuple[list, list[str]] | BadRow:
     try:
         _check_text(row, max_chars)
         odd = [

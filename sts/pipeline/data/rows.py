@@ -36,8 +36,8 @@ def turns_of(pairs: Iterable[tuple[str, str]]) -> list[dict]:
 
 def images_of(row: dict) -> list:
     """The images of a row in their order, whichever of the two keys holds them."""
-    one, several = row.get("image"), row.get("images")
-    return [one] if one is not None else several or []
+    image = row.get("image")
+    return [image] if image is not None else row.get("images") or []
 
 
 def columns_of(images: list, several: bool) -> dict:

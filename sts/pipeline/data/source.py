@@ -52,21 +52,22 @@ class Source:
 def read(name: str, source: Source, mirror: str | None) -> Questions:
     """The questions in the files of a set, which are those that its entry was written for.
 
-    Raises DataError for files that can't be had, and for files that are damaged or others.
+    Raises:
+        DataError: files can't be had, or are damaged or others.
     """
     folder = locate(name, source, mirror)
     try:
         questions = source.read(folder)
-        found = checksum(questions)
+        digest = checksum(questions)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"data set {name}: {folder} can't be read: {error}. {_FRESH_COPY}"
         ) from error
-    if found != source.sha256:
+    if digest != source.sha256:
         damaged = [str(path) for path in _images(questions) if not _opens(path)]
         raise DataError(
             f"data set {name}: the files in {folder} are not those of its entry: checksum "
-            f"{found}, expected {source.sha256}; images that don't open: "
+            f"{digest}, expected {source.sha256}; images that don't open: "
             f"{', '.join(damaged[:3]) or 'none'}. {_FRESH_COPY}"
         )
     return questions
@@ -105,7 +106,8 @@ def locate(name: str, source: Source, mirror: str | None) -> Path:
 def download(name: str, source: Source, folder: Path) -> None:
     """Fetch the used part of the source's archive into `folder`, all of it or nothing.
 
-    Raises DataError with the URL and both ways out when it can't.
+    Raises:
+        DataError: it can't; the message has the URL and both ways out.
     """
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
@@ -131,17 +133,17 @@ def _members(stream: Any, folder: str) -> Iterator[tuple[PurePosixPath, bytes]]:
 
     GitHub's archives are sorted, so what comes after the folder need not be fetched.
     """
-    found = False
+    is_inside = False
     with tarfile.open(fileobj=stream, mode="r|gz") as archive:
         for member in archive:
             path = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # without <repo>-<commit>
             if path.is_relative_to(folder) and ".." not in path.parts:
-                found = True
+                is_inside = True
                 if member.isfile():
                     yield path.relative_to(folder), archive.extractfile(member).read()
-            elif found:
+            elif is_inside:
                 return
-    if not found:
+    if not is_inside:
         raise tarfile.TarError(f"the archive has no folder {folder}")
 
 

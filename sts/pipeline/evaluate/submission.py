@@ -19,10 +19,12 @@ import pandas as pd
 from lm_eval.api.task import Task
 
 from sts.pipeline.config import Config, ConfigError, config_hash
-from sts.pipeline.evaluate.evaluate import AT_ONCE, ask, load_benchmarks, load_model, tasks_of
+from sts.pipeline.evaluate import asking
+from sts.pipeline.evaluate.asking import ask, load_model
+from sts.pipeline.evaluate.loading import load_benchmarks, tasks_of
 from sts.pipeline.files import read_json, write_text_atomic
 from sts.pipeline.run.device import lease
-from sts.pipeline.tasks.official import given, normal
+from sts.pipeline.tasks.official import is_filled, normalise
 
 Rows = Sequence[Mapping[str, Any]]
 ALL_IDS = (
@@ -30,35 +32,39 @@ ALL_IDS = (
 )
 
 
-def vqa(rows: Rows, said: Sequence[str], every: Sequence[int]) -> str:
-    """VQAv2: a JSON list of {question_id, answer} (visualqa.org/evaluation.html). Its server,
-    EvalAI's challenge 830, refuses a file without every question of test2015, also where it scores
-    test-dev alone (its message: X-PLUG/mPLUG-DocOwl issue 55). So the ids of `every` that were not
-    asked get an empty answer, as in LLaVA's convert_vqav2_for_submission.py."""
-    answers = {int(row["question_id"]): normal(one) for row, one in zip(rows, said, strict=True)}
-    ids = every or answers
+def vqa(rows: Rows, outputs: Sequence[str], all_ids: Sequence[int]) -> str:
+    """VQAv2: a JSON list of {question_id, answer} (visualqa.org/evaluation.html).
+
+    Its server, EvalAI's challenge 830, refuses a file without every question of test2015, also
+    where it scores test-dev alone (its message: X-PLUG/mPLUG-DocOwl issue 55). So those of
+    `all_ids` that were not asked get an empty answer, as in LLaVA's
+    convert_vqav2_for_submission.py.
+    """
+    pairs = zip(rows, outputs, strict=True)
+    answers = {int(row["question_id"]): normalise(output) for row, output in pairs}
+    ids = all_ids or answers
     return json.dumps([{"question_id": id, "answer": answers.get(id, "")} for id in ids])
 
 
-def vizwiz(rows: Rows, said: Sequence[str], _: Sequence[int]) -> str:
+def vizwiz(rows: Rows, outputs: Sequence[str], _: Sequence[int]) -> str:
     """VizWiz: a JSON list of {image, answer}, image the name of its file (LLaVA's
     convert_vizwiz_for_submission.py). The hub's copy names a question by that without `.jpg`."""
     names = [f"{row['question_id'].removesuffix('.jpg')}.jpg" for row in rows]
-    pairs = zip(names, map(normal, said), strict=True)
+    pairs = zip(names, map(normalise, outputs), strict=True)
     return json.dumps([{"image": name, "answer": answer} for name, answer in pairs])
 
 
-def mmbench(rows: Rows, said: Sequence[str], _: Sequence[int]) -> str:
-    """MMBench: a table of the questions with a column `prediction`, what was said as it is (LLaVA's
-    convert_mmbench_for_submission.py), with tabs, as VLMEvalKit reads it. Its own server is closed
-    and its answers are in VLMEvalKit since (open-compass/VLMEvalKit issue 1516)."""
+def mmbench(rows: Rows, outputs: Sequence[str], _: Sequence[int]) -> str:
+    """MMBench: a table of the questions with a column `prediction`, the model's words as they are
+    (LLaVA's convert_mmbench_for_submission.py), with tabs, as VLMEvalKit reads it. Its own server
+    is closed and its answers are in VLMEvalKit since (open-compass/VLMEvalKit issue 1516)."""
     kinds = ["category", "L2-category", "source", "split"]
     columns = ["index", "question", "hint", *"ABCDE", "answer", *kinds]
     table = pd.DataFrame(
-        {name: row[name] if given(row[name]) else "" for name in columns if name in row}
+        {name: row[name] if is_filled(row[name]) else "" for name in columns if name in row}
         for row in rows
     )
-    table["prediction"] = said
+    table["prediction"] = outputs
     return table.to_csv(sep="\t", index=False)
 
 
@@ -90,44 +96,56 @@ def submission(
     out: str | Path,
     questions: str | Path | None = None,
 ) -> None:
-    """Ask the weights of the run manifest `run` every question of SERVERS[name]; write `out`.
+    """Ask a trained run every question of a server, and write the file that it takes.
 
-    questions: VQAv2's file of all questions of test2015, which vqav2_testdev needs. Raises
-    ConfigError for an unknown name and for questions that are missing or others than those asked;
-    FileNotFoundError, DataError as an evaluation does. All that can be known is checked before the
-    model is loaded.
+    All that can be known is checked before the model is loaded.
+
+    Args:
+        config: of the run.
+        name: a key of SERVERS.
+        run: manifest of its last stage.
+        out: file to write.
+        questions: VQAv2's file of all questions of test2015, which vqav2_testdev needs.
+
+    Raises:
+        ConfigError: the name is unknown, or questions are missing or others than those asked.
+        FileNotFoundError, DataError: as an evaluation.
     """
+    server, all_ids = _server(name, questions)
+    trained, out = read_json(run), Path(out)
+    options = config.evaluate.model_copy(update={"benchmarks": [server.benchmark]})
+    benchmarks = load_benchmarks(options, [], config.data.mirror, server.split)
+    [task] = tasks_of(benchmarks[server.benchmark])
+    docs = task.eval_docs.remove_columns("image")
+    if all_ids and {int(id) for id in docs["question_id"]} - set(all_ids):
+        raise _refused("--questions", str(questions), f"a file with every question of {name}")
+    file = Path(f"{out}.answers.jsonl")
+    version = {"task": task.VERSION, "batch_size": options.batch_size}
+    key = config_hash(version, name, trained["weights_sha256"])
+    outputs = kept_outputs(file, key, len(docs))
+    if len(outputs) < len(docs):
+        with lease():
+            threads = config.stage(config.last).threads
+            lm = load_model(trained["weights"], options.batch_size, threads)
+            write_text_atomic(file, "".join(f"{json.dumps(line)}\n" for line in (key, *outputs)))
+            with open(file, "a", encoding="utf-8") as stream:
+                rest = {(name, name): range(len(outputs), len(docs))}
+                for _, sample in ask(lm, {(name, name): unscored(task)}, rest):
+                    outputs.append(sample["filtered_resps"][0])
+                    stream.write(f"{json.dumps(outputs[-1])}\n")
+    write_text_atomic(out, server.form(list(docs), outputs, all_ids))
+
+
+def _server(name: str, questions: str | Path | None) -> tuple[Server, list[int]]:
+    """The server of a name and all question ids that it wants; ConfigError where they don't fit."""
     if name not in SERVERS:
         raise _refused("--benchmark", name, f"one of {', '.join(SERVERS)}")
-    server, out = SERVERS[name], Path(out)
     if name == "vqav2_testdev" and not questions:
         accepted = f"{ALL_IDS}: the server wants a prediction for each, if an empty one"
         raise _refused("--questions", None, accepted)
-    if questions and server.form is not vqa:
+    if questions and SERVERS[name].form is not vqa:
         raise _refused("--questions", str(questions), "none: it is for VQAv2")
-    every = question_ids(questions) if questions else []
-    trained = read_json(run)
-    settings = config.evaluate.model_copy(update={"benchmarks": [server.benchmark]})
-    loaded = load_benchmarks(settings, [], config.data.mirror, server.split)[server.benchmark]
-    [task] = tasks_of(loaded)
-    docs = task.eval_docs.remove_columns("image")
-    if every and {int(id) for id in docs["question_id"]} - set(every):
-        raise _refused("--questions", str(questions), f"a file with every question of {name}")
-    answers = Path(f"{out}.answers.jsonl")
-    version = {"task": task.VERSION, "batch_size": settings.batch_size}
-    key = config_hash(version, name, trained["weights_sha256"])
-    said = kept(answers, key, len(docs))
-    if len(said) < len(docs):
-        with lease():
-            threads = config.stage(config.last).threads
-            lm = load_model(trained["weights"], settings.batch_size, threads)
-            write_text_atomic(answers, "".join(f"{json.dumps(one)}\n" for one in (key, *said)))
-            with open(answers, "a", encoding="utf-8") as file:
-                waiting = {(name, name): range(len(said), len(docs))}
-                for _, sample in ask(lm, {(name, name): unscored(task)}, waiting):
-                    said.append(sample["filtered_resps"][0])
-                    file.write(f"{json.dumps(said[-1])}\n")
-    write_text_atomic(out, server.form(list(docs), said, every))
+    return SERVERS[name], question_ids(questions) if questions else []
 
 
 def unscored(task: Task) -> Task:
@@ -141,22 +159,22 @@ def unscored(task: Task) -> Task:
 def question_ids(file: str | Path) -> list[int]:
     """Ids of the questions of one of VQA's question files. Raises ConfigError if it is none."""
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-        return [int(question["question_id"]) for question in content["questions"]]
+        return [int(question["question_id"]) for question in read_json(file)["questions"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _refused("--questions", str(file), f"{ALL_IDS} ({error})") from None
 
 
-def kept(file: Path, key: str, count: int) -> list[str]:
-    """What an interrupted call kept of the answers to `count` questions, if it was made of the same
-    (key); of those that were asked together all or none, so that batches are as they were."""
+def kept_outputs(file: Path, key: str, count: int) -> list[str]:
+    """What an interrupted call kept of the answers to `count` questions, if its key is the same; of
+    those that were asked together all or none, so that batches are as they were."""
     if not file.exists():
         return []
-    whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-    found, *said = map(json.loads, whole.split("\n")) if whole else [""]
-    if found != key:
+    lines, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
+    key_of_file, *outputs = map(json.loads, lines.split("\n")) if lines else [""]
+    if key_of_file != key:
         return []
-    return said if len(said) == count else said[: len(said) // AT_ONCE * AT_ONCE]
+    size = asking.AT_ONCE
+    return outputs if len(outputs) == count else outputs[: len(outputs) // size * size]
 
 
 def _refused(key: str, value: Any, accepted: str) -> ConfigError:

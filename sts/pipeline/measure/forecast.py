@@ -29,7 +29,7 @@ from sts.pipeline.config import Config, DataConfig, StageConfig
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.machines import SHARE, Machine
 from sts.pipeline.cost.memory import lacking, memory_here, step_memory
-from sts.pipeline.data.fetch import fetched_bytes, given_folder
+from sts.pipeline.data.fetch import fetched_bytes, user_folder
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.measure import shapes
 from sts.pipeline.plan import MAIN, Plan, load_plan
@@ -260,7 +260,7 @@ def data_bytes(names: Iterable[str], data: DataConfig) -> float:
     for name in names:
         entry = dataset(name, data)
         total += entry.image_bytes * sum(rows_made_here(name, data).values())
-        if not given_folder(name, data.folders, data.mirror):
+        if not user_folder(name, data.folders, data.mirror):
             total += fetched_bytes(entry.files)
     return total
 

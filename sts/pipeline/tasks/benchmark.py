@@ -1,13 +1,14 @@
 """The test questions of a prepared data set, as lm-eval asks for them (`custom_dataset` in
 _base.yaml)."""
 
-import json
 from pathlib import Path
 
 from datasets import Dataset
 
+from sts.pipeline.files import read_json
 
-def find(dataset: str, split: str, manifests: list[str]) -> Path:
+
+def split_file(dataset: str, split: str, manifests: list[str]) -> Path:
     """Arrow file of a split of a prepared data set, whose manifest is one of `manifests`.
 
     Raises FileNotFoundError that says what is missing, where, and what to do.
@@ -17,15 +18,15 @@ def find(dataset: str, split: str, manifests: list[str]) -> Path:
             raise FileNotFoundError(
                 f"{manifest}: no such data manifest; make it with `python -m sts prepare`"
             )
-        described = json.loads(manifest.read_text(encoding="utf-8"))
-        if described["dataset"] != dataset:
+        content = read_json(manifest)
+        if content["dataset"] != dataset:
             continue
-        if split not in described["splits"]:
+        if split not in content["splits"]:
             raise FileNotFoundError(
-                f"{manifest}: no split '{split}', but {', '.join(described['splits'])}; correct "
+                f"{manifest}: no split '{split}', but {', '.join(content['splits'])}; correct "
                 "the task file, or prepare the data set again"
             )
-        file = manifest.parent / described["splits"][split]["file"]
+        file = manifest.parent / content["splits"][split]["file"]
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file}: missing although {manifest} lists it; prepare the data set again"
@@ -56,7 +57,8 @@ def load(
             f"{config_source}: dataset_kwargs must name a prepared data set and a split of it, as "
             "{dataset: scenes, split: test_chart}"
         )
-    file = find(dataset, split, [manifests] if isinstance(manifests, str) else list(manifests))
+    manifests = [manifests] if isinstance(manifests, str) else list(manifests)
+    file = split_file(dataset, split, manifests)
     return {"test": Dataset.from_file(str(file))}
 
 

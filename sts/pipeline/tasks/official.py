@@ -6,11 +6,13 @@ its aggregation needs, and `correct`.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from datasets import Dataset, load_dataset
+
+Row = Mapping[str, Any]
 
 WORD = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -50,12 +52,12 @@ def load(
     return {"test": rows}
 
 
-def one(row: Mapping[str, Any]) -> list[Any]:
+def image(row: Row) -> list[Any]:
     """The image of a row."""
     return [row["image"]]
 
 
-def several(row: Mapping[str, Any]) -> list[Any]:
+def images(row: Row) -> list[Any]:
     """Images of a row that has a list of them."""
     return list(row["image"])
 
@@ -63,58 +65,58 @@ def several(row: Mapping[str, Any]) -> list[Any]:
 # ---- prompts: LLaVA-1.5's -----------------------------------------------------------------------
 
 
-def word(row: Mapping[str, Any]) -> str:
+def word_prompt(row: Row) -> str:
     return f"<image>\n{row['question']}\n{WORD}"
 
 
-def as_it_is(row: Mapping[str, Any]) -> str:
+def plain_prompt(row: Row) -> str:
     return f"<image>\n{row['question']}"
 
 
-def text(row: Mapping[str, Any]) -> str:
+def textvqa_prompt(row: Row) -> str:
     return f"<image>\n{row['question'].capitalize()}\n{WORD}"
 
 
-def text_read(row: Mapping[str, Any]) -> str:
+def textvqa_ocr_prompt(row: Row) -> str:
     tokens = ", ".join(row["ocr_tokens"])
     return f"<image>\n{row['question'].capitalize()}\nReference OCR token: {tokens}\n{WORD}"
 
 
-def may_be_unknown(row: Mapping[str, Any]) -> str:
+def vizwiz_prompt(row: Row) -> str:
     return f"<image>\n{row['question'].capitalize()}\n{UNKNOWN}\n{WORD}"
 
 
-def science(row: Mapping[str, Any]) -> str:
+def scienceqa_prompt(row: Row) -> str:
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
-    options = _listed(dict(zip("ABCDEFGH", row["choices"], strict=False)))
+    options = _lines(dict(zip("ABCDEFGH", row["choices"], strict=False)))
     return f"<image>\n{context}{row['question']}\n{options}\n{LETTER}"
 
 
-def seed(row: Mapping[str, Any]) -> str:
+def seed_prompt(row: Row) -> str:
     options = {letter: row[f"choice_{letter.lower()}"] for letter in "ABCD"}
-    return "<image>\n" * len(row["image"]) + f"{row['question']}\n{_listed(options)}\n{LETTER}"
+    return "<image>\n" * len(row["image"]) + f"{row['question']}\n{_lines(options)}\n{LETTER}"
 
 
-def mmbench(row: Mapping[str, Any], ask: str = LETTER) -> str:
-    hint = f"{row['hint']}\n" if given(row["hint"]) else ""
-    return f"<image>\n{hint}{row['question']}\n{_listed(options_of(row))}\n{ask}"
+def mmbench_prompt(row: Row, request: str = LETTER) -> str:
+    hint = f"{row['hint']}\n" if is_filled(row["hint"]) else ""
+    return f"<image>\n{hint}{row['question']}\n{_lines(options_of(row))}\n{request}"
 
 
-def mmbench_cn(row: Mapping[str, Any]) -> str:
-    return mmbench(row, "请直接回答选项字母。")
+def mmbench_cn_prompt(row: Row) -> str:
+    return mmbench_prompt(row, "请直接回答选项字母。")
 
 
-def options_of(row: Mapping[str, Any]) -> dict[str, str]:
+def options_of(row: Row) -> dict[str, str]:
     """Letter -> option of a question of MMBench."""
-    return {letter: row[letter] for letter in "ABCDE" if given(row.get(letter))}
+    return {letter: row[letter] for letter in "ABCDE" if is_filled(row.get(letter))}
 
 
-def given(value: Any) -> bool:
+def is_filled(value: Any) -> bool:
     """Whether a field of MMBench holds something."""
     return value is not None and str(value) not in ("", "nan")
 
 
-def _listed(options: Mapping[str, str]) -> str:
+def _lines(options: Mapping[str, str]) -> str:
     return "\n".join(f"{letter}. {option}" for letter, option in options.items())
 
 
@@ -137,27 +139,21 @@ what's what've when's where'd where's where've who'd who'd've who'll who's who'v
 why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
 you've
 """.split()  # noqa: SIM905
+CONTRACTIONS = {
+    written[:place] + written[place + 1 :]: written
+    for written in WRITTEN
+    for place, letter in enumerate(written)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}
 
 
-def _contractions() -> dict[str, str]:
-    found = {}
-    for whole in WRITTEN:
-        places = [i for i, letter in enumerate(whole) if letter == "'"]
-        for place in places:
-            found[whole[:place] + whole[place + 1 :]] = whole
-    return found | {"somebody'd": "somebodyd"}
-
-
-CONTRACTIONS = _contractions()
-
-
-def normal(said: str) -> str:
+def normalise(output: str) -> str:
     """An answer as the servers of VQA, TextVQA and VizWiz compare it (EvalAI's processor)."""
-    said = said.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return plain(" ".join(said.split()))
+    output = output.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return simplify(" ".join(output.split()))
 
 
-def plain(answer: str) -> str:
+def simplify(answer: str) -> str:
     """Without punctuation and articles, numbers as digits, apostrophes where they belong."""
     kept = answer
     for mark in PUNCTUATION:
@@ -168,56 +164,59 @@ def plain(answer: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
-def agreement(said: str, answers: Sequence[str]) -> float:
+def agreement(answer: str, answers: Sequence[str]) -> float:
     """VQA accuracy (arXiv 1505.00468): mean over the people of min(1, others who said it / 3)."""
     shares = []
     for left_out in range(len(answers)):
         others = [*answers[:left_out], *answers[left_out + 1 :]]
-        shares.append(min(1.0, others.count(said) / 3))
+        shares.append(min(1.0, others.count(answer) / 3))
     return fmean(shares) if shares else 0.0
 
 
-# ---- rules --------------------------------------------------------------------------------------
+# ---- rules: (row, [the model's output]) -> {metric: value} --------------------------------------
 
 
-def vqa(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+def score_vqav2(row: Row, results: Sequence[str]) -> dict[str, Any]:
     """VQAv2: answers are compared as they are where all people said the same."""
-    said, answers = normal(results[0]), [one["answer"].strip() for one in row["answers"]]
+    output, answers = normalise(results[0]), [item["answer"].strip() for item in row["answers"]]
     if len(set(answers)) > 1:
-        said, answers = plain(said), [plain(answer) for answer in answers]
-    return {"accuracy": agreement(said, answers)}
+        output, answers = simplify(output), [simplify(answer) for answer in answers]
+    return {"accuracy": agreement(output, answers)}
 
 
-def people(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+def score_textvqa(row: Row, results: Sequence[str]) -> dict[str, Any]:
     """TextVQA, VizWiz."""
-    return {"accuracy": agreement(normal(results[0]), [normal(one) for one in row["answers"]])}
+    return {"accuracy": agreement(normalise(results[0]), list(map(normalise, row["answers"])))}
 
 
-def pope(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+def score_pope(row: Row, results: Sequence[str]) -> dict[str, Any]:
     """POPE (arXiv 2305.10355): of the first sentence, `no` if it says no or not, else `yes`."""
     words = results[0].split(".")[0].replace(",", "").lower().split()
-    said = "no" if {"no", "not"} & set(words) else "yes"
-    right = row["answer"].strip().lower()
-    found = {"category": row["category"], "said": said, "answer": right, "correct": said == right}
-    return {"f1": found, "accuracy": float(said == right), "yes": float(said == "yes")}
+    output = "no" if {"no", "not"} & set(words) else "yes"
+    answer = row["answer"].strip().lower()
+    correct = output == answer
+    verdict = {
+        "category": row["category"], "output": output, "answer": answer, "correct": correct,
+    }  # fmt: skip
+    return {"f1": verdict, "accuracy": float(correct), "yes": float(output == "yes")}
 
 
-def mean_f1(found: Sequence[Mapping[str, Any]]) -> float:
+def mean_f1(verdicts: Sequence[Row]) -> float:
     """Mean over the three ways of choosing what is asked for of the F1 of `yes`."""
-    return fmean(_f1(rows) for rows in grouped(found, lambda one: one["category"]).values())
+    return fmean(map(_f1, group_by(verdicts, "category").values()))
 
 
-def _f1(found: Sequence[Mapping[str, Any]]) -> float:
-    hits = sum(one["said"] == one["answer"] == "yes" for one in found)
-    said, there = (sum(one[key] == "yes" for one in found) for key in ("said", "answer"))
-    return 2 * hits / (said + there) if said + there else 0.0
+def _f1(verdicts: Sequence[Row]) -> float:
+    hits = sum(verdict["output"] == verdict["answer"] == "yes" for verdict in verdicts)
+    total = sum((verdict["output"] == "yes") + (verdict["answer"] == "yes") for verdict in verdicts)
+    return 2 * hits / total if total else 0.0
 
 
-def mme(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+def score_mme(row: Row, results: Sequence[str]) -> dict[str, Any]:
     """MME (arXiv 2306.13394): yes or no by how the answer begins."""
-    said = results[0].strip().lower().replace(".", "")
-    begins = said if len(said) == 1 else said[:4]
-    answer = next((one for one in ("yes", "no") if one in begins or said == one[0]), "other")
+    output = results[0].strip().lower().replace(".", "")
+    begin = output if len(output) == 1 else output[:4]
+    answer = next((word for word in ("yes", "no") if word in begin or output == word[0]), "other")
     correct = answer == row["answer"].strip().lower().replace(".", "")
     return {
         "score": {"category": row["category"], "image": row["question_id"], "correct": correct},
@@ -225,56 +224,56 @@ def mme(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def mme_total(found: Sequence[Mapping[str, Any]]) -> float:
+def mme_total(verdicts: Sequence[Row]) -> float:
     """Sum over the categories of 100 (acc + acc+): the share of questions answered rightly, and of
     images of which both are. An image of which a limit asks one question is in acc alone."""
     total = 0.0
-    for rows in grouped(found, lambda one: one["category"]).values():
-        pairs = grouped(rows, lambda one: one["image"]).values()
-        both = [all(one["correct"] for one in pair) for pair in pairs if len(pair) == 2]
-        total += 100 * (fmean(one["correct"] for one in rows) + (fmean(both) if both else 0))
+    for rows in group_by(verdicts, "category").values():
+        pairs = group_by(rows, "image").values()
+        both = [all(row["correct"] for row in pair) for pair in pairs if len(pair) == 2]
+        total += 100 * (fmean(row["correct"] for row in rows) + (fmean(both) if both else 0))
     return total
 
 
-def scienceqa(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+def score_scienceqa(row: Row, results: Sequence[str]) -> dict[str, Any]:
     """ScienceQA, as LLaVA reads it: a letter alone, or with a period, or `The answer is A.`"""
-    said = results[0].strip()
-    found = re.fullmatch(r"([A-H])", said) or re.match(r"([A-H])\.( |$)", said)
-    found = found or re.search(r"The answer is ([A-H])\.", said)
-    return {"accuracy": float(found is not None and found[1] == "ABCDEFGH"[row["answer"]])}
+    output = results[0].strip()
+    match = re.fullmatch(r"([A-H])", output) or re.match(r"([A-H])\.( |$)", output)
+    match = match or re.search(r"The answer is ([A-H])\.", output)
+    return {"accuracy": float(match is not None and match[1] == "ABCDEFGH"[row["answer"]])}
 
 
-def first_letter(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-    """SEED-Bench."""
+def score_letter(row: Row, results: Sequence[str]) -> dict[str, Any]:
+    """SEED-Bench: the first letter."""
     return {"accuracy": float(results[0].strip()[:1] == row["answer"])}
 
 
-def circular(row: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+def score_mmbench(row: Row, results: Sequence[str]) -> dict[str, Any]:
     """MMBench (arXiv 2307.06281), without a judge: the one letter that the answer names, or the
     one option whose text is in it."""
-    correct = named(results[0], options_of(row)) == row["answer"]
-    found = {"question": int(row["index"]) % CIRCLE, "correct": correct}
-    return {"circular": found, "accuracy": float(correct)}
+    correct = letter_in(results[0], options_of(row)) == row["answer"]
+    verdict = {"question": int(row["index"]) % CIRCLE, "correct": correct}
+    return {"circular": verdict, "accuracy": float(correct)}
 
 
-def named(said: str, options: Mapping[str, str]) -> str | None:
+def letter_in(output: str, options: Mapping[str, str]) -> str | None:
     """The letter of the one option that an answer names; None if there is none, or several."""
-    words = [word.strip("().,:") for word in said.split()]
+    words = [word.strip("().,:") for word in output.split()]
     letters = [letter for letter in options if letter in words]
     if len(letters) == 1 and not ("A" in words and len(words) > 3):  # "A" may be an article
         return letters[0]
-    held = [letter for letter, option in options.items() if str(option).lower() in said.lower()]
-    return held[0] if len(held) == 1 else None
+    by_text = [key for key, option in options.items() if str(option).lower() in output.lower()]
+    return by_text[0] if len(by_text) == 1 else None
 
 
-def all_copies(found: Sequence[Mapping[str, Any]]) -> float:
+def all_copies(verdicts: Sequence[Row]) -> float:
     """Share of the questions of which every copy, with its options turned, is answered rightly."""
-    asked = grouped(found, lambda one: one["question"]).values()
-    return fmean(all(one["correct"] for one in copies) for copies in asked)
+    questions = group_by(verdicts, "question").values()
+    return fmean(all(copy["correct"] for copy in copies) for copies in questions)
 
 
-def grouped(found: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+def group_by(verdicts: Sequence[Row], key: str) -> dict[Any, list[Row]]:
     groups = defaultdict(list)
-    for one in found:
-        groups[key(one)].append(one)
+    for verdict in verdicts:
+        groups[verdict[key]].append(verdict)
     return dict(groups)

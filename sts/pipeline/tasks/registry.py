@@ -25,12 +25,12 @@ def file_of(name: str) -> Path | None:
     return TASKS / f"{name}.yaml" if name in ours() else _lm_evals(name)
 
 
-def known(name: str) -> bool:
+def exists(name: str) -> bool:
     """Whether there is such a benchmark; without lm-eval, whether there can be."""
     return file_of(name) is not None or find_spec("lm_eval") is None
 
 
-def accepted() -> str:
+def accepted_names() -> str:
     """What a benchmark may be, for errors."""
     return (
         f"{', '.join(ours())} (the files of sts/pipeline/tasks), or the name of a task or group of "
@@ -56,8 +56,8 @@ def questions_of(name: str) -> int | None:
 
 def sources(names: Iterable[str]) -> list[Path]:
     """The files of ours that the questions and scores of these benchmarks are made of."""
-    own = [TASKS / f"{name}.yaml" for name in names if name in ours()]
-    parts = {part: content for file in own for part, content in _parts(file)}
+    files = [TASKS / f"{name}.yaml" for name in names if name in ours()]
+    parts = {part: content for file in files for part, content in _parts(file)}
     modules = {name.partition(".")[0] for name in _functions(list(parts.values()))}
     return sorted({*parts, *(TASKS / f"{module}.py" for module in modules)})
 
@@ -67,8 +67,8 @@ def _functions(content: Any) -> Iterator[str]:
     if isinstance(content, _Function):
         yield content
     elif isinstance(content, dict | list):
-        for one in content.values() if isinstance(content, dict) else content:
-            yield from _functions(one)
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _functions(value)
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ DATASET = DataSet(
         File(
             "liuhaotian/LLaVA-Pretrain/images.zip",
             into="images",
-            there="images",
+            kept_as="images",
             gigabytes=27.4,
         ),
     ),

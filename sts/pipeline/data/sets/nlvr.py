@@ -38,12 +38,12 @@ def _read(folder: Path) -> Questions:
 
 def _rows(_: DataConfig, questions: Questions) -> dict[str, Rows]:
     """Asked as instruction data ask it, yes or no: a model that never answered "true" won't."""
-    said = {"true": "yes", "false": "no"}
+    answers = {"true": "yes", "false": "no"}
     rows = (
         {
             **item,
             "question": item["question"].replace("true or false?", "yes or no?"),
-            "answer": said[item["answer"]],
+            "answer": answers[item["answer"]],
             "image": _squared(item["image"]),
             "form": "yes_no",
         }

@@ -1,0 +1,151 @@
+"""Asking a checkpoint: lm-eval's `hf-multimodal`, as the model was trained, in pieces that fit into
+memory."""
+
+import copy
+import gc
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import lm_eval.api.task
+import lm_eval.evaluator
+import torch
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from lm_eval.models.hf_vlms import HFMultimodalLM
+from tqdm import tqdm
+
+from sts.pipeline.data.conversation import content_of, end_token, render
+
+AT_ONCE = 2048  # questions whose pictures are in memory together
+BLIND = "_blind"  # ends the name of a benchmark's twin with grey images
+
+Id = tuple[str, str]  # a benchmark's name and that of a task of it
+
+
+def load_model(weights: str | Path, batch_size: int, threads: int) -> LM:
+    """The checkpoint as lm-eval's `hf-multimodal`, on the GPU if there is one.
+
+    Raises FileNotFoundError if the folder has no checkpoint: a name is never looked up on the hub.
+    """
+    if not (Path(weights) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{weights}: no checkpoint here although the run manifest names it; train the run again"
+        )
+    torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _Model(pretrained=str(weights), device=device, batch_size=batch_size)
+
+
+class _Model(HFMultimodalLM):
+    """Asks as the model was trained, with images of any mode, until its own end of a turn; refuses
+    a question that is too long: lm-eval cuts off its beginning, the image with it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(convert_img_format=True, **options)
+        ends, end = self.model.generation_config.eos_token_id, end_token(self.processor)
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        if end is not None and end not in ends:
+            self.model.generation_config.eos_token_id = [*ends, end]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        self.chat_applied = True
+        chat = [(message["role"], content_of(message["content"])) for message in chat_history]
+        if add_generation_prompt:
+            return render(self.processor, chat, ask=True)
+        return render(self.processor, chat[:-1], ask=True) + chat_history[-1]["content"]
+
+    def tok_batch_multimodal_encode(
+        self, strings: list[str], images: list, left_truncate_len: int | None = None, **options: Any
+    ) -> Mapping[str, torch.Tensor]:
+        encoded = super().tok_batch_multimodal_encode(strings, images, **options)
+        length, room = encoded["input_ids"].shape[1], left_truncate_len
+        if room is not None and length > room:
+            raise ValueError(
+                f"a question of {length} tokens and an answer of up to {self.max_length - room} "
+                f"don't fit into the {self.max_length} tokens that the model takes: "
+                f"{max(strings, key=len)[:80]!r}...; take its benchmark out of evaluate.benchmarks"
+            )
+        return encoded
+
+
+def ask(
+    lm: LM, tasks: Mapping[Id, Task], places: Mapping[Id, Sequence[int]]
+) -> Iterator[tuple[Id, dict[str, Any]]]:
+    """(task, lm-eval's sample) of every question at these places, task by task.
+
+    At most AT_ONCE are asked together: lm-eval holds the decoded picture of each that it is given.
+    """
+    lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
+    lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
+    direct = {id: _direct(tasks[id]) for id in places}
+    for piece in pieces(places, AT_ONCE):
+        gc.freeze()  # `hf-multimodal` collects garbage after every batch: half the time otherwise
+        try:
+            samples = lm_eval.evaluate(
+                lm=lm,
+                task_dict={"tasks": {id: direct[id] for id in piece}},
+                samples=piece,
+                apply_chat_template=True,
+                bootstrap_iters=0,
+            )["samples"]
+        finally:
+            gc.unfreeze()
+        for id in piece:
+            direct[id]._instances = None  # the pictures
+            yield from ((id, sample) for sample in samples[id])
+
+
+def _direct(task: Task) -> Task:
+    """The same task, which looks up only the questions at the places that it is given: lm-eval
+    decodes all that there are, twice, and looks for each in the list of places."""
+    twin, docs = copy.copy(task), task.eval_docs
+    twin.doc_iterator = lambda *, samples, **_: enumerate(docs[place] for place in samples)
+    return twin
+
+
+def pieces(places: Mapping[Id, Sequence[int]], size: int) -> Iterator[dict[Id, list[int]]]:
+    """The same places in the same order, at most `size` of them at a time."""
+    piece, room = {}, size
+    for id, rest in places.items():
+        while rest:
+            piece[id], rest = list(rest[:room]), rest[room:]
+            room -= len(piece[id])
+            if not room:
+                yield piece
+                piece, room = {}, size
+    if piece:
+        yield piece
+
+
+def drawn(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> dict[Id, list[int]]:
+    """(benchmark, task) -> places of the questions that are asked.
+
+    They are the first of an order that a fixed seed gives, so fewer are a part of more. A task of
+    which none is asked is left out.
+
+    Args:
+        tasks: of all benchmarks.
+        limit: questions of a benchmark; None: all.
+        grey: share of them that its blind twin asks.
+    """
+    every = defaultdict(list)
+    for id, task in tasks.items():
+        every[id[0]] += [(id, place) for place in range(len(task.eval_docs))]
+    places = defaultdict(list)
+    for name, questions in every.items():
+        count = len(questions)
+        most = min(limit or count, count)
+        most = math.ceil(most * grey) if name.endswith(BLIND) else most
+        order = random.Random(count).sample(range(count), count)
+        for index in sorted(order[:most]):
+            id, place = questions[index]
+            places[id].append(place)
+    return dict(places)

@@ -1,0 +1,136 @@
+"""From answers to scores: what lm-eval's tasks make of them, and the guesses beside each score."""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from lm_eval.evaluator_utils import _compute_task_aggregations
+from transformers import set_seed
+
+from sts.pipeline.evaluate.asking import BLIND, ask, drawn
+from sts.pipeline.evaluate.loading import Benchmark, tasks_of
+
+log = logging.getLogger(__name__)
+
+
+def answer(
+    lm: LM,
+    benchmarks: Mapping[str, Benchmark],
+    metrics: Mapping[str, str],
+    limit: int | None = None,
+    grey: float = 1.0,
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """Let a model answer all questions at once, so that batches are full whatever the task.
+
+    Args:
+        lm: the model.
+        benchmarks: by name, blind twins among them.
+        metrics: the one that is each benchmark's score.
+        limit, grey: as in `drawn`.
+
+    Returns:
+        {name: {score, stderr, version, metric, share}} and
+        {name: [{id, question, form, target, output, correct}]}.
+    """
+    # by both names, as one task may be asked by two benchmarks
+    tasks = {(name, task.task_name): task for name, b in benchmarks.items() for task in tasks_of(b)}
+    rows, values = defaultdict(list), defaultdict(lambda: defaultdict(list))
+    set_seed(0)  # MMMU's task guesses where it finds no letter in the answer
+    for id, sample in ask(lm, tasks, drawn(tasks, limit, grey)):
+        metric, filtered = metrics[id[0]], sample["filter"]
+        if metric not in sample:
+            names = ", ".join(f"{name},{filtered}" for name in sample["metrics"])
+            raise ValueError(f"{id[0]}: its task gave no {metric}, but {names}")
+        rows[id].append((filtered, _row(tasks[id], sample, metric)))
+        for name in sample["metrics"]:
+            values[id][name, filtered].append(sample[name])
+    scores, samples = {}, {}
+    for name, benchmark in benchmarks.items():
+        ids = [id for id in rows if id[0] == name]
+        # 1: the error of a mean has a formula; 0 would leave it out
+        means = {id[1]: _compute_task_aggregations(tasks[id], values[id], 1) for id in ids}
+        scores[name], filtered = _score(benchmark, metrics[name], means)
+        samples[name] = [row for id in ids for kept, row in rows[id] if kept == filtered]
+        shares = [scores[name]["score"], *(row["correct"] for row in samples[name])]
+        scores[name]["share"] = all(map(_is_share, shares))
+    return scores, samples
+
+
+def _score(
+    benchmark: Benchmark, metric: str, means: Mapping[str, tuple[dict, int]]
+) -> tuple[dict[str, Any], str]:
+    """A benchmark's score from lm-eval's aggregates of its tasks, by name, with how many samples
+    each has; and the filter of answers that it is of."""
+    if isinstance(benchmark, Group):
+        of_tasks = {task: {**mean, "sample_len": count} for task, (mean, count) in means.items()}
+        values, version = benchmark.aggregate(of_tasks), benchmark.version
+    else:
+        [(values, _)], version = means.values(), benchmark.VERSION
+    # lm-eval's key is "metric,filter"; of more filters the first counts
+    key = next(key for key in values if key.startswith(f"{metric},"))
+    filtered = key.partition(",")[2]
+    score = {
+        "score": float(values[key]),
+        "stderr": values[f"{metric}_stderr,{filtered}"],
+        "version": version,
+        "metric": metric,
+    }
+    return score, filtered
+
+
+def _row(task: Task, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    doc, value = sample["doc"], sample[metric]
+    if isinstance(value, Mapping):  # what an aggregation needs to know
+        value = value["correct"]
+    return {
+        "id": doc.get("id", f"{task.task_name}/{sample['doc_id']}"),
+        "question": doc["question"] if "form" in doc else task.doc_to_text(doc),
+        "form": doc.get("form"),
+        "target": sample["target"],
+        "output": sample["filtered_resps"][0],
+        "correct": bool(value) if value in (0, 1) else value,
+    }
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and 0 <= value <= 1
+
+
+def summary(name: str, scores: Mapping[str, Mapping], rows: Sequence[Mapping]) -> dict[str, Any]:
+    """One benchmark's entry of the result. `blind` is None if it was not measured, `majority` and
+    `chance` are if the questions have no forms."""
+    if not scores[name]["share"]:
+        log.warning(
+            "%s: %s is not a share of 0 to 1 but kept as it is: compare it with nothing but itself",
+            name, scores[name]["metric"],
+        )  # fmt: skip
+    majority = chance = None
+    if all(row["form"] is not None for row in rows):
+        majority, chance = guesses((row["form"], row["target"]) for row in rows)
+    return {
+        **scores[name],
+        "blind": scores[name + BLIND]["score"] if name + BLIND in scores else None,
+        "majority": majority,
+        "chance": chance,
+        "n": len(rows),
+    }
+
+
+def guesses(questions: Iterable[tuple[str, str]]) -> tuple[float, float]:
+    """(majority, chance) of (form, answer) pairs, as shares of all questions.
+
+    Majority knows how often the test set gives each answer of a form, so it bounds from above what
+    can be got from the form alone; chance only knows which answers a form has.
+    """
+    forms: dict[str, Counter] = defaultdict(Counter)
+    for form, answer in questions:
+        forms[form][answer.strip().casefold()] += 1
+    total = sum(answers.total() for answers in forms.values())
+    majority = sum(max(answers.values()) for answers in forms.values()) / total
+    chance = sum(answers.total() / len(answers) for answers in forms.values()) / total
+    return majority, chance

@@ -175,9 +175,9 @@ def requests(args: argparse.Namespace) -> None:
 
 def ui(args: argparse.Namespace) -> None:
     """Serve MLflow's pages, and say at which address our runs are."""
-    from sts.pipeline.run import tracking
+    from sts.pipeline.run import store
 
-    command, address = tracking.ui_command(args.port)
+    command, address = store.ui_command(args.port)
     print(f"The runs: {address}", flush=True)
     if command:
         os.execv(command[0], command)
@@ -185,17 +185,17 @@ def ui(args: argparse.Namespace) -> None:
 
 def reap(args: argparse.Namespace) -> None:
     """Close MLflow runs whose process has died."""
-    from sts.pipeline.run import tracking
+    from sts.pipeline.run import store
 
-    for name in tracking.reap():
+    for name in store.reap():
         print(name)
 
 
 def close(args: argparse.Namespace) -> None:
     """End the MLflow run of this call of the pipeline (STS_INVOCATION)."""
-    from sts.pipeline.run import tracking
+    from sts.pipeline.run import store
 
-    tracking.close_invocation(args.status, args.artifacts)
+    store.close_invocation(args.status, args.artifacts)
 
 
 def config(args: argparse.Namespace) -> None:

@@ -84,6 +84,7 @@ def evaluate(
         asked |= {name + BLIND: blind(item) for name, item in asked.items()}
         metrics |= {name + BLIND: metric for name, metric in metrics.items()}
     key = config_hash(settings, trained["weights_sha256"])
+    tracked_rows: list[dict[str, Any]] = []
     with (
         lease(),
         tracking.run(
@@ -92,6 +93,7 @@ def evaluate(
             tags={"ablation": ablation, "seed": seed, "stage": "evaluate",
                   "config": config_hash(config), "weights": trained["weights_sha256"]},
             directory=out.with_suffix("") / key,  # another key is another run
+            rows=lambda: tracked_rows,
         ) as tracked,
     ):  # fmt: skip
         threads = config.stage(config.last).threads
@@ -119,7 +121,7 @@ def evaluate(
         )
         write_json_atomic(out, result)
         for name, row in result["benchmarks"].items():
-            tracked.log({f"{name}.{key}": value for key, value in row.items()}, step=0)
+            tracked_rows.append({"step": 0} | {f"{name}.{k}": row[k] for k in row})
         tracked.artifact(out)
     return result
 

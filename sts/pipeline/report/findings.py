@@ -104,9 +104,8 @@ def _sentence(row: pd.Series) -> str:
         clauses[0] += f" (interval {low:.1f} to {high:.1f})"
     if pd.isna(row["time_ratio"]):
         return "; ".join([*clauses, "training time not measured yet"])
-    clauses.append(
-        f"x {row['time_ratio']:.2f} of the time, x {row['flops_ratio']:.2f} of the FLOPs"
-    )
+    time, flops = row["time_ratio"], row["flops_ratio"]
+    clauses.append(f"x {time:.2f} of the time, x {flops:.2f} of the FLOPs")
     if flops < 1:
         share = f"{100 * row['realisation']:.0f} %" if row["realisation"] > 0 else "nothing"
         clauses.append(f"{share} of the saved FLOPs saved as time")

@@ -378,18 +378,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. A value that is not accepted ends it with one line and status 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     words = sys.argv[1:] if argv is None else list(argv)
-    try:
-        status = app(words or ["--help"], prog_name="python -m sts", standalone_mode=False)
+    command = typer.main.get_command(app)
+    try:  # not by app(), which has its own ways with Ctrl-C and a pipe that is closed
+        with command.make_context("python -m sts", words or ["--help"]) as context:
+            command.invoke(context)
         sys.stdout.flush()
-        return status or 0
+    except typer.Exit as end:  # of --help
+        return end.exit_code
     except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
     except typer.TyperException as error:
         print(error.format_message(), "(--help tells more)", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # its reader, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return 2
+    return 0
 
 
 if __name__ == "__main__":

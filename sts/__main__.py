@@ -169,12 +169,8 @@ Inits = Annotated[list[Path], option("backbone manifest, one or one for each", "
 Shape = Annotated[str | None, option("mini, wide, llava-1.5-7b, ... (random weights)", "NAME")]
 Timed = Annotated[list[str], option("as layerdrop@0.5:unit=samples, or joined by +", "SETTING ...")]
 TIMED = ("uniform@0.25", "sts@0.6:epsilon=0.5", "uniform@0.25+sts@0.6:epsilon=0.5")
-Stages = Annotated[
-    list[StrEnum("Stages", ["align", "instruct"])], option("what is trained", "NAME ...")
-]
-Switches = Annotated[
-    list[StrEnum("Switches", ["off", "on"])], option("recomputation", "off|on ...")
-]
+Stages = Annotated[list[StrEnum("Stages", ["align", "instruct"])], option("what is trained")]
+Switches = Annotated[list[StrEnum("Switches", ["off", "on"])], option("gradient checkpointing")]
 Layers = Annotated[int | None, option("of the shape's (default: all, or few without a GPU)")]
 Width = Annotated[float | None, option("share of it (default: 1, or 1/8 without a GPU)")]
 Attention = Annotated[str, option("sdpa, eager, flash_attention_2 (which needs flash-attn)")]
@@ -389,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except typer.TyperException as error:
-        print(error.format_message(), "(--help tells more)", file=sys.stderr)
+        print(*error.format_message().split(), "(--help tells more)", file=sys.stderr)
         return 2
     except BrokenPipeError:  # its reader, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

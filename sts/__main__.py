@@ -55,7 +55,6 @@ Manifests = Annotated[list[Path], option("manifests of prepared data sets", "FIL
 Backbone = Annotated[Path, option("backbone manifest", "FILE")]
 Start = Annotated[Path, option("backbone manifest, or that of the stage before", "FILE")]
 Trained = Annotated[Path, option("manifest of the trained run's last stage", "FILE")]
-Cached = Annotated[list[Path], option("manifests of cached features", "FILE ...")]
 Out = Annotated[Path, option("file to write", "FILE")]
 Name = Annotated[str, option("its name", "NAME")]
 Results = Annotated[Path, option("folder of a scale's results", "FOLDER")]
@@ -97,24 +96,6 @@ def smollm2(out: Out) -> None:
 
 
 @verb
-def features(
-    config: ConfigFile,
-    stage: Stage,
-    data: Manifest,
-    init: Backbone,
-    out: Out,
-) -> None:
-    """Compute once what a frozen vision tower gives the projector for a data set's pictures."""
-    from sts.pipeline.train import features
-
-    try:
-        scale = _with_stage(config, stage)
-        features.write_features(scale, stage, data, init=init, out=out)
-    except features.NotCached as error:
-        raise ConfigError(config, "model.features", "cached", str(error)) from error
-
-
-@verb
 def train(
     config: ConfigFile,
     ablation: Ablation,
@@ -123,13 +104,12 @@ def train(
     data: Manifests,
     init: Start,
     out: Out,
-    features: Cached = (),
 ) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
     from sts.pipeline.train.train import train
 
     scale = _with_stage(config, stage)
-    train(scale, ablation, seed, stage, data=data, init=init, features=features, out=out)
+    train(scale, ablation, seed, stage, data=data, init=init, out=out)
 
 
 def _with_stage(config: Path, stage: str) -> Config:
@@ -182,7 +162,6 @@ def bench(
     configs: Configs = (),
     data: Manifests = (),
     init: Inits = (),
-    features: Cached = (),
     shape: Shape = None,
     settings: Timed = TIMED,
     stages: Stages = ("align", "instruct"),
@@ -218,7 +197,7 @@ def bench(
         accepted = f"one, or one for each of the {len(scales)} configurations"
         raise ConfigError("command line", "--init", len(inits), accepted)
     init_by_name = dict(zip(scales, inits, strict=True))
-    bench(scales, data=data, inits=init_by_name, out=out, features=features)
+    bench(scales, data=data, inits=init_by_name, out=out)
 
 
 @verb

@@ -185,11 +185,7 @@ def test_every_source_that_an_ablation_may_name_has_a_head():
 
     from sts.pipeline.config import Entry
 
-<<<<<<< HEAD
-    assert set(get_args(Entry.model_fields["source"].annotation)) == set(tables.SOURCES)
-=======
-    assert set(get_args(_Entry.model_fields["source"].annotation)) == set(tables.HEADS)
->>>>>>> 69bb992 (Tables are read, compared and printed by a file each; JSON is read and written by files.py, which names a broken file)
+    assert set(get_args(Entry.model_fields["source"].annotation)) == set(tables.HEADS)
 
 
 def test_metrics_are_numbers_by_method(results):

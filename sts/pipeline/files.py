@@ -20,8 +20,11 @@ def sha256_json(value: Any) -> str:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON file. Raises FileNotFoundError naming it."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """A JSON file. Raises FileNotFoundError or, if it is broken, ValueError, both naming it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete it and run snakemake again") from None
 
 
 def write_json_atomic(path: str | Path, value: Any) -> None:

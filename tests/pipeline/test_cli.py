@@ -7,8 +7,9 @@ from subprocess import PIPE
 
 import pytest
 
-from sts.__main__ import main, parser
+from sts.__main__ import app, main
 from sts.pipeline.config import load_ablations, load_scale, resolve
+from sts.pipeline.report import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
@@ -25,21 +26,18 @@ def at_root(monkeypatch):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([verb, "--help"])
-    assert end.value.code == 0
+    assert main([verb, "--help"]) == 0
     said = capsys.readouterr().out
-    assert f"usage: python -m sts {verb}" in said
+    assert f"Usage: python -m sts {verb}" in said
     assert said.strip().count("\n") > 2
 
 
 def test_there_are_no_other_verbs():
-    choices = next(a.choices for a in parser()._actions if a.dest == "verb")
-    assert set(choices) == set(VERBS)
+    assert {command.callback.__name__ for command in app.registered_commands} == set(VERBS)
 
 
 def test_help_needs_no_heavy_import():
-    code = "import sys, sts.__main__ as m; m.parser(); print(*sys.modules)"
+    code = "import sys, sts.__main__ as m; m.main([]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "mlflow", "datasets", "matplotlib"} & set(done.stdout.split())
 
@@ -82,6 +80,34 @@ def test_a_wrong_value_ends_a_verb_with_one_line(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "align.steps" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["estimate", "--gpu", "abacus"], "'abacus' is not one of 'a100-40'"),
+        (["close", "--status", "OK"], "'OK' is not one of 'FINISHED', 'FAILED', 'KILLED'"),
+        (["close"], "Missing option '--status'"),
+        (["config", "--ablatio", "sts"], "No such option: --ablatio"),
+        (["nope"], "No such command 'nope'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words, text, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert text in said
+
+
+def test_an_option_takes_several_values_after_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tables, "table", lambda *args: calls.append(args))
+    labels = ["--labels", "Dense", "STS <&>", "--sources"]
+    words = ["table", "--name", "main", "--ablations", "dense", "sts", *labels, "--out-stem", "t"]
+    assert main(words) == 0
+    (call,) = calls
+    assert call[2] == ["dense", "sts"]
+    assert call[4:] == ({"dense": "Dense", "sts": "STS <&>"}, {}, {})
 
 
 def test_an_unknown_ablation_is_refused(capsys):

@@ -131,12 +131,12 @@ def test_summary_before_any_table_says_how_to_make_it(tmp_path):
 
 def test_what_was_asked_comes_from_the_resolved_configuration():
     config = yaml.safe_load(dump(load_scale(ROOT / "workflow/config/mini.yaml")))
-    training, score = findings.asked(config).items()
+    training, score = findings.configured(config).items()
     assert training[0] == "Training of the first method, with 3 seeds:"
     assert [line.partition(":")[0] for line in training[1]] == list(config["stages"])
     assert "340 steps of 8 samples of scenes; trains projector, language model" in training[1][1]
     assert score[0].startswith("Score: 8 benchmarks (existence, ")
-    assert findings.asked({}) == {}
+    assert findings.configured({}) == {}
 
 
 def rendered(*files):

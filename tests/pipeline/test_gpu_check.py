@@ -11,7 +11,8 @@ import pytest
 import torch
 from project import ROOT
 
-from sts.__main__ import parser
+from sts.__main__ import main
+from sts.pipeline.measure import shape_bench
 from sts.pipeline.measure.shape_bench import ATTENTION, parse_setting
 from sts.pipeline.measure.shapes import SHAPES
 from workflow import gpu_check
@@ -130,21 +131,29 @@ def test_a_training_without_a_gpu_is_no_run_on_one(here):
         gpu_check.run_of(here, gpu=True)
 
 
-def test_the_benches_are_all_that_was_asked_for():
+def test_the_benches_are_all_that_was_asked_for(monkeypatch):
     """Both shapes, whole; both attentions; with and without checkpointing; align and instruct."""
-    benches = [part for part in gpu_check.parts() if "bench" in part.command]
-    asked = [parser().parse_args(part.command[3:]) for part in benches]
-    every = {(a.shape, a.attention, *a.checkpointing) for a in asked}
+    calls = []
+    monkeypatch.setattr(
+        shape_bench,
+        "speed",
+        lambda shape, settings, out, **more: calls.append((shape, settings, more)),
+    )
+    for part in gpu_check.parts():
+        if "bench" in part.command:
+            assert main(part.command[3:]) == 0
+    every = {(shape, more["attention"], *more["checkpointing"]) for shape, _, more in calls}
     assert every == {
         (shape, attention, checkpointing)
         for shape in ("llava-1.5-7b", "qwen2.5-vl-7b")
         for attention in ("sdpa", "flash_attention_2")
-        for checkpointing in ("off", "on")
+        for checkpointing in (False, True)
     }
-    for one in asked:
-        assert one.shape in SHAPES and one.attention in ATTENTION
-        assert (one.layers, one.width, tuple(one.stages)) == (None, None, ("align", "instruct"))
-        units = {parse_setting(setting)[1].unit for setting in one.settings}
+    for shape, settings, more in calls:
+        assert shape in SHAPES and more["attention"] in ATTENTION
+        assert (more["layers"], more["width"]) == (None, None)
+        assert tuple(more["stages"]) == ("align", "instruct")
+        units = {parse_setting(setting)[1].unit for setting in settings}
         assert units == {"layer", "samples", "tokens", "backward"}
     assert len({part.name for part in gpu_check.parts()}) == len(gpu_check.parts())
 

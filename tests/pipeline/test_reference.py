@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sts.pipeline.report import figures, tables
+from sts.pipeline.report.results import MISSING
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "results" / "reference"
@@ -98,7 +99,7 @@ def test_a_reference_table_follows_from_the_reference_runs(file, tmp_path):
     bases = None if bases is None else bases.to_dict()
     tables.table(name, folder, list(labels), tmp_path / name, labels, sources, bases)
     assert rows(tmp_path / f"{name}.md") == rows(file)
-    assert tables.MISSING not in file.read_text()
+    assert MISSING not in file.read_text()
 
 
 def test_the_tables_that_the_readme_links_are_among_them():

@@ -8,6 +8,8 @@ import pytest
 from made_results import make, write
 
 from sts.pipeline.report import tables
+from sts.pipeline.report.compare import interval
+from sts.pipeline.report.results import stages_of
 
 
 def numbers(row, *keys):
@@ -42,8 +44,8 @@ def test_the_precision_is_that_of_the_last_stage_whatever_its_name(results):
         for stage, precision in (("early", "bf16"), ("late", "fp32"), ("instruct", "bf16")):
             write(results / f"runs/{id}/seed0/{stage}.json", {"precision": precision})
     assert "- Precision: fp32\n" in make(results, "dense", "sts")[1]
-    assert tables.stages(results, "dense") == ["early", "late"]
-    assert tables.stages(results, "no configuration") == ["align", "instruct"]
+    assert stages_of(results, "dense") == ["early", "late"]
+    assert stages_of(results, "no configuration") == ["align", "instruct"]
 
 
 def test_retention_is_paired_by_seed_with_a_t_interval(results):
@@ -66,9 +68,9 @@ def test_cost_ratios_and_realisation(results):
 
 
 def test_interval_of_three_values_by_hand():
-    low, high = tables.interval([1.0, 2.0, 3.0])  # t(0.975, 2) = 4.302653
+    low, high = interval([1.0, 2.0, 3.0])  # t(0.975, 2) = 4.302653
     assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
-    assert tables.interval([1.0]) == ("n/a", "n/a")
+    assert interval([1.0]) == ("n/a", "n/a")
 
 
 def test_markdown_is_rounded_and_says_where_it_comes_from(results):
@@ -183,7 +185,7 @@ def test_every_source_that_an_ablation_may_name_has_a_head():
 
     from sts.pipeline.config import Entry
 
-    assert set(get_args(Entry.model_fields["source"].annotation)) == set(tables.SOURCES)
+    assert set(get_args(Entry.model_fields["source"].annotation)) == set(tables.HEADS)
 
 
 def test_metrics_are_numbers_by_method(results):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sts.pipeline.run import tracking
+from sts.pipeline.run import store, tracking
 
 ROOT = Path(__file__).parents[2]
 JOB = """
@@ -18,10 +18,23 @@ import sys, time
 from pathlib import Path
 from sts.pipeline.run import tracking
 name = sys.argv[1]
-with tracking.run(name, params={"lr": 0.1}, tags={"stage": "align"}, directory=name) as run:
-    run.log({"loss": 0.5}, step=1)
+rows = [{"step": 1, "loss": 0.5}]
+with tracking.run(name, directory=name, params={"lr": 0.1}, rows=lambda: rows):
     Path(sys.argv[1], "ready").touch()
     time.sleep(float(sys.argv[2]))
+"""
+
+TRAINING = """
+import os, signal, sys
+from configs import short
+from sts.pipeline.train import train
+data, backbone, out = sys.argv[1:]
+take_step, steps = train.optimizer_step, iter(range(100))
+def killed_at_step_11(*args):
+    if next(steps) == 11: os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(*args)
+train.optimizer_step = killed_at_step_11
+train.train(short(steps=16, checkpoint_every=4), "dense", 0, "align", [data], backbone, out)
 """
 
 
@@ -54,7 +67,7 @@ def wait_for(file: Path) -> None:
 
 
 def client():
-    return tracking._mlflow().MlflowClient(tracking._uri())
+    return store.load_mlflow().MlflowClient(store.uri())
 
 
 def fetch(name: str):
@@ -96,10 +109,10 @@ def test_killed_process_is_reaped_and_a_living_one_is_not():
         dead.communicate()
         assert fetch("dead").info.status == "RUNNING"
         # the parent goes too: none of its jobs runs
-        assert sorted(tracking.reap()) == ["call-2", "dead"]
+        assert sorted(store.reap()) == ["call-2", "dead"]
         assert fetch("dead").info.status == "KILLED"
         assert fetch("living").info.status == "RUNNING"
-        assert tracking.reap() == []
+        assert store.reap() == []
     finally:
         living.send_signal(signal.SIGTERM)
         living.communicate()
@@ -108,7 +121,7 @@ def test_killed_process_is_reaped_and_a_living_one_is_not():
 def test_a_reused_process_number_counts_as_dead():
     with tracking.run("reused", directory="reused") as run:
         client().set_tag(run.id, "process.start", time.time() - 1e6)
-        assert tracking.reap() == ["reused"]
+        assert store.reap() == ["reused"]
 
 
 def test_sigterm_ends_as_killed_with_status_143():
@@ -137,16 +150,15 @@ def test_an_exception_ends_as_failed_and_passes_through():
 
 
 def test_an_interrupted_run_is_opened_again_with_its_first_params_and_a_finished_one_is_not():
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     with (
         pytest.raises(KeyboardInterrupt),
-        tracking.run("again", params={"lr": 1}, directory="again") as first,
+        tracking.run("again", params={"lr": 1}, directory="again", rows=lambda: rows[:1]) as first,
     ):
-        first.log({"loss": 2.0}, step=1)
         raise KeyboardInterrupt
     assert fetch("again").info.status == "KILLED"
-    with tracking.run("again", params={"lr": 2}, directory="again") as second:
+    with tracking.run("again", params={"lr": 2}, directory="again", rows=lambda: rows) as second:
         assert fetch("again").info.status == "RUNNING"
-        second.log({"loss": 1.0}, step=2)
     run = fetch("again")
     assert second.id == first.id
     assert (run.info.status, run.data.params) == ("FINISHED", {"lr": "1"})
@@ -188,20 +200,55 @@ def test_a_training_goes_on_in_its_run_and_other_settings_have_another(
         {("4", "KILLED", ids["4"]), ("6", "FINISHED", ids["6"])},
         {("4", "FINISHED", ids["4"]), ("6", "FINISHED", ids["6"])},
     ]
-    losses = client().get_metric_history(ids["6"], "loss")
-    assert [metric.step for metric in losses] == list(range(6))
+    assert steps_of(ids["6"], "loss") == list(range(6))
 
 
-def test_metrics_are_written_in_batches_before_the_end(monkeypatch):
-    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
-    monkeypatch.setattr(tracking, "COST", 1e-9)  # after one write none is due for years
-    with tracking.run("batches", directory="batches") as run:
-        run.log({"loss": 1.0, "skipped": [1, 2]}, step=1)  # a list is not a metric
-        run.log({"loss": 0.5}, step=2)
-        seen = fetch("batches").data.metrics
-        assert seen["loss"] == 1.0
-        assert "skipped" not in seen
-    assert fetch("batches").data.metrics["loss"] == 0.5
+def test_a_training_killed_midway_and_resumed_has_every_step_once(tmp_path, backbone, prepared):
+    from configs import short
+
+    from sts.pipeline.train.train import train
+
+    out = tmp_path / "results/runs/dense/seed0/align.json"
+    script = [sys.executable, "-c", TRAINING, str(prepared), str(backbone), str(out)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    killed = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    config = short(steps=16, checkpoint_every=4)
+    manifest = train(config, "dense", 0, "align", [prepared], backbone, out)
+    run = fetch(out.with_suffix("") / manifest["key"])
+    assert run.info.status == "FINISHED"
+    for name in ("loss", "tokens_per_s"):
+        assert sorted(steps_of(run.info.run_id, name)) == list(range(16))
+
+
+def steps_of(run_id, name):
+    return [metric.step for metric in client().get_metric_history(run_id, name)]
+
+
+def test_what_the_run_lacks_is_sent_when_it_is_due_and_at_the_end(monkeypatch):
+    rows = []
+    with tracking.run("lacks", directory="lacks", rows=lambda: rows) as job:
+        job.send()  # nothing yet
+        rows.append({"step": 1, "loss": 1.0, "seconds": 0.0, "skipped": [1, 2]})
+        monkeypatch.setattr(tracking, "COST", 1e-9)  # after one export none is due for years
+        job._next_send = 0.0
+        job.send()
+        assert steps_of(job.id, "loss") == [1]
+        assert "skipped" not in fetch("lacks").data.metrics  # a list is not a metric
+        rows.append({"step": 2, "loss": 0.5, "seconds": 3.0})
+        job.send()
+        assert steps_of(job.id, "loss") == [1]
+        rows.append({"step": 3, "loss": 0.4, "seconds": 3.0})
+    assert sorted(steps_of(job.id, "loss")) == [1, 2, 3]
+    *_, second, third = sorted(client().get_metric_history(job.id, "loss"), key=lambda m: m.step)
+    assert third.timestamp - second.timestamp == pytest.approx(3000, abs=1)
+
+
+def test_a_job_that_ends_before_its_first_result_warns_of_nothing(caplog):
+    with tracking.run("early", directory="early", rows=lambda: open("no such history")):
+        pass
+    assert not caplog.records
+    assert fetch("early").info.status == "FINISHED"
 
 
 def test_artifacts_are_copied_and_a_missing_one_is_a_warning(caplog):
@@ -217,30 +264,30 @@ def test_artifacts_are_copied_and_a_missing_one_is_a_warning(caplog):
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "file:mlruns", "sqlite:////proc/no/such.db"])
 def test_a_broken_store_gives_one_warning_and_the_job_goes_on(uri, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with tracking.run("broken", directory="broken") as run:
-        run.log({"loss": 1.0}, step=1)
+    with tracking.run("broken", directory="broken", rows=lambda: [{"step": 1, "loss": 1.0}]) as run:
+        run.send()
         run.artifact("plot.svg")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "the job goes on" in caplog.text
 
 
 def test_a_full_disk_costs_one_warning_and_no_metric(monkeypatch, caplog, capfd):
-    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 0.0)
-    monkeypatch.setattr(tracking, "COST", float("inf"))  # every call of log writes
-    metrics = {f"loss{number}": 1.0 for number in range(1500)}  # one call of MLflow takes 1000
+    monkeypatch.setattr(tracking, "COST", float("inf"))  # every call of send sends
+    losses = {f"loss{number}": 1.0 for number in range(700)}  # one call of MLflow takes 1000
+    rows = [{"step": 1, **losses}, {"step": 2, **losses}]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with tracking.run("full", directory="full") as run:
-        full = tracking._database().stat().st_size
+    with tracking.run("full", directory="full", rows=lambda: rows) as run:
+        full = store.database().stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (full, limits[1]))  # no file grows beyond this
         try:
-            run.log(metrics, step=1)
-            run.log(metrics, step=2)
+            run.send()
+            run.send()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert capfd.readouterr().err == ""  # MLflow's own log has nothing to add
-    for name in ("loss0", "loss1499"):
-        assert [metric.step for metric in client().get_metric_history(run.id, name)] == [1, 2]
+    for name in ("loss0", "loss699"):
+        assert steps_of(run.id, name) == [1, 2]
 
 
 def test_use_of_the_processor_is_sampled(monkeypatch):
@@ -253,14 +300,14 @@ def test_use_of_the_processor_is_sampled(monkeypatch):
 
 def test_the_experiment_says_what_its_tags_mean_and_keeps_what_a_user_wrote(monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "older")
-    tracking._store()
+    store.open_store()
     before = client().get_experiment_by_name("older")
-    assert before.tags == tracking.EXPERIMENT_TAGS
+    assert before.tags == store.EXPERIMENT_TAGS
     client().set_experiment_tag(before.experiment_id, "mlflow.note.content", "mine")
     client().delete_experiment_tag(before.experiment_id, "mlflow.experimentKind")
-    tracking._store()
+    store.open_store()
     assert client().get_experiment_by_name("older").tags == {
-        **tracking.EXPERIMENT_TAGS,
+        **store.EXPERIMENT_TAGS,
         "mlflow.note.content": "mine",
     }
 
@@ -272,13 +319,13 @@ def test_parent_is_closed_by_name_keeps_the_tables_and_is_reopened_by_the_next_j
     parent = fetch("child1").data.tags["mlflow.parentRunId"]
     Path("tables").mkdir()
     Path("tables/main.md").write_text("a table")
-    tracking.close_invocation("FINISHED", ["tables", "never made"])
+    store.close_invocation("FINISHED", ["tables", "never made"])
     assert client().get_run(parent).info.status == "FINISHED"
     kept = client().download_artifacts(parent, "tables/main.md")
     assert Path(kept).read_text() == "a table"
     with tracking.run("child2", directory="child2"):
         assert client().get_run(parent).info.status == "RUNNING"
-    tracking.close_invocation("FAILED")
+    store.close_invocation("FAILED")
     assert client().get_run(parent).info.status == "FAILED"
 
 
@@ -288,7 +335,7 @@ def test_off_and_other_ranks_leave_no_trace(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             with tracking.run("off", directory="off") as run:
-                run.log({"loss": 1.0}, step=1)
+                run.send()
                 run.artifact("missing")
     assert list(tmp_path.iterdir()) == []
 
@@ -296,14 +343,14 @@ def test_off_and_other_ranks_leave_no_trace(monkeypatch, tmp_path):
 def test_reap_and_close_create_no_store(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STS_INVOCATION", "call-4")
-    assert tracking.reap() == []
-    tracking.close_invocation("FINISHED")
+    assert store.reap() == []
+    store.close_invocation("FINISHED")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_address_of_the_runs_is_that_of_the_experiment(monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
-    command, address = tracking.ui_command(5007)
+    command, address = store.ui_command(5007)
     experiment = client().get_experiment_by_name("another").experiment_id
     assert address.startswith(f"http://127.0.0.1:5007/#/experiments/{experiment}/runs?")
     assert command[1:4] == ["-m", "mlflow", "ui"] and command[-1] == "5007"

@@ -55,6 +55,7 @@ def evaluate(
     options, out, trained = config.evaluate, Path(out), read_json(run)
     benchmarks, metrics = _with_metrics(config, data)  # what is missing is said before the model
     key = config_hash(options, trained["weights_sha256"])
+    tracked_rows: list[dict[str, Any]] = []
     with (
         lease(),
         tracking.run(
@@ -63,6 +64,7 @@ def evaluate(
             tags={"ablation": ablation, "seed": seed, "stage": "evaluate",
                   "config": config_hash(config), "weights": trained["weights_sha256"]},
             directory=out.with_suffix("") / key,  # another key is another run
+            rows=lambda: tracked_rows,
         ) as tracked,
     ):  # fmt: skip
         threads = config.stage(config.last).threads
@@ -86,7 +88,7 @@ def evaluate(
         }
         _write(out, result, samples, provenance.collect(config_hash(config)) | facts)
         for name, row in result["benchmarks"].items():
-            tracked.log({f"{name}.{key}": value for key, value in row.items()}, step=0)
+            tracked_rows.append({"step": 0} | {f"{name}.{k}": row[k] for k in row})
         tracked.artifact(out)
     return result
 

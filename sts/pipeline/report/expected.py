@@ -4,7 +4,6 @@
         --out-stem results/paper/tables/expected
 """
 
-import json
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
@@ -14,7 +13,9 @@ from annotated_types import Gt
 from pydantic import ValidationError
 
 from sts.pipeline.config import Block, ConfigError, Number, load_yaml
-from sts.pipeline.report.tables import MARKDOWN, MISSING
+from sts.pipeline.files import read_json, write_text_atomic
+from sts.pipeline.report.results import MISSING, UNDEFINED
+from sts.pipeline.report.tables import markdown
 
 VERDICTS = {
     "pass": "as published, within `warn`",
@@ -50,16 +51,16 @@ def read(path: str | Path) -> Reference:
     """A reference file. Raises ConfigError with file, key, value and what is accepted."""
     content = load_yaml(path)
     try:
-        found = Reference.model_validate(content)
+        reference = Reference.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise ConfigError(path, key, first.get("input"), first["msg"]) from None
-    for name, score in found.scores.items():
+    for name, score in reference.scores.items():
         if score.fail < score.warn:
             key = f"scores.{name}.fail"
             raise ConfigError(path, key, score.fail, f"at least warn, {score.warn}")
-    return found
+    return reference
 
 
 def expected(reference: str | Path, results: str | Path, out_stem: str | Path) -> pd.DataFrame:
@@ -68,44 +69,41 @@ def expected(reference: str | Path, results: str | Path, out_stem: str | Path) -
 
     What the runs of `results` have not measured is `missing`, and none of it passes.
     """
-    known, stem = read(reference), Path(out_stem)
-    runs = sorted((Path(results) / "runs" / known.ablation).glob("seed*/eval.json"))
-    measured = [json.loads(file.read_text(encoding="utf-8"))["benchmarks"] for file in runs]
+    published, stem = read(reference), Path(out_stem)
+    runs = sorted((Path(results) / "runs" / published.ablation).glob("seed*/eval.json"))
+    evaluations = [read_json(file)["benchmarks"] for file in runs]
     lines = []
-    for name, score in known.scores.items():
-        found = [run[name] for run in measured if name in run]
-        values = [one["score"] * (100 if one["share"] else 1) for one in found]
+    for name, score in published.scores.items():
+        entries = [evaluation[name] for evaluation in evaluations if name in evaluation]
+        values = [entry["score"] * (100 if entry["share"] else 1) for entry in entries]
         lines.append({"benchmark": name, **judged(values, score), "source": score.source})
     table = pd.DataFrame(lines)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(stem.with_suffix(".csv"), index=False)
-    stem.with_suffix(".md").write_text(_markdown(table, known, len(runs)), encoding="utf-8")
+    write_text_atomic(stem.with_suffix(".csv"), table.to_csv(index=False))
+    write_text_atomic(stem.with_suffix(".md"), _page(table, published.ablation, len(runs)))
     return table
 
 
 def judged(values: list[float], score: Published) -> dict[str, Any]:
     """What seeds obtained, beside what was published."""
     if not values:
-        nothing = dict.fromkeys(("obtained", "sd", "difference", "verdict"), MISSING)
-        return {"published": score.published, **nothing}
+        empty = dict.fromkeys(("obtained", "sd", "difference", "verdict"), MISSING)
+        return {"published": score.published, **empty}
     difference = fmean(values) - score.published
     off = abs(difference)
     return {
         "published": score.published,
         "obtained": fmean(values),
-        "sd": stdev(values) if len(values) > 1 else "n/a",
+        "sd": stdev(values) if len(values) > 1 else UNDEFINED,
         "difference": difference,
         "verdict": "pass" if off <= score.warn else "warn" if off <= score.fail else "FAIL",
     }
 
 
-def _markdown(table: pd.DataFrame, known: Reference, seeds: int) -> str:
+def _page(table: pd.DataFrame, ablation: str, seeds: int) -> str:
     def shown(value: Any) -> str:
         return f"{value:.1f}" if isinstance(value, float) else str(value)
 
     counts = ", ".join(f"{n} {verdict}" for verdict, n in table["verdict"].value_counts().items())
-    plain = {"stralign": None, "numalign": None, "disable_numparse": True}
-    lines = table.map(shown).to_markdown(index=False, tablefmt=MARKDOWN, **plain)
-    meaning = "; ".join(f"{verdict}: {what}" for verdict, what in VERDICTS.items())
-    said = f"- Row `{known.ablation}`, seeds: {seeds}. {counts}. {meaning}."
-    return "\n".join(["### Expected", "", lines, "", said, ""])
+    meaning = "; ".join(f"{verdict}: {text}" for verdict, text in VERDICTS.items())
+    note = f"- Row `{ablation}`, seeds: {seeds}. {counts}. {meaning}."
+    return "\n".join(["### Expected", "", markdown(table.map(shown)), "", note, ""])

@@ -32,7 +32,7 @@ def summary(results: str | Path) -> None:
     print(f"Tables in {folder}: {', '.join(others)}. Figures in {Path(results) / 'figures'}.")
 
 
-def asked(config: Mapping[str, Any]) -> dict[str, list[str]]:
+def configured(config: Mapping[str, Any]) -> dict[str, list[str]]:
     """What was trained and measured by a resolved configuration, as far as it says so: lines, each
     with the lines under it."""
     lines = {}
@@ -67,59 +67,60 @@ def _findings(rows: pd.DataFrame, base: str) -> dict[str, list[str]]:
     names = rows["method"]
     # no interval in the table at all where nothing could be compared
     numbers = rows.reindex(columns=NUMBERS).apply(pd.to_numeric, errors="coerce")
-    name, dense, others = names[base], numbers.loc[base], numbers.drop(base)
+    name, baseline, others = names[base], numbers.loc[base], numbers.drop(base)
     score = "no complete evaluation yet"
     if rows["average"][base] == "n/a":
         score = "scores that have no mean"
-    elif pd.notna(dense["average"]):
-        score = f"average score {_percent(dense['average'])}"
-    if pd.notna(dense["blind"]):
-        score += f", {_percent(dense['blind'])} with grey images"
-    low, high, kept = (others[f"retention{end}"] for end in ("_low", "_high", ""))
+    elif pd.notna(baseline["average"]):
+        score = f"average score {_percent(baseline['average'])}"
+    if pd.notna(baseline["blind"]):
+        score += f", {_percent(baseline['blind'])} with grey images"
+    low, high, mean = (others[f"retention{end}"] for end in ("_low", "_high", ""))
     groups = {
         f"Above {name} in score, beyond the spread of the seeds:": low > 1,
         f"Not told apart from {name} in score by these seeds:": (low <= 1) & (high >= 1),
         f"Below {name} in score, beyond the spread of the seeds:": high < 1,
-        "Of one seed, so that small differences mean nothing:": kept.notna() & low.isna(),
-        f"Without a score to compare with that of {name}:": kept.isna(),
+        "Of one seed, so that small differences mean nothing:": mean.notna() & low.isna(),
+        f"Without a score to compare with that of {name}:": mean.isna(),
     }
     lines: dict[str, list[str]] = {f"{name}: {score}.": []}
-    for line, belong in groups.items():
-        if belong.any():
-            ordered = others[belong].sort_values("time_ratio", kind="stable")
-            lines[line] = [f"{names[id]}: {_said(row)}" for id, row in ordered.iterrows()]
+    for line, is_member in groups.items():
+        if is_member.any():
+            ordered = others[is_member].sort_values("time_ratio", kind="stable")
+            lines[line] = [f"{names[id]}: {_sentence(row)}" for id, row in ordered.iterrows()]
     if front := _front(numbers):
         best = "; ".join(names[id] for id in front)
         lines[f"Beaten by no other in both mean score and training time: {best}."] = []
     return lines
 
 
-def _said(row: pd.Series) -> str:
+def _sentence(row: pd.Series) -> str:
     """What a method keeps of the baseline's score and what it takes of its time."""
-    said = []
+    clauses = []
     if pd.notna(row["retention"]):
-        said = [f"{_percent(row['retention'])} of the score"]
+        clauses = [f"{_percent(row['retention'])} of the score"]
     if pd.notna(row["retention_low"]):
         low, high = (100 * row[f"retention_{end}"] for end in ("low", "high"))
-        said[0] += f" (interval {low:.1f} to {high:.1f})"
+        clauses[0] += f" (interval {low:.1f} to {high:.1f})"
     if pd.isna(row["time_ratio"]):
-        return "; ".join([*said, "training time not measured yet"])
-    said.append(f"x {row['time_ratio']:.2f} of the time, x {row['flops_ratio']:.2f} of the FLOPs")
-    if row["flops_ratio"] < 1:
+        return "; ".join([*clauses, "training time not measured yet"])
+    time, flops = row["time_ratio"], row["flops_ratio"]
+    clauses.append(f"x {time:.2f} of the time, x {flops:.2f} of the FLOPs")
+    if flops < 1:
         share = f"{100 * row['realisation']:.0f} %" if row["realisation"] > 0 else "nothing"
-        said.append(f"{share} of the saved FLOPs saved as time")
-    return "; ".join(said)
+        clauses.append(f"{share} of the saved FLOPs saved as time")
+    return "; ".join(clauses)
 
 
 def _front(numbers: pd.DataFrame) -> list[str]:
     """The methods that no other beats in both average and time, the slowest first."""
-    known = numbers.dropna(subset=["average", "time_ratio"])
+    rows = numbers.dropna(subset=["average", "time_ratio"])
 
-    def beaten(row: pd.Series) -> bool:
-        better = (known["average"] >= row["average"]) & (known["time_ratio"] <= row["time_ratio"])
-        return (better & (known.index != row.name)).any()
+    def is_beaten(row: pd.Series) -> bool:
+        better = (rows["average"] >= row["average"]) & (rows["time_ratio"] <= row["time_ratio"])
+        return (better & (rows.index != row.name)).any()
 
-    front = [row for _, row in known.iterrows() if not beaten(row)]
+    front = [row for _, row in rows.iterrows() if not is_beaten(row)]
     return [row.name for row in sorted(front, key=lambda row: -row["time_ratio"])]
 
 

@@ -5,33 +5,37 @@ found, and numbers for `dvc metrics`.
         --out-stem results/mini/tables/main
 
 A method is compared with the first one, or with the one that it is said to be relative to. A cell
-is a number, `missing` (its job has no result) or `n/a` (not defined: a spread of one seed, a saving
-of nothing). Nothing that was asked for is dropped, and nothing missing counts as 0.
+is a number, `missing` (its job has no result) or `n/a` (not defined: a deviation of one seed, a
+saving of nothing). Nothing that was asked for is dropped, and nothing missing counts as 0.
 """
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
-from scipy.stats import t as student
 from tabulate import DataRow, TableFormat
 
-from sts.pipeline.files import sha256_json, write_json_atomic
-from sts.pipeline.report import findings
+from sts.pipeline.files import read_json, sha256_json, write_json_atomic, write_text_atomic
+from sts.pipeline.report.compare import Cell, Row, compare, flat
+from sts.pipeline.report.findings import configured, findings
+from sts.pipeline.report.results import (
+    MISSING,
+    UNDEFINED,
+    configuration,
+    other_scales,
+    scores,
+    stages_of,
+)
 from sts.pipeline.run import provenance
 
-MISSING, UNDEFINED = "missing", "n/a"
-SOURCES = {
+HEADS = {  # source of an ablation -> the head under which its row stands
     "baseline": "Baselines",
     "paper": "The paper's",
     "ours": "Ours",
     "peers": "Peers'",
 }
-CONFIDENCE = 0.95
 COLUMNS = {
     "average": "Average",
     "blind": "Blind",
@@ -72,9 +76,6 @@ PAGE_STYLE = [
     },
 ]
 
-Cell = float | str
-Row = dict[str, Any]
-
 
 def table(
     name: str,
@@ -87,177 +88,73 @@ def table(
 ) -> None:
     """Write `out_stem`.csv, .md, .tex, .html and .json from the result files of `ablations`.
 
-    `labels` gives the methods' names in the table, by default their ids; `sources` (a key of
-    SOURCES each) under which head they stand there, in the order of SOURCES; `relative_to` the id
-    of the method that each is compared with, by default the first; of several such there are no
-    heads. Times and FLOPs come from bench/`name`.json. Raises FileNotFoundError if no method has an
-    evaluation at all.
+    Args:
+        name: The table; times and FLOPs come from bench/`name`.json.
+        results: Folder of a scale's results.
+        ablations: The methods to show, in this order.
+        out_stem: Path of the files without their endings.
+        labels: Names of the methods, by default their ids.
+        sources: A key of HEADS each, in whose order the methods then stand. Methods that are
+            compared with different ones have no heads.
+        relative_to: id of the method that each is compared with, by default the first.
+
+    Raises:
+        FileNotFoundError: No method has an evaluation at all.
     """
     results, stem = Path(results), Path(out_stem)
     bases = dict.fromkeys(ablations, ablations[0]) | dict(relative_to or {})
     sources = sources if sources and len(set(bases.values())) == 1 else {}
-    found = scores(results, ablations)
-    rows = compare(found, results, bases, name)
+    lines = scores(results, ablations)
+    rows = compare(lines, results, bases, name)
     if sources:
-        order = list(SOURCES)
+        order = list(HEADS)
         rows = dict(sorted(rows.items(), key=lambda row: order.index(sources[row[0]])))
     names = {id: (labels or {}).get(id, id) for id in ablations}
-    notes = footer(results, bases, found, names)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    lines = pd.DataFrame(
-        {
-            "ablation": id,
-            "method": names[id],
-            "source": sources.get(id),
-            "relative_to": bases[id],
-            **_flat(row),
-        }
+    notes = _notes(results, bases, lines, names)
+    numbers = pd.DataFrame(
+        {"ablation": id, "method": names[id], "source": sources.get(id), "relative_to": bases[id]}
+        | flat(row)
         for id, row in rows.items()
     )
-    lines.to_csv(stem.with_suffix(".csv"), index=False, na_rep=UNDEFINED)
-    grid, heads = _printed(rows, found, names, sources)
+    grid, heads = _grid(rows, lines, names, sources)
+    said = {
+        "What was asked": configured(configuration(results, ablations[0])),
+        "What was found": findings(numbers),
+    }
     texts = {
+        ".csv": numbers.to_csv(index=False, na_rep=UNDEFINED),
         ".md": _markdown(name, grid, heads, notes),
         ".tex": _latex(grid, heads, notes),
-        ".html": _html(
-            name,
-            grid,
-            heads,
-            notes,
-            findings.asked(configuration(results, ablations[0])),
-            findings.findings(lines),
-        ),
+        ".html": _html(name, grid, heads, notes, said),
     }
     for suffix, text in texts.items():
-        stem.with_suffix(suffix).write_text(text, encoding="utf-8")
+        write_text_atomic(stem.with_suffix(suffix), text)
     write_json_atomic(stem.with_suffix(".json"), _metrics(rows))
 
 
-def scores(results: str | Path, ablations: Sequence[str]) -> pd.DataFrame:
-    """One line per ablation, seed and benchmark: score, blind, majority, chance; and `share`,
-    whether the score is one of 0 to 1 (a metric of lm-eval's own may have another scale).
-
-    A seed or a benchmark that the ablation's configuration names but no evaluation holds has empty
-    scores. Raises FileNotFoundError if there is no evaluation at all.
-    """
-    lines = []
-    for id in ablations:
-        runs = Path(results) / "runs" / id
-        files = {int(f.parent.name[4:]): f for f in runs.glob("seed*/eval.json")}
-        evaluations = {seed: _read(file)["benchmarks"] for seed, file in files.items()}
-        asked = configuration(results, id)
-        seeds = asked.get("seeds") or sorted(evaluations)
-        known = dict.fromkeys(b for found in evaluations.values() for b in found)
-        benchmarks = asked.get("evaluate", {}).get("benchmarks") or list(known)
-        for seed in seeds:
-            for benchmark in benchmarks:
-                found = evaluations.get(seed, {}).get(benchmark, {})
-                values = {key: found.get(key) for key in ("score", "blind", "majority", "chance")}
-                values["share"] = found.get("share", True)
-                lines.append({"ablation": id, "seed": seed, "benchmark": benchmark, **values})
-    frame = pd.DataFrame(lines)
-    if frame.empty or frame["score"].isna().all():
-        where = Path(results) / "runs" / f"{{{','.join(ablations)}}}"
-        raise FileNotFoundError(f"{where}/seed*/eval.json: no evaluation yet; run snakemake first")
-    return frame.astype({key: float for key in ("score", "blind", "majority", "chance")})
+def _metrics(rows: Mapping[str, Row]) -> dict[str, dict[str, float]]:
+    """The numbers alone, by method: `dvc metrics diff` compares numbers."""
+    return {
+        id: {key: cell for key, cell in flat(row).items() if not isinstance(cell, str)}
+        for id, row in rows.items()
+    }
 
 
-def compare(
-    found: pd.DataFrame, results: str | Path, bases: Mapping[str, str], group: str
-) -> dict[str, Row]:
-    """id -> row of cells: each benchmark, average, blind, retention and the cost ratios; `bases`:
-    id -> the id that it is compared with.
-
-    A score is {"mean", "sd", "seeds"}, the retention {"mean", "low", "high"}; or it is `missing`.
-    Average and blind are over the benchmarks whose scores are shares; `n/a` if there is none, or
-    for blind if an evaluation leaves it out.
-    """
-    benchmarks = list(dict.fromkeys(found["benchmark"]))
-    shares = [name for name in benchmarks if name not in other_scales(found)]
-    timed = _bench(results, group)
-
-    def of(id: str, key: str) -> pd.DataFrame:  # [seeds, benchmarks]
-        lines = found[found["ablation"] == id]
-        wide = lines.pivot(index="seed", columns="benchmark", values=key)
-        return wide.reindex(columns=benchmarks)
-
-    rows = {}
-    for id, base in bases.items():
-        seen, blind = of(id, "score"), of(id, "blind")
-        row: Row = {name: _spread(seen[name]) for name in benchmarks}
-        row["average"] = _average(seen[shares])
-        left_out = (seen[shares].notna() & blind[shares].isna()).any(axis=None)
-        row["blind"] = UNDEFINED if left_out else _average(blind[shares])
-        row["retention"] = _retention(seen, of(base, "score"))
-        rows[id] = row | _cost(timed, id, base)
-    return rows
+# ---- the lines under a table ------------------------------------------------------------------
 
 
-def other_scales(found: pd.DataFrame) -> list[str]:
-    """The benchmarks of which a score is no share of 0 to 1."""
-    return list(dict.fromkeys(found[~found["share"]]["benchmark"]))
-
-
-def _average(values: pd.DataFrame) -> Row | str:
-    return UNDEFINED if values.columns.empty else _spread(values.mean(axis=1, skipna=False))
-
-
-def _spread(values: pd.Series) -> Row | str:
-    values = values.dropna()
-    if values.empty:
-        return MISSING
-    sd = float(values.std(ddof=1)) if len(values) > 1 else UNDEFINED
-    return {"mean": float(values.mean()), "sd": sd, "seeds": len(values)}
-
-
-def _retention(seen: pd.DataFrame, baseline: pd.DataFrame) -> Row | str:
-    """Mean over benchmarks of score / baseline score, by seed; its mean and interval over seeds."""
-    seeds = seen.dropna().index.intersection(baseline.dropna().index)
-    if seeds.empty:
-        return MISSING
-    if (baseline.loc[seeds] == 0).any(axis=None):
-        return UNDEFINED
-    ratios = (seen.loc[seeds] / baseline.loc[seeds]).mean(axis=1)
-    low, high = interval(list(ratios))
-    return {"mean": float(ratios.mean()), "low": low, "high": high}
-
-
-def interval(values: Sequence[float]) -> tuple[Cell, Cell]:
-    """Two-sided 95 % t interval of the mean: m ± t(0.975, n - 1) s / sqrt(n); n/a for one value."""
-    n = len(values)
-    if n < 2:
-        return UNDEFINED, UNDEFINED
-    series = pd.Series(values)
-    half = student.ppf((1 + CONFIDENCE) / 2, n - 1) * series.std(ddof=1) / n**0.5
-    return float(series.mean() - half), float(series.mean() + half)
-
-
-def _cost(timed: Mapping[str, Any], id: str, baseline: str) -> dict[str, Cell]:
-    names = ("time_ratio", "flops_ratio", "realisation")
-    if id not in timed or baseline not in timed:
-        return dict.fromkeys(names, MISSING)
-    flops = {key: sum(timed[key]["flops"].values()) for key in (id, baseline)}
-    time_ratio = timed[id]["time_s"] / timed[baseline]["time_s"]
-    flops_ratio = flops[id] / flops[baseline]
-    saved = 1 - flops_ratio
-    realisation = (1 - time_ratio) / saved if saved else UNDEFINED
-    return dict(zip(names, (time_ratio, flops_ratio, realisation), strict=True))
-
-
-def footer(
-    results: Path, bases: Mapping[str, str], found: pd.DataFrame, names: Mapping[str, str]
+def _notes(
+    results: Path, bases: Mapping[str, str], lines: pd.DataFrame, names: Mapping[str, str]
 ) -> list[str]:
-    """Lines under a table: how to read it; command, commit and configuration; what is missing."""
-    gone = found[found["score"].isna()].groupby(["ablation", "seed"], sort=False)["benchmark"]
-    lost = [f"{id} seed {seed} ({', '.join(group)})" for (id, seed), group in gone]
-    lost += [f"{id} (all)" for id in bases if id not in set(found["ablation"])]
+    """How to read a table; its command, commit and configuration; what is missing."""
     configs = {id: configuration(results, id) for id in bases}
     git = provenance.git()
     commit = (git["commit"] or f"unknown ({git['note']})") + " with edits" * bool(git["dirty"])
-    seeds = ", ".join(str(seed) for seed in sorted(set(found["seed"])))
-    lines = [
-        NOTE.format(base=" or ".join(names[id] for id in dict.fromkeys(bases.values()))),
-        *_scales(found),
+    seeds = ", ".join(str(seed) for seed in sorted(set(lines["seed"])))
+    notes = [NOTE.format(base=" or ".join(names[id] for id in dict.fromkeys(bases.values())))]
+    if others := ", ".join(other_scales(lines)):
+        notes += [f"On scales of their own, so not in % and not in Average and Blind: {others}"]
+    notes += [
         f"Command: `{provenance.command_line()}`",
         f"Commit: {commit}",
         f"Configuration: {results}/configs/{{{','.join(bases)}}}.yaml, "
@@ -265,103 +162,97 @@ def footer(
         f"Seeds: {seeds}",
         *_precisions(results, list(bases)),
     ]
-    return [*lines, f"Missing: {'; '.join(lost)}"] if lost else lines
+    if gaps := _gaps(lines, list(bases)):
+        notes += [f"Missing: {'; '.join(gaps)}"]
+    return notes
 
 
-def _scales(found: pd.DataFrame) -> list[str]:
-    others = other_scales(found)
-    said = f"On scales of their own, so not in % and not in Average and Blind: {', '.join(others)}"
-    return [said] if others else []
+def _gaps(lines: pd.DataFrame, ablations: Sequence[str]) -> list[str]:
+    """What has no score: seeds with their benchmarks, whole methods."""
+    empty = lines[lines["score"].isna()].groupby(["ablation", "seed"], sort=False)["benchmark"]
+    gaps = [f"{id} seed {seed} ({', '.join(names)})" for (id, seed), names in empty]
+    return gaps + [f"{id} (all)" for id in ablations if id not in set(lines["ablation"])]
 
 
 def _precisions(results: Path, ablations: Sequence[str]) -> list[str]:
     """What the last stages were computed in, by manifest: some machines make fp32 of bf16."""
-    of: dict[str, dict[str, None]] = {}
+    ids_by_precision: dict[str, dict[str, None]] = {}
     for id in ablations:
-        *_, last = stages(results, id)
+        *_, last = stages_of(results, id)
         for file in sorted((results / "runs" / id).glob(f"seed*/{last}.json")):
-            if precision := _read(file).get("precision"):
-                of.setdefault(precision, {})[id] = None
-    if len(of) > 1:
-        each = "; ".join(f"{precision} {', '.join(ids)}" for precision, ids in of.items())
+            if precision := read_json(file).get("precision"):
+                ids_by_precision.setdefault(precision, {})[id] = None
+    if len(ids_by_precision) > 1:
+        each = "; ".join(f"{name} {', '.join(ids)}" for name, ids in ids_by_precision.items())
         return [f"Precision: not the same for all, so compare with care: {each}"]
-    return [f"Precision: {precision}" for precision in of]
+    return [f"Precision: {precision}" for precision in ids_by_precision]
 
 
-def _flat(row: Row) -> dict[str, Cell]:
-    """{"colour": {"mean": 0.9, "sd": 0.1}} gives {"colour": 0.9, "colour_sd": 0.1}."""
-    flat: dict[str, Cell] = {}
-    for key, cell in row.items():
-        parts = cell if isinstance(cell, dict) else {"mean": cell}
-        flat |= {key if part == "mean" else f"{key}_{part}": parts[part] for part in parts}
-    return flat
+# ---- what is printed --------------------------------------------------------------------------
 
 
-def _metrics(rows: Mapping[str, Row]) -> dict[str, dict[str, float]]:
-    """The numbers alone, by method: `dvc metrics diff` compares numbers."""
-    return {
-        id: {key: cell for key, cell in _flat(row).items() if not isinstance(cell, str)}
-        for id, row in rows.items()
-    }
-
-
-def _printed(
+def _grid(
     rows: Mapping[str, Row],
-    found: pd.DataFrame,
+    lines: pd.DataFrame,
     names: Mapping[str, str],
     sources: Mapping[str, str],
 ) -> tuple[pd.DataFrame, list[int]]:
     """Rounded cells, with the reference lines majority and chance at the end, and which rows are
     heads over those that follow."""
     keys = list(next(iter(rows.values())))
-    known = COLUMNS | NAMES
-    head = ["Method", *(known.get(key, key.replace("_", " ").capitalize()) for key in keys)]
-    factor = dict.fromkeys(other_scales(found), 1)  # shares are shown in %
-    body, heads, last = [], [], None
+    titles = COLUMNS | NAMES
+    columns = ["Method", *(titles.get(key, key.replace("_", " ").capitalize()) for key in keys)]
+    factor = dict.fromkeys(other_scales(lines), 1)  # shares are shown in %
+    body, heads, source = [], [], None
     for id, row in rows.items():
-        if sources.get(id) != last:
-            last = sources.get(id)
+        if sources.get(id) != source:
+            source = sources.get(id)
             heads.append(len(body))
-            body.append([SOURCES[last], *[""] * len(keys)])
+            body.append([HEADS[source], *[""] * len(keys)])
         body.append([names[id], *(_rounded(row[key], factor.get(key, 100)) for key in keys)])
-    for label, column in (("Majority answer", "majority"), ("Chance", "chance")):
-        cells = [_reference(found, key, column) for key in keys if key not in COLUMNS]
+    for label, value in (("Majority answer", "majority"), ("Chance", "chance")):
+        cells = [_control(lines, key, value) for key in keys if key not in COLUMNS]
         average = UNDEFINED if UNDEFINED in cells else pd.Series(cells).mean(skipna=False)
         empty = [""] * (len(COLUMNS) - 1)
-        body.append([label, *map(_shown, [*cells, average]), *empty])
-    return pd.DataFrame(body, columns=head), heads
+        body.append([label, *map(_number, [*cells, average]), *empty])
+    return pd.DataFrame(body, columns=columns), heads
 
 
-def _reference(found: pd.DataFrame, benchmark: str, column: str) -> Cell:
-    """The mean of a column for a benchmark; n/a where it was asked and has none of this."""
-    lines = found[found["benchmark"] == benchmark]
-    if lines["score"].notna().any() and lines[column].isna().all():
+def _control(lines: pd.DataFrame, benchmark: str, value: str) -> Cell:
+    """The mean of a value for a benchmark; n/a where it was asked and has none of this."""
+    lines = lines[lines["benchmark"] == benchmark]
+    if lines["score"].notna().any() and lines[value].isna().all():
         return UNDEFINED
-    return lines[column].mean()
+    return lines[value].mean()
 
 
 def _rounded(cell: Any, factor: int) -> str:
     if not isinstance(cell, dict):
-        return _shown(cell, 1, 2)
+        return _number(cell, 1, 2)
     if "low" in cell:
-        span = f"{_shown(cell['low'])} to {_shown(cell['high'])}"
-        return f"{_shown(cell['mean'])} ({UNDEFINED if UNDEFINED in span else span})"
-    return f"{_shown(cell['mean'], factor)} ± {_shown(cell['sd'], factor)}"
+        ends = f"{_number(cell['low'])} to {_number(cell['high'])}"
+        return f"{_number(cell['mean'])} ({UNDEFINED if UNDEFINED in ends else ends})"
+    return f"{_number(cell['mean'], factor)} ± {_number(cell['sd'], factor)}"
 
 
-def _shown(cell: Any, factor: int = 100, digits: int = 1) -> str:
+def _number(cell: Any, factor: int = 100, digits: int = 1) -> str:
     """A number (also as text) rounded, by default in percent; `missing` and `n/a` as they are."""
     if cell in (MISSING, UNDEFINED):
         return cell
     return MISSING if pd.isna(cell) else f"{factor * float(cell):.{digits}f}"
 
 
+def markdown(grid: pd.DataFrame) -> str:
+    """A table of texts as Markdown."""
+    plain = {"stralign": None, "numalign": None, "disable_numparse": True}
+    return grid.to_markdown(index=False, tablefmt=MARKDOWN, **plain)
+
+
 def _markdown(name: str, grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
     grid = grid.map(lambda cell: cell.replace("|", r"\|"))
     grid.loc[heads, "Method"] = "*" + grid.loc[heads, "Method"] + "*"
-    plain = {"stralign": None, "numalign": None, "disable_numparse": True}
-    lines = grid.to_markdown(index=False, tablefmt=MARKDOWN, **plain)
-    return "\n".join([f"### {name.capitalize()}", "", lines, "", *(f"- {n}" for n in notes), ""])
+    listed = [f"- {note}" for note in notes]
+    return "\n".join([f"### {name.capitalize()}", "", markdown(grid), "", *listed, ""])
 
 
 def _latex(grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
@@ -379,64 +270,34 @@ def _html(
     grid: pd.DataFrame,
     heads: list[int],
     notes: list[str],
-    asked: Mapping[str, list[str]],
-    found: Mapping[str, list[str]],
+    said: Mapping[str, Mapping[str, list[str]]],
 ) -> str:
-    """A part of a page: what was asked, what was found, the table, the lines under it."""
+    """A part of a page: `said`, lists by title; the table; the lines under it."""
     style = grid.style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
     head = {"font-style": "italic", "padding-top": "8px"}
     style.set_properties(subset=pd.IndexSlice[heads, ["Method"]], **head)
     style.set_properties(subset=pd.IndexSlice[grid.index[-2:], :], color="gray")
     style.set_table_styles(PAGE_STYLE)
-
-    def listed(lines: Mapping[str, list[str]]) -> str:
-        items = "".join(_item(line, under) for line, under in lines.items())
-        return f"<ul>{items}</ul>"
-
+    blocks = [[f"<h2>{title}</h2>", _list(items)] for title, items in said.items() if items]
     return "\n".join(
         [
             '<meta charset="utf-8"/>',
             '<div style="font: 14px sans-serif">',
-            *(["<h2>What was asked</h2>", listed(asked)] if asked else []),
-            "<h2>What was found</h2>",
-            listed(found),
+            *(line for block in blocks for line in block),
             f"<h2>Table {html.escape(name)}</h2>",
             f'<div style="overflow-x: auto">{style.to_html(table_uuid=name, cell_ids=False)}</div>',
-            f'<div style="font-size: 12px">{listed({note: [] for note in notes})}</div>',
+            f'<div style="font-size: 12px">{_list(dict.fromkeys(notes, ()))}</div>',
             "</div>",
             "",
         ]
     )
 
 
-def _item(line: str, under: list[str]) -> str:
-    below = f"<ul>{''.join(_item(inner, []) for inner in under)}</ul>" if under else ""
-    return f"<li>{html.escape(line)}{below}</li>\n"
+def _list(items: Mapping[str, Sequence[str]]) -> str:
+    """Items, each with those under it, as a list of HTML."""
+    return f"<ul>{''.join(_item(text, below) for text, below in items.items())}</ul>"
 
 
-def _bench(results: str | Path, group: str) -> dict[str, Any]:
-    file = Path(results) / "bench" / f"{group}.json"
-    return _read(file)["variants"] if file.exists() else {}
-
-
-def configuration(results: str | Path, id: str) -> dict[str, Any]:
-    """The resolved configuration of an ablation, without the stages that it takes out; empty if the
-    workflow has not written one."""
-    file = Path(results) / "configs" / f"{id}.yaml"
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if "stages" in found:
-        found["stages"] = {n: block for n, block in found["stages"].items() if block is not None}
-    return found
-
-
-def stages(results: str | Path, id: str) -> list[str]:
-    """The stages of an ablation, in order of training. Results of before they had names of their
-    own, and those without a configuration, have the two that all had."""
-    return list(configuration(results, id).get("stages", ("align", "instruct")))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON ({error}); delete it and run snakemake again") from None
+def _item(text: str, below: Sequence[str]) -> str:
+    inner = f"<ul>{''.join(_item(line, ()) for line in below)}</ul>" if below else ""
+    return f"<li>{html.escape(text)}{inner}</li>\n"

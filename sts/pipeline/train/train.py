@@ -100,17 +100,16 @@ def train(
                 params=block.model_dump(),
                 tags={**tags, "reused": finished},
                 directory=out.with_suffix("") / key,  # another key is another run
+                rows=lambda: map(with_speed, read_history(folder)),
             ) as tracked,
             sigterm_put_off() as stopped,
         ):
             if finished:
                 log.info("%s: %s is finished: reused", stage, folder)
                 forget_states(folder)
-                for row in read_history(folder):
-                    tracked.log(with_speed(row), row["step"])
             else:
                 run = (config, ablation, seed, stage, data, init, folder)
-                fit(*run, tracked.log, stopped)
+                fit(*run, tracked.send, stopped)
     manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
                 "precision": precision_here(block.precision),
                 "weights": str(folder), **summary(folder, block)}  # fmt: skip
@@ -127,13 +126,13 @@ def fit(
     data: Sequence[str | Path],
     init: str | Path,
     folder: Path,
-    report: Callable[[dict, int], None],
+    send: Callable[[], None],
     stopped: Callable[[], bool],
 ) -> None:
     """Train from the last checkpoint in `folder`, or from `init`, to the finished `folder`.
 
-    stopped: whether SIGTERM has come to this process. Then a checkpoint is written after the step
-    that is being taken, and SystemExit(143) raised.
+    send: called after a checkpoint. stopped: whether SIGTERM has come to this process. Then a
+    checkpoint is written after the step that is being taken, and SystemExit(143) raised.
     """
     block = config.stage(stage)
     if precision_here(block.precision) != block.precision:
@@ -167,6 +166,7 @@ def fit(
         due = step % block.checkpoint_every == 0 or anywhere(late or stopped())
         if due and step > first:
             save_state(folder, history, plain, optimizer, scheme, step)
+            send()
             saved = time.monotonic()
         if due and anywhere(stopped()):
             log.info("SIGTERM: %s stops before step %d", stage, step)
@@ -181,7 +181,6 @@ def fit(
             row |= measure(scheme, shape, block, shown, batches)
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             history.write(json.dumps(row) + "\n")
-            report(with_speed(row), step)
         began = time.monotonic()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()

@@ -7,7 +7,6 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sts.pipeline.report import tables
 from sts.pipeline.report.figures._shared import (
     History,
     Labels,
@@ -17,6 +16,7 @@ from sts.pipeline.report.figures._shared import (
     stage_title,
     styles,
 )
+from sts.pipeline.report.results import stages_of
 
 INPUTS = ("runs",)
 BINS = 40  # columns of the heat map
@@ -31,7 +31,7 @@ def draw(results: Path, labels: Labels) -> Figure:
     """
     runs_by_stage: dict[str, dict[str, list[History]]] = {}  # stage -> id -> seeds' histories
     for id in labels:
-        for stage in tables.stages(results, id):
+        for stage in stages_of(results, id):
             runs_by_stage.setdefault(stage, {})[id] = histories(results, id, stage)
     skipper_by_stage = {
         stage: next(id for id in reversed(runs) if _has_skips(runs[id]))

@@ -6,7 +6,6 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from sts.pipeline.report import tables
 from sts.pipeline.report.figures._shared import (
     Labels,
     curve,
@@ -15,6 +14,7 @@ from sts.pipeline.report.figures._shared import (
     stage_title,
     styles,
 )
+from sts.pipeline.report.results import stages_of
 
 INPUTS = ("runs",)
 
@@ -22,7 +22,7 @@ INPUTS = ("runs",)
 def draw(results: Path, labels: Labels) -> Figure:
     """Smoothed training loss of each stage, mean over seeds; the band is their standard
     deviation. A method is drawn in the stages that it has."""
-    stages_by_id = {id: tables.stages(results, id) for id in labels}
+    stages_by_id = {id: stages_of(results, id) for id in labels}
     stages = list(dict.fromkeys(stage for names in stages_by_id.values() for stage in names))
     page, grid = plt.subplots(1, len(stages), figsize=(3.6 * len(stages), 3.2), squeeze=False)
     panels = grid[0]

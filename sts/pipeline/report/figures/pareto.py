@@ -7,8 +7,9 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from sts.pipeline.report import tables
+from sts.pipeline.report.compare import compare
 from sts.pipeline.report.figures._shared import Labels, styles
+from sts.pipeline.report.results import MISSING, UNDEFINED, scores
 
 INPUTS = ("eval", "bench")
 
@@ -20,19 +21,19 @@ def draw(results: Path, labels: Labels) -> Figure:
     score of the first method.
     """
     ids, base = list(labels), next(iter(labels.values()))
-    rows = tables.compare(tables.scores(results, ids), results, dict.fromkeys(ids, ids[0]), "main")
-    has_average = any(row["average"] != tables.UNDEFINED for row in rows.values())
+    rows = compare(scores(results, ids), results, dict.fromkeys(ids, ids[0]), "main")
+    has_average = any(row["average"] != UNDEFINED for row in rows.values())
     quantity = "mean score over benchmarks" if has_average else f"mean of score / score of {base}"
     page, axes = plt.subplots(figsize=(5.6, 3.6))
     for id, style in styles(labels):
         score, time = rows[id]["average" if has_average else "retention"], rows[id]["time_ratio"]
-        if tables.MISSING in (score, time):
-            gone = "eval.json" if score == tables.MISSING else "time in bench/main.json"
+        if MISSING in (score, time):
+            gone = "eval.json" if score == MISSING else "time in bench/main.json"
             raise FileNotFoundError(f"{results}: {id} has no complete {gone}; run snakemake first")
         mean, error = _point(score)
         style = {key: style[key] for key in ("color", "marker", "label")}
         if math.isnan(mean):  # named, although there is no point to draw
-            style["label"] += f" ({tables.UNDEFINED}: a score of {base} is 0)"
+            style["label"] += f" ({UNDEFINED}: a score of {base} is 0)"
         axes.errorbar(time, mean, error, ls="", ms=7, capsize=3, **style)
     axes.set(xlabel=f"training time / training time of {base}", ylabel=f"{quantity} (%)")
     axes.axvline(1, color="0.6", lw=0.8, zorder=0)

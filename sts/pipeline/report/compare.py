@@ -1,0 +1,106 @@
+"""Methods compared: scores over seeds, what is kept of a baseline's, what is saved of its cost."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from scipy.stats import t as student
+
+from sts.pipeline.report.results import MISSING, UNDEFINED, other_scales, timings
+
+CONFIDENCE = 0.95
+
+Cell = float | str
+Row = dict[str, Any]
+
+
+def compare(
+    scores: pd.DataFrame, results: str | Path, bases: Mapping[str, str], table: str
+) -> dict[str, Row]:
+    """A row of cells for each method: each benchmark, average, blind, retention, cost ratios.
+
+    A score is {"mean", "sd", "seeds"}, the retention {"mean", "low", "high"}, or it is `missing`.
+    Average and blind are over the benchmarks whose scores are shares; `n/a` if there is none, or
+    for blind if an evaluation leaves it out.
+
+    Args:
+        scores: What results.scores says of the methods.
+        results: Folder of a scale's results.
+        bases: id of each method -> id of the method that it is compared with.
+        table: Table whose timing gives the costs.
+    """
+    benchmarks = list(dict.fromkeys(scores["benchmark"]))
+    shares = [name for name in benchmarks if name not in other_scales(scores)]
+    timing = timings(results, table)
+
+    def by_seed(id: str, value: str) -> pd.DataFrame:  # [seeds, benchmarks]
+        lines = scores[scores["ablation"] == id]
+        frame = lines.pivot(index="seed", columns="benchmark", values=value)
+        return frame.reindex(columns=benchmarks)
+
+    rows = {}
+    for id, base in bases.items():
+        score, blind = by_seed(id, "score"), by_seed(id, "blind")
+        row: Row = {name: over_seeds(score[name]) for name in benchmarks}
+        row["average"] = _average(score[shares])
+        left_out = (score[shares].notna() & blind[shares].isna()).any(axis=None)
+        row["blind"] = UNDEFINED if left_out else _average(blind[shares])
+        row["retention"] = _retention(score, by_seed(base, "score"))
+        rows[id] = row | _costs(timing, id, base)
+    return rows
+
+
+def over_seeds(values: pd.Series) -> Row | str:
+    """Mean and sample standard deviation of what the seeds obtained."""
+    values = values.dropna()
+    if values.empty:
+        return MISSING
+    sd = float(values.std(ddof=1)) if len(values) > 1 else UNDEFINED
+    return {"mean": float(values.mean()), "sd": sd, "seeds": len(values)}
+
+
+def _average(values: pd.DataFrame) -> Row | str:
+    return UNDEFINED if values.columns.empty else over_seeds(values.mean(axis=1, skipna=False))
+
+
+def _retention(score: pd.DataFrame, baseline: pd.DataFrame) -> Row | str:
+    """Mean over benchmarks of score / baseline score, by seed; its mean and interval over seeds."""
+    seeds = score.dropna().index.intersection(baseline.dropna().index)
+    if seeds.empty:
+        return MISSING
+    if (baseline.loc[seeds] == 0).any(axis=None):
+        return UNDEFINED
+    ratios = (score.loc[seeds] / baseline.loc[seeds]).mean(axis=1)
+    low, high = interval(list(ratios))
+    return {"mean": float(ratios.mean()), "low": low, "high": high}
+
+
+def interval(values: Sequence[float]) -> tuple[Cell, Cell]:
+    """Two-sided 95 % t interval of the mean: m ± t(0.975, n - 1) s / sqrt(n); n/a for one value."""
+    n = len(values)
+    if n < 2:
+        return UNDEFINED, UNDEFINED
+    series = pd.Series(values)
+    half = student.ppf((1 + CONFIDENCE) / 2, n - 1) * series.std(ddof=1) / n**0.5
+    return float(series.mean() - half), float(series.mean() + half)
+
+
+def _costs(timing: Mapping[str, Any], id: str, base: str) -> dict[str, Cell]:
+    names = ("time_ratio", "flops_ratio", "realisation")
+    if id not in timing or base not in timing:
+        return dict.fromkeys(names, MISSING)
+    flops, base_flops = (sum(timing[key]["flops"].values()) for key in (id, base))
+    time_ratio, flops_ratio = timing[id]["time_s"] / timing[base]["time_s"], flops / base_flops
+    saved = 1 - flops_ratio
+    realisation = (1 - time_ratio) / saved if saved else UNDEFINED
+    return dict(zip(names, (time_ratio, flops_ratio, realisation), strict=True))
+
+
+def flat(row: Row) -> dict[str, Cell]:
+    """{"colour": {"mean": 0.9, "sd": 0.1}} gives {"colour": 0.9, "colour_sd": 0.1}."""
+    cells: dict[str, Cell] = {}
+    for key, cell in row.items():
+        values = cell if isinstance(cell, dict) else {"mean": cell}
+        cells |= {key if name == "mean" else f"{key}_{name}": values[name] for name in values}
+    return cells

@@ -1,0 +1,232 @@
+"""MLflow's store: where it is, the experiment in it, and the run of each call of the pipeline.
+
+    MLFLOW_TRACKING_URI     the store; default sqlite, `results/mlflow.db` in the working directory
+    MLFLOW_EXPERIMENT_NAME  the experiment; default `sts`
+    STS_INVOCATION          name of this call of the pipeline; jobs that share it share a parent run
+    STS_TRACKING=off        no tracking at all
+
+MLflow takes seconds to import, so functions import it when they need it.
+"""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sts.pipeline.run import provenance
+
+INVOCATION_TAG = "sts.invocation"
+
+log = logging.getLogger(__name__)
+
+NOTE = """\
+A row is one call of the pipeline: + beside it shows its jobs. Columns chooses what is shown.
+
+| tag | what it says of a job |
+|---|---|
+| `ablation`, `seed`, `stage` | what it did; `evaluate` is a stage, too |
+| `config` | hash of the whole configuration |
+| `data`, `weights` | the data sets it trained on, hash of the weights it measured |
+| `key` | hash of all that a training depends on |
+| `reused` | `True` if weights of that key were there and nothing was trained |
+| `git.commit`, `git.dirty` | the code, and whether files differed from the commit |
+| `hardware`, `host`, `pid`, `process.start` | where it ran |
+| `sts.invocation` | the call of the pipeline; its own run has `sts.parent` |
+
+To compare methods, filter by `tags.stage = 'evaluate'` and show the tags `ablation` and `seed` and
+the metrics `<benchmark>.score` and `<benchmark>.blind`. Of a training show `loss`, `tokens_per_s`,
+`keep_ratio`, `layers_run`, `flops` and `peak_mem_mb`.
+"""
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": NOTE,
+}
+
+
+def is_wanted() -> bool:
+    """Whether this process tracks: the first of its job does, unless it is switched off."""
+    return os.environ.get("STS_TRACKING") != "off" and os.environ.get("RANK", "0") == "0"
+
+
+def uri() -> str:
+    """Address of the store."""
+    default = f"sqlite:///{Path.cwd() / 'results' / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def database() -> Path | None:
+    """The file of an sqlite store, None for any other store."""
+    kind, _, path = uri().partition(":///")
+    return Path(path).absolute() if kind == "sqlite" else None
+
+
+def attempt(action: Callable[[], Any], quiet: bool = False) -> bool:
+    """Whether `action` went through. Whatever a store or a server does, the job goes on; it is
+    warned of unless `quiet`."""
+    try:
+        action()
+    except Exception as error:
+        if not quiet:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            without_password = uri().rpartition("@")[2]
+            text = "MLflow at %s failed, the job goes on without it: %s"
+            log.warning(text, without_password, reason)
+        return False
+    return True
+
+
+def load_mlflow() -> Any:
+    """Import MLflow with its log, usage reports and long retries off.
+
+    One retry opens a connection anew that the server has dropped. What the libraries tell of a
+    failure, at length and more than once, is left to `attempt`.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    import mlflow
+
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(os.environ.get("MLFLOW_LOGGING_LEVEL", "CRITICAL"))
+    return mlflow
+
+
+def open_store() -> tuple[Any, str]:
+    """Client and experiment id; makes what is missing of database, experiment and its tags.
+
+    One process at a time: MLflow corrupts an sqlite store that two processes create together. The
+    database is made under another name, so that it is either whole or not there.
+    """
+    mlflow, file = load_mlflow(), database()
+    with _lock():
+        if file and not file.exists():
+            part = file.with_name(f"{file.name}.part")
+            part.unlink(missing_ok=True)
+            mlflow.MlflowClient(f"sqlite:///{part}").search_experiments()
+            part.rename(file)
+        client = mlflow.MlflowClient(uri())
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "sts")
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            artifacts = str(file.parent / "mlflow-artifacts") if file else None
+            experiment = client.get_experiment(client.create_experiment(name, artifacts))
+        for key in EXPERIMENT_TAGS.keys() - experiment.tags.keys():  # what a user wrote stays
+            client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
+        return client, experiment.experiment_id
+
+
+def _lock() -> FileLock:
+    file = database()
+    folder = file.parent if file else Path.cwd() / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "mlflow.lock", timeout=120)
+
+
+def parent_run(client: Any, experiment: str, invocation: str) -> str:
+    """Id of the run of this call of the pipeline, made or opened again."""
+    with _lock():
+        for parent in _parents(client, experiment, invocation):
+            if parent.info.status != "RUNNING":
+                client.update_run(parent.info.run_id, status="RUNNING")
+            return parent.info.run_id
+        tags = {INVOCATION_TAG: invocation, "sts.parent": "true", **git_tags()}
+        return client.create_run(experiment, run_name=invocation, tags=tags).info.run_id
+
+
+def _parents(client: Any, experiment: str, invocation: str) -> list[Any]:
+    tags = f"tags.`{INVOCATION_TAG}` = '{invocation}' and tags.`sts.parent` = 'true'"
+    return client.search_runs([experiment], tags)
+
+
+def git_tags() -> dict[str, Any]:
+    """The code, as tags of a run."""
+    git = provenance.git()
+    commit = git["commit"] or "unknown"
+    return {"mlflow.source.git.commit": commit, "git.commit": commit, "git.dirty": git["dirty"]}
+
+
+def process_tags() -> dict[str, Any]:
+    """This process, its machine and its code, as tags of a run."""
+    import psutil
+
+    hardware = provenance.hardware()
+    return {
+        **git_tags(),
+        "hardware": ", ".join(hardware["gpus"] or [f"{hardware['cores']} x {hardware['cpu']}"]),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process.start": psutil.Process().create_time(),
+    }
+
+
+def _is_dead(tags: Mapping[str, str]) -> bool:
+    import psutil
+
+    if tags["host"] != socket.gethostname():
+        return False
+    try:
+        started = psutil.Process(int(tags["pid"])).create_time()
+    except psutil.NoSuchProcess:
+        return True
+    return abs(started - float(tags["process.start"])) > 2  # another process has the number now
+
+
+def _is_there() -> bool:
+    file = database()
+    return is_wanted() and (file is None or file.exists())
+
+
+def reap() -> list[str]:
+    """Set runs that say RUNNING though their process died to KILLED; return their names.
+
+    Looks at processes of this host only. A parent is closed once none of its jobs runs; the next
+    job of the same call, if there is one, opens it again.
+    """
+    if not _is_there():
+        return []
+    client, experiment = open_store()
+    running = client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=50_000)
+    jobs = [run for run in running if "host" in run.data.tags]
+    dead = [run for run in jobs if _is_dead(run.data.tags)]
+    alive = {run.data.tags.get("mlflow.parentRunId") for run in jobs if run not in dead}
+    dead += [r for r in running if "host" not in r.data.tags and r.info.run_id not in alive]
+    for run in dead:
+        client.set_terminated(run.info.run_id, "KILLED")
+    return [run.info.run_name for run in dead]
+
+
+def close_invocation(status: str, artifacts: Sequence[str | Path] = ()) -> None:
+    """End this call's parent run: FINISHED, FAILED or KILLED, with copies of the folders
+    `artifacts` that exist. Does nothing if no job opened it."""
+    invocation = os.environ.get("STS_INVOCATION")
+    if not invocation or not _is_there():
+        return
+
+    def close() -> None:
+        client, experiment = open_store()
+        for parent in _parents(client, experiment, invocation):
+            for folder in filter(Path.is_dir, map(Path, artifacts)):
+                client.log_artifacts(parent.info.run_id, str(folder), folder.name)
+            client.set_terminated(parent.info.run_id, status)
+
+    attempt(close)
+
+
+def ui_command(port: int) -> tuple[list[str], str]:
+    """The command that serves MLflow's pages of the store, and the address of our runs there.
+
+    A store that is a server has its pages: the command is empty. MLflow 3.17 opens an experiment on
+    an empty page of GenAI traces, whatever its kind says, unless the address names the runs or
+    "Model training" was chosen in this browser.
+    """
+    _, experiment = open_store()
+    page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+    if uri().startswith("http"):
+        return [], f"{uri().rstrip('/')}/{page}"
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri()]
+    return [*command, "--port", str(port)], f"http://127.0.0.1:{port}/{page}"

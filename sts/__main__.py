@@ -106,10 +106,10 @@ def train(
     out: Out,
 ) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
+    from sts.pipeline.train.job import Job
     from sts.pipeline.train.train import train
 
-    scale = _with_stage(config, stage)
-    train(scale, ablation, seed, stage, data=data, init=init, out=out)
+    train(Job(_with_stage(config, stage), ablation, seed, stage, data, init, out))
 
 
 def _with_stage(config: Path, stage: str) -> Config:

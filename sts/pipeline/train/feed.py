@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,46 +16,40 @@ from sts.pipeline.data.collator import Conversations, batch_order, collate, spli
 from sts.pipeline.data.conversation import template_of
 from sts.pipeline.files import read_json, sha256_json
 from sts.pipeline.run import follows
+from sts.pipeline.train.job import Job
 from sts.settings import IGNORE_INDEX
 
 LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
 
 
-def load_data(
-    data: Sequence[str | Path],
-    block: StageConfig,
-    processor: Any,
-    seed: int,
-    cache: Path | None = None,
-) -> tuple[Conversations, Callable[[int], list[int]]]:
-    """The samples of a stage, and the function step -> indices of that step's global batch.
-
-    cache: folder of tokens, which all trainings share that have the same data and processor.
-    """
-    tokens = cache and cache / f"{tokens_key(data, block, processor)}.arrow"
-    files = split_files(data, block.split)
+def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], list[int]]]:
+    """The samples of a stage, and the function step -> indices of that step's global batch."""
+    block = job.block
+    tokens = job.tokens / f"{tokens_key(job, processor)}.arrow"
+    files = split_files(job.data, block.split)
     samples = Conversations(files, processor, block.max_length, block.template, tokens)
     order = batch_order(
         samples.lengths,
         samples.has_image,
         block.global_batch,
-        seed,
+        job.seed_of("order"),
         block.group_by_length,
         block.sorted_batches,
     )
     return samples, order
 
 
-def tokens_key(data: Sequence[str | Path], block: StageConfig, processor: Any) -> str:
+def tokens_key(job: Job, processor: Any) -> str:
     """16 hex digits of all that the tokens of a stage's data depend on."""
-    own = [processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()]
+    block = job.block
+    texts = [processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()]
     return sha256_json(
         {
-            "data": [read_json(manifest)["sha256"] for manifest in data],
+            "data": [read_json(manifest)["sha256"] for manifest in job.data],
             "split": block.split,
             "max_length": block.max_length,
             "template": block.template,
-            "processor": [type(processor).__name__, template_of(processor), *own],
+            "processor": [type(processor).__name__, template_of(processor), *texts],
             "code": follows.code(*follows.imported([CODE / "pipeline/data/collator.py"])),
         }
     )[:16]
@@ -72,9 +65,17 @@ def my_pieces(
 
     A batch at the end of an epoch may be small: then there are fewer micro-batches, and a few
     samples come twice if the processes could not share them evenly. Where other processes see an
-    image and this one would not, it is given one, as ~index: a sample without its labels
-    (`Shown`). All then run the same modules, as those that share weights must. has_image: of every
-    sample.
+    image and this one would not, it gets one, as ~index: a sample without its labels (`Shown`). All
+    then run the same modules, as those that share weights must.
+
+    Args:
+        indices: Samples of the global batch.
+        accumulation: Micro-batches of a process.
+        accelerator: Knows which process this is, and of how many.
+        has_image: Of every sample.
+
+    Returns:
+        Indices of the samples of each micro-batch.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     even = indices + indices[: -len(indices) % world]
@@ -85,14 +86,15 @@ def my_pieces(
         at_once = pieces[first : first + world]
         seen = [[index for index in piece if has_image[index]] for piece in at_once]
         if any(seen) and not all(seen):
-            lent = next(filter(None, seen))[0]
-            for piece, own in zip(at_once, seen, strict=True):
-                piece.extend([] if own else [~lent])
+            image = next(filter(None, seen))[0]
+            for piece, images in zip(at_once, seen, strict=True):
+                piece.extend([] if images else [~image])
     return pieces[rank::world]
 
 
 class Shown(Dataset):
-    """Samples, of which ~index is one that is seen and has no labels: nothing is learnt of it."""
+    """The samples, and under ~index the sample of that index without labels: the model sees it and
+    learns nothing of it."""
 
     def __init__(self, samples: Conversations):
         self.samples = samples
@@ -110,10 +112,10 @@ def leave_sigterm(_: int) -> None:
 
 
 def feed(
+    block: StageConfig,
     samples: Conversations,
     order: Callable[[int], list[int]],
     processor: Any,
-    block: StageConfig,
     accelerator: Accelerator,
     first: int,
 ) -> Iterator[tuple[int, list[BatchFeature]]]:
@@ -126,7 +128,7 @@ def feed(
     gpu = accelerator.device.type == "cuda"
     loader = DataLoader(
         Shown(samples),
-        batch_sampler=[piece for mine in pieces for piece in mine],
+        batch_sampler=[piece for of_step in pieces for piece in of_step],
         collate_fn=partial(collate, processor),
         num_workers=LOADERS if gpu else 0,
         worker_init_fn=leave_sigterm,
@@ -134,5 +136,5 @@ def feed(
         generator=torch.Generator(),  # else a resumed training draws from torch's once more
     )
     batches = iter(loader)
-    for step, mine in zip(steps, pieces, strict=True):
-        yield step, [next(batches).to(accelerator.device) for _ in mine]
+    for step, of_step in zip(steps, pieces, strict=True):
+        yield step, [next(batches).to(accelerator.device) for _ in of_step]

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from sts.architectures import decoder_layers_of, tower_layers_of
 from sts.pipeline.config import StageConfig
-from sts.pipeline.run.device import precision_here
+from sts.pipeline.train.job import Job
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -39,7 +39,7 @@ def world() -> int:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -85,11 +85,11 @@ def load_shared(
     return model, processor
 
 
-def shared(accelerator: Accelerator, model: PreTrainedModel, block: StageConfig) -> nn.Module:
-    """The model as the processes of a stage train it together."""
-    if not shards(block):
+def shared(accelerator: Accelerator, model: PreTrainedModel, job: Job) -> nn.Module:
+    """The model as the processes of a training train it together."""
+    if not shards(job.block):
         return accelerator.prepare(model)
-    shard(model, accelerator.device, precision_here(block.precision) == "bf16")
+    shard(model, accelerator.device, job.precision == "bf16")
     return model
 
 
@@ -105,13 +105,13 @@ def shard(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
     model.to("meta")
     model.tie_weights()
     mesh = init_device_mesh(device.type, (world(),))
-    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    policy = MixedPrecisionPolicy(**half if bf16 else {})
+    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    policy = MixedPrecisionPolicy(**mixed if bf16 else {})
     for module in (*decoder_layers_of(model), *tower_layers_of(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
-    sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights, options=sent)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if rank() == 0:

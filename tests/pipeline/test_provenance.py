@@ -74,7 +74,7 @@ def test_fingerprint_tells_all_kinds_of_code_apart(tmp_path):
         "x = []", "x = ()", "x = [[]]", "x = [None]", "x = ['']", "x = f''", "x = f'{y}'",
         "x = f'{y!r}'", "x = f'{y:z}'", "x = f'{y:{z}}'", "x = {}", "x = {**y}", "x = {None: y}",
         "x = lambda: y", "x = lambda *, a: y", "x = lambda *, a=None: y", "x = 'é'", "x: y",
-        "x += 1", "del x", "import x", "from . import x", "from .. import x", "async def x(): pass",
+        "x += 1", "del x", "x()", "x.y = 1", "async def x(): pass",
         "def x(): pass", "def x(): return", "def x(): return None", "def x(y, /): pass",
         "def x(y): pass", "def x(*, y): pass", "def x(*y): pass", "def x(y) -> z: pass",
     )  # fmt: skip
@@ -90,7 +90,7 @@ def shown(x: float, width: int = 8, *, unit: "str" = u"°C", **rest) -> str:
     text = f"{x:>{width}.{2}}" f"{unit!r}" + f'{"a" if rest else ""}'
     return text if x is not None and x != -1.5e300 else b"\\xff" * 3
 """
-    assert print_of(tmp_path, code) == "d55ae072f212afaf"
+    assert print_of(tmp_path, code) == "b5e58d3a51eb34be"
 
 
 def test_fingerprint_ignores_what_other_versions_of_python_put_into_the_tree(tmp_path, monkeypatch):
@@ -138,13 +138,97 @@ def test_another_python_has_the_same_fingerprints(python):
     assert there.stdout.split() == [provenance.fingerprint(file) for file in files]
 
 
-def test_fingerprint_of_several_files_ignores_their_order(tmp_path):
+STEP = """
+import math
+RATE = 0.5
+def _size(x): return x + 1
+def step(x):
+    from math import pi
+    return RATE * _size(x) * math.exp(pi)
+"""
+OTHER = "def _size(x): return x + 2\ndef other(x): return _size(x)\n"
+
+
+def print_of_files(folder: Path, **files: str) -> str:
+    """Fingerprint of Python files, name -> text."""
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{name}.py" for name in files]
+    for path, text in zip(paths, files.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return provenance.fingerprint(*paths)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"b": OTHER, "a": STEP},
+        {"renamed": STEP, "b": OTHER},
+        {"a": STEP.replace("RATE = 0.5", "from x.y import RATE"), "b": OTHER, "c": "RATE = 0.5\n"},
+        {"a": STEP.replace("RATE = 0.5", ""), "b": f"RATE = 0.5\n{OTHER}"},
+        {"a": STEP.replace("import math", "from numpy import lib as math"), "b": OTHER},
+        {"a": STEP.replace("    from math import pi\n", ""), "b": f"from math import pi\n{OTHER}"},
+        {"a": f"{STEP}\nif TYPE_CHECKING:\n    from x import y\n__all__ = ['step']\n", "b": OTHER},
+        {"a": STEP.replace("RATE = 0.5", "") + "RATE = 0.5\n", "b": OTHER},
+        {"a": STEP, "b": OTHER, "copy": "RATE = 0.5\n"},
+    ],
+    ids=["order of files", "renamed file", "moved and imported", "moved", "import path",
+         "import in a function", "for types", "place in the file", "defined twice"],
+)  # fmt: skip
+def test_where_a_definition_stands_and_what_is_imported_does_not_count(tmp_path, files):
+    before = print_of_files(tmp_path / "before", a=STEP, b=OTHER)
+    assert print_of_files(tmp_path / "after", **files) == before
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"a": STEP.replace("0.5", "0.6"), "b": OTHER},
+        {"a": STEP, "b": OTHER.replace("x + 2", "x + 3")},
+        {"a": STEP, "b": f"{OTHER}NEW = 1\n"},
+        {"a": STEP},
+        {"a": f"{STEP}step(1)\n", "b": OTHER},
+        {"a": f"{STEP}RATE += 1\n", "b": OTHER},
+        # `step` now takes the `_size` of the file that it moved to
+        {"a": STEP[: STEP.index("def step")], "b": OTHER + STEP[STEP.index("def step") :]},
+    ],
+    ids=[
+        "constant",
+        "formula",
+        "one more",
+        "one less",
+        "call",
+        "changed later",
+        "another's helper",
+    ],
+)
+def test_what_a_definition_computes_counts(tmp_path, files):
+    before = print_of_files(tmp_path / "before", a=STEP, b=OTHER)
+    assert print_of_files(tmp_path / "after", **files) != before
+
+
+def test_a_helper_that_moves_along_is_no_other(tmp_path):
+    before = print_of_files(tmp_path / "before", a=STEP, b=OTHER)
+    assert print_of_files(tmp_path / "after", b=OTHER, c=STEP, a="import sts.c\n") == before
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("x = 1", "x = 2"), ("x = 1", "x += 1"), ("x()", "y()")]
+)
+def test_the_order_counts_of_statements_that_bind_the_same_name_or_none(tmp_path, first, second):
+    prints = {
+        print_of(tmp_path, f"{one}\nz = 0\n{other}\n")
+        for one, other in ((first, second), (second, first))
+    }
+    assert len(prints) == 2
+
+
+def test_other_files_count_byte_by_byte(tmp_path):
     first, second = tmp_path / "a.py", tmp_path / "b.yaml"
     first.write_text(CODE)
     second.write_text("task: x  # version 1\n")
     both = provenance.fingerprint(first, second)
     assert both == provenance.fingerprint(second, first)
-    second.write_text("task: x  # version 2\n")  # no Python: every byte counts
+    second.write_text("task: x  # version 2\n")
     assert both != provenance.fingerprint(first, second)
 
 

@@ -4,6 +4,7 @@ Each kind of edit is done to a copy of the project in which everything is finish
 what it would do. `PYTHONPATH=tests python tests/pipeline/test_reruns.py` prints the table.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -44,6 +45,19 @@ def remarks(project: Path) -> None:
         os.utime(file)
 
 
+def moved(project: Path) -> None:
+    """The first function of step.py goes to a file of its own."""
+    step, new = (project / "sts/pipeline/train" / name for name in ("step.py", "new.py"))
+    text = step.read_text()
+    imports = [n for n in ast.parse(text).body if isinstance(n, ast.Import | ast.ImportFrom)]
+    function = next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef))
+    formula = ast.get_source_segment(text, function)
+    assert formula and not function.decorator_list
+    head = "\n".join(map(ast.unparse, imports))
+    new.write_text(f"{head}\n\n\n{formula}\n")
+    step.write_text(text.replace(formula, f"from sts.pipeline.train.new import {function.name}"))
+
+
 def new_knobs(project: Path) -> None:
     """Each at its neutral value: of a stage, of VTC, of an evaluation."""
     config, library = project / "sts/pipeline/config", project / "sts/settings.py"
@@ -70,6 +84,7 @@ def one_stage_more(project: Path) -> None:
 
 EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "comment": ("a comment, a docstring, formatting, dates of files", remarks),
+    "moved": ("a formula that moves to another file, as it is", moved),
     "progress": (
         "a progress bar, tracking, what the history notes",
         formula("pipeline/run/bar.py", "pipeline/run/progress.py", "pipeline/run/tracking.py"),
@@ -131,7 +146,17 @@ def row(name: str, project: Path) -> str:
     return f"| {text} | {again(project)} |\n"
 
 
-DAILY = ("comment", "knob", "kind", "other formula", "used formula", "mini", "benchmark", "stage")
+DAILY = (
+    "comment",
+    "moved",
+    "knob",
+    "kind",
+    "other formula",
+    "used formula",
+    "mini",
+    "benchmark",
+    "stage",
+)
 
 
 @pytest.mark.parametrize(

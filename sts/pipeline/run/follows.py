@@ -1,14 +1,16 @@
 """What a job follows of the code: the files whose formulas its result depends on.
 
-A training follows all that its story (train.py) imports, directly or not, and the file of each VTC
-kind and LDS part that it uses. Left out are the observers, which only look on or whose effect
-stands in the configuration's values, and the rooms of VTC and LDS where these don't act: an idle
-scheme trains as no scheme does. Standard library and names alone, so that the workflow can ask in
-any environment.
+Folders are the rule. A job follows the file that does its work and all of this package that it
+imports, directly or not, except `LOOKS_ON`: what only says values, or looks on. So a training,
+whose story is train.py, follows the library, data/ and train/. Of VTC and LDS it follows the files
+of the kind and the parts that it uses, and nothing where they don't act: an idle scheme trains as
+none does.
+
+Standard library and names alone, so that the workflow can ask in any environment.
 """
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,59 +18,75 @@ from sts import lds, vtc
 from sts.pipeline.config import CODE, StageConfig
 from sts.pipeline.run.provenance import fingerprint
 
-STORY = CODE / "pipeline" / "train/train.py"
+STORY = CODE / "pipeline/train/train.py"
 ARCHITECTURES = CODE / "architectures"
 JOINED = ARCHITECTURES / "llava.py"  # of the model that is joined of parts
-LOOKS_ON = [
-    *(CODE / "pipeline" / room for room in ("config", "cost", "run", "tasks", "files.py")),
-    *(CODE / name for name in ("checks.py", "settings.py", "realised.py")),
-    ARCHITECTURES / "_refused.py",
-]
-
-
-def looks_on(file: Path) -> bool:
-    """Whether a file only looks on, or its effect stands in the configuration's values."""
-    return any(file.is_relative_to(room) for room in LOOKS_ON)
-
-
 ROOMS = {"vtc": (CODE / "compression.py", CODE / "vtc"), "lds": (CODE / "lds",)}
+LOOKS_ON = tuple(
+    CODE / name
+    for name in (
+        "pipeline/config",  # values, which a job follows as values
+        "pipeline/plan.py",  # who trains what
+        "pipeline/tasks",  # of these an evaluation follows the files of its benchmarks
+        "pipeline/cost",  # what it costs; rules name the files whose numbers a manifest has
+        "pipeline/run",  # where it runs, how far it is
+        "pipeline/files.py",  # how files are read and written
+        "settings.py",  # values
+        "checks.py",  # errors
+        "architectures/_refused.py",  # errors
+        "realised.py",  # counts of what was done
+    )
+)
 
 
 def training(stage: StageConfig, family: str = "joined") -> list[Path]:
-    """The source files that a training of this stage follows; family: of the model. A whole
-    checkpoint may be of any architecture."""
+    """The source files that a training follows.
+
+    Args:
+        stage: The block of the stage.
+        family: That of the model; a `whole` checkpoint may be of any architecture.
+    """
     files: set[Path | None] = {STORY, JOINED}
+    idle: tuple[Path, ...] = ()
     if family == "whole":
         files |= set(ARCHITECTURES.glob("*.py"))
     if stage.compresses:
         files.add(vtc.source_of(stage.vtc.kind))
+    else:
+        idle += ROOMS["vtc"]
     if stage.skips:
         files |= {lds.source_of(name) for name in (stage.lds.depth, stage.lds.unit)}
-    acts = {"vtc": stage.compresses, "lds": stage.skips}
-    closed = [room for name, rooms in ROOMS.items() if not acts[name] for room in rooms]
-    return _without(files - {None}, closed)
+    else:
+        idle += ROOMS["lds"]
+    return imported(files - {None}, idle)
 
 
-def _without(files: set[Path], closed: list[Path]) -> list[Path]:
-    """The files and what they import, without observers and the rooms that are closed."""
+def imported(files: Iterable[Path], idle: Iterable[Path] = ()) -> list[Path]:
+    """The files and all of this package that they import, directly or not.
 
-    def left_out(file: Path) -> bool:
-        return looks_on(file) or any(file.is_relative_to(room) for room in closed)
-
-    return imported(files, left_out)
-
-
-def imported(files: Iterable[Path], left_out: Callable[[Path], bool] = looks_on) -> list[Path]:
-    """The files and all of this package that they import, directly or not, but for those that are
-    left out. Imports that serve type checking alone don't count."""
-    found: set[Path] = set()
+    Args:
+        files: Where to begin. Imports that serve type checking alone don't count.
+        idle: Files and folders that are left out besides `LOOKS_ON`.
+    """
+    left_out = (*LOOKS_ON, *idle)
+    followed: set[Path] = set()
     waiting = list(files)
     while waiting:
         file = waiting.pop()
-        if file not in found and not left_out(file):
-            found.add(file)
+        if file not in followed and not _is_in(file, left_out):
+            followed.add(file)
             waiting += imports(file)
-    return sorted(found)
+    return sorted(followed)
+
+
+def looks_on(file: Path) -> bool:
+    """Whether a file is in `LOOKS_ON`."""
+    return _is_in(file, LOOKS_ON)
+
+
+@cache
+def _is_in(file: Path, rooms: tuple[Path, ...]) -> bool:
+    return any(map(file.is_relative_to, rooms))
 
 
 @cache

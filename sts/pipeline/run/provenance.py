@@ -14,52 +14,121 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 CODE = Path(__file__).resolve().parents[2]
 
 
 def fingerprint(*files: str | Path) -> str:
-    """Hash of what Python files compute: 16 hex digits, whatever the order of the files.
+    """Hash of what files compute: 16 hex digits.
 
-    Comments, docstrings and formatting don't count, nor does the Python version; a changed formula,
-    name or file does. Other files (YAML tasks) count byte by byte. Raises FileNotFoundError, and
-    SyntaxError naming the file.
+    Of Python files their top-level definitions count, as a set: not in which file one stands, nor
+    where in it, nor imports, comments, docstrings, formatting or the Python version. So a formula
+    that moves between the files changes nothing. Statements that bind the same name count in their
+    order, and so do those of a file that bind none (`register(x)`). Where files define a name
+    differently, a definition counts together with the one of its own file that it mentions. Other
+    files (YAML tasks, weights) count byte by byte, and by name.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        SyntaxError: A file is no Python; names it.
     """
-    digests = sorted(_code_digest(Path(file)) for file in files)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    definitions_of = [_definitions(Path(file)) for file in files]
+    versions = defaultdict(set)
+    for definition in chain(*definitions_of):
+        for name in definition.binds:
+            versions[name].add(definition.digest)
+    digests = set()
+    for definitions in definitions_of:
+        ambiguous = {
+            name: definition.digest
+            for definition in definitions
+            for name in definition.binds
+            if len(versions[name]) > 1
+        }
+        for definition in definitions:
+            names = sorted(definition.mentions & ambiguous.keys())
+            digests.add(_hash(definition.digest + "".join(ambiguous[name] for name in names)))
+    return _hash("".join(sorted(digests)))[:16]
 
 
-def _code_digest(path: Path) -> str:
+class _Definition(NamedTuple):
+    """What binds a name at the top level of a file: one statement, or all that bind it in turn."""
+
+    binds: set[str]
+    mentions: set[str]
+    digest: str
+
+
+def _definitions(path: Path) -> list[_Definition]:
     source = path.read_bytes()
     if path.suffix == ".py":
-        return _formulas_digest(source, str(path))
-    return hashlib.sha256(source).hexdigest()
+        return _definitions_in(source, str(path))
+    return [_Definition(set(), set(), _hash(path.name + hashlib.sha256(source).hexdigest()))]
 
 
 @cache
-def _formulas_digest(source: bytes, filename: str) -> str:
+def _definitions_in(source: bytes, filename: str) -> list[_Definition]:
     """Many jobs follow the same files, and to parse them is most of what a dry run would take."""
-    formulas = _canonical(_bare(ast.parse(source, filename=filename)))
-    return hashlib.sha256(formulas.encode()).hexdigest()
+    groups: dict[str, list[ast.stmt]] = {}
+    group_of: dict[str, str] = {}
+    for statement in _bare(ast.parse(source, filename=filename)).body:
+        names = _bound(statement)
+        group = next((group_of[name] for name in names if name in group_of), next(iter(names), ""))
+        group_of |= dict.fromkeys(names, group)
+        groups.setdefault(group, []).append(statement)
+    return [
+        _Definition(
+            binds=set().union(*map(_bound, statements)),
+            mentions={n.id for s in statements for n in ast.walk(s) if isinstance(n, ast.Name)},
+            digest=_hash(_canonical(statements)),
+        )
+        for statements in groups.values()
+    ]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """Names that a definition or an assignment binds; none of any other statement."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [statement.name]
+    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = getattr(statement, "targets", None) or [statement.target]
+        nodes = (node for target in targets for node in ast.walk(target))
+        return [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return []
 
 
 def _bare(tree: ast.Module) -> ast.Module:
-    """The tree without strings that stand alone as a statement: docstrings do nothing."""
+    """The tree without statements that compute nothing."""
     for node in ast.walk(tree):
         for name in ("body", "orelse", "finalbody"):
             body = getattr(node, name, None)
             if isinstance(body, list):
-                kept = [statement for statement in body if not _is_text(statement)]
+                kept = [statement for statement in body if not _computes_nothing(statement)]
                 # a function of which nothing is left needs a body to be valid
                 needs_body = body and not isinstance(node, ast.Module)
                 setattr(node, name, kept or ([ast.Pass()] if needs_body else []))
     return tree
+
+
+def _computes_nothing(statement: ast.stmt) -> bool:
+    """Whether a statement is a docstring, an import, or serves imports alone."""
+    if isinstance(statement, ast.If):
+        return getattr(statement.test, "id", "") == "TYPE_CHECKING" and not statement.orelse
+    if isinstance(statement, ast.Expr):
+        return isinstance(getattr(statement.value, "value", None), str)
+    return isinstance(statement, ast.Import | ast.ImportFrom) or _bound(statement) == ["__all__"]
 
 
 def _canonical(node: Any) -> str:
@@ -78,14 +147,6 @@ def _canonical(node: Any) -> str:
         if name not in ("ctx", "kind") and value is not None and value != []
     ]
     return f"{type(node).__name__}({', '.join(fields)})"
-
-
-def _is_text(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
 
 
 def missing_packages(folder: str | Path = CODE) -> list[str]:

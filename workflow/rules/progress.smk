@@ -6,25 +6,22 @@ from snakemake.settings.enums import Quietness
 from sts.pipeline.run import progress
 
 
-def stage_size(stage, steps):
+def samples(stage, steps):
     """Samples that so many steps put through the model of one process, a forward pass as one."""
     passes = 2 if stage.trains == ["projector"] else 3  # of which one for gradients of weights
     return passes * stage.batch_size * stage.gradient_accumulation_steps * steps
 
 
 def job_size(job):
-    """The same of a whole job; 0 for one of some seconds, or of which nothing is known."""
+    """The samples of a whole job; 0 for one of some seconds, or of which nothing is known."""
     if job.rule.name == "train":
-        stage = stage_of(job.wildcards)
-        return stage_size(stage, stage.steps)
-    if job.rule.name == "evaluate":
-        asked = CONFIGS[job.wildcards.ablation].evaluate
-        questions = asked.limit or SCALE.data.scenes.test
-        return questions * len(asked.benchmarks) * (1 + asked.blind)
+        return samples(stage_of(job.wildcards), stage_of(job.wildcards).steps)
     if job.rule.name == "timing":
-        return sum(
-            stage_size(stage, SCALE.bench.steps) for stage in PLAN.stages(job.wildcards.group)
-        )
+        return sum(samples(stage, SCALE.bench.steps) for stage in PLAN.stages(job.wildcards.group))
+    if job.rule.name == "evaluate":
+        block = CONFIGS[job.wildcards.ablation].evaluate
+        questions = block.limit or SCALE.data.scenes.test
+        return questions * len(block.benchmarks) * (1 + block.blind)
     return 0
 
 
@@ -57,14 +54,14 @@ def show_progress():
         if workflow.touch or quiet or not every:
             return
         handlers = {handler.name: handler for handler in logger.handlers}
-        there_is = workflow.scheduler.global_resources
+        limits = workflow.scheduler.global_resources
         end_progress = progress.follow(
             call_jobs(),
-            lambda job: (job in workflow.scheduler.running, workflow.dag.finished(job)),
-            {name: n for name, n in there_is.items() if n < sys.maxsize},
-            handlers.get("DefaultStreamHandler"),
-            logger.info,
-            every,
+            status=lambda job: (job in workflow.scheduler.running, workflow.dag.finished(job)),
+            available={name: n for name, n in limits.items() if n < sys.maxsize},
+            handler=handlers.get("DefaultStreamHandler"),
+            say=logger.info,
+            every=every,
         )
     except Exception as error:  # another Snakemake, or a wrong STS_PROGRESS: the call goes on
         logger.info(f"No lines of progress: {error!r}")

@@ -7,43 +7,39 @@ model say how long it takes beside the others. No torch: the workflow reads this
 """
 
 import logging
+import math
 import os
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
-SMALL = 10.0  # seconds of a job without `size` before one of its kind was seen: mostly imports
+SMALL = 10.0  # seconds of a job without `size` before one of its kind was measured: mostly imports
 BAR = re.compile(r"(\d+)/(\d+) \[([\d:]+)<[^\]]*(?:step/s|s/step)")  # of sts/pipeline/run/bar.py
 
 
 @dataclass
 class Job:
-    """A job of this call. `see` notes what becomes of it.
+    """A job of this call, and what `see` noted of it."""
 
-    kind: jobs of one kind take equally long per unit of `size`. size: samples that go through the
-    model, a forward pass of one as the unit; 0 for a job of some seconds. uses: what it holds while
-    it runs, as {"_cores": 2}. needs: ids of jobs that must be done before. steps: of a training,
-    whose bar `log` shows. idle: it runs nothing.
-    """
-
-    kind: str
-    size: float = 0.0
-    uses: Mapping[str, float] = field(default_factory=dict)
-    needs: tuple[Hashable, ...] = ()
-    steps: int = 0
+    kind: str  # jobs of one kind take equally long per unit of size
+    size: float = 0.0  # samples through the model, a forward pass as the unit; 0: of some seconds
+    uses: Mapping[str, float] = field(default_factory=dict)  # while it runs, as {"_cores": 2}
+    needs: tuple[Hashable, ...] = ()  # ids of jobs that must be done before
+    steps: int = 0  # of a training, whose bar is in its log
     log: Path | None = None
-    idle: bool = False
-    began: float | None = None
+    idle: bool = False  # whether it runs nothing
+    began: float | None = None  # seconds of any clock
     ended: float | None = None
     bar: tuple[int, int, float] | None = None  # first step here, steps done, seconds for these
 
     def see(self, running: bool, finished: bool, now: float) -> None:
-        """Note when it began and ended, in seconds of any clock, and how far its bar is."""
+        """Note when it began and ended, and how far its bar is."""
         if self.ended is not None or not (running or finished):
             return
         if self.began is None:
@@ -53,11 +49,31 @@ class Job:
         if finished:
             self.ended = now
 
+    def measured(self) -> tuple[float, float] | None:
+        """(seconds, size of what was done in them); None before anything is known."""
+        if self.steps:  # without a bar it found its weights ready, and says nothing of the others
+            first, steps, seconds = self.bar or (0, 0, 0.0)
+            return (seconds, self.size * (steps - first) / self.steps) if seconds else None
+        return None if self.ended is None or self.idle else (self.ended - self.began, self.size)
+
+    def spent(self, now: float) -> float:
+        """Seconds that it has run."""
+        return 0.0 if self.began is None else (self.ended or now) - self.began
+
+    def left(self, expected: float, now: float) -> float:
+        """Seconds until it ends, if all of it takes `expected`; a bar says it better."""
+        if self.ended is not None:
+            return 0.0
+        first, steps, seconds = self.bar or (0, 0, 0.0)
+        if seconds and steps > first:
+            return seconds / (steps - first) * (self.steps - steps)
+        return max(0.0, expected - self.spent(now))
+
 
 def last_bar(log: Path, steps: int) -> tuple[int, int, float] | None:
     """(step it began with, steps done, seconds in between) by the bar of a training in its log."""
     text = log.read_text(errors="replace") if log.exists() else ""
-    bars = [(int(done), spent) for done, total, spent in BAR.findall(text) if int(total) == steps]
+    bars = [(int(done), time) for done, total, time in BAR.findall(text) if int(total) == steps]
     if not bars:
         return None
     seconds = 0
@@ -67,62 +83,39 @@ def last_bar(log: Path, steps: int) -> tuple[int, int, float] | None:
 
 
 def line(jobs: Mapping[Hashable, Job], available: Mapping[str, float], now: float) -> str:
-    """As `12 of 41 jobs, 38 % of the work, about 14 min left`.
-
-    available: how much there is of what jobs use. now: on the clock of `Job.see`.
-    """
-    done = sum(job.ended is not None for job in jobs.values())
-    text = f"{done} of {len(jobs)} jobs"
-    seconds = durations(jobs.values())
+    """As `12 of 41 jobs, 38 % of the work, about 14 min left`; available: how much there is of what
+    jobs use; now: on the clock of `Job.see`."""
+    text = f"{sum(job.ended is not None for job in jobs.values())} of {len(jobs)} jobs"
+    seconds = durations(list(jobs.values()))
     if seconds is None:
         return f"{text}, time left not known yet"
-    left = {id: _left(job, seconds(job), now) for id, job in jobs.items()}
-    spent = {id: _spent(job, now) for id, job in jobs.items()}
-    past, future = (
-        sum(jobs[id].uses.get("_cores", 1) * value for id, value in part.items())
-        for part in (spent, left)
-    )
+    left = {id: job.left(seconds(job), now) for id, job in jobs.items()}
+    cores = {id: job.uses.get("_cores", 1) for id, job in jobs.items()}
+    past = sum(cores[id] * job.spent(now) for id, job in jobs.items())
+    future = sum(cores[id] * left[id] for id in jobs)
     share = past / (past + future) if past + future else 1.0
     time_left = words(until_the_end(jobs, left, available))
     return f"{text}, {100 * share:.0f} % of the work, {time_left} left"
 
 
-def durations(jobs: Iterable[Job]) -> Callable[[Job], float] | None:
+def durations(jobs: Sequence[Job]) -> Callable[[Job], float] | None:
     """What gives the seconds that a job is expected to take; None while nothing was measured."""
-    sized: dict[str, list[tuple[float, float]]] = {}  # kind -> (seconds, size of what they did)
-    small: dict[str, list[float]] = {}
-    waiting = False
+    by_kind: dict[str, list[tuple[float, float]]] = {}
     for job in jobs:
-        waiting |= bool(job.size) and job.ended is None
-        if job.steps:  # one without a bar found its weights ready, and says nothing of the others
-            first, steps, seconds = job.bar or (0, 0, 0.0)
-            if steps > first and seconds:
-                sized.setdefault(job.kind, []).append(
-                    (seconds, job.size * (steps - first) / job.steps)
-                )
-        elif job.ended is not None and not job.idle:
-            if job.size:
-                sized.setdefault(job.kind, []).append((job.ended - job.began, job.size))
-            else:
-                small.setdefault(job.kind, []).append(job.ended - job.began)
-    if waiting and not sized:
+        if pair := job.measured():
+            by_kind.setdefault(job.kind, []).append(pair)
+    sized = [pair for pairs in by_kind.values() for pair in pairs if pair[1]]
+    if not sized and any(job.size and job.ended is None for job in jobs):
         return None
 
-    def pace(kind: str) -> float:
-        """Seconds per unit of size: of this kind, else of all."""
-        found = sized.get(kind) or [pair for pairs in sized.values() for pair in pairs]
-        seconds, size = map(sum, zip(*found, strict=True))
-        return seconds / size
-
-    def of(job: Job) -> float:
-        if job.idle:
+    def expected(job: Job) -> float:
+        if job.idle or job.ended is not None:
             return 0.0
-        if job.size:
-            return job.size * pace(job.kind) if sized else 0.0
-        seen = small.get(job.kind)
-        return sum(seen) / len(seen) if seen else SMALL
+        pairs = by_kind.get(job.kind) or (sized if job.size else [(SMALL, 0.0)])
+        seconds, size = map(sum, zip(*pairs, strict=True))
+        return job.size * seconds / size if job.size else seconds / len(pairs)
 
-    return of
+    return expected
 
 
 def until_the_end(
@@ -130,13 +123,10 @@ def until_the_end(
 ) -> float:
     """Seconds until the last job ends: what is left, shared out among what there is, and no less
     than the longest row of jobs that wait for each other."""
-    ends: dict[Hashable, float] = {}
 
+    @cache
     def end(id: Hashable) -> float:
-        if id not in ends:
-            before = (end(other) for other in jobs[id].needs if other in jobs)
-            ends[id] = left[id] + max(before, default=0.0)
-        return ends[id]
+        return left[id] + max((end(other) for other in jobs[id].needs if other in jobs), default=0)
 
     shared = (
         sum(job.uses.get(name, 0) * left[id] for id, job in jobs.items()) / amount
@@ -151,26 +141,9 @@ def words(seconds: float) -> str:
     minutes = seconds / 60
     if minutes < 1:
         return "less than a minute"
-    if minutes < 20:
-        return f"about {minutes:.0f} min"
-    if minutes < 115:
-        return f"about {5 * round(minutes / 5)} min"
-    if minutes < 48 * 60:
-        return f"about {minutes / 60:.0f} h"
-    return f"about {minutes / 60 / 24:.0f} days"
-
-
-def _spent(job: Job, now: float) -> float:
-    return 0.0 if job.began is None else (now if job.ended is None else job.ended) - job.began
-
-
-def _left(job: Job, expected: float, now: float) -> float:
-    if job.ended is not None:
-        return 0.0
-    first, steps, seconds = job.bar or (0, 0, 0.0)
-    if steps > first and seconds:
-        return seconds / (steps - first) * (job.steps - steps)
-    return max(0.0, expected - _spent(job, now))
+    steps = ((20, 1, 1, "min"), (115, 1, 5, "min"), (2880, 60, 1, "h"), (math.inf, 1440, 1, "days"))
+    unit, step, name = next(rest for limit, *rest in steps if minutes < limit)
+    return f"about {step * round(minutes / unit / step)} {name}"
 
 
 # ---- what shows it ------------------------------------------------------------------------------
@@ -184,18 +157,25 @@ def follow(
     say: Callable[[str], None],
     every: float,
 ) -> Callable[[], None]:
-    """Show `line` from a thread until all jobs are done, or what is returned is called.
+    """Show `line` from a thread until all jobs are done. Whatever goes wrong ends the line and not
+    the call.
 
-    status: whether a job (its id) runs, and whether it is finished. handler: what writes the call's
-    messages; the line stays below them if that is a terminal, else `say` gets one every `every`
-    seconds. Whatever goes wrong ends the line and not the call.
+    Args:
+        jobs: All jobs of the call, by an id.
+        status: Says of an id whether its job runs, and whether it is finished.
+        available: How much there is of what jobs use.
+        handler: What writes the call's messages; on a terminal the line stays below them.
+        say: Takes a line elsewhere, `every` so many seconds.
+
+    Returns:
+        What ends the line at once.
     """
     over = threading.Event()
-    lively = handler and handler.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    terminal = Terminal(handler) if lively else None
+    is_lively = handler and handler.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    terminal = Terminal(handler) if is_lively else None
 
     def watch() -> None:
-        said = time.monotonic()
+        latest = time.monotonic()
         try:
             while not over.wait(1) and any(job.ended is None for job in jobs.values()):
                 now, active = time.monotonic(), False
@@ -205,8 +185,8 @@ def follow(
                     active |= running
                 if terminal:
                     terminal.show(line(jobs, available, now) if active else "")
-                elif active and now - said >= every:
-                    said = now
+                elif active and now - latest >= every:
+                    latest = now
                     say(line(jobs, available, now))
         except Exception as error:  # a broken pipe, another version of Snakemake
             say(f"No more lines of progress: {error!r}")

@@ -40,7 +40,8 @@ SCHEDULES: dict[str, Schedule] = {
 def strength(t: float, schedule: str, dense_tail: float = 0.0) -> float:
     """S(t) in [0, 1]; 0 in the last `dense_tail` share of the stage.
 
-    Raises ValueError for an unknown schedule or a share outside [0, 1].
+    Raises:
+        ValueError: An unknown schedule, or a share outside [0, 1].
     """
     expect(0 <= t <= 1, "t", t, "a number in [0, 1]")
     expect(schedule in SCHEDULES, "schedule", schedule, f"one of {', '.join(SCHEDULES)}")
@@ -59,8 +60,14 @@ def keep_at(t: float, keep: float, schedule: str, dense_tail: float = 0.0) -> fl
 def share_done(
     step: int, total_steps: int | None, clock: str = "steps", steps_per_epoch: int | None = None
 ) -> float:
-    """t at optimizer step `step` (0 = first): step / total_steps, or with the clock `epochs` the
-    whole epochs done / all epochs; 0 where the stage's length is not known."""
+    """t, the share of a stage that is done.
+
+    Args:
+        step: Optimizer steps done.
+        total_steps: Of the stage; None: not known, and t stays 0.
+        clock: t moves with each step (`steps`) or with each epoch (`epochs`).
+        steps_per_epoch: For the clock `epochs`.
+    """
     if total_steps is None:
         return 0.0
     if clock == "epochs":

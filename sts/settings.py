@@ -24,7 +24,7 @@ def setting(default: Any, accepted: Any, help: str, *, neutral: bool = False) ->
     """A field of VTC or LDS.
 
     Args:
-        default: Its value where none is given; None: that of the policy.
+        default: Its value if it is not set; None: that of the policy.
         accepted: What it may be: Names, Interval, Layers or Flag of sts/checks.py.
         help: What it does, in a sentence.
         neutral: At its default the setting does nothing. There it is no part of what a result
@@ -60,7 +60,7 @@ class _Settings:
 
     @property
     def timed(self) -> bool:
-        """Whether it depends on how far the stage is."""
+        """Whether its strength changes over the stage."""
         return self.schedule != "constant" or self.dense_tail > 0
 
 
@@ -95,8 +95,8 @@ class VTC(_Settings):
 class LDS(_Settings):
     """Layer dynamic skipping of one stage: p_l(t) = rate x S(t) x D(l).
 
-    A policy is a named choice of schedule, depth, draw, unit and protected layers; a part given
-    here takes the place of the policy's.
+    A policy is a named choice of schedule, depth, draw, unit and protected layers; a part that is
+    set here takes the place of the policy's.
     """
 
     # fmt: off
@@ -141,7 +141,12 @@ class LDS(_Settings):
         self._check_chances(2)
 
     def check_layers(self, num_layers: int) -> None:
-        """Raise ValueError for what a language model of `num_layers` decoder layers can't have."""
+        """Check the settings against a language model of `num_layers` decoder layers.
+
+        Raises:
+            ValueError: More layers are protected than there are, none is left to skip, a chance is
+                above 1, or no layer might run.
+        """
         for name in ("protect_first", "protect_last"):
             value = getattr(self, name)
             expect(value <= num_layers, f"LDS.{name}", value, f"at most {num_layers} layers")
@@ -165,7 +170,7 @@ class LDS(_Settings):
         )
 
     def _check_chances(self, layers: int) -> None:
-        """Every chance must be a probability: with the most uneven measurement there can be."""
+        """Raise ValueError for a chance above 1, at the most uneven measurement there is."""
         largest = max(DEPTHS[self.depth].weights(layers, self, range(layers)))
         likeliest = self.rate * largest
         expect(
@@ -173,7 +178,7 @@ class LDS(_Settings):
             "LDS.rate",
             self.rate,
             f"at most {_down(1 / max(largest, 1))}: with depth={self.depth!r} and "
-            f"epsilon={self.epsilon} the likeliest layer would be left out with probability "
+            f"epsilon={self.epsilon} the likeliest layer would be skipped with probability "
             f"{likeliest:.3g}",
         )
 
@@ -194,7 +199,7 @@ class LDS(_Settings):
 
 
 def _down(limit: float) -> str:
-    """A limit in three digits, of which it is never said that it is not accepted."""
+    """A limit in three digits, rounded down so that it is accepted itself."""
     return f"{math.floor(1000 * limit + 1e-9) / 1000:g}"
 
 

@@ -15,6 +15,7 @@ from sts.lds import DEPTHS, POLICIES, UNITS
 from sts.schedule import SCHEDULES
 from sts.vtc import KINDS
 
+ROOT = Path(__file__).parents[2]
 SHARE, OPEN = "a number in [0, 1]", "a number in (0, 1]"
 PARTS = ("schedule", "depth", "draw", "unit", "protect_first", "protect_last")
 
@@ -261,6 +262,13 @@ def test_every_formula_is_filled_in(policy):
 # ---- no torch ----------------------------------------------------------------------------------
 
 
+def test_kinds_and_parts_know_nothing_of_the_settings_that_are_made_of_them():
+    """An import of sts.settings there, for types alone too, would be a circle."""
+    files = [file for room in ("lds", "vtc") for file in (ROOT / "sts" / room).glob("*.py")]
+    assert len(files) > 10
+    assert [file.name for file in files if "from sts.settings" in file.read_text()] == []
+
+
 def test_settings_need_neither_torch_nor_pydantic():
     code = f"""
 import sys
@@ -287,10 +295,9 @@ for schedule in {sorted(SCHEDULES)}:
 for kind in {sorted(KINDS)}:
     VTC(kind)
 """
-    root = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": root},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

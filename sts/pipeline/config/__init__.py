@@ -1,10 +1,10 @@
 """Typed configuration: what a scale and an ablation may say, and what every value means.
 
-A *scale* file (`workflow/config/*.yaml`) gives the values that differ from the mini scale, and that
-one those that differ from the defaults of the blocks. An entry of `workflow/ablations.yaml` is a
-named delta of a scale. Everything is checked before anything runs; a `ConfigError` names the file,
-the key, the value and what is accepted. Only pydantic and yaml are needed, so that the workflow can
-read it in any environment.
+The blocks hold the defaults. `workflow/config/mini.yaml` gives the recipe of the mini scale,
+another *scale* file (`workflow/config/*.yaml`) what differs from it, and an entry of
+`workflow/ablations.yaml` is a named delta of a scale. Everything is checked before anything runs; a
+`ConfigError` names the file, the key, the value and what is accepted. Only pydantic and yaml are
+needed, so that the workflow reads it in any environment.
 """
 
 from sts.pipeline.config.base import CODE, MINI, NAME, Block, Number, datasets, deep_merge

@@ -47,7 +47,7 @@ def parsed(model: type[ModelT], content: Any, file: str | Path, ablation: str = 
     raise ConfigError(file, key_in_file(ablation, key), value, accepted)
 
 
-_TAGS = ("", "[key]", "[one]", "[parts]")  # what pydantic puts into a key that nobody wrote
+_TAGS = ("", "[key]", "[rate]", "[rates]")  # what pydantic puts into a key that nobody wrote
 
 
 def key_in_file(ablation: str, key: str) -> str:

@@ -27,8 +27,8 @@ BACKBONE = "backbone"  # what the first stage starts from
 RESERVED = (BACKBONE, "model", "evaluate", "eval")
 Part = Literal["projector", "language_model", "vision_tower", "lora"]
 RateOfParts = Annotated[
-    Annotated[Rate, Tag("[one]")] | Annotated[dict[Part, Rate], Tag("[parts]")],
-    Discriminator(lambda value: "[parts]" if isinstance(value, Mapping) else "[one]"),
+    Annotated[Rate, Tag("[rate]")] | Annotated[dict[Part, Rate], Tag("[rates]")],
+    Discriminator(lambda value: "[rates]" if isinstance(value, Mapping) else "[rate]"),
 ]
 
 

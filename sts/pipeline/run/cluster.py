@@ -3,7 +3,6 @@
 Standard library and the configuration only: the Snakefile asks in any environment.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -11,8 +10,9 @@ import time
 from pathlib import Path
 
 from sts.pipeline.config import StageConfig
+from sts.pipeline.files import read_json
 
-# Snakemake's plugin names all jobs of a call by one random UUID, after a prefix if one was given
+# Snakemake's plugin names all jobs of a call by a random UUID, after a prefix if it has one
 OURS = re.compile(r"(\S+_)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 # Mount options (NFS, Lustre) with which a lock holds between processes of one host only
 OWN_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock"}
@@ -21,11 +21,10 @@ UNKNOWN = {"mem_mb": 32_000, "runtime": 480}
 
 
 def request(file: str | Path, job: str) -> dict[str, int]:
-    """Host memory (`mem_mb`) and minutes (`runtime`) that a job asks for: what `file`, which
-    `python -m sts requests` wrote, says of it, if it is there and does."""
-    file = Path(file)
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return found.get(job, UNKNOWN)
+    """Host memory (`mem_mb`) and minutes (`runtime`) that a job asks for, by the file that
+    `python -m sts requests` wrote; `UNKNOWN` if that is missing or doesn't name the job."""
+    requests = read_json(file) if Path(file).exists() else {}
+    return requests.get(job, UNKNOWN)
 
 
 def cores(stage: StageConfig) -> int:
@@ -55,21 +54,24 @@ def left_jobs(folder: str | Path, listing: str | None = None) -> list[str]:
     listing: lines `id|folder|name`, by default squeue's; none without Slurm.
     """
     if listing is None:
-        there_is = shutil.which("squeue")
-        listing = _slurm("squeue", "--me", "--noheader", "--format=%i|%Z|%j") if there_is else ""
-    here = Path(folder).resolve()
+        has_slurm = shutil.which("squeue")
+        listing = _slurm("squeue", "--me", "--noheader", "--format=%i|%Z|%j") if has_slurm else ""
     jobs = [line.split("|", 2) for line in listing.splitlines()]
     return [
-        id for id, there, name in jobs if OURS.fullmatch(name) and Path(there).resolve() == here
+        id
+        for id, place, name in jobs
+        if OURS.fullmatch(name) and Path(place).resolve() == Path(folder).resolve()
     ]
 
 
 def cancel_left_jobs(folder: str | Path, patience: float = 300) -> list[str]:
-    """Cancel the jobs of `left_jobs` and wait until they are over; their ids.
+    """Cancel the jobs of `left_jobs` and wait until they are over; returns their ids.
 
-    Whoever calls must be the only call alive in `folder`: then they are of one that was killed, and
-    would hold what they were given while the same jobs wait for them. Raises RuntimeError
-    if some are there after `patience` seconds, or if Slurm does not answer.
+    Whoever calls must be the only call alive in `folder`: then these jobs are of one that was
+    killed, and would keep their GPUs while the same jobs of this call wait for them.
+
+    Raises:
+        RuntimeError: Some are not over after `patience` seconds, or Slurm does not answer.
     """
     left = jobs = left_jobs(folder)
     if jobs:
@@ -93,15 +95,14 @@ def _slurm(*command: str) -> str:
 
 def locks_reach_other_hosts(folder: str | Path, mounts: str | None = None) -> bool:
     """Whether a host that sees `folder` too would see a lock on a file in it, by how the folder is
-    mounted. mounts: text of /proc/self/mounts, by default read; True where there is none."""
+    mounted. mounts: text of /proc/self/mounts, by default read; True where that is missing."""
     if mounts is None:
         table = Path("/proc/self/mounts")
         mounts = table.read_text() if table.exists() else ""
-    here, found = Path(folder).resolve(), []
+    longest, options = 0, ""  # of the mounts that hold the folder the innermost counts
     for line in mounts.splitlines():
-        _, point, _, options, *_ = line.split(" ")
+        _, point, _, point_options, *_ = line.split(" ")
         point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point)
-        if here.is_relative_to(point):
-            found.append((len(point), options.split(",")))
-    options = max(found, default=(0, []), key=lambda one: one[0])[1]
-    return not OWN_LOCKS & set(options)
+        if Path(folder).resolve().is_relative_to(point) and len(point) > longest:
+            longest, options = len(point), point_options
+    return not OWN_LOCKS & set(options.split(","))

@@ -215,12 +215,12 @@ def _git(folder: str | Path, *arguments: str) -> str:
 
 def packages() -> dict[str, str]:
     """Installed distributions and their versions, by name."""
-    found = {}
+    versions: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
         if name:  # a half-removed package leaves a nameless folder behind
-            found.setdefault(name.lower(), distribution.version)
-    return dict(sorted(found.items()))
+            versions.setdefault(name.lower(), distribution.version)
+    return dict(sorted(versions.items()))
 
 
 def hardware() -> dict[str, Any]:

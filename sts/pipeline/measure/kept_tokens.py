@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from sts.pipeline.data.rows import images_of
-from sts.pipeline.files import read_json
+from sts.pipeline.files import read_json, write_text_atomic
 from sts.pipeline.train.joined import TOWERS, image_processor, load_tower
 from sts.vtc import KINDS, compress, kind_of, wants
 
@@ -29,16 +29,24 @@ CHANNELS = 8  # of the features through which a kind's weights are measured
 
 
 def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict[str, Any]:
-    """Compress the first picture of a prepared data set by every kind; write and return `out`.
+    """Compress the first picture of a prepared data set by every kind; write and return the result.
 
-    backbone, data: manifests. The result: `picture`, what the vision tower sees, as PNG in base64;
-    its `grid` of patches [rows, columns]; the share `keep` that was asked for; `kinds`, name ->
-    the outputs, each a list of [token, weight]: what it holds of which token, a row at a time.
-    Raises FileNotFoundError naming the manifest that is missing.
+    Args:
+        backbone: Manifest of a vision tower and a language model.
+        data: Manifest of the data set.
+        out: File to write.
+
+    Returns:
+        `picture`, what the vision tower sees, as PNG in base64; its `grid` of patches
+        [rows, columns]; the keep ratio `keep`; `kinds`, name -> the outputs, each a list of
+        [token, weight]: how much of which token is in it.
+
+    Raises:
+        FileNotFoundError: A manifest is missing; the message names it.
     """
-    seen, grid, features, scores = look(read_json(backbone), first_picture(Path(data)))
+    picture, grid, features, scores = look(read_json(backbone), first_picture(Path(data)))
     png = io.BytesIO()
-    seen.save(png, format="PNG")
+    picture.save(png, format="PNG")
     missing = {"text"} if scores is not None else {"text", "scores"}
     usable = [kind for kind in KINDS if not missing & set(wants(kind))]
     result = {
@@ -51,9 +59,7 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
             if not isinstance(kind_of(kind), type)
         },
     }
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, separators=(",", ":")) + "\n", encoding="utf-8")
+    write_text_atomic(out, json.dumps(result, separators=(",", ":")) + "\n")
     return result
 
 
@@ -68,12 +74,11 @@ def weights(
     keep = 1.0 if kind == "none" else KEEP
     _, outputs = compress(kind, features, keep, grid, scores=scores, generator=generator)
     # [1, outputs, 1, tokens, channels], the same in each channel
-    whole = lambda x, apply=outputs.apply: apply(x).sum(2)  # noqa: E731
-    held = torch.autograd.functional.jacobian(whole, features[..., :CHANNELS])
-    held = held[0, :, 0].abs().mean(-1)
+    summed = lambda x, apply=outputs.apply: apply(x).sum(2)  # noqa: E731
+    jacobian = torch.autograd.functional.jacobian(summed, features[..., :CHANNELS])
     return [
         [(token, round(float(row[token]), 6)) for token in row.nonzero()[:, 0].tolist()]
-        for row in held
+        for row in jacobian[0, :, 0].abs().mean(-1)
     ]
 
 
@@ -92,22 +97,26 @@ def first_picture(data: Path) -> Image.Image:
 
 
 def look(
-    parts: dict[str, Any], picture: Image.Image
+    backbone: dict[str, Any], picture: Image.Image
 ) -> tuple[Image.Image, tuple[int, int], Tensor, Tensor | None]:
-    """What the vision tower of a backbone manifest makes of a picture: what it sees, its grid of
-    patches (rows, columns), their features [1, patches, dim], and the attention that its class
-    token, if it has one, pays each [1, patches]."""
-    prepare = image_processor(parts)
-    tower = load_tower(parts["vision"], attn_implementation="eager").eval()
+    """What the vision tower of a backbone manifest makes of a picture.
+
+    Returns:
+        The picture as the tower sees it; its grid of patches (rows, columns); their features
+        [1, patches, dim]; the attention that the class token, if there is one, pays each
+        [1, patches].
+    """
+    prepare = image_processor(backbone)
+    tower = load_tower(backbone["vision"], attn_implementation="eager").eval()
     pixels = prepare(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         out = tower(pixels, output_attentions=True, output_hidden_states=True)
-    feature = parts.get("vision_feature_layer", -2) % (len(out.attentions) + 1)
-    before = out.attentions[max(feature - 1, 0)]  # hidden state i is of layer i - 1
+    layer = backbone.get("vision_feature_layer", -2) % (len(out.attentions) + 1)
+    attention = out.attentions[max(layer - 1, 0)]  # hidden state i is of layer i - 1
     side = tower.config.image_size // tower.config.patch_size
-    seen = pixels[0].permute(1, 2, 0).numpy() * prepare.image_std + prepare.image_mean
-    image = Image.fromarray((255 * seen.clip(0, 1)).round().astype("uint8"))
-    features, scores = out.hidden_states[feature], before.mean(1)[:, 0, 1:]
+    colours = pixels[0].permute(1, 2, 0).numpy() * prepare.image_std + prepare.image_mean
+    image = Image.fromarray((255 * colours.clip(0, 1)).round().astype("uint8"))
+    features = out.hidden_states[layer]
     if TOWERS[tower.config.model_type] == "full":
         return image, (side, side), features, None
-    return image, (side, side), features[:, 1:], scores
+    return image, (side, side), features[:, 1:], attention.mean(1)[:, 0, 1:]

@@ -1,0 +1,1 @@
+"""Data: fetched, prepared as Arrow files, tokenised and put into batches."""

@@ -41,12 +41,11 @@ def smollm2(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
-    from sts.pipeline.train import train
+    from sts.pipeline.train.job import Job
+    from sts.pipeline.train.train import train
 
-    config = _with_stage(args)
-    run = {"ablation": args.ablation, "seed": args.seed, "stage": args.stage}
-    files = {"data": args.data, "init": args.init}
-    train.train(config, **run, **files, out=args.out)
+    config, run = _with_stage(args), (args.ablation, args.seed, args.stage)
+    train(Job(config, *run, args.data, args.init, args.out))
 
 
 def _with_stage(args: argparse.Namespace) -> settings.Config:

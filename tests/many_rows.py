@@ -23,6 +23,7 @@ from sts.pipeline.data.collator import collate
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data
+from sts.pipeline.train.job import Job
 
 WORDS = [*lessons.vocabulary()]
 TURNS = 5  # pairs of a conversation, of 25 and 12 words: about 1,300 characters as in the 665K set
@@ -87,8 +88,11 @@ def measure(rows: int, folder: Path) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     _, found["prepare"] = most(lambda: prepare(config, "many", manifest))
 
+    out = folder / "runs" / "dense" / "seed0" / "instruct.json"
+    job = Job(config, "dense", 0, "instruct", [manifest], manifest, out)
+
     def load() -> Any:
-        return load_data([manifest], block, processor, 0, cache=folder / "tokens")
+        return load_data(job, processor)
 
     _, found["tokenise"] = most(load)
     (samples, order), found["load"] = most(load)

@@ -24,11 +24,11 @@ def prepare(config, name, out):
     "pipeline/train/model.py": """
 def write_manifest(model, out): write(out, {"vision": model.backbone})""",
     "pipeline/train/train.py": """
-def train(config, ablation, seed, stage, data, init, out):
-    print("training", ablation, flush=True)
+def train(job):
+    print("training", job.ablation, flush=True)
     for _ in range(600 * Path("slow").exists()): time.sleep(0.1)
-    if Path("broken").exists(): raise SystemExit(f"{ablation}: out of memory")
-    write(out, {"stage": config.stage(stage).identity(), "seed": seed, "init": hashed(init)})""",
+    if Path("broken").exists(): raise SystemExit(f"{job.ablation}: out of memory")
+    write(job.out, {"stage": job.block.identity(), "seed": job.seed, "init": hashed(job.init)})""",
     "pipeline/evaluate/evaluate.py": """
 def evaluate(config, ablation, seed, run, data, out): write(out, {"run": hashed(run)})""",
     "pipeline/measure/bench.py": """

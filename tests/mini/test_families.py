@@ -18,6 +18,7 @@ from recipes.mini.words import make_tokenizer
 from sts.architectures import tower_of
 from sts.mini import pictures, scenes
 from sts.pipeline.evaluate.evaluate import evaluate
+from sts.pipeline.train.job import Job
 from sts.pipeline.train.model import write_manifest
 from sts.pipeline.train.train import train
 
@@ -138,7 +139,7 @@ def test_a_checkpoint_is_trained_by_the_scheme_and_asked_with_all_it_has(
     before = start
     for stage in config.stages:
         out = tmp_path / "runs" / f"{stage}.json"
-        made = train(config, **run, stage=stage, data=[prepared], init=before, out=out)
+        made = train(Job(config, **run, stage=stage, data=[prepared], init=before, out=out))
         before = out
         history = [
             json.loads(line)

@@ -13,7 +13,7 @@ from tiny import CASES
 
 from sts import LDS, sparsify
 from sts.pipeline.config import REPEATS, Config
-from sts.pipeline.measure.bench import bench, rotated, typical_steps
+from sts.pipeline.measure.bench import bench, in_turn, typical_steps
 from sts.settings import VTC
 
 POINTS = 2
@@ -177,6 +177,8 @@ def test_choosing_steps_changes_no_measurement(llava):
         assert scheme.skipper.measured.state_dict() == before
 
 
-def test_rotation():
-    assert rotated(["a", "b", "c"], 1) == ["b", "c", "a"]
-    assert rotated(["a", "b", "c"], -1) == ["c", "a", "b"]
+def test_every_round_begins_with_another_variant():
+    turns = list(in_turn(["a", "b", "c"], points=2, warmup=1, repeats=2))
+    assert "".join(variant for variant, _, _ in turns) == "cababcbcaabcbcacab"
+    assert [repeat for _, _, repeat in turns[::3]] == [-1, 0, 1] * 2
+    assert [point for _, point, _ in turns[::9]] == [0, 1]

@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
 from sts.pipeline.cost.history import read_history
 from sts.pipeline.data.prepare import prepare
+from sts.pipeline.train.job import Job
 from sts.pipeline.train.train import train
 
 pytestmark = pytest.mark.slow
@@ -27,8 +28,9 @@ HALF = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count"}  # three of t
 # Trains a stage as the pipeline does, and dies before a step if one is named
 WORKER = """
 import logging, os, signal, sys
-import torch
+from pathlib import Path
 from sts.pipeline.train import train
+from sts.pipeline.train.job import Job
 from sts.pipeline.config import Config
 
 taken, left = train.optimizer_step, int(sys.argv[6])
@@ -43,7 +45,8 @@ def step(*args):
 train.optimizer_step = step
 logging.basicConfig(level=logging.INFO)
 config = Config.model_validate_json(sys.argv[1])
-train.train(config, "dense", 0, sys.argv[2], [sys.argv[3]], sys.argv[4], sys.argv[5])
+data, init, out = map(Path, sys.argv[3:6])
+train.train(Job(config, "dense", 0, sys.argv[2], [data], init, out))
 """
 
 
@@ -80,7 +83,7 @@ def several(tmp_path, prepared):
 
     def call(settings, stage, init, name, after=-1, data=prepared):
         if settings.stage(stage).processes == 1:
-            return train(settings, "dense", 0, stage, [data], init, out_of(name, stage))
+            return train(Job(settings, "dense", 0, stage, [data], init, out_of(name, stage)))
         began = start(settings, stage, init, name, after, data)
         _, said = began.communicate(timeout=300)
         assert (began.returncode == 0) == (after < 0), said[-3000:]
@@ -96,7 +99,7 @@ def several(tmp_path, prepared):
 @pytest.fixture
 def aligned(tmp_path, backbone, prepared):
     out = tmp_path / "results" / "runs" / "dense" / "seed0" / "align.json"
-    train(config(), "dense", 0, "align", [prepared], backbone, out)
+    train(Job(config(), "dense", 0, "align", [prepared], backbone, out))
     return out
 
 

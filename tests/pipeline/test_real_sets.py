@@ -15,7 +15,7 @@ from cases import turns
 from hub_server import COMMIT, Hub, hub, image, sha256, zipped
 from processors import tiny_processor
 
-from sts.pipeline.config import MINI, ConfigError, deep_merge, load_yaml, validate
+from sts.pipeline.config import MINI, Config, ConfigError, deep_merge, load_yaml, validate
 from sts.pipeline.data import collator, llava
 from sts.pipeline.data.hub import turns as hub_turns
 from sts.pipeline.data.llava import objects
@@ -23,6 +23,7 @@ from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.source import DataError
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data, tokens_key
+from sts.pipeline.train.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 MIX = "liuhaotian/LLaVA-Instruct-150K/llava_v1_5_mix665k.json"
@@ -386,27 +387,32 @@ def block(**changes):
 
 
 def test_tokens_are_made_once_for_all_that_ask_for_the_same(prepared, tmp_path, monkeypatch):
-    processor, cache = tiny_processor(), tmp_path / "tokens"
+    def job(seed=0, results=tmp_path, **changes) -> Job:
+        settings = Config(stages={"instruct": block(**changes)})
+        out = results / "runs" / "dense" / "seed0" / "instruct.json"
+        return Job(settings, "dense", seed, "instruct", [prepared], prepared, out)
+
+    processor = tiny_processor()
     processor.chat_template = CHAT_TEMPLATE
-    plain, order = load_data([prepared], block(), processor, 0)
-    kept, same = load_data([prepared], block(), processor, 0, cache=cache)
+    plain, order = load_data(job(results=tmp_path / "other"), processor)
+    kept, same = load_data(job(), processor)
     monkeypatch.setattr(collator, "tokenise", None)  # nobody calls it any more
-    again, _ = load_data([prepared], block(batch_size=3), processor, 1, cache=cache)
+    again, _ = load_data(job(seed=1, batch_size=3), processor)
     assert plain.lengths == kept.lengths == again.lengths
     assert [order(n) for n in range(9)] == [same(n) for n in range(9)]
     for n in range(41):
         for name in ("input_ids", "labels"):
             assert np.array_equal(plain[n][name], kept[n][name])
             assert np.array_equal(plain[n][name], again[n][name])
-    assert len(list(cache.glob("*.arrow"))) == 1
+    assert len(list((tmp_path / "tokens").glob("*.arrow"))) == 1
     # of another length, template or content they are others
-    keys = {tokens_key([prepared], block(), processor)}
-    keys.add(tokens_key([prepared], block(max_length=99), processor))
+    keys = {tokens_key(job(), processor)}
+    keys.add(tokens_key(job(max_length=99), processor))
     processor.chat_template = CHAT_TEMPLATE.replace("user", "human")
-    keys.add(tokens_key([prepared], block(), processor))
+    keys.add(tokens_key(job(), processor))
     described = json.loads(prepared.read_text())
     prepared.write_text(json.dumps(described | {"sha256": "0" * 64}))
-    keys.add(tokens_key([prepared], block(), processor))
+    keys.add(tokens_key(job(), processor))
     assert len(keys) == 4
 
 
@@ -415,26 +421,27 @@ def test_processes_that_ask_at_once_wait_for_the_first(prepared, tmp_path):
     """As the processes of a training do; what was half written when one was killed is no file."""
     program = """
 import sys
+from pathlib import Path
 from processors import tiny_processor
 from sts.pipeline.config import MINI, load_scale
 from sts.pipeline.data import collator
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data
+from sts.pipeline.train.job import Job
 
 made, tokenise = [], collator.tokenise
 collator.tokenise = lambda *given: made.append(1) or tokenise(*given)
 processor = tiny_processor()
 processor.chat_template = CHAT_TEMPLATE
-from pathlib import Path
-samples, _ = load_data(
-    [sys.argv[1]], load_scale(MINI).stage("instruct"), processor, 0, cache=Path(sys.argv[2])
-)
+data, out = map(Path, sys.argv[1:])
+job = Job(load_scale(MINI), "dense", 0, "instruct", [data], data, out)
+samples, _ = load_data(job, processor)
 print(len(made), len(samples))
 """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", program, prepared, tmp_path / "tokens"],
+            [sys.executable, "-c", program, prepared, tmp_path / "runs/dense/seed0/instruct.json"],
             env={**os.environ, "PYTHONPATH": paths},
             stdout=subprocess.PIPE,
             text=True,

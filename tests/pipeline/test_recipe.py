@@ -36,6 +36,7 @@ from sts.pipeline.data.templates import V1
 from sts.pipeline.data.tokens import cut, expand, tokenise
 from sts.pipeline.evaluate.asking import load_model
 from sts.pipeline.train.feed import my_pieces
+from sts.pipeline.train.job import Job
 from sts.pipeline.train.model import build, freeze
 from sts.pipeline.train.step import lr_factor, make_optimizer
 from sts.pipeline.train.train import train
@@ -349,7 +350,7 @@ def test_the_recipe_from_parts_in_folders_to_a_model_that_is_asked_as_it_was_tra
     runs, init = tmp_path / "results" / "runs" / "dense" / "seed0", start
     for stage in ("align", "instruct"):
         out = runs / f"{stage}.json"
-        trained[stage] = train(config(), "dense", 0, stage, [data[stage]], init, out)
+        trained[stage] = train(Job(config(), "dense", 0, stage, [data[stage]], init, out))
         init = out
     captions = [row["answer_tokens"] for row in read_history(trained["align"]["weights"])]
     tokenizer = build(start, 0)[1].tokenizer

@@ -163,11 +163,12 @@ def test_a_training_goes_on_in_its_run_and_other_settings_have_another(
     import torch
     from configs import short
 
+    from sts.pipeline.train.job import Job
     from sts.pipeline.train.train import train
 
     def run(steps: int):
         out = tmp_path / "results/runs/dense/seed0/align.json"
-        train(short(steps=steps), "dense", 0, "align", [prepared], backbone, out)
+        train(Job(short(steps=steps), "dense", 0, "align", [prepared], backbone, out))
 
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -25,6 +25,7 @@ from sts.pipeline.run import device, follows
 from sts.pipeline.train import checkpoint
 from sts.pipeline.train import train as training
 from sts.pipeline.train.feed import leave_sigterm, my_pieces
+from sts.pipeline.train.job import Job
 from sts.pipeline.train.step import lr_factor
 from sts.pipeline.train.train import train
 
@@ -50,7 +51,7 @@ def run(tmp_path, backbone, prepared):
 
     def call(config, stage="align", ablation="dense", seed=0, results="results", init=backbone):
         out = tmp_path / results / "runs" / ablation / f"seed{seed}" / f"{stage}.json"
-        return train(config, ablation, seed, stage, [prepared], init, out) | {"out": out}
+        return train(Job(config, ablation, seed, stage, [prepared], init, out)) | {"out": out}
 
     return call
 
@@ -78,7 +79,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run):
 
 
 def test_align_moves_the_projector_and_nothing_else(run, backbone):
-    start, _ = training.load(backbone, seed=0)
+    job = Job(config(), "dense", 0, "align", [], backbone, Path())
+    start, _ = training.load(job)
     changed = moved(start.state_dict(), tensors(run(config())["weights"]))
     assert changed
     assert all("multi_modal_projector" in name for name in changed)
@@ -271,9 +273,7 @@ def test_states_that_a_kill_after_the_last_step_left_go_when_the_weights_are_reu
 
 def test_what_the_weights_depend_on_changes_the_key(backbone, prepared):
     def key(seed=0, **stage):
-        return training.stage_key(
-            config(**stage).stages["align"], "align", seed, [prepared], backbone
-        )
+        return Job(config(**stage), "dense", seed, "align", [prepared], backbone, Path()).key
 
     assert key() == key(checkpoint_every=1)
     assert len({key(), key(seed=1), key(lr=2e-2), key(vtc={"kind": "random", "keep": 0.5})}) == 4
@@ -404,7 +404,9 @@ def _stopped_once(
     the weights, and how the process ended."""
     script = textwrap.dedent("""
         import sys, time
+        from pathlib import Path
         from sts.pipeline.train import train
+        from sts.pipeline.train.job import Job
         from sts.pipeline.config import Config
         taken = train.optimizer_step
         def slow(*args):
@@ -412,7 +414,8 @@ def _stopped_once(
             return taken(*args)
         train.optimizer_step = slow
         config = Config.model_validate_json(sys.argv[1])
-        train.train(config, "dense", 0, "align", [sys.argv[2]], sys.argv[3], sys.argv[4])
+        data, init, out = map(Path, sys.argv[2:5])
+        train.train(Job(config, "dense", 0, "align", [data], init, out))
     """)
     out = results / "runs" / "dense" / "seed0" / "align.json"
     arguments = [settings.model_dump_json(by_alias=True), prepared, backbone, out]
@@ -607,7 +610,7 @@ def test_bf16_is_fp32_on_a_processor_without_it_and_has_a_key_of_its_own(
     for native in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=native: has)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        keys.append(training.stage_key(half.stages["align"], "align", 0, [prepared], backbone))
+        keys.append(Job(half, "dense", 0, "align", [prepared], backbone, Path()).key)
     assert keys[0] != keys[1]
     plain = run(config(steps=1), "instruct", init=aligned)
     assert "precision" not in caplog.text

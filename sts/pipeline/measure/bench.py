@@ -9,10 +9,11 @@ single steps of every variant in turn (A B C D, B C D A, ...), on the same batch
 of the stage, so that whatever else the machine does falls on all alike. What counts is the ratio.
 """
 
-import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from statistics import fmean, median
@@ -20,22 +21,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel
 
-from sts.pipeline.config import REPEATS, BenchConfig, Config, StageConfig
+from sts.pipeline.config import REPEATS, Config, StageConfig
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.history import measure
-from sts.pipeline.data.collator import collate
-from sts.pipeline.files import write_json_atomic
+from sts.pipeline.data.collator import Conversations, collate
+from sts.pipeline.files import read_json, write_json_atomic
 from sts.pipeline.run import provenance
 from sts.pipeline.run.bar import bar_of
 from sts.pipeline.run.device import lease
 from sts.pipeline.train.feed import load_data, my_pieces
+from sts.pipeline.train.job import Job
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import build
-from sts.pipeline.train.step import make_optimizer, optimizer_step, prepare_process
-from sts.pipeline.train.train import derived_seed, put_scheme
+from sts.pipeline.train.step import make_optimizer, optimizer_step, prepare_process, put_scheme
 from sts.scheme import Scheme, unsparsify
 
 SEED = 0  # of data order, projector and layer draws
@@ -43,41 +43,47 @@ SEED = 0  # of data order, projector and layer draws
 
 def bench(
     configs: Mapping[str, Config],
-    data: Sequence[str | Path],
-    inits: Mapping[str, str | Path],
-    out: str | Path,
+    data: Sequence[Path],
+    inits: Mapping[str, Path],
+    out: Path,
 ) -> dict[str, Any]:
-    """Time optimizer steps of every variant (id -> configuration) at points of its stages; write
-    and return the result. Stages of one name and one model are timed side by side.
+    """Time optimizer steps of every variant at points of its stages.
 
     A stage's time is its number of steps times the mean over the points of a step's median seconds;
-    its FLOPs come from the very steps that were timed. data: manifests of prepared data sets;
-    inits: id -> backbone manifest. A measured depth has measured nothing yet and so draws uniformly
-    at its rate. Raises ValueError if the variants don't agree on `bench`.
+    its FLOPs come from the very steps that were timed. Stages of one name and one model are timed
+    side by side. A measured depth has measured nothing yet and so draws uniformly at its rate.
+
+    Args:
+        configs: Variant -> its configuration.
+        data: Manifests of prepared data sets.
+        inits: Variant -> its backbone manifest.
+        out: File to write.
+
+    Returns:
+        The result, as it is written.
+
+    Raises:
+        ValueError: The variants don't agree on `bench`, or data of a stage are missing.
     """
     first, *others = configs.values()
     if any(other.bench != first.bench for other in others):
         raise ValueError(f"bench: points and warmup must be the same in {', '.join(configs)}")
-    variants: dict[str, dict[str, Any]] = {id: {} for id in configs}
-    tokens = Path(out).parents[1] / "tokens"
+    variants: dict[str, dict[str, Any]] = {variant: {} for variant in configs}
     with lease():
         for stage in dict.fromkeys(name for config in configs.values() for name in config.stages):
             for init in dict.fromkeys(inits.values()):
-                blocks = {
-                    id: config.stage(stage)
-                    for id, config in configs.items()
-                    if inits[id] == init and stage in config.stages
+                jobs = {
+                    variant: job_of(variant, config, stage, data, init, out)
+                    for variant, config in configs.items()
+                    if inits[variant] == init and stage in config.stages
                 }
-                if not blocks:
-                    continue
-                timed = time_stage(blocks, stage, data, init, first.bench, tokens)
-                for id, found in timed.items():
-                    variants[id][stage] = found
+                for variant, timed in time_stage(jobs).items() if jobs else ():
+                    variants[variant][stage] = timed
         facts = provenance.hardware()
-    for found in variants.values():
-        stages = list(found.items())
-        found["time_s"] = sum(timed["stage_s"] for _, timed in stages)
-        found["flops"] = {stage: timed.pop("flops") for stage, timed in stages}
+    for stages in variants.values():
+        time_s = sum(timed["stage_s"] for timed in stages.values())
+        flops = {stage: timed.pop("flops") for stage, timed in stages.items()}
+        stages |= {"time_s": time_s, "flops": flops}
     result = {
         "threads": torch.get_num_threads(),
         "device": ", ".join(facts["gpus"]) or f"{facts['cores']} x {facts['cpu']}",
@@ -91,109 +97,155 @@ def bench(
     return result
 
 
-def time_stage(
-    blocks: Mapping[str, StageConfig],
-    stage: str,
-    data: Sequence[str | Path],
-    init: str | Path,
-    plan: BenchConfig,
-    tokens: Path,
-) -> dict[str, dict[str, Any]]:
-    """id -> {steps, stage_s, flops (of the stage), and at each point step (its number), step_s
-    (median seconds), layers_run, visual_tokens, order (places of its timed steps among all)}."""
-    first = next(iter(blocks.values()))
-    accelerator = prepare_process(first.model_copy(update={"processes": 1}))
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
-    sets = {id: of_stage(data, block) for id, block in blocks.items()}
-    what = {id: _trained(block) for id, block in blocks.items()}
-    trained = {}  # one model for all that train the same parts, each loaded when first asked for
-    for id, block in blocks.items():
-        if what[id] not in trained:
-            trained[what[id]] = _prepared(block, init, accelerator)
-    processor, shape = next(iter(trained.values()))[2:]
-    seed = derived_seed(SEED, f"{stage}/order")
-    feeds = {
-        id: load_data(sets[id], block, processor, seed, tokens) for id, block in blocks.items()
-    }
-    on_gpu = accelerator.device.type == "cuda"
-    chosen = {}
-    for id, block in blocks.items():
-        model = trained[what[id]][0]
-        scheme = put_scheme(model, block, SEED, stage, len(feeds[id][0]))
-        chosen[id] = typical_steps(scheme, block.steps, plan.points)
-        unsparsify(model)
+def job_of(
+    variant: str, config: Config, stage: str, data: Sequence[Path], init: Path, out: Path
+) -> Job:
+    """The training whose steps are timed, beside the result `out`; of `data` it takes its own."""
+    manifest = out.parents[1] / "runs" / variant / f"seed{SEED}" / f"{stage}.json"
+    sets = of_stage(data, config.stage(stage))
+    return Job(config, variant, SEED, stage, sets, init, manifest)
 
-    def step(id: str, point: int) -> tuple[float, dict[str, Any]]:
-        """(seconds, what it did) of one step of a variant on batch number `point`."""
-        block, (samples, order) = blocks[id], feeds[id]
-        model, optimizer, *_ = trained[what[id]]
-        scheme = put_scheme(model, block, SEED, stage, len(samples))
-        scheme.begin_step(chosen[id][point])
-        own = block.batch_size * block.gradient_accumulation_steps  # of one process
-        indices = order(point)[:own]
-        pieces = my_pieces(indices, block.gradient_accumulation_steps, accelerator)
-        began = time.perf_counter()
-        batches = [collate(processor, [samples[i] for i in piece]) for piece in pieces]
-        batches = [batch.to(accelerator.device) for batch in batches]
-        if on_gpu:  # there other processes load while the GPU works, so loading takes no time
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-        optimizer_step(accelerator, model, optimizer, batches, block, 0.0, scheme)
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
-        has_image = [samples.has_image[i] for i in indices]
-        row = measure(scheme, shape, block, has_image, batches)
-        unsparsify(model)
+
+def of_stage(data: Sequence[Path], block: StageConfig) -> list[Path]:
+    """The manifests of the data sets that a stage trains on, in its order."""
+    named = {read_json(file)["dataset"]: file for file in data}
+    missing = [name for name in block.data if name not in named]
+    if missing:
+        raise ValueError(f"data: no manifest of {', '.join(missing)} among {', '.join(named)}")
+    return [named[name] for name in block.data]
+
+
+# ---- one stage --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training of which single steps are taken, at learning rate 0: every step starts from equal
+    weights, so variants that train the same parts share model and optimizer.
+
+    Attributes:
+        model: On its device, with what is trained.
+        order: Step -> indices of the samples of its global batch.
+    """
+
+    job: Job
+    accelerator: Accelerator
+    processor: Any
+    shape: cost.Shape
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    samples: Conversations
+    order: Callable[[int], list[int]]
+
+    def put_scheme(self) -> Scheme:
+        """VTC and LDS on the model."""
+        seed = self.job.seed_of("scheme")
+        return put_scheme(self.model, self.job.block, len(self.samples), seed)
+
+    def typical_steps(self, points: int) -> list[int]:
+        """Steps that stand for the whole stage."""
+        steps = typical_steps(self.put_scheme(), self.job.block.steps, points)
+        unsparsify(self.model)
+        return steps
+
+    def take(self, step: int, batch: int) -> tuple[float, dict[str, Any]]:
+        """Take an optimizer step on batch number `batch`: (seconds, its row of a history)."""
+        block, device = self.job.block, self.accelerator.device
+        scheme = self.put_scheme()
+        scheme.begin_step(step)
+        indices = self.order(batch)[: block.global_batch // block.processes]
+        pieces = my_pieces(indices, block.gradient_accumulation_steps, self.accelerator)
+        began = now(device)
+        samples = [[self.samples[i] for i in piece] for piece in pieces]
+        batches = [collate(self.processor, piece).to(device) for piece in samples]
+        if device.type == "cuda":  # other processes load while the GPU works: it takes no time
+            began = now(device)
+        optimizer_step(self.accelerator, self.model, self.optimizer, batches, block, 0.0, scheme)
+        seconds = now(device) - began
+        has_image = [self.samples.has_image[i] for i in indices]
+        row = measure(scheme, self.shape, block, has_image, batches)
+        unsparsify(self.model)
         return seconds, row
 
+
+def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
+    """Time the steps of a stage's variants, which all start from one model.
+
+    Returns:
+        Variant -> {steps, stage_s, flops (of the stage), and at each point step (its number),
+        step_s (median seconds), layers_run, visual_tokens, order (places of its timed steps among
+        all)}.
+    """
+    variants = load_variants(jobs)
+    first, *_ = jobs.values()
+    plan = first.config.bench
+    steps = {id: variant.typical_steps(plan.points) for id, variant in variants.items()}
+    taken: dict[tuple[str, int], list] = defaultdict(list)
     place = count()
-    names = ("step_s", "flops", "layers_run", "visual_tokens", "order")
-    found: dict[str, dict[str, list]] = {id: {name: [] for name in names} for id in blocks}
-    bar = bar_of(f"bench {stage}", 0, plan.steps * len(blocks))
-    for point in range(plan.points):
-        timed: dict[str, list] = {id: [] for id in blocks}
-        for repeat in range(-plan.warmup, REPEATS):
-            for id in rotated(list(blocks), point + repeat):
-                seconds, row = step(id, point)
-                if repeat >= 0:
-                    timed[id].append((seconds, next(place)))
-                if repeat == 0:  # the other repeats do the same
-                    for name in ("flops", "layers_run", "visual_tokens"):
-                        found[id][name].append(row[name])
-                bar.update()
-        for id, pairs in timed.items():
-            found[id]["step_s"].append(median(seconds for seconds, _ in pairs))
-            found[id]["order"].append([turn for _, turn in pairs])
+    bar = bar_of(f"bench {first.stage}", 0, plan.steps * len(jobs))
+    for id, point, repeat in in_turn(list(jobs), plan.points, plan.warmup, REPEATS):
+        seconds, row = variants[id].take(steps[id][point], point)
+        if repeat >= 0:
+            taken[id, point].append((seconds, next(place), row))
+        bar.update()
     bar.close()
-    return {
-        id: {
-            **lists,
-            "step": chosen[id],
-            "steps": blocks[id].steps,
-            "stage_s": blocks[id].steps * fmean(lists["step_s"]),
-            "flops": blocks[id].steps * fmean(lists["flops"]),
+    timed = {}
+    for id, job in jobs.items():
+        points = [list(zip(*taken[id, point], strict=True)) for point in range(plan.points)]
+        step_s = [median(seconds) for seconds, _, _ in points]
+        rows = [row for _, _, (row, *_) in points]  # the other repeats did the same
+        timed[id] = {
+            "step": steps[id],
+            "step_s": step_s,
+            "order": [list(places) for _, places, _ in points],
+            **{name: [row[name] for row in rows] for name in ("layers_run", "visual_tokens")},
+            "steps": job.block.steps,
+            "stage_s": job.block.steps * fmean(step_s),
+            "flops": job.block.steps * fmean(row["flops"] for row in rows),
         }
-        for id, lists in found.items()
-    }
+    return timed
 
 
-def _trained(block: StageConfig) -> str:
-    """What of a model is trained, as a key."""
-    rank = block.lora.rank if "lora" in block.trains else 0
-    return json.dumps([sorted(block.trains), rank])
+def load_variants(jobs: Mapping[str, Job]) -> dict[str, Variant]:
+    """The variants of a stage, with one model for all that train the same parts of it."""
+    first, *_ = jobs.values()
+    accelerator = prepare_process(first.block.model_copy(update={"processes": 1}))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
+    loaded: dict[tuple, tuple] = {}
+    variants = {}
+    for id, job in jobs.items():
+        block = job.block
+        parts = (*sorted(block.trains), block.lora.rank if "lora" in block.trains else 0)
+        if parts not in loaded:
+            model, processor = build(job.init, SEED)
+            train_parts(model, block, SEED)
+            both = accelerator.prepare(model, make_optimizer(model, block))
+            loaded[parts] = (processor, cost.shape_of(model.config), *both)
+        samples, order = load_data(job, loaded[parts][0])
+        variants[id] = Variant(job, accelerator, *loaded[parts], samples, order)
+    return variants
 
 
-def _prepared(
-    block: StageConfig, init: str | Path, accelerator: Accelerator
-) -> tuple[PreTrainedModel, AcceleratedOptimizer, Any, cost.Shape]:
-    """Model, optimizer, processor and shape. At learning rate 0 every step starts from equal
-    weights, so the steps of all variants may share them."""
-    model, processor = build(init, SEED)
-    shape = cost.shape_of(model.config)
-    train_parts(model, block, SEED)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
-    return model, optimizer, processor, shape
+# ---- in turn ----------------------------------------------------------------------------------
+
+
+def in_turn(
+    variants: Sequence[str], points: int, warmup: int, repeats: int
+) -> Iterator[tuple[str, int, int]]:
+    """(variant, point, repeat) of the steps to take, each round beginning with another variant.
+    Rounds that don't count have numbers below 0."""
+    for point in range(points):
+        for repeat in range(-warmup, repeats):
+            by = (point + repeat) % len(variants)
+            for variant in (*variants[by:], *variants[:by]):
+                yield variant, point, repeat
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, once a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:
@@ -211,7 +263,7 @@ def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:
         drawn = len(decision.off) / len(unit.shares)
         return drawn if unit.drawn_by_step else sum(decision.chances)
 
-    found, owed = [], 0.0
+    chosen, owed = [], 0.0
     for point in range(points):
         first, end = point * steps // points, (point + 1) * steps // points
         part = range(first, max(first + 1, end))
@@ -220,20 +272,5 @@ def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:
         wanted = fmean(left.values()) + owed
         best = min(part, key=lambda step: (abs(left[step] - wanted), abs(step - middle)))
         owed = wanted - left[best]
-        found.append(best)
-    return found
-
-
-def of_stage(data: Sequence[str | Path], block: StageConfig) -> list[Path]:
-    """The manifests of the data sets that a stage trains on, in its order."""
-    named = {json.loads(Path(file).read_text(encoding="utf-8"))["dataset"]: file for file in data}
-    missing = [name for name in block.data if name not in named]
-    if missing:
-        raise ValueError(f"data: no manifest of {', '.join(missing)} among {', '.join(named)}")
-    return [Path(named[name]) for name in block.data]
-
-
-def rotated(items: list, by: int) -> list:
-    """The items from position `by` on, then those before it: [A, B, C] by 1 is [B, C, A]."""
-    by %= len(items)
-    return items[by:] + items[:by]
+        chosen.append(best)
+    return chosen

@@ -42,8 +42,8 @@ from sts.pipeline.train.step import (
     make_optimizer,
     optimizer_step,
     prepare_process,
+    put_scheme,
 )
-from sts.pipeline.train.train import put_scheme
 from sts.schedule import keep_at
 from sts.settings import LDS, VTC
 
@@ -359,7 +359,7 @@ def training_rate(
         torch.manual_seed(0)
         built = shapes.random_model(model)
     train_parts(built, block, seed=0)
-    scheme = put_scheme(built, block, 0, "estimate", block.global_batch)
+    scheme = put_scheme(built, block, block.global_batch, seed=0)
     wrapped, optimizer = accelerator.prepare(built, make_optimizer(built, block))
     batches = [batch] * block.gradient_accumulation_steps
     seconds: list[float] = []

@@ -13,10 +13,8 @@ layers, steps are timed that stand for a whole stage (bench.typical_steps).
 
 import os
 import platform
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -30,14 +28,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from sts.checks import expect
 from sts.lds import POLICIES
+from sts.pipeline.cost.machines import GPUS
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.measure import shapes
-from sts.pipeline.measure.bench import rotated, typical_steps
+from sts.pipeline.measure.bench import in_turn, now, typical_steps
 from sts.pipeline.run import provenance
 from sts.pipeline.train.model import freeze, recompute
 from sts.scheme import sparsify, unsparsify
@@ -50,6 +49,7 @@ WARMUP = 2
 STAGES = {"align": ("projector",), "instruct": ("projector", "language_model")}
 FLASH = "flash_attention_2"
 ATTENTION = ("sdpa", "eager", FLASH)
+Variants = dict[str, tuple[VTC, LDS] | None]  # None: without a scheme
 STEPS = 1000  # optimizer steps that a schedule is spread over
 # On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
 FUSED_ON_CPU = {
@@ -60,8 +60,6 @@ FUSED_ON_CPU = {
         lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
     ),
 }
-# Dense bf16 matrix throughput, FLOP/s, by the vendor's data sheets.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 
 
 def parse_setting(text: str) -> tuple[VTC, LDS]:
@@ -70,16 +68,16 @@ def parse_setting(text: str) -> tuple[VTC, LDS]:
     for part in text.split("+"):
         main, *more = part.split(":")
         name, _, number = main.partition("@")
-        known = name in KINDS or name in POLICIES
         accepted = f"kind@keep or policy@rate of {', '.join([*KINDS, *POLICIES])}"
-        expect(known and bool(number), "setting", text, accepted)
+        is_named = name in KINDS or name in POLICIES
+        expect(is_named and bool(number), "setting", text, accepted)
         pairs = [pair.partition("=") for pair in more]
         expect(all(value for _, _, value in pairs), "setting", text, ":name=value after it")
         values = {key: yaml.safe_load(value) for key, _, value in pairs}
-        fits = VTC if name in KINDS else LDS
-        keys = [field.name for field in fields(fits)]
+        kind = VTC if name in KINDS else LDS
+        keys = [field.name for field in fields(kind)]
         expect(set(values) <= set(keys), "setting", text, f"names of {', '.join(keys)}")
-        if fits is VTC:
+        if kind is VTC:
             vtc = VTC(kind=name, keep=yaml.safe_load(number), **values)
         else:
             lds = LDS(policy=name, rate=yaml.safe_load(number), **values)
@@ -100,47 +98,42 @@ def speed(
     repeats: int = 7,
     attention: str = "sdpa",
 ) -> dict[str, Any]:
-    """Time `settings` at the shape `name`; print a table, write and return the result.
+    """Time settings of VTC and LDS at the shape of a known model, and print a table of them.
 
-    layers, width: how many layers and what share of the width; by default all of them on a GPU, and
-    elsewhere 4 layers of an eighth, but for `mini` and `wide`. Weights and activations are bf16 on
-    a GPU, else float32. attention: one of ATTENTION. Raises ValueError for an unknown shape,
-    setting or attention, and for one that can't run here.
+    Weights and activations are bf16 on a GPU, else float32.
+
+    Args:
+        name: The shape, one of shapes.SHAPES.
+        settings: As `parse_setting` reads them.
+        out: File to write.
+        stages: What is trained, names of STAGES.
+        checkpointing: Whether activations are computed once more in the backward pass.
+        batch: Samples a step.
+        text: Text tokens a sample, half of them the answer.
+        layers: Decoder layers; default: all on a GPU and of `mini` and `wide`, else 4.
+        width: Share of the channels; default: 1 on a GPU and of `mini` and `wide`, else 1/8.
+        repeats: Timed steps a setting.
+        attention: One of ATTENTION.
+
+    Returns:
+        The result, as it is written.
+
+    Raises:
+        ValueError: An unknown shape, setting or attention, or one that can't run here.
     """
-    expect(attention in ATTENTION, "attention", attention, f"one of {', '.join(ATTENTION)}")
-    can = attention != FLASH or (torch.cuda.is_available() and is_flash_attn_2_available())
-    expect(can, "attention", attention, "sdpa or eager, or a GPU and the package flash-attn")
-    full = shapes.shape(name).text_config
+    _check_attention(attention)
     parsed = {setting: parse_setting(setting) for setting in settings if setting not in ALWAYS}
     variants = {"plain": None, "bare": None, "dense": (VTC(), LDS()), **parsed}
-    gpu = torch.cuda.is_available()
-    small = gpu or name in ("mini", "wide")
-    layers = layers or (full.num_hidden_layers if small else 4)
-    config = shapes.shape(name, layers, width or (1.0 if small else 1 / 8))
-    own = config.text_config
-    cut = (
-        f"{own.num_hidden_layers} of {full.num_hidden_layers} layers, "
-        f"width {own.hidden_size} of {full.hidden_size}"
-    )
-    dtype = torch.bfloat16 if gpu else torch.float32
-    device = torch.device("cuda" if gpu else "cpu")
-    torch.manual_seed(0)
-    with device:
-        model = shapes.random_model(config, dtype)
-    model.set_attn_implementation(attention)
-    inputs = {
-        key: value.to(device, dtype if value.is_floating_point() else None)
-        for key, value in shapes.made_up_batch(config, batch, text, text - text // 2).items()
-    }
-    rows = []
+    config, cut = _cut(name, layers, width)
     total = len(stages) * len(checkpointing) * len(variants) * (WARMUP + repeats + 1)
     with tqdm(total=total, desc=f"bench {name}", mininterval=5) as bar:
-        for stage in stages:
-            freeze(model, STAGES[stage])
-            for saves_memory in checkpointing:
-                recompute(model, saves_memory)
-                timed = _time(model, inputs, variants, repeats, bar)
-                rows += _rows(timed, stage, saves_memory, batch * inputs["input_ids"].shape[1])
+        steps = _steps(config, attention, batch, text, variants, bar)
+        rows = [
+            {"stage": stage, "checkpointing": saves_memory, **row}
+            for stage in stages
+            for saves_memory in checkpointing
+            for row in _rows(steps.time(stage, saves_memory, repeats), steps.tokens)
+        ]
     result = {
         "shape": name,
         "cut": cut,
@@ -148,144 +141,192 @@ def speed(
         "visual_tokens": shapes.side(config) ** 2,
         "text_tokens": text,
         "attention": attention,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name()
-        if gpu
-        else f"{os.cpu_count()} x {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "dtype": str(steps.model.dtype).removeprefix("torch."),
         "repeats": repeats,
         "rows": rows,
-        "command": provenance.command_line(),
-        "commit": provenance.git()["commit"],
+        **_machine(),
     }
     write_json_atomic(out, result)
     show(result)
     return result
 
 
-def _step(model: PreTrainedModel, inputs: dict[str, Tensor], bare: bool) -> None:
-    """Forward and backward."""
-    if bare:
-        others = {key: value for key, value in inputs.items() if key != "labels"}
-        hidden = model.base_model(**others, use_cache=False)[0]
-        targets = inputs["labels"][:, 1:]
-        logits = model.get_output_embeddings()(hidden[:, :-1][targets != IGNORE_INDEX])
-        loss = cross_entropy(logits.float(), targets[targets != IGNORE_INDEX])
-    else:
-        loss = model(**inputs).loss
-    loss.backward()
+def _check_attention(attention: str) -> None:
+    expect(attention in ATTENTION, "attention", attention, f"one of {', '.join(ATTENTION)}")
+    has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
+    accepted = "sdpa or eager, or a GPU and the package flash-attn"
+    expect(attention != FLASH or has_flash, "attention", attention, accepted)
 
 
-def _time(
-    model: PreTrainedModel,
-    inputs: dict[str, Tensor],
-    variants: dict[str, tuple[VTC, LDS] | None],
-    repeats: int,
-    bar: tqdm,
-) -> dict[str, dict[str, Any]]:
-    """Variant -> seconds of its timed steps, FLOPs, MB held for backward, peak MB of a GPU."""
-    gpu = inputs["input_ids"].device.type == "cuda"
-    attention = model.config._attn_implementation
-    found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in variants}
-
-    steps = {name: [0] * repeats for name in variants}
-    for name, setting in variants.items():
-        if setting:
-            with sparsify(model, *setting, total_steps=STEPS) as scheme:
-                steps[name] = typical_steps(scheme, STEPS, repeats)
-
-    def run(name: str, step: int) -> float:
-        setting = variants[name]
-        scheme = sparsify(model, *setting, total_steps=STEPS) if setting else None
-        try:
-            if scheme:
-                scheme.begin_step(step)
-            if gpu:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            _step(model, inputs, bare=name == "bare")
-            if gpu:
-                torch.cuda.synchronize()
-            return time.perf_counter() - began
-        finally:
-            model.zero_grad(set_to_none=True)
-            if scheme:
-                unsparsify(model)
-            bar.update()
-
-    asked = next(name for name, setting in variants.items() if setting)
-    run(asked, steps[asked][0])  # a forward is asked once what it sees, which is no part of a step
-    for name, row in found.items():
-        varies = variants[name] is not None and variants[name][1].rate > 0
-        some = steps[name] if varies else steps[name][:1]
-        counted = [_count(partial(run, name), model, step) for step in some]
-        row["held_mb"] = fmean(one["held_mb"] for one in counted)
-        row["peak_mb"] = max(one["peak_mb"] for one in counted) if gpu else None
-        if attention != "sdpa":  # torch's counter knows no other's kernels
-            model.set_attn_implementation("sdpa")
-            counted = [_count(partial(run, name), model, step) for step in some]
-            model.set_attn_implementation(attention)
-        row["flops"] = fmean(one["flops"] for one in counted)
-    for repeat in range(-WARMUP, repeats):
-        for name in rotated(list(variants), repeat):
-            seconds = run(name, steps[name][max(repeat, 0)])
-            if repeat >= 0:
-                found[name]["seconds"].append(seconds)
-    return found
+def _cut(name: str, layers: int | None, width: float | None) -> tuple[PreTrainedConfig, str]:
+    """The configuration of a shape, cut to what this machine runs, and what was cut in words."""
+    full = shapes.shape(name).text_config
+    fits = torch.cuda.is_available() or name in ("mini", "wide")
+    layers = layers or (full.num_hidden_layers if fits else 4)
+    config = shapes.shape(name, layers, width or (1.0 if fits else 1 / 8))
+    text = config.text_config
+    return config, (
+        f"{text.num_hidden_layers} of {full.num_hidden_layers} layers, "
+        f"width {text.hidden_size} of {full.hidden_size}"
+    )
 
 
-def _count(run: Callable[[int], float], model: PreTrainedModel, step: int) -> dict[str, float]:
-    """FLOPs of a step, MB it holds for backward, peak MB of a GPU."""
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
-    with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
-        run(step)
+def _machine() -> dict[str, Any]:
+    """Where and by what it was measured."""
+    cpu = f"{os.cpu_count()} x {platform.machine()}"
     return {
-        "flops": counter.get_total_flops(),
-        "held_mb": sum(size for at, size in held.items() if at not in weights) / 1e6,
-        "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else 0.0,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "command": provenance.command_line(),
+        "commit": provenance.git()["commit"],
     }
 
 
-def _rows(
-    timed: dict[str, dict[str, Any]], stage: str, checkpointing: bool, tokens: int
-) -> list[dict[str, Any]]:
-    """One row a variant: medians, spread, and ratios to `dense`."""
+def _steps(
+    config: PreTrainedConfig, attention: str, batch: int, text: int, variants: Variants, bar: tqdm
+) -> "Steps":
+    """A model with random weights and its batch, on the device."""
+    gpu = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, "cuda") if gpu else (torch.float32, "cpu")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = shapes.random_model(config, dtype)
+    model.set_attn_implementation(attention)
+    made = shapes.made_up_batch(config, batch, text, text - text // 2)
+    inputs = {
+        key: value.to(device, dtype if value.is_floating_point() else None)
+        for key, value in made.items()
+    }
+    return Steps(model, inputs, variants, bar)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Takes the steps of all variants, forward and backward, on one model and one batch."""
+
+    model: PreTrainedModel
+    inputs: dict[str, Tensor]
+    variants: Variants
+    bar: tqdm
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch, at all visual tokens."""
+        return self.inputs["input_ids"].numel()
+
+    def time(self, stage: str, checkpointing: bool, repeats: int) -> dict[str, dict[str, Any]]:
+        """Variant -> `seconds` of its timed steps, `flops`, `held_mb` for the backward pass and
+        `peak_mb` of a GPU."""
+        freeze(self.model, STAGES[stage])
+        recompute(self.model, checkpointing)
+        steps = {name: self.typical(name, repeats) for name in self.variants}
+        # a forward is asked once what it sees, which is no part of a step
+        self.take("dense", 0)
+        found = {name: self.count(name, steps[name]) for name in self.variants}
+        for name, _, repeat in in_turn(list(self.variants), 1, WARMUP, repeats):
+            seconds = self.take(name, steps[name][max(repeat, 0)])
+            if repeat >= 0:
+                found[name].setdefault("seconds", []).append(seconds)
+        return found
+
+    def typical(self, name: str, repeats: int) -> list[int]:
+        """The steps of a variant that are timed."""
+        setting = self.variants[name]
+        if setting is None:
+            return [0] * repeats
+        with sparsify(self.model, *setting, total_steps=STEPS) as scheme:
+            return typical_steps(scheme, STEPS, repeats)
+
+    def take(self, name: str, step: int) -> float:
+        """Seconds of a step."""
+        setting, device = self.variants[name], self.model.device
+        scheme = sparsify(self.model, *setting, total_steps=STEPS) if setting else None
+        try:
+            if scheme:
+                scheme.begin_step(step)
+            began = now(device)
+            (self.bare_loss() if name == "bare" else self.model(**self.inputs).loss).backward()
+            return now(device) - began
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            if scheme:
+                unsparsify(self.model)
+            self.bar.update()
+
+    def bare_loss(self) -> Tensor:
+        """The loss by hand: logits of the answer tokens alone."""
+        others = {key: value for key, value in self.inputs.items() if key != "labels"}
+        hidden = self.model.base_model(**others, use_cache=False)[0]
+        targets = self.inputs["labels"][:, 1:]
+        logits = self.model.get_output_embeddings()(hidden[:, :-1][targets != IGNORE_INDEX])
+        return cross_entropy(logits.float(), targets[targets != IGNORE_INDEX])
+
+    def count(self, name: str, steps: Sequence[int]) -> dict[str, float | None]:
+        """FLOPs and memory of a variant, means over its steps where these differ."""
+        model, setting = self.model, self.variants[name]
+        attention = model.config._attn_implementation
+        differ = setting is not None and setting[1].rate > 0
+        counted = [self._count(name, step) for step in steps[: None if differ else 1]]
+        row = {
+            "held_mb": fmean(one["held_mb"] for one in counted),
+            "peak_mb": max(one["peak_mb"] for one in counted) or None,
+        }
+        if attention != "sdpa":  # torch's counter knows no other's kernels
+            model.set_attn_implementation("sdpa")
+            counted = [self._count(name, step) for step in steps[: len(counted)]]
+            model.set_attn_implementation(attention)
+        return row | {"flops": fmean(one["flops"] for one in counted)}
+
+    def _count(self, name: str, step: int) -> dict[str, float]:
+        """FLOPs of a step, MB it holds for backward, peak MB of a GPU."""
+        held: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
+        with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.take(name, step)
+        return {
+            "flops": counter.get_total_flops(),
+            "held_mb": sum(size for at, size in held.items() if at not in weights) / 1e6,
+            "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else 0.0,
+        }
+
+
+def _rows(timed: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """A row for each variant: medians, range, and ratios to `dense`; tokens: of a batch."""
     dense, rows = timed["dense"], []
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((value for gpu, value in PEAK_FLOPS.items() if gpu in name), None)
-    for setting, one in timed.items():
-        seconds = median(one["seconds"])
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    peak = next((gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
+    for setting, measured in timed.items():
+        seconds = median(measured["seconds"])
         # paired by turn, so that a slow moment of the machine is in both; a mean, as the steps of
         # a setting need not do the same
-        ratio = fmean(a / b for a, b in zip(one["seconds"], dense["seconds"], strict=True))
-        flops = one["flops"] / dense["flops"]
+        pairs = zip(measured["seconds"], dense["seconds"], strict=True)
+        time_ratio = fmean(a / b for a, b in pairs)
+        flops_ratio = measured["flops"] / dense["flops"]
+        saved = (1 - time_ratio) / (1 - flops_ratio) if flops_ratio < 0.99 else None
         rows.append(
             {
-                "stage": stage,
-                "checkpointing": checkpointing,
                 "setting": setting,
                 "step_s": seconds,
-                "step_s_range": [min(one["seconds"]), max(one["seconds"])],
+                "step_s_range": [min(measured["seconds"]), max(measured["seconds"])],
                 "tokens_per_s": tokens / seconds,
-                "flops": one["flops"],
-                "mfu": one["flops"] / seconds / peak if peak else None,
-                "held_mb": one["held_mb"],
-                "peak_mb": one["peak_mb"],
-                "time_ratio": ratio,
-                "flops_ratio": flops,
-                "realisation": (1 - ratio) / (1 - flops) if flops < 0.99 else None,
+                "flops": measured["flops"],
+                "mfu": measured["flops"] / seconds / peak if peak else None,
+                "held_mb": measured["held_mb"],
+                "peak_mb": measured["peak_mb"],
+                "time_ratio": time_ratio,
+                "flops_ratio": flops_ratio,
+                "realisation": saved,
             }
         )
     return rows

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 from sts.pipeline.config import Config, config_hash
 from sts.pipeline.files import sha256_file, write_json_atomic
 from sts.pipeline.run import provenance
-from sts.pipeline.train.lora import merge_adapters
 from sts.pipeline.train.parallel import everywhere, of_first, rank, wait, world
 from sts.scheme import Scheme
 
@@ -225,12 +224,8 @@ def _sync(path: Path) -> None:
                 os.close(handle)
 
 
-def finish(
-    folder: Path, model: PreTrainedModel, adapters: Any, processor: Any, config: Config
-) -> None:
+def finish(folder: Path, model: PreTrainedModel, processor: Any, config: Config) -> None:
     """Save the plain model and its processor; `done.json`, the last file, says that it is whole."""
-    if adapters is not None:
-        merge_adapters(adapters)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json_atomic(folder / "provenance.json", provenance.collect(config_hash(config)))

@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,42 +16,36 @@ from sts.pipeline.data.collator import Conversations, batch_order, collate, spli
 from sts.pipeline.data.conversation import template_of
 from sts.pipeline.files import read_json, sha256_json
 from sts.pipeline.run import follows
+from sts.pipeline.train.job import Job
 from sts.settings import IGNORE_INDEX
 
 LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
 
 
-def load_data(
-    data: Sequence[str | Path],
-    block: StageConfig,
-    processor: Any,
-    seed: int,
-    cache: Path | None = None,
-) -> tuple[Conversations, Callable[[int], list[int]]]:
-    """The samples of a stage, and the function step -> indices of that step's global batch.
-
-    cache: folder of tokens, which all trainings share that have the same data and processor.
-    """
-    tokens = cache and cache / f"{tokens_key(data, block, processor)}.arrow"
-    files = split_files(data, block.split)
+def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], list[int]]]:
+    """The samples of a stage, and the function step -> indices of that step's global batch."""
+    block = job.block
+    tokens = job.tokens / f"{tokens_key(job, processor)}.arrow"
+    files = split_files(job.data, block.split)
     samples = Conversations(files, processor, block.max_length, block.template, tokens)
     order = batch_order(
         samples.lengths,
         samples.has_image,
         block.global_batch,
-        seed,
+        job.seed_of("order"),
         block.group_by_length,
         block.sorted_batches,
     )
     return samples, order
 
 
-def tokens_key(data: Sequence[str | Path], block: StageConfig, processor: Any) -> str:
+def tokens_key(job: Job, processor: Any) -> str:
     """16 hex digits of all that the tokens of a stage's data depend on."""
+    block = job.block
     own = [processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()]
     return sha256_json(
         {
-            "data": [read_json(manifest)["sha256"] for manifest in data],
+            "data": [read_json(manifest)["sha256"] for manifest in job.data],
             "split": block.split,
             "max_length": block.max_length,
             "template": block.template,
@@ -110,10 +103,10 @@ def leave_sigterm(_: int) -> None:
 
 
 def feed(
+    block: StageConfig,
     samples: Conversations,
     order: Callable[[int], list[int]],
     processor: Any,
-    block: StageConfig,
     accelerator: Accelerator,
     first: int,
 ) -> Iterator[tuple[int, list[BatchFeature]]]:

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from sts.architectures import part_finder
 from sts.lds import UNITS
 from sts.pipeline.config import StageConfig
-from sts.pipeline.run.device import precision_here
+from sts.pipeline.run.device import attention_here, precision_here
+from sts.pipeline.train.job import Job
 from sts.pipeline.train.lora import MARK
-from sts.scheme import Scheme
+from sts.pipeline.train.model import recompute
+from sts.scheme import Scheme, sparsify
 from sts.settings import IGNORE_INDEX
 
 
@@ -43,6 +45,28 @@ def prepare_process(block: StageConfig) -> Accelerator:
             f"{block.processes} -m sts train ..."
         )
     return accelerator
+
+
+def put_scheme(model: PreTrainedModel, block: StageConfig, samples: int, seed: int) -> Scheme:
+    """VTC and LDS of a stage on the model. Also where both are off: the dense run then computes its
+    loss in the same way. Attention and recomputation are set as the stage wants them.
+
+    Args:
+        model: Not yet shared among processes.
+        block: The stage.
+        samples: An epoch has.
+        seed: Of the scheme's draws.
+    """
+    model.set_attn_implementation(attention_here(block.precision))
+    recompute(model, block.gradient_checkpointing)
+    return sparsify(
+        model,
+        vtc=block.vtc,
+        lds=block.lds,
+        total_steps=block.steps,
+        steps_per_epoch=math.ceil(samples / block.global_batch),
+        seed=seed,
+    )
 
 
 def make_optimizer(model: PreTrainedModel, block: StageConfig) -> torch.optim.Optimizer:
@@ -125,15 +149,13 @@ def optimizer_step(
     return loss, norm
 
 
-def check_finite(
-    loss: float, norm: float, stage: str, step: int, factor: float, block: StageConfig
-) -> None:
-    """Raise FloatingPointError, with what it may come from, for a loss or gradient that is not
-    finite."""
+def check_finite(job: Job, step: int, loss: float, norm: float, factor: float) -> None:
+    """Raise FloatingPointError, with what it may come from, for a loss or gradient norm that is not
+    finite; factor: share of the peak learning rate."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    bf16 = precision_here(block.precision) == "bf16"
-    half = "; bf16 overflowed: try precision: fp32" if bf16 else ""
+    stage, block = job.stage, job.block
+    half = "; bf16 overflowed: try precision: fp32" if job.precision == "bf16" else ""
     raise FloatingPointError(
         f"{stage} step {step}: loss {loss}, gradient norm {norm} at {factor:.3g} of the learning "
         f"rate. Likely causes: {stage}.lr {block.lr} is too high, or {stage}.warmup_ratio "

@@ -10,22 +10,21 @@ same, and what was interrupted goes on from its last checkpoint to the same weig
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel
 
-from sts.pipeline.config import Config, StageConfig, config_hash
+from sts.pipeline.config import config_hash
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.history import (
     measure,
@@ -36,10 +35,11 @@ from sts.pipeline.cost.history import (
     with_speed,
 )
 from sts.pipeline.cost.memory import check_memory
-from sts.pipeline.files import read_json, sha256_json, write_json_atomic
-from sts.pipeline.run import follows, tracking
+from sts.pipeline.data.collator import Conversations
+from sts.pipeline.files import read_json, write_json_atomic
+from sts.pipeline.run import tracking
 from sts.pipeline.run.bar import bar_of
-from sts.pipeline.run.device import attention_here, lease, precision_here
+from sts.pipeline.run.device import lease
 from sts.pipeline.train.checkpoint import (
     finish,
     forget_states,
@@ -49,9 +49,18 @@ from sts.pipeline.train.checkpoint import (
     sigterm_put_off,
 )
 from sts.pipeline.train.feed import feed, load_data
-from sts.pipeline.train.lora import train_parts
-from sts.pipeline.train.model import build, load_whole, recompute
-from sts.pipeline.train.parallel import anywhere, gathered, load_shared, of_first, shards, shared
+from sts.pipeline.train.job import Job, derived_seed
+from sts.pipeline.train.lora import merge_adapters, train_parts
+from sts.pipeline.train.model import build, load_whole
+from sts.pipeline.train.parallel import (
+    anywhere,
+    gathered,
+    load_shared,
+    of_first,
+    rank,
+    shards,
+    shared,
+)
 from sts.pipeline.train.step import (
     check_finite,
     lr_factor,
@@ -59,126 +68,200 @@ from sts.pipeline.train.step import (
     optimizer_step,
     peak_lr,
     prepare_process,
+    put_scheme,
 )
-from sts.scheme import Scheme, sparsify, unsparsify
+from sts.scheme import Scheme, unsparsify
 
 CHECKPOINT_SECONDS = 600  # a slow training is checkpointed this often whatever `checkpoint_every`
 
 log = logging.getLogger(__name__)
 
 
-def train(
-    config: Config,
-    ablation: str,
-    seed: int,
-    stage: str,
-    data: Sequence[str | Path],
-    init: str | Path,
-    out: str | Path,
-) -> dict[str, Any]:
-    """Train one stage, or reuse its finished weights; write and return the manifest `out`.
+def train(job: Job) -> dict[str, Any]:
+    """Train a stage, or reuse its finished weights.
 
-    data: manifests of prepared data sets. init: the backbone manifest for the first stage, else the
-    manifest of the stage before. Raises FloatingPointError if loss or gradient is
-    not finite, OSError if a checkpoint can't be written; the one before is kept.
+    Returns:
+        The manifest, as it is written to `job.out`.
+
+    Raises:
+        FloatingPointError: Loss or gradient is not finite.
+        OSError: A checkpoint can't be written; the one before is kept.
     """
-    block, out = config.stage(stage), Path(out)
-    key = stage_key(block, stage, seed, data, init, config.model.family)
-    folder = out.parents[3] / "weights" / key
-    tags = {
-        "ablation": ablation, "seed": seed, "stage": stage, "key": key,
-        "config": config_hash(config), "data": _data_version(data),
-    }  # fmt: skip
-    if block.processes > 1:  # which have their GPUs, and now can talk
-        prepare_process(block)
-    with locked(folder):
-        finished = of_first((folder / "done.json").exists())
+    if job.block.processes > 1:  # which have their GPUs, and now can talk
+        prepare_process(job.block)
+    with locked(job.folder):
+        is_finished = of_first((job.folder / "done.json").exists())
         with (
-            contextlib.nullcontext() if finished else lease(),
+            contextlib.nullcontext() if is_finished else lease(),
             tracking.run(
-                f"{ablation}/seed{seed}/{stage}",
-                params=block.model_dump(),
-                tags={**tags, "reused": finished},
-                directory=out.with_suffix("") / key,  # another key is another run
+                job.name,
+                params=job.block.model_dump(),
+                tags=_tags(job, is_finished),
+                directory=job.out.with_suffix("") / job.key,  # another key is another run
             ) as tracked,
-            sigterm_put_off() as stopped,
+            sigterm_put_off() as has_sigterm,
         ):
-            if finished:
-                log.info("%s: %s is finished: reused", stage, folder)
-                forget_states(folder)
-                for row in read_history(folder):
+            if is_finished:
+                log.info("%s: %s is finished: reused", job.stage, job.folder)
+                forget_states(job.folder)
+                for row in read_history(job.folder):
                     tracked.log(with_speed(row), row["step"])
             else:
-                run = (config, ablation, seed, stage, data, init, folder)
-                fit(*run, tracked.log, stopped)
-    manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
-                "precision": precision_here(block.precision),
-                "weights": str(folder), **summary(folder, block)}  # fmt: skip
-    if os.environ.get("RANK", "0") == "0":
-        write_json_atomic(out, manifest)
+                fit(job, tracked.log, has_sigterm)
+    manifest = {
+        "ablation": job.ablation,
+        "stage": job.stage,
+        "seed": job.seed,
+        "key": job.key,
+        "precision": job.precision,
+        "weights": str(job.folder),
+        **summary(job.folder, job.block),
+    }
+    if rank() == 0:
+        write_json_atomic(job.out, manifest)
     return manifest
 
 
-def fit(
-    config: Config,
-    ablation: str,
-    seed: int,
-    stage: str,
-    data: Sequence[str | Path],
-    init: str | Path,
-    folder: Path,
-    report: Callable[[dict, int], None],
-    stopped: Callable[[], bool],
-) -> None:
-    """Train from the last checkpoint in `folder`, or from `init`, to the finished `folder`.
+def _tags(job: Job, is_finished: bool) -> dict[str, Any]:
+    """What the tracked run says of the job."""
+    sets = map(read_json, job.data)
+    return {
+        "ablation": job.ablation,
+        "seed": job.seed,
+        "stage": job.stage,
+        "key": job.key,
+        "config": config_hash(job.config),
+        "data": ", ".join(f"{m['dataset']} {m['version']} {m['sha256'][:8]}" for m in sets),
+        "reused": is_finished,
+    }
 
-    stopped: whether SIGTERM has come to this process. Then a checkpoint is written after the step
-    that is being taken, and SystemExit(143) raised.
+
+@dataclass(frozen=True)
+class Training:
+    """What takes the steps of a job, on one process.
+
+    Attributes:
+        plain: The model as transformers knows it.
+        model: The same as the processes share it.
+        order: Step -> indices of the samples of its global batch.
     """
-    block = config.stage(stage)
-    if precision_here(block.precision) != block.precision:
+
+    accelerator: Accelerator
+    processor: Any
+    samples: Conversations
+    order: Callable[[int], list[int]]
+    shape: cost.Shape
+    plain: PreTrainedModel
+    adapters: Any
+    scheme: Scheme
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def fit(job: Job, report: Callable[[dict, int], None], has_sigterm: Callable[[], bool]) -> None:
+    """Train to the finished folder of a job, from its last checkpoint if there is one.
+
+    Args:
+        job: The stage.
+        report: Is told the row of each step.
+        has_sigterm: Whether SIGTERM has come to this process. Then a checkpoint is written after
+            the step that is being taken.
+
+    Raises:
+        SystemExit: With status 143, after SIGTERM.
+    """
+    if job.precision != job.block.precision:
         log.warning(
             "%s.precision: %s is slow on this processor: %s instead; scores differ in the last "
             "digits from those of a processor that has it",
-            stage, block.precision, precision_here(block.precision),
+            job.stage, job.block.precision, job.precision,
         )  # fmt: skip
-    accelerator = prepare_process(block)
-    model, processor = load_shared(block, partial(load, init, seed))
-    adapters = train_parts(model, block, derived_seed(seed, f"{stage}/lora"))
-    shape = cost.shape_of(model.config)
-    shuffled, tokens = derived_seed(seed, f"{stage}/order"), folder.parents[1] / "tokens"
-    samples, order = load_data(data, block, processor, shuffled, tokens)
-    text = max(1.0, fmean(samples.lengths) - shape.visual_tokens)
-    check_memory(shape, stage, block, text, answer=text)  # the most that there may be
-    scheme = put_scheme(model, block, seed, stage, len(samples))
-    torch.manual_seed(derived_seed(seed, f"{stage}/dropout"))  # nothing else draws from it
-    plain, model = model, shared(accelerator, model, block)
-    optimizer = accelerator.prepare(make_optimizer(plain, block))
-    folder.mkdir(parents=True, exist_ok=True)
-    first = load_state(folder, plain, optimizer, scheme)
-    history = open_history(folder, first) if accelerator.is_main_process else None
+    training = set_up(job)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    first = load_state(job.folder, training.plain, training.optimizer, training.scheme)
+    history = open_history(job.folder, first) if rank() == 0 else None
+    take_steps(job, training, first, history, report, has_sigterm)
+    unsparsify(training.plain)
+    if history is not None:
+        history.close()
+    write_weights(job, training)
 
-    bar = bar_of(f"{ablation} seed {seed} {stage}", first, block.steps)
+
+def set_up(job: Job) -> Training:
+    """The model at the start of a stage, with its scheme and optimizer, and its data.
+
+    Raises:
+        MemoryError: Weights and optimizer can't fit.
+    """
+    block = job.block
+    accelerator = prepare_process(block)
+    model, processor = load_shared(block, lambda: load(job))
+    adapters = train_parts(model, block, job.seed_of("lora"))
+    shape = cost.shape_of(model.config)
+    samples, order = load_data(job, processor)
+    text = max(1.0, fmean(samples.lengths) - shape.visual_tokens)
+    check_memory(shape, job.stage, block, text, answer=text)  # the most that there may be
+    scheme = put_scheme(model, block, len(samples), job.seed_of("scheme"))
+    torch.manual_seed(job.seed_of("dropout"))  # nothing else draws from it
+    together = shared(accelerator, model, block)
+    optimizer = accelerator.prepare(make_optimizer(model, block))
+    return Training(
+        accelerator, processor, samples, order, shape, model, adapters, scheme, together, optimizer
+    )
+
+
+def load(job: Job) -> tuple[PreTrainedModel, Any]:
+    """Model and processor at the start of a stage: the finished weights of the one before, or for
+    the first what the run starts from."""
+    weights = read_json(job.init).get("weights")
+    if weights is None:
+        return build(job.init, derived_seed(job.seed, "projector"))
+    return load_whole(weights)
+
+
+def take_steps(
+    job: Job,
+    training: Training,
+    first: int,
+    history: Any,
+    report: Callable[[dict, int], None],
+    has_sigterm: Callable[[], bool],
+) -> None:
+    """Take the optimizer steps from `first` on, with checkpoints between them.
+
+    Args:
+        job, training: What is trained.
+        first: Number of the first step.
+        history: The open file of a row a step; None but on the first process.
+        report, has_sigterm: As in `fit`.
+    """
+    block, scheme = job.block, training.scheme
+    rising = math.ceil(block.warmup_ratio * block.steps)
+    bar = bar_of(f"{job.ablation} seed {job.seed} {job.stage}", first, block.steps)
     saved = began = time.monotonic()
-    for step, batches in feed(samples, order, processor, block, accelerator, first):
+    batches_of_steps = feed(
+        block, training.samples, training.order, training.processor, training.accelerator, first
+    )
+    for step, batches in batches_of_steps:
         scheme.begin_step(step)
         # checkpoints come after begin_step: what it measured is now averaged over the processes
-        late = time.monotonic() - saved > CHECKPOINT_SECONDS
-        due = step % block.checkpoint_every == 0 or anywhere(late or stopped())
-        if due and step > first:
-            save_state(folder, history, plain, optimizer, scheme, step)
+        is_late = time.monotonic() - saved > CHECKPOINT_SECONDS
+        is_due = step % block.checkpoint_every == 0 or anywhere(is_late or has_sigterm())
+        if is_due and step > first:
+            save_state(job.folder, history, training.plain, training.optimizer, scheme, step)
             saved = time.monotonic()
-        if due and anywhere(stopped()):
-            log.info("SIGTERM: %s stops before step %d", stage, step)
+        if is_due and anywhere(has_sigterm()):
+            log.info("SIGTERM: %s stops before step %d", job.stage, step)
             raise SystemExit(tracking.TERMINATED)
-        factor = lr_factor(step, block.steps, math.ceil(block.warmup_ratio * block.steps))
-        loss, norm = optimizer_step(accelerator, model, optimizer, batches, block, factor, scheme)
-        check_finite(loss, norm, stage, step, factor, block)
+        factor = lr_factor(step, block.steps, rising)
+        loss, norm = optimizer_step(
+            training.accelerator, training.model, training.optimizer, batches, block, factor, scheme
+        )
+        check_finite(job, step, loss, norm, factor)
         if history is not None:
-            lr = peak_lr(block) * factor
-            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
-            shown = [samples.has_image[i] for i in order(step)]
-            row |= measure(scheme, shape, block, shown, batches)
+            row = {"step": step, "loss": loss, "lr": peak_lr(block) * factor, "grad_norm": norm}
+            has_image = [training.samples.has_image[i] for i in training.order(step)]
+            row |= measure(scheme, training.shape, block, has_image, batches)
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             history.write(json.dumps(row) + "\n")
             report(with_speed(row), step)
@@ -186,77 +269,19 @@ def fit(
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()
     bar.close()
-    unsparsify(plain)
-    if shards(block):
-        weights = gathered(plain)
-        if history is not None:  # the first process, which has the weights
-            plain, _ = load(init, seed)
-            adapters = train_parts(plain, block, seed)
-            plain.load_state_dict(weights)
-    if history is not None:
-        history.close()
-        finish(folder, plain, adapters, processor, config)
-    accelerator.wait_for_everyone()
 
 
-def stage_key(
-    block: StageConfig,
-    stage: str,
-    seed: int,
-    data: Sequence[str | Path],
-    init: str | Path,
-    family: str = "joined",
-) -> str:
-    """16 hex digits of all that the weights of a stage depend on: settings, code, seed, bytes of
-    the data and of the weights it starts from. The name of the ablation is not among them."""
-    start = read_json(init)
-    parts = [start.get("sha256"), start.get("vision_feature_layer")]  # of a backbone manifest
-    return sha256_json(
-        {
-            "stage": stage,
-            "settings": block.identity(),
-            "code": follows.code(*follows.training(block, family)),
-            "precision": precision_here(block.precision),
-            "attention": attention_here(block.precision),
-            "seed": seed,
-            "data": [read_json(manifest)["sha256"] for manifest in data],
-            "init": start.get("weights_sha256") or parts,
-        }
-    )[:16]
-
-
-def derived_seed(seed: int, purpose: str) -> int:
-    """A seed for one purpose (31 bits): no purpose moves the random numbers of another."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:4]) >> 1
-
-
-def load(init: str | Path, seed: int) -> tuple[PreTrainedModel, Any]:
-    """Model and processor at the start of a stage: the finished weights of the one before, or for
-    the first what the run starts from."""
-    weights = read_json(init).get("weights")
-    if weights is None:
-        return build(init, derived_seed(seed, "projector"))
-    return load_whole(weights)
-
-
-def put_scheme(
-    model: PreTrainedModel, block: StageConfig, seed: int, stage: str, samples: int
-) -> Scheme:
-    """VTC and LDS of the stage on the model, which trains on `samples` samples an epoch. Also where
-    both are off: the dense run then computes its loss in the same way. Attention and recomputation
-    are set as the stage wants them."""
-    model.set_attn_implementation(attention_here(block.precision))
-    recompute(model, block.gradient_checkpointing)
-    return sparsify(
-        model,
-        vtc=block.vtc,
-        lds=block.lds,
-        total_steps=block.steps,
-        steps_per_epoch=math.ceil(samples / block.global_batch),
-        seed=derived_seed(seed, f"{stage}/scheme"),
-    )
-
-
-def _data_version(data: Iterable[str | Path]) -> str:
-    found = map(read_json, data)
-    return ", ".join(f"{m['dataset']} {m['version']} {m['sha256'][:8]}" for m in found)
+def write_weights(job: Job, training: Training) -> None:
+    """Write what was trained as a plain checkpoint, from the first process."""
+    model, adapters = training.plain, training.adapters
+    if shards(job.block):
+        weights = gathered(model)
+        if weights is not None:
+            model, _ = load(job)
+            adapters = train_parts(model, job.block, job.seed_of("lora"))
+            model.load_state_dict(weights)
+    if rank() == 0:
+        if adapters is not None:
+            merge_adapters(adapters)
+        finish(job.folder, model, training.processor, job.config)
+    training.accelerator.wait_for_everyone()

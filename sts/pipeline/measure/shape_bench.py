@@ -6,7 +6,7 @@ A setting is `kind@keep` (VTC), `policy@rate` (LDS), each with more of its setti
 (`sts@0.6:epsilon=0.5:unit=samples`), or both joined by `+`. Three more are always
 there: `plain`, the model untouched; `bare`, its base model and the loss on answer tokens written
 out by hand; `dense`, the same with a scheme attached that does nothing: the baseline. A step is
-forward and backward. All settings take turns on the same batch in one process, so that whatever
+forward and backward, in bf16 on a GPU, else in float32. All settings take turns on the same batch in one process, so that whatever
 else the machine does falls on all alike; what counts is the ratio. Of a setting that leaves out
 layers, steps are timed that stand for a whole stage (bench.typical_steps).
 """
@@ -98,9 +98,7 @@ def speed(
     repeats: int = 7,
     attention: str = "sdpa",
 ) -> dict[str, Any]:
-    """Time settings of VTC and LDS at the shape of a known model, and print a table of them.
-
-    Weights and activations are bf16 on a GPU, else float32.
+    """Time settings of VTC and LDS at the shape of a known model; print, write, return the result.
 
     Args:
         name: The shape, one of shapes.SHAPES.
@@ -114,9 +112,6 @@ def speed(
         width: Share of the channels; default: 1 on a GPU and of `mini` and `wide`, else 1/8.
         repeats: Timed steps a setting.
         attention: One of ATTENTION.
-
-    Returns:
-        The result, as it is written.
 
     Raises:
         ValueError: An unknown shape, setting or attention, or one that can't run here.
@@ -135,14 +130,10 @@ def speed(
             for row in _rows(steps.time(stage, saves_memory, repeats), steps.tokens)
         ]
     result = {
-        "shape": name,
-        "cut": cut,
-        "batch": batch,
+        **{"shape": name, "cut": cut, "batch": batch, "text_tokens": text, "repeats": repeats},
         "visual_tokens": shapes.side(config) ** 2,
-        "text_tokens": text,
         "attention": attention,
         "dtype": str(steps.model.dtype).removeprefix("torch."),
-        "repeats": repeats,
         "rows": rows,
         **_machine(),
     }
@@ -161,9 +152,9 @@ def _check_attention(attention: str) -> None:
 def _cut(name: str, layers: int | None, width: float | None) -> tuple[PreTrainedConfig, str]:
     """The configuration of a shape, cut to what this machine runs, and what was cut in words."""
     full = shapes.shape(name).text_config
-    fits = torch.cuda.is_available() or name in ("mini", "wide")
-    layers = layers or (full.num_hidden_layers if fits else 4)
-    config = shapes.shape(name, layers, width or (1.0 if fits else 1 / 8))
+    is_whole = torch.cuda.is_available() or name in ("mini", "wide")
+    layers = layers or (full.num_hidden_layers if is_whole else 4)
+    config = shapes.shape(name, layers, width or (1.0 if is_whole else 1 / 8))
     text = config.text_config
     return config, (
         f"{text.num_hidden_layers} of {full.num_hidden_layers} layers, "
@@ -223,12 +214,12 @@ class Steps:
         steps = {name: self.typical(name, repeats) for name in self.variants}
         # a forward is asked once what it sees, which is no part of a step
         self.take("dense", 0)
-        found = {name: self.count(name, steps[name]) for name in self.variants}
+        timed = {name: self.count(name, steps[name]) for name in self.variants}
         for name, _, repeat in in_turn(list(self.variants), 1, WARMUP, repeats):
             seconds = self.take(name, steps[name][max(repeat, 0)])
             if repeat >= 0:
-                found[name].setdefault("seconds", []).append(seconds)
-        return found
+                timed[name].setdefault("seconds", []).append(seconds)
+        return timed
 
     def typical(self, name: str, repeats: int) -> list[int]:
         """The steps of a variant that are timed."""
@@ -256,8 +247,8 @@ class Steps:
 
     def bare_loss(self) -> Tensor:
         """The loss by hand: logits of the answer tokens alone."""
-        others = {key: value for key, value in self.inputs.items() if key != "labels"}
-        hidden = self.model.base_model(**others, use_cache=False)[0]
+        without = {key: value for key, value in self.inputs.items() if key != "labels"}
+        hidden = self.model.base_model(**without, use_cache=False)[0]
         targets = self.inputs["labels"][:, 1:]
         logits = self.model.get_output_embeddings()(hidden[:, :-1][targets != IGNORE_INDEX])
         return cross_entropy(logits.float(), targets[targets != IGNORE_INDEX])
@@ -269,22 +260,22 @@ class Steps:
         differ = setting is not None and setting[1].rate > 0
         counted = [self._count(name, step) for step in steps[: None if differ else 1]]
         row = {
-            "held_mb": fmean(one["held_mb"] for one in counted),
-            "peak_mb": max(one["peak_mb"] for one in counted) or None,
+            "held_mb": fmean(step["held_mb"] for step in counted),
+            "peak_mb": max(step["peak_mb"] for step in counted) or None,
         }
         if attention != "sdpa":  # torch's counter knows no other's kernels
             model.set_attn_implementation("sdpa")
             counted = [self._count(name, step) for step in steps[: len(counted)]]
             model.set_attn_implementation(attention)
-        return row | {"flops": fmean(one["flops"] for one in counted)}
+        return row | {"flops": fmean(step["flops"] for step in counted)}
 
     def _count(self, name: str, step: int) -> dict[str, float]:
         """FLOPs of a step, MB it holds for backward, peak MB of a GPU."""
-        held: dict[int, int] = {}
+        stored: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            stored[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
@@ -296,7 +287,7 @@ class Steps:
             self.take(name, step)
         return {
             "flops": counter.get_total_flops(),
-            "held_mb": sum(size for at, size in held.items() if at not in weights) / 1e6,
+            "held_mb": sum(size for at, size in stored.items() if at not in weights) / 1e6,
             "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else 0.0,
         }
 
@@ -313,7 +304,7 @@ def _rows(timed: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]
         pairs = zip(measured["seconds"], dense["seconds"], strict=True)
         time_ratio = fmean(a / b for a, b in pairs)
         flops_ratio = measured["flops"] / dense["flops"]
-        saved = (1 - time_ratio) / (1 - flops_ratio) if flops_ratio < 0.99 else None
+        realisation = (1 - time_ratio) / (1 - flops_ratio) if flops_ratio < 0.99 else None
         rows.append(
             {
                 "setting": setting,
@@ -326,7 +317,7 @@ def _rows(timed: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]
                 "peak_mb": measured["peak_mb"],
                 "time_ratio": time_ratio,
                 "flops_ratio": flops_ratio,
-                "realisation": saved,
+                "realisation": realisation,
             }
         )
     return rows

@@ -137,5 +137,5 @@ def bf16_is_native() -> bool:
     """
     import torch  # here: the workflow asks for GPUs without it
 
-    known = torch.backends.mkldnn.is_available()
-    return not known or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    can_tell = torch.backends.mkldnn.is_available()
+    return not can_tell or torch.ops.mkldnn._is_mkldnn_bf16_supported()

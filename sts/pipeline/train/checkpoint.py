@@ -30,19 +30,23 @@ from sts.pipeline.train.parallel import everywhere, of_first, rank, wait, world
 from sts.scheme import Scheme
 
 KEPT = 2  # states of a training: the last one may be broken
-ASK_SECONDS = 30  # between two words of the first process to others, which wait for some minutes
+ASK_SECONDS = 30  # the first process says so often that it still waits: the others' patience ends
 
-OWN, SUMS = "process-{}.pt", "process-{}.sha256"  # what no other has; hashes of all it wrote
+PROCESS, SUMS = "process-{}.pt", "process-{}.sha256"  # state of a process; hashes of its files
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Only one training at a time works on a key; another waits and then finds it finished.
+    """Hold the lock of a key: only one training at a time works on it; another waits, and then the
+    weights are finished.
 
-    The lock goes with the process, however it ends. Of several processes of one training the first
-    holds it for all; none begins before.
+    The kernel gives the lock back when the process ends, however that is. Of several processes of
+    one training the first holds it for all; none begins before.
+
+    Args:
+        folder: Of the weights.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock, seconds = FileLock(folder.with_suffix(".lock")), 0
@@ -66,15 +70,19 @@ def _acquired(lock: FileLock, seconds: float) -> bool:
 
 @contextmanager
 def sigterm_put_off() -> Iterator[Callable[[], bool]]:
-    """SIGTERM, which a scheduler sends some seconds before it kills, does nothing at once. The
-    function that is given says whether it has come: time for a last checkpoint."""
-    came: list[int] = []
+    """SIGTERM, which a scheduler sends some seconds before it kills, does nothing at once: there is
+    time for a last checkpoint.
+
+    Yields:
+        The function that says whether it has come.
+    """
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # Python gives signals to the main thread only
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(signals)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -87,11 +95,17 @@ def save_state(
     scheme: Scheme,
     step: int,
 ) -> None:
-    """Checkpoint before `step`: a folder, whole or not there at all, in which every process has
-    written its part and the hash of it. The one before stays. All processes call this; `history` is
-    the first one's, None elsewhere.
+    """Write a checkpoint. All processes call this, and each writes its part and the hashes of it.
+    The folder of the checkpoint is complete or not there; the one before it stays.
 
-    Raises OSError, naming the folder, if it can't be written.
+    Args:
+        folder: Of the weights.
+        history: The open history on the first process, else None.
+        model, optimizer, scheme: What is trained.
+        step: The step that the checkpoint comes before.
+
+    Raises:
+        OSError: It can't be written; the message names the folder.
     """
     target = folder / "state" / f"{step:08d}"
     part = target.with_suffix(".part")
@@ -104,10 +118,10 @@ def save_state(
         wait()
         with warnings.catch_warnings(action="ignore"):  # that there is one process
             dcp.save(tensors(model, optimizer), checkpoint_id=part)
-        own = part / OWN.format(rank())
-        torch.save({"step": step, "scheme": scheme.state_dict(), **_draws()}, own)
+        state = part / PROCESS.format(rank())
+        torch.save({"step": step, "scheme": scheme.state_dict(), **_draws()}, state)
         shared = [part / ".metadata"] if rank() == 0 else []
-        files = [own, *shared, *sorted(part.glob(f"__{rank()}_*"))]
+        files = [state, *shared, *sorted(part.glob(f"__{rank()}_*"))]
         hashes = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
         (part / SUMS.format(rank())).write_text(hashes)
         wait()
@@ -133,8 +147,12 @@ def save_state(
 def load_state(
     folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheme: Scheme
 ) -> int:
-    """Take up the last checkpoint in `folder` that is whole, if there is one; the step to go on
-    with. The number of processes may be another than that which wrote it."""
+    """Take up the last unbroken checkpoint, if there is one. The number of processes may be another
+    than that which wrote it.
+
+    Returns:
+        The step to go on with.
+    """
     for target in saved(folder):
         if not everywhere(_unbroken(target)):
             log.warning("%s: broken, the checkpoint before it is taken", target)
@@ -145,14 +163,16 @@ def load_state(
         for name, parameter in model.named_parameters():
             if name in state["optimizer"]:
                 optimizer.state[parameter] = state["optimizer"][name]
-        own = target / OWN.format(rank())
-        own = torch.load(own if own.exists() else target / OWN.format(0), weights_only=True)
-        scheme.load_state_dict(own["scheme"])
-        torch.set_rng_state(own["cpu"])
-        if "gpu" in own and torch.cuda.is_available():
-            torch.cuda.set_rng_state(own["gpu"])
-        log.info("going on from step %d: %s", own["step"], target)
-        return own["step"]
+        file = target / PROCESS.format(rank())
+        of_process = torch.load(
+            file if file.exists() else target / PROCESS.format(0), weights_only=True
+        )
+        scheme.load_state_dict(of_process["scheme"])
+        torch.set_rng_state(of_process["cpu"])
+        if "gpu" in of_process and torch.cuda.is_available():
+            torch.cuda.set_rng_state(of_process["gpu"])
+        log.info("going on from step %d: %s", of_process["step"], target)
+        return of_process["step"]
     return 0
 
 
@@ -168,18 +188,25 @@ def saved(folder: Path) -> list[Path]:
 
 
 def tensors(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, moved: Collection[str] | None = None
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, names: Collection[str] | None = None
 ) -> dict[str, dict]:
-    """{"model": name -> trained weight, "optimizer": name -> AdamW's state of it}, the very tensors
-    that are trained. moved: names that AdamW shall have a state of, zeros where it has none yet;
-    default: those that it has one of. A layer that was always skipped has none."""
+    """The very tensors that are trained.
+
+    Args:
+        model, optimizer: What is trained.
+        names: Parameters that AdamW shall have a state of, zeros where it has none yet. Default:
+            those that it has one of; a layer that was always skipped has none.
+
+    Returns:
+        {"model": name -> trained weight, "optimizer": name -> AdamW's state of it}.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if moved is None:
-        moved = [name for name, p in trained.items() if optimizer.state.get(p)]
+    if names is None:
+        names = [name for name, p in trained.items() if optimizer.state.get(p)]
     return {
         "model": {name: p.detach() for name, p in trained.items()},
         "optimizer": {
-            name: optimizer.state.get(trained[name]) or _zeros(trained[name]) for name in moved
+            name: optimizer.state.get(trained[name]) or _zeros(trained[name]) for name in names
         },
     }
 
@@ -204,20 +231,20 @@ def _unbroken(target: Path) -> bool:
     written."""
     try:
         lists = sorted(target.glob(SUMS.format("*")))
-        lines = [line for one in lists for line in one.read_text().splitlines()]
+        lines = [line for file in lists for line in file.read_text().splitlines()]
         pairs = [line.split("  ") for line in lines[rank() :: world()]]
-        same = all(sha256_file(target / name) == said for said, name in pairs)
-        return same and bool(lines) and bool(_names(target))
+        is_same = all(sha256_file(target / name) == expected for expected, name in pairs)
+        return is_same and bool(lines) and bool(_names(target))
     except Exception as error:  # whatever a broken file gives
         log.warning("%s: %r", target, error)
         return False
 
 
 def _sync(path: Path) -> None:
-    """What a folder, or the files in it, are to hold is on the disk."""
-    for one in (*path.glob("*"), path):
-        if one.is_file() or one == path:
-            handle = os.open(one, os.O_RDONLY)
+    """Wait until a folder and the files in it are on the disk."""
+    for entry in (*path.glob("*"), path):
+        if entry.is_file() or entry == path:
+            handle = os.open(entry, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
@@ -225,7 +252,7 @@ def _sync(path: Path) -> None:
 
 
 def finish(folder: Path, model: PreTrainedModel, processor: Any, config: Config) -> None:
-    """Save the plain model and its processor; `done.json`, the last file, says that it is whole."""
+    """Save the plain model and its processor; the last file, `done.json`, says that they are."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json_atomic(folder / "provenance.json", provenance.collect(config_hash(config)))
@@ -234,7 +261,7 @@ def finish(folder: Path, model: PreTrainedModel, processor: Any, config: Config)
 
 
 def forget_states(folder: Path) -> None:
-    """Finished weights need no states any more. Also where a kill came between the two."""
+    """Take the checkpoints away: finished weights need none."""
     shutil.rmtree(folder / "state", ignore_errors=True)
 
 

@@ -42,14 +42,14 @@ def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], 
 def tokens_key(job: Job, processor: Any) -> str:
     """16 hex digits of all that the tokens of a stage's data depend on."""
     block = job.block
-    own = [processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()]
+    texts = [processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()]
     return sha256_json(
         {
             "data": [read_json(manifest)["sha256"] for manifest in job.data],
             "split": block.split,
             "max_length": block.max_length,
             "template": block.template,
-            "processor": [type(processor).__name__, template_of(processor), *own],
+            "processor": [type(processor).__name__, template_of(processor), *texts],
             "code": follows.code(*follows.imported([CODE / "pipeline/data/collator.py"])),
         }
     )[:16]
@@ -65,9 +65,17 @@ def my_pieces(
 
     A batch at the end of an epoch may be small: then there are fewer micro-batches, and a few
     samples come twice if the processes could not share them evenly. Where other processes see an
-    image and this one would not, it is given one, as ~index: a sample without its labels
-    (`Shown`). All then run the same modules, as those that share weights must. has_image: of every
-    sample.
+    image and this one would not, it gets one, as ~index: a sample without its labels (`Shown`). All
+    then run the same modules, as those that share weights must.
+
+    Args:
+        indices: Samples of the global batch.
+        accumulation: Micro-batches of a process.
+        accelerator: Knows which process this is, and of how many.
+        has_image: Of every sample.
+
+    Returns:
+        Indices of the samples of each micro-batch.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     even = indices + indices[: -len(indices) % world]
@@ -78,14 +86,15 @@ def my_pieces(
         at_once = pieces[first : first + world]
         seen = [[index for index in piece if has_image[index]] for piece in at_once]
         if any(seen) and not all(seen):
-            lent = next(filter(None, seen))[0]
-            for piece, own in zip(at_once, seen, strict=True):
-                piece.extend([] if own else [~lent])
+            image = next(filter(None, seen))[0]
+            for piece, images in zip(at_once, seen, strict=True):
+                piece.extend([] if images else [~image])
     return pieces[rank::world]
 
 
 class Shown(Dataset):
-    """Samples, of which ~index is one that is seen and has no labels: nothing is learnt of it."""
+    """The samples, and under ~index the sample of that index without labels: the model sees it and
+    learns nothing of it."""
 
     def __init__(self, samples: Conversations):
         self.samples = samples
@@ -119,7 +128,7 @@ def feed(
     gpu = accelerator.device.type == "cuda"
     loader = DataLoader(
         Shown(samples),
-        batch_sampler=[piece for mine in pieces for piece in mine],
+        batch_sampler=[piece for of_step in pieces for piece in of_step],
         collate_fn=partial(collate, processor),
         num_workers=LOADERS if gpu else 0,
         worker_init_fn=leave_sigterm,
@@ -127,5 +136,5 @@ def feed(
         generator=torch.Generator(),  # else a resumed training draws from torch's once more
     )
     batches = iter(loader)
-    for step, mine in zip(steps, pieces, strict=True):
-        yield step, [next(batches).to(accelerator.device) for _ in mine]
+    for step, of_step in zip(steps, pieces, strict=True):
+        yield step, [next(batches).to(accelerator.device) for _ in of_step]

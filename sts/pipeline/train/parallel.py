@@ -39,7 +39,7 @@ def world() -> int:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -105,13 +105,13 @@ def shard(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
     model.to("meta")
     model.tie_weights()
     mesh = init_device_mesh(device.type, (world(),))
-    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    policy = MixedPrecisionPolicy(**half if bf16 else {})
+    mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    policy = MixedPrecisionPolicy(**mixed if bf16 else {})
     for module in (*decoder_layers_of(model), *tower_layers_of(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
-    sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights, options=sent)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if rank() == 0:

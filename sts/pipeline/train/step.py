@@ -155,11 +155,11 @@ def check_finite(job: Job, step: int, loss: float, norm: float, factor: float) -
     if math.isfinite(loss) and math.isfinite(norm):
         return
     stage, block = job.stage, job.block
-    half = "; bf16 overflowed: try precision: fp32" if job.precision == "bf16" else ""
+    bf16 = "; bf16 overflowed: try precision: fp32" if job.precision == "bf16" else ""
     raise FloatingPointError(
         f"{stage} step {step}: loss {loss}, gradient norm {norm} at {factor:.3g} of the learning "
         f"rate. Likely causes: {stage}.lr {block.lr} is too high, or {stage}.warmup_ratio "
         f"{block.warmup_ratio:g} too short (the losses before this step are in history.jsonl); "
-        f"the initial weights are broken{half}. The last checkpoint is kept; another value in the "
+        f"the initial weights are broken{bf16}. The last checkpoint is kept; another value in the "
         "configuration starts afresh."
     )

@@ -238,18 +238,18 @@ def take_steps(
     block, scheme = job.block, training.scheme
     rising = math.ceil(block.warmup_ratio * block.steps)
     bar = bar_of(f"{job.ablation} seed {job.seed} {job.stage}", first, block.steps)
-    saved = began = time.monotonic()
+    last_save = began = time.monotonic()
     batches_of_steps = feed(
         block, training.samples, training.order, training.processor, training.accelerator, first
     )
     for step, batches in batches_of_steps:
         scheme.begin_step(step)
         # checkpoints come after begin_step: what it measured is now averaged over the processes
-        is_late = time.monotonic() - saved > CHECKPOINT_SECONDS
+        is_late = time.monotonic() - last_save > CHECKPOINT_SECONDS
         is_due = step % block.checkpoint_every == 0 or anywhere(is_late or has_sigterm())
         if is_due and step > first:
             save_state(job.folder, history, training.plain, training.optimizer, scheme, step)
-            saved = time.monotonic()
+            last_save = time.monotonic()
         if is_due and anywhere(has_sigterm()):
             log.info("SIGTERM: %s stops before step %d", job.stage, step)
             raise SystemExit(tracking.TERMINATED)

@@ -3,12 +3,14 @@
     python -m sts bench --shape llava-1.5-7b --settings uniform@0.25 layerdrop@0.5 --out bench.json
 
 A setting is `kind@keep` (VTC), `policy@rate` (LDS), each with more of its settings after colons
-(`sts@0.6:epsilon=0.5:unit=samples`), or both joined by `+`. Three more are always
-there: `plain`, the model untouched; `bare`, its base model and the loss on answer tokens written
-out by hand; `dense`, the same with a scheme attached that does nothing: the baseline. A step is
-forward and backward, in bf16 on a GPU, else in float32. All settings take turns on the same batch in one process, so that whatever
-else the machine does falls on all alike; what counts is the ratio. Of a setting that leaves out
-layers, steps are timed that stand for a whole stage (bench.typical_steps).
+(`sts@0.6:epsilon=0.5:unit=samples`), or both joined by `+`. Three more are always there: `plain`,
+the model untouched; `bare`, its base model and the loss on answer tokens written out by hand;
+`dense`, the same with a scheme attached that does nothing: the baseline.
+
+A step is forward and backward, in bf16 on a GPU, else in float32. All settings take turns on the
+same batch in one process, so that whatever else the machine does falls on all alike; what counts is
+the ratio. Of a setting that leaves out layers, steps are timed that stand for a whole stage
+(bench.typical_steps).
 """
 
 import os

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from sts.architectures import decoder_layers_of, tower_layers_of
 from sts.pipeline.config import StageConfig
-from sts.pipeline.run.device import precision_here
+from sts.pipeline.train.job import Job
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -85,11 +85,11 @@ def load_shared(
     return model, processor
 
 
-def shared(accelerator: Accelerator, model: PreTrainedModel, block: StageConfig) -> nn.Module:
-    """The model as the processes of a stage train it together."""
-    if not shards(block):
+def shared(accelerator: Accelerator, model: PreTrainedModel, job: Job) -> nn.Module:
+    """The model as the processes of a training train it together."""
+    if not shards(job.block):
         return accelerator.prepare(model)
-    shard(model, accelerator.device, precision_here(block.precision) == "bf16")
+    shard(model, accelerator.device, job.precision == "bf16")
     return model
 
 

@@ -113,25 +113,30 @@ def optimizer_step(
     factor: float,
     scheme: Scheme,
 ) -> tuple[float, float]:
-    """One step on the micro-batches of this process, at `factor` times the peak learning rates:
-    (mean loss, gradient norm before clipping).
+    """Take one optimizer step.
 
     The loss is a mean over the answer tokens of the whole global batch, so that however a batch is
     split into micro-batches and processes, the step is the same. A step that is not finite is not
     taken.
+
+    Args:
+        accelerator, model, optimizer, scheme: What is trained, as this process holds it.
+        batches: Micro-batches of this process, on its device.
+        block: The stage.
+        factor: Share of the peak learning rates.
+
+    Returns:
+        Mean loss, and gradient norm before clipping.
     """
+    is_bf16 = precision_here(block.precision) == "bf16"
     answers = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
     answers = accelerator.reduce(answers, "sum")
     total = torch.zeros((), device=accelerator.device)
     for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
+        is_last = i == len(batches) - 1
         with (
-            contextlib.nullcontext() if last else accelerator.no_sync(model),
-            torch.autocast(
-                accelerator.device.type,
-                torch.bfloat16,
-                enabled=precision_here(block.precision) == "bf16",
-            ),
+            contextlib.nullcontext() if is_last else accelerator.no_sync(model),
+            torch.autocast(accelerator.device.type, torch.bfloat16, enabled=is_bf16),
         ):
             loss = model(**batch, num_items_in_batch=answers, use_cache=False).loss
             # gradients are averaged over processes, and the loss is to be their sum

@@ -203,7 +203,7 @@ def set_up(job: Job) -> Training:
     check_memory(shape, job.stage, block, text, answer=text)  # the most that there may be
     scheme = put_scheme(model, block, len(samples), job.seed_of("scheme"))
     torch.manual_seed(job.seed_of("dropout"))  # nothing else draws from it
-    together = shared(accelerator, model, block)
+    together = shared(accelerator, model, job)
     optimizer = accelerator.prepare(make_optimizer(model, block))
     return Training(
         accelerator, processor, samples, order, shape, model, adapters, scheme, together, optimizer

@@ -26,15 +26,17 @@ with tracking.run(name, directory=name, params={"lr": 0.1}, rows=lambda: rows):
 
 TRAINING = """
 import os, signal, sys
+from pathlib import Path
 from configs import short
 from sts.pipeline.train import train
-data, backbone, out = sys.argv[1:]
+from sts.pipeline.train.job import Job
+data, backbone, out = map(Path, sys.argv[1:])
 take_step, steps = train.optimizer_step, iter(range(100))
 def killed_at_step_11(*args):
     if next(steps) == 11: os.kill(os.getpid(), signal.SIGKILL)
     return take_step(*args)
 train.optimizer_step = killed_at_step_11
-train.train(short(steps=16, checkpoint_every=4), "dense", 0, "align", [data], backbone, out)
+train.train(Job(short(steps=16, checkpoint_every=4), "dense", 0, "align", [data], backbone, out))
 """
 
 
@@ -207,6 +209,7 @@ def test_a_training_goes_on_in_its_run_and_other_settings_have_another(
 def test_a_training_killed_midway_and_resumed_has_every_step_once(tmp_path, backbone, prepared):
     from configs import short
 
+    from sts.pipeline.train.job import Job
     from sts.pipeline.train.train import train
 
     out = tmp_path / "results/runs/dense/seed0/align.json"
@@ -215,7 +218,7 @@ def test_a_training_killed_midway_and_resumed_has_every_step_once(tmp_path, back
     killed = subprocess.run(script, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     config = short(steps=16, checkpoint_every=4)
-    manifest = train(config, "dense", 0, "align", [prepared], backbone, out)
+    manifest = train(Job(config, "dense", 0, "align", [prepared], backbone, out))
     run = fetch(out.with_suffix("") / manifest["key"])
     assert run.info.status == "FINISHED"
     for name in ("loss", "tokens_per_s"):

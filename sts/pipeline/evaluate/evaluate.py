@@ -88,7 +88,7 @@ def evaluate(
         }
         _write(out, result, samples, provenance.collect(config_hash(config)) | facts)
         for name, row in result["benchmarks"].items():
-            tracked_rows.append({"step": 0} | {f"{name}.{k}": row[k] for k in row})
+            tracked_rows.append({"step": 0} | {f"{name}.{key}": row[key] for key in row})
         tracked.artifact(out)
     return result
 

@@ -162,7 +162,7 @@ def fit(job: Job, send: Callable[[], None], has_sigterm: Callable[[], bool]) -> 
 
     Args:
         job: The stage.
-        send: Is called after a checkpoint.
+        send: Is called after each checkpoint.
         has_sigterm: Whether SIGTERM has come to this process. Then a checkpoint is written after
             the step that is being taken.
 

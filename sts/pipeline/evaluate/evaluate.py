@@ -55,14 +55,14 @@ def evaluate(
     options, out, trained = config.evaluate, Path(out), read_json(run)
     benchmarks, metrics = _with_metrics(config, data)  # what is missing is said before the model
     key = config_hash(options, trained["weights_sha256"])
+    tags = {"ablation": ablation, "seed": seed, "stage": "evaluate", "config": config_hash(config)}
     tracked_rows: list[dict[str, Any]] = []
     with (
         lease(),
         tracking.run(
             f"{ablation}/seed{seed}/evaluate",
             params=options.model_dump(),
-            tags={"ablation": ablation, "seed": seed, "stage": "evaluate",
-                  "config": config_hash(config), "weights": trained["weights_sha256"]},
+            tags={"weights": trained["weights_sha256"]} | tags,
             directory=out.with_suffix("") / key,  # another key is another run
             rows=lambda: tracked_rows,
         ) as tracked,

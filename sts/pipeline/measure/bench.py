@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import fmean, median
@@ -24,9 +25,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedModel
 
 from sts.pipeline.config import REPEATS, BenchConfig, Config, StageConfig
-from sts.pipeline.cost import flops as cost
-from sts.pipeline.cost.history import measure
-from sts.pipeline.data.collator import collate
+from sts.pipeline.cost.history import Meter, measure
+from sts.pipeline.data.collator import collate, example
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.run import provenance
 from sts.pipeline.run.bar import bar_of
@@ -110,11 +110,17 @@ def time_stage(
     for id, block in blocks.items():
         if what[id] not in trained:
             trained[what[id]] = _prepared(block, init, accelerator)
-    processor, shape = next(iter(trained.values()))[2:]
+    processor = next(iter(trained.values()))[2]
     seed = derived_seed(SEED, f"{stage}/order")
     feeds = {
         id: load_data(sets[id], block, processor, seed, tokens) for id, block in blocks.items()
     }
+    meters: dict[str, Meter] = {}
+    for id, block in blocks.items():
+        if what[id] not in meters:
+            batch = example(feeds[id][0], processor)
+            prepare = partial(train_parts, stage=block, seed=SEED)
+            meters[what[id]] = Meter(trained[what[id]][0], batch, prepare)
     on_gpu = accelerator.device.type == "cuda"
     chosen = {}
     for id, block in blocks.items():
@@ -143,7 +149,7 @@ def time_stage(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         has_image = [samples.has_image[i] for i in indices]
-        row = measure(scheme, shape, block, has_image, batches)
+        row = measure(scheme, meters[what[id]], block, has_image, batches)
         unsparsify(model)
         return seconds, row
 
@@ -186,14 +192,13 @@ def _trained(block: StageConfig) -> str:
 
 def _prepared(
     block: StageConfig, init: str | Path, accelerator: Accelerator
-) -> tuple[PreTrainedModel, AcceleratedOptimizer, Any, cost.Shape]:
-    """Model, optimizer, processor and shape. At learning rate 0 every step starts from equal
+) -> tuple[PreTrainedModel, AcceleratedOptimizer, Any]:
+    """Model, optimizer and processor. At learning rate 0 every step starts from equal
     weights, so the steps of all variants may share them."""
     model, processor = build(init, SEED)
-    shape = cost.shape_of(model.config)
     train_parts(model, block, SEED)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, block))
-    return model, optimizer, processor, shape
+    return model, optimizer, processor
 
 
 def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:

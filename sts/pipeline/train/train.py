@@ -26,8 +26,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sts.pipeline.config import Config, StageConfig, config_hash
-from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.history import (
+    Meter,
     measure,
     open_history,
     peak_memory_mb,
@@ -36,6 +36,7 @@ from sts.pipeline.cost.history import (
     with_speed,
 )
 from sts.pipeline.cost.memory import check_memory
+from sts.pipeline.data.collator import example
 from sts.pipeline.files import read_json, sha256_json, write_json_atomic
 from sts.pipeline.run import follows, tracking
 from sts.pipeline.run.bar import bar_of
@@ -113,7 +114,7 @@ def train(
                 fit(*run, tracked.log, stopped)
     manifest = {"ablation": ablation, "stage": stage, "seed": seed, "key": key,
                 "precision": precision_here(block.precision),
-                "weights": str(folder), **summary(folder, block)}  # fmt: skip
+                "weights": str(folder), **summary(folder)}  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
         write_json_atomic(out, manifest)
     return manifest
@@ -145,11 +146,11 @@ def fit(
     accelerator = prepare_process(block)
     model, processor = load_shared(block, partial(load, init, seed))
     adapters = train_parts(model, block, derived_seed(seed, f"{stage}/lora"))
-    shape = cost.shape_of(model.config)
     shuffled, tokens = derived_seed(seed, f"{stage}/order"), folder.parents[1] / "tokens"
     samples, order = load_data(data, block, processor, shuffled, tokens)
-    text = max(1.0, fmean(samples.lengths) - shape.visual_tokens)
-    check_memory(shape, stage, block, text, answer=text)  # the most that there may be
+    meter = Meter(model, example(samples, processor), partial(train_parts, stage=block, seed=0))
+    tokens = fmean(samples.lengths)
+    check_memory(meter.counts, stage, block, tokens, tokens - meter.counts.visual_tokens)
     scheme = put_scheme(model, block, seed, stage, len(samples))
     torch.manual_seed(derived_seed(seed, f"{stage}/dropout"))  # nothing else draws from it
     plain, model = model, shared(accelerator, model, block)
@@ -178,7 +179,7 @@ def fit(
             lr = peak_lr(block) * factor
             row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
             shown = [samples.has_image[i] for i in order(step)]
-            row |= measure(scheme, shape, block, shown, batches)
+            row |= measure(scheme, meter, block, shown, batches)
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             history.write(json.dumps(row) + "\n")
             report(with_speed(row), step)

@@ -1,46 +1,23 @@
 """An estimate as a table for people."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 
-def show(found: Mapping[str, Any], console: Console) -> None:
-    """Print a forecast as a small table."""
-    table = Table("what", "estimate", title=f"Scale {found['scale']}: what a run will cost")
-    total = sum(found["jobs"].values())
-    kinds = ", ".join(f"{n} {name}" for name, n in found["jobs"].items())
-    table.add_row("jobs", f"{total}: {kinds}")
-    runs = found["flops"]["runs"]
-    dense = sum(next(iter(runs.values())).values())
-    for id, stages in runs.items():
-        parts = " + ".join(f"{flops:.2g} {stage}" for stage, flops in stages.items())
-        table.add_row(f"FLOPs of {id}", f"{parts}, {sum(stages.values()) / dense:.0%}")
-    table.add_row("FLOPs of all trainings", f"{found['flops']['total']:.2g}")
-    for name, seconds in found["seconds"].items():
-        table.add_row(f"time: {name}", duration(seconds))
-    disk, memory = found["disk_bytes"], found["memory_bytes"]
-    for name in ("data", "features", "weights", "checkpoints", "free"):
-        table.add_row(f"disk: {name}", size(disk[name]))
-    there = f"{size(memory['of_a_training'])}, there are {size(memory['of_a_process'])}"
-    table.add_row("memory of a process", there)
-    table.add_row("memory at once", size(memory["at_once"]))
-    for id, stages in found.get("gpu_hours", {}).get("runs", {}).items():
-        each = " + ".join(f"{hours:.3g} {stage}" for stage, hours in stages.items())
-        table.add_row(f"GPU-hours of {id}", f"{each} = {sum(stages.values()):.3g}")
-    if "gpu_hours" in found:
-        spent = found["gpu_hours"]
-        price = f", price {spent['price']:,.0f}" if "price" in spent else ""
-        table.add_row("GPU-hours of all", f"{spent['total']:.3g}{price}")
+def show(costs: Mapping[str, Any], console: Console) -> None:
+    """Print an estimate (`forecast`) as a small table."""
+    table = Table("what", "estimate", title=f"Scale {costs['scale']}: what a run will cost")
+    for name, text in _rows(costs):
+        table.add_row(name, text)
     console.print(table)
-    for said in found["respread"]:
-        console.print(f"[bold]Fewer GPUs[/bold]: {said}", highlight=False)
-    for said in found["lacking"]:
-        console.print(f"[bold]Does not fit[/bold]: {said}", highlight=False)
-    speed = found["speed"]
+    for title, name in (("Fewer GPUs", "respread"), ("Does not fit", "lacking")):
+        for text in costs[name]:
+            console.print(f"[bold]{title}[/bold]: {text}", highlight=False)
+    speed = costs["speed"]
     rates = ", ".join(f"{rate / 1e9:.3g} GFLOP/s {s}" for s, rate in speed["flops_per_s"].items())
     console.print(
         f"Estimates. Speed: {rates} ({speed['source']}); {speed['trainings_at_once']} trainings "
@@ -48,6 +25,32 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         "first run; jobs as from an empty folder.",
         highlight=False,
     )
+
+
+def _rows(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The table's."""
+    jobs = ", ".join(f"{count} {rule}" for rule, count in costs["jobs"].items())
+    yield "jobs", f"{sum(costs['jobs'].values())}: {jobs}"
+    runs = costs["flops"]["runs"]
+    dense = sum(next(iter(runs.values())).values())
+    for id, stages in runs.items():
+        parts = " + ".join(f"{flops:.2g} {stage}" for stage, flops in stages.items())
+        yield f"FLOPs of {id}", f"{parts}, {sum(stages.values()) / dense:.0%}"
+    yield "FLOPs of all trainings", f"{costs['flops']['total']:.2g}"
+    for name, seconds in costs["seconds"].items():
+        yield f"time: {name}", duration(seconds)
+    for name, value in costs["disk_bytes"].items():
+        yield f"disk: {name}", size(value)
+    memory = costs["memory_bytes"]
+    available = f"there are {size(memory['of_a_process'])}"
+    yield "memory of a process", f"{size(memory['of_a_training'])}, {available}"
+    yield "memory at once", size(memory["at_once"])
+    if hours := costs.get("gpu_hours"):
+        for id, stages in hours["runs"].items():
+            each = " + ".join(f"{value:.3g} {stage}" for stage, value in stages.items())
+            yield f"GPU-hours of {id}", f"{each} = {sum(stages.values()):.3g}"
+        price = f", price {hours['price']:,.0f}" if "price" in hours else ""
+        yield "GPU-hours of all", f"{hours['total']:.3g}{price}"
 
 
 def duration(seconds: float) -> str:

@@ -14,8 +14,9 @@ from sts import LDS, sparsify
 from sts.__main__ import main
 from sts.lds.decision import decide, expected_work
 from sts.pipeline.config import Config, StageConfig, load_ablations
-from sts.pipeline.cost import flops as cost
 from sts.pipeline.measure import forecast as estimate
+from sts.pipeline.measure import printed, speed
+from sts.pipeline.measure.stage_cost import StageCost, model_config
 from sts.pipeline.plan import Plan, load_plan
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,8 @@ def config(model: dict | None = None, **stages: dict) -> Config:
 def no_timing(monkeypatch):
     """A GFLOP/s in every stage."""
 
-    def speed(base, configs, *_):
-        names = [name for config in (base, *configs.values()) for name in config.stages]
+    def speed(configs, *_):
+        names = [name for config in configs for name in config.stages]
         return dict.fromkeys(names, 1e9), "a test"
 
     monkeypatch.setattr(estimate, "calibrate", speed)
@@ -60,10 +61,10 @@ def test_the_estimate_is_whole_and_positive(smoke, capsys):
         sum(value for name, value in smoke["seconds"].items() if name != "total")
     )
     assert all(value > 0 for value in smoke["disk_bytes"].values())
-    estimate.show(smoke, estimate.Console(width=100))
-    printed = capsys.readouterr().out
-    assert "Estimates." in printed
-    assert f"{sum(smoke['jobs'].values())}: " in printed
+    printed.show(smoke, printed.Console(width=100))
+    text = capsys.readouterr().out
+    assert "Estimates." in text
+    assert f"{sum(smoke['jobs'].values())}: " in text
 
 
 def test_flops_follow_what_a_run_leaves_out(smoke):
@@ -118,10 +119,7 @@ def test_flops_of_a_stage_are_the_mean_over_what_it_skips():
         third={"lds": LDS("layerdrop", rate=0.2)},
         dense={},
     )
-    shape = cost.shape_of(estimate.model_config(given))
-    skipped, alike, dense = (
-        estimate.stage_flops(shape, block, given.data) for block in given.stages.values()
-    )
+    skipped, alike, dense = (StageCost(given, stage).flops for stage in given.stages)
     assert skipped == pytest.approx(alike, rel=1e-3)
     assert skipped < dense
 
@@ -144,7 +142,7 @@ def test_a_large_pretrained_model_is_estimated_without_a_download(monkeypatch):
 def test_a_model_of_unknown_size_is_named():
     unknown = {"backbone": "pretrained", "vision": "no/such-vision", "language": "no/such-language"}
     with pytest.raises(ValueError, match="no/such-vision: its sizes are not known here"):
-        estimate.model_config(config(model=unknown, only={}))
+        model_config(config(model=unknown, only={}).model)
 
 
 def test_stages_are_those_of_the_configurations(no_timing):
@@ -172,9 +170,8 @@ def test_stages_are_those_of_the_configurations(no_timing):
 
 def test_speed_is_measured_with_what_a_stage_trains():
     given = config(last={"trains": ["projector", "lora"], "lr": 1e-3})
-    model = estimate.model_config(given)
-    speed, source = estimate.calibrate(given, {}, model)
-    assert speed["last"] > 0 and "just now" in source
+    rates, source = speed.calibrate([given])
+    assert rates["last"] > 0 and "just now" in source
 
 
 def asked(capsys, *more, scale=PAPER):
@@ -242,7 +239,7 @@ def test_fewer_gpus_than_processes_take_longer_with_the_same_batch(capsys):
         assert f"the global batch of {batch};" in said
     assert narrow["flops"] == wide["flops"]
     assert narrow["gpu_hours"]["runs"] == wide["gpu_hours"]["runs"]
-    started = estimate.START_SECONDS * narrow["jobs"]["train"]
+    started = speed.START_SECONDS * narrow["jobs"]["train"]
     times = [one["seconds"]["training"] - started for one in (wide, narrow)]
     assert times[1] == pytest.approx(2 * times[0])
     memory = [one["memory_bytes"]["of_a_training"] for one in (wide, narrow)]
@@ -271,7 +268,7 @@ def test_a_stage_on_fewer_gpus_takes_the_same_step(pieces, gpus):
     processes, accumulation = pieces
     split = {"processes": processes, "gradient_accumulation_steps": accumulation}
     block = config(only=split).stage("only")
-    found = estimate.on_fewer(block, gpus)
+    found = speed.on_fewer(block, gpus)
     assert found.global_batch == block.global_batch and found.batch_size == block.batch_size
     assert found.identity() == block.identity()
     assert found.processes <= (gpus or processes)
@@ -282,10 +279,10 @@ def test_a_stage_on_fewer_gpus_takes_the_same_step(pieces, gpus):
 def test_processes_on_a_cpu_share_its_cores():
     cores = len(os.sched_getaffinity(0))
     many = config(only={"processes": cores + 3}).stage("only")
-    assert estimate.at_once(many, gpus=0) == cores
-    assert estimate.at_once(many, gpus=8) == cores + 3
+    assert speed.at_once(many, gpus=0) == cores
+    assert speed.at_once(many, gpus=8) == cores + 3
     threads = many.model_copy(update={"threads": 2 * cores})
-    assert estimate.at_once(threads, gpus=0) == 1
+    assert speed.at_once(threads, gpus=0) == 1
 
 
 def test_what_does_not_fit_on_gpus_is_said_with_the_keys_that_help(tmp_path, capsys):
@@ -322,4 +319,4 @@ def test_a_disk_that_is_too_small_is_said_with_what_helps():
     ("seconds", "said"), [(45, "45 s"), (720, "12 min"), (12600, "3.5 h"), (1814400, "21 days")]
 )
 def test_durations_are_said_in_fitting_units(seconds, said):
-    assert estimate.duration(seconds) == said
+    assert printed.duration(seconds) == said

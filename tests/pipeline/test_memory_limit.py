@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sts.pipeline.config import load_scale
-from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost import memory
-from sts.pipeline.measure.forecast import model_config, tokens
+from sts.pipeline.measure.stage_cost import counts_of, tokens
 
 PAPER = Path(__file__).parents[2] / "workflow/config/paper.yaml"
 GB = 1e9
@@ -19,50 +18,52 @@ def paper():
     return load_scale(PAPER)
 
 
-@pytest.fixture(scope="module")
-def shape(paper):
-    return cost.shape_of(model_config(paper))
-
-
 @pytest.fixture
 def here(monkeypatch):
     """here(bytes): as much as a process may have."""
     return lambda there: monkeypatch.setattr(memory, "memory_here", lambda processes: there)
 
 
-def needed(paper, shape, stage, **values):
+def sizes(paper, stage, **values):
+    """What `step_memory` is told of a stage with other values."""
     block = paper.stage(stage).model_copy(update=values)
-    return memory.step_memory(shape, block, *tokens(block, paper.data))
+    counts = counts_of(paper.model, block)
+    text, answer = tokens(block, paper.data)
+    return counts, block, counts.visual_tokens + text, answer
 
 
-def check(paper, shape, stage="instruct", **values):
-    block = paper.stage(stage).model_copy(update=values)
-    memory.check_memory(shape, stage, block, *tokens(block, paper.data))
+def needed(paper, stage, **values):
+    return memory.step_memory(*sizes(paper, stage, **values))
 
 
-def test_shards_divide_weights_gradients_and_moments_of_adamw(paper, shape):
-    whole, shared = (needed(paper, shape, "instruct", parallel=name) for name in ("ddp", "fsdp2"))
-    trained = shape.parameters["decoder"] + shape.parameters["head"] + shape.parameters["projector"]
-    assert whole["optimizer"] == 12 * trained and whole["gathered"] == 0
+def check(paper, stage="instruct", **values):
+    counts, *others = sizes(paper, stage, **values)
+    memory.check_memory(counts, stage, *others)
+
+
+def test_shards_divide_weights_gradients_and_moments_of_adamw(paper):
+    whole, shared = (needed(paper, "instruct", parallel=name) for name in ("ddp", "fsdp2"))
+    parameters = counts_of(paper.model, paper.stage("instruct")).parameters
+    outside = parameters["head"] + parameters["projector"]
+    assert whole["optimizer"] == 12 * (parameters["decoder"] + outside) and whole["gathered"] == 0
     for part in ("weights", "optimizer"):
         assert shared[part] == whole[part] / 8
     assert shared["activations"] == whole["activations"]
-    outside = shape.parameters["head"] + shape.parameters["projector"]
-    layer = shape.parameters["decoder"] / 32
+    layer = parameters["decoder"] / 32
     assert shared["gathered"] >= outside + 2 * layer, "at least a byte of each"
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct"])
-def test_the_paper_scale_fits_the_gpus_that_it_names(paper, shape, here, stage):
+def test_the_paper_scale_fits_the_gpus_that_it_names(paper, here, stage):
     here(80 * GB)
-    check(paper, shape, stage)
-    assert sum(needed(paper, shape, stage).values()) < 70 * GB
+    check(paper, stage)
+    assert sum(needed(paper, stage).values()) < 70 * GB
 
 
-def test_what_can_not_fit_is_refused_with_the_numbers_and_the_keys(paper, shape, here):
+def test_what_can_not_fit_is_refused_with_the_numbers_and_the_keys(paper, here):
     here(80 * GB)
     with pytest.raises(MemoryError) as refused:
-        check(paper, shape, parallel="ddp")
+        check(paper, parallel="ddp")
     said = str(refused.value)
     assert "stages.instruct: a process needs about" in said and "and has 80 GB" in said
     assert "weights 28" in said and "optimizer 81" in said
@@ -70,14 +71,14 @@ def test_what_can_not_fit_is_refused_with_the_numbers_and_the_keys(paper, shape,
     assert "gradient_checkpointing" not in said, "it is on"
 
 
-def test_activations_are_a_rough_figure_and_so_only_warned_of(paper, shape, here, caplog):
-    parts = needed(paper, shape, "instruct")
+def test_activations_are_a_rough_figure_and_so_only_warned_of(paper, here, caplog):
+    parts = needed(paper, "instruct")
     here(sum(parts.values()) - parts["activations"] / 2)
-    check(paper, shape)
+    check(paper)
     assert "stages.instruct: a process needs about" in caplog.text
     caplog.clear()
     here(sum(parts.values()))
-    check(paper, shape)
+    check(paper)
     assert not caplog.text
 
 

@@ -4,16 +4,17 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import PreTrainedModel
 
 from sts.pipeline.config import StageConfig
-from sts.pipeline.cost import flops as cost
+from sts.pipeline.cost.counting import TowerWatch
+from sts.pipeline.cost.flops import Counts, count
 from sts.pipeline.files import read_json
 from sts.pipeline.run.device import attention_here
 from sts.scheme import Scheme
@@ -35,56 +36,86 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+class Meter:
+    """Knows what steps of a model cost.
+
+    Args:
+        model: As it is trained.
+        batch, prepare: See `count`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: Mapping[str, Any],
+        prepare: Callable[[PreTrainedModel], Any],
+    ):
+        self.counts = count(model.config, batch, prepare)
+        self.watch = TowerWatch(model)
+
+
 def measure(
     scheme: Scheme,
-    shape: cost.Shape,
+    meter: Meter,
     block: StageConfig,
     has_image: Sequence[bool],
-    batches: Sequence[Mapping[str, Any]] = (),
+    batches: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """What a step really did, for its row of the history. `has_image`: of its global batch.
+    """What a step really did, for its row of the history. Of several processes the first counts for
+    all.
 
-    tokens (reached the language model, padding included) and answer_tokens of the global batch;
-    visual_tokens, mean of a sample; of each layer the chance asked for, the share skipped and its
-    work (Scheme.metrics); FLOPs. batches: this process's micro-batches, for the patches that went
-    through the vision tower and the pairs of them that see each other (without them every sample
-    with an image has one of the tower's size). Of several processes the first counts for all.
+    Args:
+        scheme: On the model that took the step.
+        meter: Of that model; it begins anew.
+        block: The stage.
+        has_image: Of each sample of the global batch.
+        batches: This process's micro-batches.
+
+    Returns:
+        `tokens` (that reached the decoder, padding included) and `answer_tokens` of the global
+        batch, `patches` and `pairs` (`TowerWatch`); `visual_tokens`, mean of a sample; of each
+        layer the chance `asked` for, the share `skipped` and its `work` (Scheme.metrics); `flops`,
+        and `flops_dense` of the same step without VTC and LDS.
     """
-    seen, samples = scheme.metrics(), len(has_image)
+    realised, samples = scheme.metrics(), len(has_image)
+    seen = sum(len(batch["input_ids"]) for batch in batches)
+    patches, pairs = (total * samples / seen for total in meter.watch.read())
     row = {
         "samples": samples,
         "images": sum(has_image),
-        "fused_attention": attention_here(block.precision) == "sdpa",
-        "tokens": round(seen["tokens"] * samples),
-        "answer_tokens": round(seen["answer_tokens"] * samples),
-        **{name: seen[name] for name in ("visual_tokens", "keep_ratio", "layers_run")},
-        **{name: seen[name] for name in ("asked", "skipped", "work")},
+        "fused_attention": attention_here(block.precision) != "eager",
+        "tokens": round(realised["tokens"] * samples),
+        "answer_tokens": round(realised["answer_tokens"] * samples),
+        "patches": patches,
+        "pairs": pairs,
+        **{name: realised[name] for name in ("visual_tokens", "keep_ratio", "layers_run")},
+        **{name: realised[name] for name in ("asked", "skipped", "work")},
     }
-    if batches:
-        own = sum(len(batch["input_ids"]) for batch in batches)
-        found = [cost.tower_work(scheme.model.config, shape, batch) for batch in batches]
-        patches, pairs = (sum(values) * samples / own for values in zip(*found, strict=True))
-        row |= {"patches": patches, "pairs": pairs}
-    return row | {"flops": row_flops(shape, block, row)}
+    return row | {
+        "flops": row_flops(meter.counts, block, row),
+        "flops_dense": row_flops(meter.counts, block, _dense(row)),
+    }
 
 
-def row_flops(shape: cost.Shape, block: StageConfig, row: dict[str, Any]) -> float:
+def row_flops(counts: Counts, block: StageConfig, row: Mapping[str, Any]) -> float:
     """FLOPs of a step from what it realised (a row of the history)."""
-    return cost.step_flops(
-        shape,
-        batch=row["samples"],
-        images=row["images"],
-        patches=row.get("patches"),  # older rows are of images of the tower's size
-        pairs=row.get("pairs"),
-        visual_tokens=row["visual_tokens"],
-        text_tokens=row["tokens"] / row["samples"] - row["visual_tokens"],
+    parts = counts.step(
+        samples=row["samples"],
+        tokens=row["tokens"] / row["samples"],
         answer_tokens=row["answer_tokens"] / row["samples"],
-        trains=block.trains,
-        lora_rank=block.lora.rank,
+        patches=row["patches"],
+        pairs=row["pairs"],
+        work=row["work"],
         checkpointing=block.gradient_checkpointing,
         fused_attention=row["fused_attention"],
-        work=row["work"],
     )
+    return sum(parts.values())
+
+
+def _dense(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of the same step without VTC and LDS."""
+    added = row["visual_tokens"] * (1 / row["keep_ratio"] - 1) * row["samples"]
+    return row | {"tokens": row["tokens"] + added, "work": None}
 
 
 def with_speed(row: dict[str, Any]) -> dict[str, Any]:
@@ -100,18 +131,14 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def summary(folder: Path, block: StageConfig) -> dict[str, Any]:
-    """What the manifest tells of finished weights. FLOPs are computed here from what each step
-    realised, so that a better formula in sts/pipeline/cost/flops.py needs no new training."""
+def summary(folder: Path) -> dict[str, Any]:
+    """What the manifest tells of finished weights."""
     history = read_history(folder)
-    shape = cost.shape_of(AutoConfig.from_pretrained(folder))
-    layers = shape.layers
-    steps = len(history)
+    steps, layers = len(history), len(history[0]["skipped"])
     return {
         **read_json(folder / "done.json"),
         "steps": steps,
-        "flops": sum(row_flops(shape, block, row) for row in history),
-        "flops_dense": sum(row_flops(shape, block, _dense(row)) for row in history),
+        **{name: sum(row[name] for row in history) for name in ("flops", "flops_dense")},
         "final_loss": fmean(row["loss"] for row in history[-max(1, steps // 10) :]),
         "realised": {
             "keep_ratio": fmean(row["keep_ratio"] for row in history),
@@ -121,10 +148,3 @@ def summary(folder: Path, block: StageConfig) -> dict[str, Any]:
             ],
         },
     }
-
-
-def _dense(row: dict[str, Any]) -> dict[str, Any]:
-    """The row of the same step without VTC and LDS."""
-    whole = row["visual_tokens"] / row["keep_ratio"]
-    added = (whole - row["visual_tokens"]) * row["samples"]
-    return row | {"visual_tokens": whole, "tokens": row["tokens"] + added, "work": None}

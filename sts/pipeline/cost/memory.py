@@ -6,34 +6,70 @@ import os
 import torch
 
 from sts.pipeline.config import StageConfig
-from sts.pipeline.cost import flops as cost
-from sts.pipeline.run.device import precision_here
+from sts.pipeline.cost.flops import Counts
+from sts.pipeline.run.device import attention_here, precision_here
 
 PROCESS_BYTES = 0.7e9  # torch, transformers and tracking in memory before any model
+FLOAT32 = 4.0  # bytes
 
 log = logging.getLogger(__name__)
 
 
 def step_memory(
-    shape: cost.Shape, block: StageConfig, text: float, answer: float, on_gpu: bool = False
+    counts: Counts, block: StageConfig, tokens: float, answer_tokens: float, on_gpu: bool = False
 ) -> dict[str, float]:
-    """Peak bytes of one process of a training, at all visual tokens and layers, by what they hold
-    (cost.peak_memory). text, answer: tokens of a sample. on_gpu: of a machine that this is not."""
+    """Peak bytes of one process of a training with AdamW, at all visual tokens and layers.
+
+    Left out: a frozen vision tower's working set and the allocator's overhead. Expect the true
+    figure within half and twice of it.
+
+    Args:
+        counts: Of the model as the stage trains it.
+        block: The stage.
+        tokens: Of a sample that reach the decoder.
+        answer_tokens: Of a sample, whose logits are computed.
+        on_gpu: Whether the training runs on a machine with GPUs that this may not be.
+
+    Returns:
+        `process`: what there is before any model. `weights`: in float32. `optimizer`: gradients and
+        two moments, float32, of what is trained. `gathered`: where weights and optimizer are split
+        over processes, what each has whole at a time, as weights and as gradients: all outside the
+        decoder's layers and two of them, the one that runs and the next. `activations`: what the
+        backward needs, and logits in float32 three times over.
+    """
     precision = block.precision if on_gpu else precision_here(block.precision)
-    parts = cost.peak_memory(
-        shape,
-        batch=block.batch_size,
-        visual_tokens=shape.visual_tokens,
-        text_tokens=text,
-        answer_tokens=answer,
-        layers_run=shape.layers,
-        trains=block.trains,
-        lora_rank=block.lora.rank,
-        checkpointing=block.gradient_checkpointing,
-        value_bytes=2 if precision == "bf16" else 4,
-        shards=block.processes if block.parallel == "fsdp2" else 1,
+    is_fused = on_gpu or attention_here(block.precision) != "eager"
+    value_bytes = 2.0 if precision == "bf16" else FLOAT32
+    shards = block.processes if block.parallel == "fsdp2" else 1
+    weights = counts.parameters
+    outside = weights["projector"] + weights["head"]
+    gathered = outside + 2 * weights["decoder"] / len(counts.layers)
+    values = (
+        block.batch_size / FLOAT32 * _stored(counts, tokens, block.gradient_checkpointing, is_fused)
     )
-    return {"process": PROCESS_BYTES, **parts}
+    logits = 3 * FLOAT32 * block.batch_size * answer_tokens * counts.vocab
+    return {
+        "process": PROCESS_BYTES,
+        "weights": FLOAT32 * sum(weights.values()) / shards,
+        "optimizer": 3 * FLOAT32 * sum(counts.trained.values()) / shards,
+        "gathered": 2 * value_bytes * gathered if shards > 1 else 0.0,
+        "activations": value_bytes * values + logits,
+    }
+
+
+def _stored(counts: Counts, tokens: float, checkpointing: bool, is_fused: bool) -> float:
+    """Bytes in float32 that the backward of a sample needs: of each layer all that autograd keeps,
+    or with checkpointing its input, and all of the largest. Fused attention keeps no scores."""
+    decoder = [layer.stored for layer in counts.layers]
+    total = 0.0
+    for stored, width, count, pairs in (
+        (decoder, counts.widths[0], tokens, tokens**2),
+        (counts.tower_stored, counts.widths[1], counts.patches, counts.pairs),
+    ):
+        each = [kept.at(count, 0.0 if is_fused else pairs) for kept in stored]
+        inputs = FLOAT32 * width * count * sum(kept > 0 for kept in each)
+        total += inputs + max(each, default=0.0) if checkpointing else sum(each)
+    return total
 
 
 def memory_here(processes: int) -> float:
@@ -45,25 +81,31 @@ def memory_here(processes: int) -> float:
 
 
 def check_memory(
-    shape: cost.Shape, stage: str, block: StageConfig, text: float, answer: float
+    counts: Counts, stage: str, block: StageConfig, tokens: float, answer_tokens: float
 ) -> None:
-    """Raise MemoryError, with what helps, if the weights of a stage and what its optimizer holds of
-    them don't fit, which is known; warn if its activations may not, which is a rough figure."""
-    there = memory_here(int(os.environ.get("LOCAL_WORLD_SIZE", block.processes)))
-    parts = step_memory(shape, block, text, answer)
-    said = lacking(stage, block, parts, there)
-    if said and sum(parts.values()) - parts["activations"] > there:
-        raise MemoryError(said)
-    if said:
-        log.warning("%s", said)
+    """Check before the first step that a stage fits this machine; tokens: as in `step_memory`.
+
+    Warns where its activations may not fit, which are a rough figure.
+
+    Raises:
+        MemoryError: Its weights and what the optimizer holds of them don't fit, which is certain;
+            the text says what helps.
+    """
+    available = memory_here(int(os.environ.get("LOCAL_WORLD_SIZE", block.processes)))
+    parts = step_memory(counts, block, tokens, answer_tokens)
+    message = what_lacks(stage, block, parts, available)
+    if message and sum(parts.values()) - parts["activations"] > available:
+        raise MemoryError(message)
+    if message:
+        log.warning("%s", message)
 
 
-def lacking(stage: str, block: StageConfig, parts: dict[str, float], there: float) -> str:
+def what_lacks(stage: str, block: StageConfig, parts: dict[str, float], available: float) -> str:
     """What a process needs, and the keys that would help, if it has not so many bytes; else ""."""
     needed = sum(parts.values())
-    if needed <= there:
+    if needed <= available:
         return ""
-    held = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in parts.items() if value)
+    listed = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in parts.items() if value)
     keys = []
     if block.parallel != "fsdp2" or block.processes == 1:
         keys.append("parallel: fsdp2 with several processes")
@@ -76,6 +118,6 @@ def lacking(stage: str, block: StageConfig, parts: dict[str, float], there: floa
     if block.batch_size > 1:
         keys.append("a smaller batch_size with more gradient_accumulation_steps")
     return (
-        f"stages.{stage}: a process needs about {needed / 1e9:.3g} GB ({held}), and has "
-        f"{there / 1e9:.3g} GB. What helps: {'; '.join(keys)}"
+        f"stages.{stage}: a process needs about {needed / 1e9:.3g} GB ({listed}), and has "
+        f"{available / 1e9:.3g} GB. What helps: {'; '.join(keys)}"
     )

@@ -220,6 +220,12 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
     return BatchFeature(batch)
 
 
+def example(samples: Conversations, processor: ProcessorMixin) -> BatchFeature:
+    """The first sample with an image, or of all if none has one, as a batch."""
+    index = samples.has_image.index(True) if any(samples.has_image) else 0
+    return collate(processor, [samples[index]])
+
+
 def pixels(processor: ProcessorMixin, images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
     """What the processor gives a model for the images of each sample: pixel_values and, of some,
     image_sizes, image_grid_thw, pixel_attention_mask, ..."""

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import fmean, median
@@ -24,9 +25,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from sts.pipeline.config import REPEATS, Config, StageConfig
-from sts.pipeline.cost import flops as cost
-from sts.pipeline.cost.history import measure
-from sts.pipeline.data.collator import Conversations, collate
+from sts.pipeline.cost.history import Meter, measure
+from sts.pipeline.data.collator import Conversations, collate, example
 from sts.pipeline.files import read_json, write_json_atomic
 from sts.pipeline.run import provenance
 from sts.pipeline.run.bar import bar_of
@@ -131,7 +131,7 @@ class Variant:
     job: Job
     accelerator: Accelerator
     processor: Any
-    shape: cost.Shape
+    meter: Meter
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     samples: Conversations
@@ -163,7 +163,7 @@ class Variant:
         optimizer_step(self.accelerator, self.model, self.optimizer, batches, block, 0.0, scheme)
         seconds = now(device) - began
         has_image = [self.samples.has_image[i] for i in indices]
-        row = measure(scheme, self.shape, block, has_image, batches)
+        row = measure(scheme, self.meter, block, has_image, batches)
         unsparsify(self.model)
         return seconds, row
 
@@ -219,8 +219,10 @@ def load_variants(jobs: Mapping[str, Job]) -> dict[str, Variant]:
         if parts not in loaded:
             model, processor = build(job.init, SEED)
             train_parts(model, block, SEED)
+            batch = example(load_data(job, processor)[0], processor)
+            meter = Meter(model, batch, partial(train_parts, stage=block, seed=SEED))
             both = accelerator.prepare(model, make_optimizer(model, block))
-            loaded[parts] = (processor, cost.shape_of(model.config), *both)
+            loaded[parts] = (processor, meter, *both)
         samples, order = load_data(job, loaded[parts][0])
         variants[id] = Variant(job, accelerator, *loaded[parts], samples, order)
     return variants

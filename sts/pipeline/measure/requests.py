@@ -10,18 +10,13 @@ import logging
 import math
 from pathlib import Path
 
-from sts.pipeline.config import Config, DataConfig, StageConfig
-from sts.pipeline.cost import flops as cost
+from sts.pipeline.config import StageConfig
 from sts.pipeline.cost.machines import SHARE, Machine
-from sts.pipeline.cost.memory import PROCESS_BYTES, step_memory
+from sts.pipeline.cost.memory import PROCESS_BYTES
 from sts.pipeline.files import write_json_atomic
-from sts.pipeline.measure.forecast import (
-    evaluation_seconds,
-    model_config,
-    stage_flops,
-    tokens,
-)
-from sts.pipeline.plan import Plan, unique
+from sts.pipeline.measure.speed import evaluation_seconds
+from sts.pipeline.measure.stage_cost import StageCost
+from sts.pipeline.plan import Plan
 
 TIME_SLACK, MEMORY_SLACK = 2.0, 1.5
 START_MINUTES = 15  # imports and weights from a busy shared folder
@@ -34,50 +29,55 @@ log = logging.getLogger(__name__)
 
 
 def requests(plan: Plan, gpus: bool, out: str | Path) -> dict[str, dict[str, int]]:
-    """Write and return what jobs ask for, {job: {`mem_mb`, `runtime` in minutes}}, on a cluster
-    with GPUs or without: `train/<id>/<stage>`, `evaluate/<id>` of every
-    ablation, `timing/<table>` of every table. Memory is that of one node.
+    """Write and return what jobs ask for on a cluster; memory is that of one node.
 
     What starts from a model whose sizes are not known here is left out, with a warning.
+
+    Args:
+        plan: Of all tables.
+        gpus: Whether the cluster has GPUs.
+        out: The file.
+
+    Returns:
+        Job -> {`mem_mb`, `runtime` in minutes}: `train/<id>/<stage>` and `evaluate/<id>` of every
+        ablation, `timing/<table>` of every table.
     """
-    found, timings = {}, {}
-    shapes = {id: shape_of(plan.configs[id]) for id in unique(map(plan.model_of, plan.configs))}
-    for id, config in plan.configs.items():
-        shape = shapes[plan.model_of(id)]
-        if shape is None:
+    wanted = {}
+    costs = {id: stage_costs(plan, id, gpus) for id in plan.configs}
+    for id, stages in costs.items():
+        if not stages:
             continue
-        for stage, block in config.stages.items():
-            seconds = training_seconds(shape, config, stage, gpus)
-            memory = training_memory(shape, block, config.data, gpus)
-            found[f"train/{id}/{stage}"] = limits(memory, seconds)
-            alone = block.model_copy(update={"processes": 1, "nodes": 1})
-            alone = training_memory(shape, alone, config.data, gpus)
-            timings[id, stage] = (alone, config.bench.steps / block.steps * seconds)
-        rate = speed(config.stage(config.last), gpus)
-        memory = (GPU_PROCESS_BYTES if gpus else PROCESS_BYTES) + float32_bytes(shape)
-        seconds = evaluation_seconds(shape, config, rate)
-        found[f"evaluate/{id}"] = limits(memory + HARNESS_BYTES, seconds)
-    for group in plan.tables:
-        of_group = [(id, stage) for id in plan.members(group) for stage in plan.configs[id].stages]
-        if all(one in timings for one in of_group):
-            sizes, times = zip(*(timings[one] for one in of_group), strict=True)
-            found[f"timing/{group}"] = limits(2 * max(sizes), sum(times))  # two models
-    write_json_atomic(out, found)
-    return found
+        for stage, cost in stages.items():
+            memory = training_memory(cost)
+            wanted[f"train/{id}/{stage}"] = limits(memory, training_seconds(cost))
+        *_, last = stages.values()
+        memory = (GPU_PROCESS_BYTES if gpus else PROCESS_BYTES) + last.weight_bytes + HARNESS_BYTES
+        seconds = evaluation_seconds(last, speed(last.block, gpus))
+        wanted[f"evaluate/{id}"] = limits(memory, seconds)
+    for table in plan.tables:
+        members = [costs[id] for id in plan.members(table)]
+        if all(members):
+            timed = [cost for stages in members for cost in stages.values()]
+            memory = 2 * max(training_memory(cost.alone) for cost in timed)  # two models are held
+            seconds = sum(
+                cost.timing_share * cost.flops / speed(cost.block, gpus) for cost in timed
+            )
+            wanted[f"timing/{table}"] = limits(memory, seconds)
+    write_json_atomic(out, wanted)
+    return wanted
 
 
-def shape_of(config: Config) -> cost.Shape | None:
-    """Sizes of the model that a run starts from; None, with a warning, where they are not known."""
+def stage_costs(plan: Plan, id: str, gpus: bool) -> dict[str, StageCost]:
+    """Stage -> its cost; empty, with a warning, where the model's sizes are not known here."""
+    config = plan.configs[id]
+    costs = {stage: StageCost(config, stage, on_gpu=gpus) for stage in config.stages}
     try:
-        return cost.shape_of(model_config(config))
+        for cost in costs.values():
+            cost.counts  # noqa: B018
     except ValueError as error:
         log.warning("Jobs ask for memory and time that no estimate says. %s", error)
-        return None
-
-
-def float32_bytes(shape: cost.Shape) -> float:
-    """Bytes of all weights of a model."""
-    return 4.0 * sum(shape.parameters.values())
+        return {}
+    return costs
 
 
 def limits(memory: float, seconds: float) -> dict[str, int]:
@@ -91,19 +91,18 @@ def speed(block: StageConfig, gpus: bool) -> float:
     return SHARE * SLOW.gpu.flops if gpus else CORE_FLOPS * block.threads
 
 
-def training_seconds(shape: cost.Shape, config: Config, stage: str, gpus: bool) -> float:
+def training_seconds(cost: StageCost) -> float:
     """Seconds that a stage takes."""
-    block = config.stage(stage)
-    flops = stage_flops(shape, block, config.data, on=SLOW if gpus else None)
-    return flops / block.processes / speed(block, gpus)
+    return cost.flops / cost.block.processes / speed(cost.block, cost.on_gpu)
 
 
-def training_memory(shape: cost.Shape, block: StageConfig, data: DataConfig, gpus: bool) -> float:
+def training_memory(cost: StageCost) -> float:
     """Bytes of host memory that a stage takes on each of its nodes. With GPUs it holds weights on
     their way: a copy in each process, or if the model is sharded two in the first, at the end."""
-    here = block.processes // block.nodes
-    if not gpus:
-        return here * sum(step_memory(shape, block, *tokens(block, data)).values())
-    sharded = block.parallel == "fsdp2" and block.processes > 1
-    copies = 2 if sharded else here
-    return here * GPU_PROCESS_BYTES + copies * float32_bytes(shape)
+    block = cost.block
+    processes = block.processes // block.nodes
+    if not cost.on_gpu:
+        return processes * sum(cost.memory.values())
+    is_sharded = block.parallel == "fsdp2" and block.processes > 1
+    copies = 2 if is_sharded else processes
+    return processes * GPU_PROCESS_BYTES + copies * cost.weight_bytes

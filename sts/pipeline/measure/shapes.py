@@ -4,13 +4,16 @@ Nothing is downloaded. Of the published models these are the sizes that their co
 say; `mini` is read from the files of the shipped backbones.
 """
 
+from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -22,11 +25,14 @@ from transformers import (
 )
 
 from sts.checks import expect
+from sts.pipeline.data.collator import collate
+from sts.pipeline.data.tokens import expand, tokenise
 from sts.pipeline.train.joined import TOWERS, tower_config
 from sts.pipeline.train.model import SHIPPED
 from sts.settings import IGNORE_INDEX
 
 IMAGE_TOKEN = 3  # id of the placeholder
+PICTURE = (480, 640)  # height and width in pixels, as most of COCO has
 SIDE = 24  # visual tokens along each side of a picture, where the model takes any size
 
 CLIP_L = CLIPVisionConfig(
@@ -180,6 +186,24 @@ def side(config: PreTrainedConfig) -> int:
     """Visual tokens along each side of a picture."""
     vision = config.vision_config
     return vision.image_size // vision.patch_size if hasattr(vision, "image_size") else SIDE
+
+
+def processed_batch(checkpoint: str) -> Mapping[str, Tensor]:
+    """What a local checkpoint's processor makes of a question about a picture of PICTURE, and its
+    answer. Raises ValueError where there is no processor."""
+    try:
+        processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+    except OSError as error:
+        raise ValueError(
+            f"model {checkpoint}: its processor is not known here, which says how many tokens a "
+            f"picture becomes. Download it first (hf download {checkpoint})"
+        ) from error
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "nothing"}]
+    (tokens,) = tokenise(processor, [turns], [[PICTURE]])
+    ids, labels = expand(tokens)
+    picture = Image.new("RGB", PICTURE[::-1], "grey")
+    sample = {"input_ids": ids, "labels": labels, "images": [picture]}
+    return collate(processor, [sample])
 
 
 def made_up_batch(

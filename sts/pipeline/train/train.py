@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -25,8 +26,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sts.pipeline.config import config_hash
-from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.history import (
+    Meter,
     measure,
     open_history,
     peak_memory_mb,
@@ -35,7 +36,7 @@ from sts.pipeline.cost.history import (
     with_speed,
 )
 from sts.pipeline.cost.memory import check_memory
-from sts.pipeline.data.collator import Conversations
+from sts.pipeline.data.collator import Conversations, example
 from sts.pipeline.files import read_json, write_json_atomic
 from sts.pipeline.run import tracking
 from sts.pipeline.run.bar import bar_of
@@ -114,7 +115,7 @@ def train(job: Job) -> dict[str, Any]:
         "key": job.key,
         "precision": job.precision,
         "weights": str(job.folder),
-        **summary(job.folder, job.block),
+        **summary(job.folder),
     }
     if rank() == 0:
         write_json_atomic(job.out, manifest)
@@ -149,7 +150,7 @@ class Training:
     processor: Any
     samples: Conversations
     order: Callable[[int], list[int]]
-    shape: cost.Shape
+    meter: Meter
     plain: PreTrainedModel
     adapters: Any
     scheme: Scheme
@@ -162,7 +163,7 @@ def fit(job: Job, send: Callable[[], None], has_sigterm: Callable[[], bool]) -> 
 
     Args:
         job: The stage.
-        send: Is called after each checkpoint.
+        send: Is called after a checkpoint.
         has_sigterm: Whether SIGTERM has come to this process. Then a checkpoint is written after
             the step that is being taken.
 
@@ -196,16 +197,16 @@ def set_up(job: Job) -> Training:
     accelerator = prepare_process(block)
     model, processor = load_shared(block, lambda: load(job))
     adapters = train_parts(model, block, job.seed_of("lora"))
-    shape = cost.shape_of(model.config)
     samples, order = load_data(job, processor)
-    text = max(1.0, fmean(samples.lengths) - shape.visual_tokens)
-    check_memory(shape, job.stage, block, text, answer=text)  # the most that there may be
+    meter = Meter(model, example(samples, processor), partial(train_parts, stage=block, seed=0))
+    tokens = fmean(samples.lengths)
+    check_memory(meter.counts, job.stage, block, tokens, tokens - meter.counts.visual_tokens)
     scheme = put_scheme(model, block, len(samples), job.seed_of("scheme"))
     torch.manual_seed(job.seed_of("dropout"))  # nothing else draws from it
     together = shared(accelerator, model, job)
     optimizer = accelerator.prepare(make_optimizer(model, block))
     return Training(
-        accelerator, processor, samples, order, shape, model, adapters, scheme, together, optimizer
+        accelerator, processor, samples, order, meter, model, adapters, scheme, together, optimizer
     )
 
 
@@ -261,7 +262,7 @@ def take_steps(
         if history is not None:
             row = {"step": step, "loss": loss, "lr": peak_lr(block) * factor, "grad_norm": norm}
             has_image = [training.samples.has_image[i] for i in training.order(step)]
-            row |= measure(scheme, training.shape, block, has_image, batches)
+            row |= measure(scheme, training.meter, block, has_image, batches)
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             history.write(json.dumps(row) + "\n")
         began = time.monotonic()

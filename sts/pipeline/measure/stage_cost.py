@@ -1,0 +1,152 @@
+"""What a stage will cost, before it is trained: FLOPs, memory, disk.
+
+Of a model whose weights are not here either: its sizes are known, or read from local files.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from sts.lds.decision import expected_work
+from sts.pipeline.config import Config, DataConfig, LoraConfig, ModelConfig, StageConfig
+from sts.pipeline.cost.flops import Counts, count
+from sts.pipeline.cost.memory import FLOAT32, step_memory
+from sts.pipeline.data.registry import dataset
+from sts.pipeline.measure import shapes
+from sts.pipeline.run.device import attention_here
+from sts.pipeline.train.checkpoint import KEPT
+from sts.pipeline.train.lora import train_parts
+from sts.pipeline.train.model import SHIPPED
+from sts.schedule import keep_at
+
+# Split -> (text, answer) tokens of a sample where the data set doesn't say: a guess at what LLaVA's
+# two data sets hold.
+TOKENS = {"align": (40, 25), "instruct": (250, 130)}
+POINTS = 50  # of a stage, over which its schedules are averaged
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage of a run costs.
+
+    Attributes:
+        config: Of the run.
+        stage: Its name.
+        on_gpu: Whether it runs on GPUs, also where there are none here.
+    """
+
+    config: Config
+    stage: str
+    on_gpu: bool = False
+
+    @property
+    def block(self) -> StageConfig:
+        """The stage."""
+        return self.config.stage(self.stage)
+
+    @property
+    def alone(self) -> "StageCost":
+        """The same by one process with the micro-batches of one."""
+        block = self.block.model_copy(update={"processes": 1, "nodes": 1})
+        stages = {**self.config.stages, self.stage: block}
+        return replace(self, config=self.config.model_copy(update={"stages": stages}))
+
+    @cached_property
+    def counts(self) -> Counts:
+        """Of the model as the stage trains it. Raises ValueError where its sizes are not known."""
+        return counts_of(self.config.model, self.block)
+
+    @cached_property
+    def flops(self) -> float:
+        """Of the whole stage on all processes, with its schedules for keep ratio and skip rate."""
+        points = [(point + 0.5) / POINTS for point in range(POINTS)]
+        return self.block.steps * fmean(map(self.step_flops, points))
+
+    def step_flops(self, t: float) -> float:
+        """Of an optimizer step at a share `t` of the stage, on all processes."""
+        block, counts, vtc = self.block, self.counts, self.block.vtc
+        keep = keep_at(t, vtc.keep, vtc.schedule, vtc.dense_tail)
+        text, answer = tokens(block, self.config.data)
+        parts = counts.step(
+            samples=block.global_batch,
+            tokens=keep * counts.visual_tokens + text,
+            answer_tokens=answer,
+            patches=block.global_batch * counts.patches,
+            pairs=block.global_batch * counts.pairs,
+            work=expected_work(block.lds, len(counts.layers), t),
+            checkpointing=block.gradient_checkpointing,
+            fused_attention=self.on_gpu or attention_here(block.precision) != "eager",
+        )
+        return sum(parts.values())
+
+    @property
+    def answer_flops(self) -> float:
+        """Of a forward of one sample, as the weights answer in the evaluation."""
+        text, answer = tokens(self.block, self.config.data)
+        return self.counts.forward(self.counts.visual_tokens + text, answer)
+
+    @property
+    def timing_share(self) -> float:
+        """Share of the stage's steps that its timing takes, by one process."""
+        return self.config.bench.steps / self.block.steps / self.block.processes
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Peak bytes of one process, by what they hold (`step_memory`)."""
+        text, answer = tokens(self.block, self.config.data)
+        return step_memory(
+            self.counts, self.block, self.counts.visual_tokens + text, answer, self.on_gpu
+        )
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of all weights of the model."""
+        return FLOAT32 * sum(self.counts.parameters.values())
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Of the checkpoints kept while the next is written: trained weights, two moments."""
+        return (KEPT + 1) * 3 * FLOAT32 * sum(self.counts.trained.values())
+
+
+def counts_of(model: ModelConfig, block: StageConfig) -> Counts:
+    """What a model costs as a stage trains it. Raises ValueError where its sizes are not known."""
+    rank = block.lora.rank if "lora" in block.trains else 1
+    return _counts(model.model_dump_json(), tuple(sorted(block.trains)), rank)
+
+
+@lru_cache(maxsize=32)
+def _counts(model: str, trains: tuple[str, ...], rank: int) -> Counts:
+    settings = ModelConfig.model_validate_json(model)
+    config = model_config(settings)
+    if settings.family == "whole":
+        batch: Any = shapes.processed_batch(settings.checkpoint)
+    else:
+        batch = shapes.made_up_batch(config, batch=1, text=64, answer=32)
+    block = StageConfig.model_construct(trains=[*trains], lora=LoraConfig(rank=rank))
+    return count(config, batch, partial(train_parts, stage=block, seed=0))
+
+
+def model_config(model: ModelConfig) -> PreTrainedConfig:
+    """The model's sizes: the mini scale's own, those of published or local parts, or those of a
+    whole checkpoint. Raises ValueError where they are not known."""
+    if model.family == "whole":
+        return shapes.local(model.checkpoint)
+    if model.backbone == "pretrained":
+        vision, language = shapes.part(model.vision), shapes.part(model.language)
+    else:
+        vision, language = (shapes.part(str(SHIPPED / name)) for name in ("vision", "language"))
+        language.num_hidden_layers = model.layers
+    return shapes.joined(vision, language, model.vision_feature_layer)
+
+
+def tokens(block: StageConfig, data: DataConfig) -> tuple[float, float]:
+    """(text, answer) tokens of a sample, text with the padding of its batch: means over the data
+    sets of the stage."""
+    of_sets = [dataset(name, data).tokens for name in block.data]
+    pairs = [by_split.get(block.split, TOKENS[block.split]) for by_split in of_sets]
+    text, answer = (fmean(values) for values in zip(*pairs, strict=True))
+    return text, answer

@@ -159,6 +159,17 @@ def few(truth: Tensor, generator: torch.Generator) -> Tensor:
     return rank >= rank.topk(FEW, dim=1).values[:, -1:]
 
 
+def fresh_decoder(tokenizer: PreTrainedTokenizerFast, layers: int, seed: int) -> LlamaForCausalLM:
+    """A decoder before its training."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
+    model.set_attn_implementation("sdpa")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # a sum of 2 x layers terms
+            parameter.data /= math.sqrt(2 * layers)
+    return model
+
+
 def train_language(
     tokenizer: PreTrainedTokenizerFast, steps: int, layers: int, batch: int = BATCH, seed: int = 0
 ) -> LlamaForCausalLM:
@@ -175,12 +186,7 @@ def train_language(
     which a projector is aligned with: before it the decoder read places but hardly wrote them.
     Muon on the matrices (it needed far fewer steps than AdamW here), AdamW on embeddings and norms.
     """
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(language_config(tokenizer, layers)).train()
-    model.set_attn_implementation("sdpa")
-    for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):  # a sum of 2 x layers terms
-            parameter.data /= math.sqrt(2 * layers)
+    model = fresh_decoder(tokenizer, layers, seed)
     first, leg = max(2 * steps // 7, 1), max(steps // 7, 1)
     matrices, others = apart(model.named_parameters())
     learn = learner(matrices, others, first, leg, lr=3e-3, weight_decay=0.0, fused=True)

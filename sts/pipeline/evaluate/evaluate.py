@@ -56,7 +56,6 @@ def evaluate(
     benchmarks, metrics = _with_metrics(config, data)  # what is missing is said before the model
     key = config_hash(options, trained["weights_sha256"])
     tags = {"ablation": ablation, "seed": seed, "stage": "evaluate", "config": config_hash(config)}
-    tracked_rows: list[dict[str, Any]] = []
     with (
         lease(),
         tracking.run(
@@ -64,7 +63,6 @@ def evaluate(
             params=options.model_dump(),
             tags={"weights": trained["weights_sha256"]} | tags,
             directory=out.with_suffix("") / key,  # another key is another run
-            rows=lambda: tracked_rows,
         ) as tracked,
     ):  # fmt: skip
         threads = config.stage(config.last).threads
@@ -79,8 +77,9 @@ def evaluate(
         result = {"ablation": ablation, "seed": seed, "weights_sha256": trained["weights_sha256"]}
         result |= _scored(options, scores, samples)
         _write(out, result, samples, provenance.collect(config_hash(config)) | facts)
-        for name, row in result["benchmarks"].items():
-            tracked_rows.append({"step": 0} | {f"{name}.{key}": row[key] for key in row})
+        entries = result["benchmarks"].items()
+        row = {f"{name}.{key}": value for name, entry in entries for key, value in entry.items()}
+        tracked.rows = lambda: [{"step": 0} | row]
         tracked.artifact(out)
     return result
 

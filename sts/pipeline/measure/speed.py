@@ -15,8 +15,7 @@ from sts.pipeline.measure.stage_cost import StageCost, model_config, tokens
 from sts.pipeline.run.device import precision_here
 from sts.pipeline.tasks.registry import questions_of
 from sts.pipeline.train.lora import train_parts
-from sts.pipeline.train.step import make_optimizer, optimizer_step, prepare_process
-from sts.pipeline.train.train import put_scheme
+from sts.pipeline.train.step import make_optimizer, optimizer_step, prepare_process, put_scheme
 from sts.settings import LDS, VTC
 
 START_SECONDS = 20  # imports and loading, each job

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tabulate import DataRow, TableFormat
 
 from sts.pipeline.files import read_json, sha256_json, write_json_atomic, write_text_atomic
 from sts.pipeline.report.compare import Cell, Row, compare, flat
@@ -30,20 +29,12 @@ from sts.pipeline.report.results import (
 )
 from sts.pipeline.run import provenance
 
-HEADS = {  # source of an ablation -> the head under which its row stands
-    "baseline": "Baselines",
-    "paper": "The paper's",
-    "ours": "Ours",
-    "peers": "Peers'",
-}
+# source of an ablation -> the head under which its row stands
+HEADS = {"baseline": "Baselines", "paper": "The paper's", "ours": "Ours", "peers": "Peers'"}
 COLUMNS = {
-    "average": "Average",
-    "blind": "Blind",
-    "retention": "Retention",
-    "time_ratio": "Time",
-    "flops_ratio": "FLOPs",
-    "realisation": "Realisation",
-}
+    "average": "Average", "blind": "Blind", "retention": "Retention", "time_ratio": "Time",
+    "flops_ratio": "FLOPs", "realisation": "Realisation",
+}  # fmt: skip
 NAMES = {  # of benchmarks that are not written as words are
     "pope": "POPE", "gqa": "GQA", "scienceqa_img": "ScienceQA-IMG", "textvqa": "TextVQA",
     "textvqa_ocr": "TextVQA, OCR", "vqav2": "VQAv2", "vizwiz": "VizWiz", "mme_perception": "MME P",
@@ -55,25 +46,12 @@ NOTE = (
     "benchmarks of score / score of {base}, paired by seed, with a 95 % t interval over seeds. "
     "Time, FLOPs: of training, relative to {base}. Realisation: (1 - time) / (1 - FLOPs)."
 )
-# Markdown as a person writes it: tabulate's own formats fill each cell to its column's width.
-MARKDOWN = TableFormat(
-    lineabove=None,
-    linebelowheader=lambda widths, _: "| :-- |" + " --: |" * (len(widths) - 1),
-    linebetweenrows=None,
-    linebelow=None,
-    headerrow=DataRow("| ", " | ", " |"),
-    datarow=DataRow("| ", " | ", " |"),
-    padding=0,
-    with_header_hide=None,
-)
+FIRST_COLUMN = "text-align: left; white-space: normal; min-width: 12em"
 PAGE_STYLE = [
     {"selector": "", "props": "border-collapse: collapse; font: 12px sans-serif"},
     {"selector": "th, td", "props": "padding: 3px 5px; text-align: right; white-space: nowrap"},
     {"selector": "th", "props": "border-bottom: 1px solid; text-align: right"},
-    {
-        "selector": "th:first-child, td:first-child",
-        "props": "text-align: left; white-space: normal; min-width: 12em",
-    },
+    {"selector": "th:first-child, td:first-child", "props": FIRST_COLUMN},
 ]
 
 
@@ -117,7 +95,7 @@ def table(
         for id, row in rows.items()
     )
     grid, heads = _grid(rows, lines, names, sources)
-    said = {
+    lists = {
         "What was asked": configured(configuration(results, ablations[0])),
         "What was found": findings(numbers),
     }
@@ -125,7 +103,7 @@ def table(
         ".csv": numbers.to_csv(index=False, na_rep=UNDEFINED),
         ".md": _markdown(name, grid, heads, notes),
         ".tex": _latex(grid, heads, notes),
-        ".html": _html(name, grid, heads, notes, said),
+        ".html": _html(name, grid, heads, notes, lists),
     }
     for suffix, text in texts.items():
         write_text_atomic(stem.with_suffix(suffix), text)
@@ -150,7 +128,6 @@ def _notes(
     configs = {id: configuration(results, id) for id in bases}
     git = provenance.git()
     commit = (git["commit"] or f"unknown ({git['note']})") + " with edits" * bool(git["dirty"])
-    seeds = ", ".join(str(seed) for seed in sorted(set(lines["seed"])))
     notes = [NOTE.format(base=" or ".join(names[id] for id in dict.fromkeys(bases.values())))]
     if others := ", ".join(other_scales(lines)):
         notes += [f"On scales of their own, so not in % and not in Average and Blind: {others}"]
@@ -159,7 +136,7 @@ def _notes(
         f"Commit: {commit}",
         f"Configuration: {results}/configs/{{{','.join(bases)}}}.yaml, "
         f"SHA-256 {sha256_json(configs)[:16]}",
-        f"Seeds: {seeds}",
+        f"Seeds: {', '.join(map(str, sorted(set(lines['seed']))))}",
         *_precisions(results, list(bases)),
     ]
     if gaps := _gaps(lines, list(bases)):
@@ -243,9 +220,10 @@ def _number(cell: Any, factor: int = 100, digits: int = 1) -> str:
 
 
 def markdown(grid: pd.DataFrame) -> str:
-    """A table of texts as Markdown."""
-    plain = {"stralign": None, "numalign": None, "disable_numparse": True}
-    return grid.to_markdown(index=False, tablefmt=MARKDOWN, **plain)
+    """A table of texts as Markdown, as a person writes it: no cell is filled to a width."""
+    rule = "| :-- |" + " --: |" * (len(grid.columns) - 1)
+    title, *rows = (f"| {' | '.join(row)} |" for row in [grid.columns, *grid.to_numpy()])
+    return "\n".join([title, rule, *rows])
 
 
 def _markdown(name: str, grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
@@ -255,10 +233,12 @@ def _markdown(name: str, grid: pd.DataFrame, heads: list[int], notes: list[str])
     return "\n".join([f"### {name.capitalize()}", "", markdown(grid), "", *listed, ""])
 
 
+def _styled(grid: pd.DataFrame, escape: str) -> Any:
+    return grid.style.hide(axis="index").format(escape=escape).format_index(escape=escape, axis=1)
+
+
 def _latex(grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
-    style = (
-        grid.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    )
+    style = _styled(grid, "latex")
     style.map(lambda _: "emph:--rwrap;", subset=pd.IndexSlice[heads, ["Method"]])
     text = style.to_latex(hrules=True, column_format="l" + "r" * (len(grid.columns) - 1))
     above, majority, below = text.replace("±", r"$\pm$").rpartition("Majority answer")
@@ -270,15 +250,15 @@ def _html(
     grid: pd.DataFrame,
     heads: list[int],
     notes: list[str],
-    said: Mapping[str, Mapping[str, list[str]]],
+    lists: Mapping[str, Mapping[str, list[str]]],
 ) -> str:
-    """A part of a page: `said`, lists by title; the table; the lines under it."""
-    style = grid.style.hide(axis="index").format(escape="html").format_index(escape="html", axis=1)
+    """A part of a page: lists by title, the table, the lines under it."""
+    style = _styled(grid, "html")
     head = {"font-style": "italic", "padding-top": "8px"}
     style.set_properties(subset=pd.IndexSlice[heads, ["Method"]], **head)
     style.set_properties(subset=pd.IndexSlice[grid.index[-2:], :], color="gray")
     style.set_table_styles(PAGE_STYLE)
-    blocks = [[f"<h2>{title}</h2>", _list(items)] for title, items in said.items() if items]
+    blocks = [[f"<h2>{title}</h2>", _list(items)] for title, items in lists.items() if items]
     return "\n".join(
         [
             '<meta charset="utf-8"/>',

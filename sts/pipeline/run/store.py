@@ -25,18 +25,8 @@ INVOCATION_TAG = "sts.invocation"
 log = logging.getLogger(__name__)
 
 NOTE = """\
-A row is one call of the pipeline: + beside it shows its jobs. Columns chooses what is shown.
-
-| tag | what it says of a job |
-|---|---|
-| `ablation`, `seed`, `stage` | what it did; `evaluate` is a stage, too |
-| `config` | hash of the whole configuration |
-| `data`, `weights` | the data sets it trained on, hash of the weights it measured |
-| `key` | hash of all that a training depends on |
-| `reused` | `True` if weights of that key were there and nothing was trained |
-| `git.commit`, `git.dirty` | the code, and whether files differed from the commit |
-| `hardware`, `host`, `pid`, `process.start` | where it ran |
-| `sts.invocation` | the call of the pipeline; its own run has `sts.parent` |
+A row is one call of the pipeline: + beside it shows its jobs. Columns chooses what is shown;
+docs/tracking.md says what the tags mean.
 
 To compare methods, filter by `tags.stage = 'evaluate'` and show the tags `ablation` and `seed` and
 the metrics `<benchmark>.score` and `<benchmark>.blind`. Of a training show `loss`, `tokens_per_s`,

@@ -1,9 +1,7 @@
 """MLflow as an exporter: a run for each job, under a parent run for each call of the pipeline.
 
-    with tracking.run("sts/seed0/align", params=block, tags={"stage": "align"}, directory=folder,
-                      rows=lambda: read_history(folder)) as job:
+    with tracking.run("sts/seed0/align", directory=d, rows=lambda: read_history(folder)) as job:
         job.send()  # at each checkpoint; the end does it by itself
-        job.artifact("loss.png")
 
 The result files are the truth; MLflow is sent what it lacks of them, so that a run that was killed
 and resumed has every step. Nothing here is needed for a result: whatever fails in MLflow gives one
@@ -51,8 +49,8 @@ def run(
         directory: Keeps the run's id. An interrupted run is opened again with its first params.
         params: Settings; nested ones become dotted names.
         tags: What the job does; where it runs is added.
-        rows: Reads the metrics of all steps from the result files: a mapping a step, all with the
-            same names, `step` among them and, if they are known, the `seconds` that it took.
+        rows: Reads all steps from the result files: a mapping each, with the same names, among
+            them `step` and, if they are known, the `seconds` that it took.
     """
     with _terminable():
         job = Run(rows)
@@ -78,7 +76,7 @@ class Run:
 
     def __init__(self, rows: Rows) -> None:
         self.id: str | None = None
-        self._rows = rows
+        self.rows = rows
         self._client: Any = None
         self._monitor: Any = None
         self._has_failed = False
@@ -133,17 +131,17 @@ class Run:
         from mlflow.entities import Metric
 
         try:
-            metrics = [Metric(*values) for values in _timed(list(self._rows()))]
+            metrics = [Metric(*values) for values in _timed(list(self.rows()))]
         except FileNotFoundError:  # the job ended before its first result
             return
         if not metrics:
             return
-        there = {m.step for m in self._client.get_metric_history(self.id, metrics[-1].key)}
+        sent = {m.step for m in self._client.get_metric_history(self.id, metrics[-1].key)}
         batch: list[Any] = []
-        missing = (metric for metric in metrics if metric.step not in there)
+        missing = (metric for metric in metrics if metric.step not in sent)
         for _, step in groupby(missing, key=lambda metric: metric.step):
             row = list(step)
-            if len(batch) + len(row) > BATCH:  # a step is sent at once: it is there or it is not
+            if len(batch) + len(row) > BATCH:  # a step is sent as a whole
                 self._client.log_batch(self.id, metrics=batch)
                 batch = []
             batch += row

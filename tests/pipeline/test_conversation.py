@@ -5,6 +5,7 @@ import hypothesis.strategies as some
 import jinja2
 import numpy as np
 import pytest
+from configs import short
 from hypothesis import given, settings
 from PIL import Image
 from processors import PROCESSORS, byte_level, byte_pairs, images, llava_around
@@ -12,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoProcessor, Idefics2Processor, LlavaProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sts.pipeline.config import StageConfig
 from sts.pipeline.data.conversation import answers, content_of, end_token, messages, render
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.data.tokens import cut, expand, placeholders, tokenise
@@ -277,8 +277,8 @@ def test_a_cut_sample_is_the_beginning_of_the_whole(own):
     [sample] = tokenise(own, [LONG], [SHOWN])
     whole = expand(sample)
     for length in range(sample["shown"], len(whole[0]) + 2):
-        for short, full in zip(expand(cut(sample, length)), whole, strict=True):
-            assert np.array_equal(short, full[:length])
+        for shortened, full in zip(expand(cut(sample, length)), whole, strict=True):
+            assert np.array_equal(shortened, full[:length])
     assert np.isin(whole[0][sample["shown"] :], own.image_token_ids).sum() == 0
     assert np.isin(whole[0][: sample["shown"]], own.image_token_ids).any()
 
@@ -386,5 +386,5 @@ def test_a_processor_that_writes_other_tokens_is_refused():
 
 
 def test_a_training_follows_the_bytes_of_the_templates():
-    stage = StageConfig(trains=["projector"], split="align")
+    stage = short().stages["align"]
     assert {"joined.jinja", "v1.jinja"} <= {file.name for file in follows.training(stage)}

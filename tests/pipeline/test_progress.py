@@ -169,7 +169,7 @@ def waiting(project) -> Path:
 
 
 ONE_RUN = "results/smoke/runs/dense/seed0/instruct.json"
-SAID = re.compile(rb"[\d]+ of 6 jobs, \d+ % of the work, (?:about \d+ min|less than a minute) left")
+SAID = re.compile(rb"[\d]+ of 4 jobs, \d+ % of the work, (?:about \d+ min|less than a minute) left")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_call_says_how_far_it_is(on_a_terminal, waiting):
     os.close(ours)
     assert begun.returncode == 0, said.decode()
     assert SAID.search(said), said.decode()
-    last = said[said.rindex(b"of 6 jobs, ") :]
+    last = said[said.rindex(b"of 4 jobs, ") :]
     if on_a_terminal:
         assert b"\r\033[K" in last, "left on the terminal"
     else:

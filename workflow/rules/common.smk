@@ -137,15 +137,16 @@ def training_code(ablation, *stages, also=()):
 def backbone_code(ablation):
     """Of a backbone manifest: the repository's backbones, byte by byte; of other folders, which may
     be large, names, sizes and dates."""
-    model, writer = CONFIGS[ablation].model, CODE / "pipeline/train/model.py"
+    model = CONFIGS[ablation].model
+    writers = [CODE / "pipeline/train" / name for name in ("model.py", "joined.py")]
     folders = [folder for folder in model.sources or ["data/backbones/mini"] if folder != SMOLLM2]
     files = [
         file for folder in folders for file in sorted(Path(folder).rglob("*")) if file.is_file()
     ]
     if not model.sources:
-        return follows.code(writer, *files)
+        return follows.code(*writers, *files)
     seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return [follows.code(writer), seen]
+    return [follows.code(*writers), seen]
 
 
 def preparation(dataset):

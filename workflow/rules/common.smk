@@ -130,7 +130,8 @@ def training_code(ablation, *stages, also=()):
     config = CONFIGS[ablation]
     blocks = [config.stage(stage) for stage in stages]
     files = {file for block in blocks for file in follows.training(block, config.model.family)}
-    files |= {CODE / "pipeline" / name for name in ("cost/flops.py", "cost/history.py", *also)}
+    counted = ("cost/counting.py", "cost/flops.py", "cost/history.py")
+    files |= {CODE / "pipeline" / name for name in (*counted, *also)}
     return follows.code(*sorted(files))
 
 

@@ -211,20 +211,23 @@ def load_variants(jobs: Mapping[str, Job]) -> dict[str, Variant]:
     first, *_ = jobs.values()
     accelerator = prepare_process(first.block.model_copy(update={"processes": 1}))
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
-    loaded: dict[tuple, tuple] = {}
+    models: dict[tuple, tuple] = {}  # by what is trained
+    shared: dict[tuple, tuple] = {}
     variants = {}
     for id, job in jobs.items():
         block = job.block
         parts = (*sorted(block.trains), block.lora.rank if "lora" in block.trains else 0)
-        if parts not in loaded:
-            model, processor = build(job.init, SEED)
-            train_parts(model, block, SEED)
-            batch = example(load_data(job, processor)[0], processor)
+        if parts not in models:
+            models[parts] = build(job.init, SEED)
+            train_parts(models[parts][0], block, SEED)
+        model, processor = models[parts]
+        samples, order = load_data(job, processor)
+        if parts not in shared:
+            batch = example(samples, processor)
             meter = Meter(model, batch, partial(train_parts, stage=block, seed=SEED))
             both = accelerator.prepare(model, make_optimizer(model, block))
-            loaded[parts] = (processor, meter, *both)
-        samples, order = load_data(job, loaded[parts][0])
-        variants[id] = Variant(job, accelerator, *loaded[parts], samples, order)
+            shared[parts] = (processor, meter, *both)
+        variants[id] = Variant(job, accelerator, *shared[parts], samples, order)
     return variants
 
 

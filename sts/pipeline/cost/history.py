@@ -16,7 +16,6 @@ from sts.pipeline.config import StageConfig
 from sts.pipeline.cost.counting import TowerWatch
 from sts.pipeline.cost.flops import Counts, count
 from sts.pipeline.files import read_json
-from sts.pipeline.run.device import attention_here
 from sts.scheme import Scheme
 
 
@@ -83,7 +82,7 @@ def measure(
     row = {
         "samples": samples,
         "images": sum(has_image),
-        "fused_attention": attention_here(block.precision) != "eager",
+        "fused_attention": _is_fused(scheme.model),
         "tokens": round(realised["tokens"] * samples),
         "answer_tokens": round(realised["answer_tokens"] * samples),
         "patches": patches,
@@ -95,6 +94,10 @@ def measure(
         "flops": row_flops(meter.counts, block, row),
         "flops_dense": row_flops(meter.counts, block, _dense(row)),
     }
+
+
+def _is_fused(model: PreTrainedModel) -> bool:
+    return model.config.get_text_config()._attn_implementation != "eager"
 
 
 def row_flops(counts: Counts, block: StageConfig, row: Mapping[str, Any]) -> float:

@@ -1,6 +1,7 @@
 """One optimizer step of a training, and what it needs: processes, precision, optimizer, curve."""
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from sts.pipeline.train.lora import MARK
 from sts.pipeline.train.model import recompute
 from sts.scheme import Scheme, sparsify
 from sts.settings import IGNORE_INDEX
+
+log = logging.getLogger(__name__)
 
 
 def prepare_process(block: StageConfig) -> Accelerator:
@@ -57,7 +60,7 @@ def put_scheme(model: PreTrainedModel, block: StageConfig, samples: int, seed: i
         samples: An epoch has.
         seed: Of the scheme's draws.
     """
-    model.set_attn_implementation(attention_here(block.precision))
+    use_attention(model, attention_here(block.precision))
     recompute(model, block.gradient_checkpointing)
     return sparsify(
         model,
@@ -67,6 +70,14 @@ def put_scheme(model: PreTrainedModel, block: StageConfig, samples: int, seed: i
         steps_per_epoch=math.ceil(samples / block.global_batch),
         seed=seed,
     )
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the model's attention; a model that does not support it keeps what it was loaded with."""
+    try:
+        model.set_attn_implementation(name)
+    except ValueError as error:
+        log.warning("attention %r: not used (%s)", name, str(error).partition(" yet. ")[0])
 
 
 def make_optimizer(model: PreTrainedModel, block: StageConfig) -> torch.optim.Optimizer:

@@ -53,8 +53,10 @@ rule all:
         figures(figure_inputs()),
 
 
+check_table_names()
+
 # Named targets: `snakemake --cores all NAME`.
-for name, files in TARGETS.items():
+for name, files in (TARGETS | SHORT_TARGETS).items():
 
     rule:
         name:

@@ -19,6 +19,7 @@ from sts.pipeline.config import (
     CustomConfig,
     Neutral,
     StageConfig,
+    config_hash,
     deep_merge,
     dump,
     identity,
@@ -501,6 +502,21 @@ def test_what_is_idle_does_not_count_and_what_acts_does(tmp_path, mini):
             "{align: {vtc: {kind: random, keep: 0.5, positions: mean}}}",
             "{align: {lds: {policy: layerdrop, rate: 0.1}}}"]  # fmt: skip
     assert len({str(values(overrides)) for overrides in [*acts, "{}"]}) == len(acts) + 1
+
+
+def test_a_whole_number_is_the_same_value_with_and_without_a_dot(tmp_path, mini):
+    """As the stage's key is a hash of JSON, which tells 1 and 1.0 apart."""
+    overrides = "{{align: {{max_grad_norm: {0}, vtc: {{kind: random, keep: 0.5}}, lds: {lds}}}}}"
+    lds = "{{policy: sts, rate: 0.5, epsilon: {0}}}"
+    keys = {
+        config_hash(
+            resolved(tmp_path, mini, overrides.format(one, lds=lds.format(one)))
+            .stages["align"]
+            .identity()
+        )
+        for one in ("1", "1.0", "1e0")
+    }
+    assert len(keys) == 1
 
 
 def test_a_new_key_at_its_neutral_value_changes_no_identity_and_a_changed_default_does(mini):

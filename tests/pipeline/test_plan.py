@@ -1,7 +1,11 @@
 """The plan: which runs, trainings, tables, figures and jobs there are."""
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
-from project import ROOT, planned, real_project
+from project import ROOT, SMOKE, planned, real_project, run
 
 from sts.pipeline import plan as plans
 from sts.pipeline.config import ConfigError, load_ablations, load_scale
@@ -111,12 +115,22 @@ def test_every_table_is_planned_as_well(whole):
     assert jobs == plan.jobs(plan.tables, drawn=False)
 
 
-def test_a_new_table_is_one_word_in_an_entry(whole):
-    table = whole / "workflow/ablations.yaml"
-    before = table.read_text()
-    table.write_text(before.replace("groups: [compressor]", "groups: [compressor, mine]", 1))
+def groups_with(project: Path, name: str) -> None:
+    """One more group of an entry in the table of ablations."""
+    table = (ROOT / "workflow/ablations.yaml").read_text()
+    more = table.replace("groups: [compressor]", f"groups: [compressor, {name}]", 1)
+    (project / "workflow/ablations.yaml").write_text(more)
+
+
+def test_a_new_table_is_one_word_in_an_entry_but_no_name_of_a_rule(whole):
     try:
+        groups_with(whole, "mine")
         jobs = planned(whole, "table_mine")
+        assert (jobs["table"], jobs["timing"], jobs["evaluate"]) == (1, 1, 1)
+        for name in ("train", "ablations"):
+            groups_with(whole, name)
+            said = run(whole, SMOKE, "-n", ok=False)
+            key = r"workflow/ablations.yaml: \w+\.groups"
+            assert re.search(f"{key}: '{name}' is not accepted. Accepted: another name", said)
     finally:
-        table.write_text(before)
-    assert (jobs["table"], jobs["timing"], jobs["evaluate"]) == (1, 1, 1)
+        shutil.copy(ROOT / "workflow/ablations.yaml", whole / "workflow/ablations.yaml")

@@ -63,7 +63,7 @@ def new_knobs(project: Path) -> None:
     config, library = project / "sts/pipeline/config", project / "sts/settings.py"
     knob = 'Annotated[{}, Neutral(0.0)] = 0.0\n    """A new knob."""\n{}'
     steps, blind = "    steps: Count\n", "    blind: Share = 0.25\n"
-    edit(config / "stages.py", steps, "    ema: " + knob.format("Number", steps))
+    edit(config / "stages.py", steps, "    ema: " + knob.format("float", steps))
     edit(config / "blocks.py", blind, "    noise: " + knob.format("Share", blind))
     heat = '    heat: float = setting(1.0, Interval(0, 2), "Heat", neutral=True)\n'
     edit(library, "    keep: float = ", f"{heat}    keep: float = ")
@@ -89,6 +89,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
         "a progress bar, tracking, what the history notes",
         formula("pipeline/run/bar.py", "pipeline/run/progress.py", "pipeline/run/tracking.py"),
     ),
+    "flops": ("a formula that counts FLOPs", formula("pipeline/cost/flops.py")),
     "knob": ("a new knob of a stage, of VTC or of evaluation, at its neutral value", new_knobs),
     "kind": ("a new VTC kind and a new LDS policy, a file each", new_kind),
     "other formula": (

@@ -2,17 +2,31 @@
 # depends on may be imported: with --use-conda the jobs have another environment.
 import os
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 
 import yaml
 from snakemake.exceptions import WorkflowError
 
-from sts.pipeline import config as settings
+from sts.pipeline.config import (
+    CODE,
+    MINI,
+    SPLITS,
+    ConfigError,
+    Loader,
+    config_hash,
+    datasets,
+    deep_merge,
+    load_ablations,
+    load_yaml,
+    validate,
+)
 from sts.pipeline.plan import MAIN, SMOLLM2, make_plan, unique
 from sts.pipeline.plan import figures as figure_inputs
 from sts.pipeline.run import follows
 from sts.pipeline.tasks import registry as benchmarks
+
+ABLATIONS = "workflow/ablations.yaml"
 
 
 def typed(value):
@@ -21,24 +35,23 @@ def typed(value):
         return {key: typed(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [typed(inner) for inner in value]
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    return yaml.load(value, Loader) if isinstance(value, str) else value
 
 
 def checked_plan():
-    """The plan of this call's scale; all of it is checked before any job."""
+    """The plan of this call's scale; all of it is checked before any job. Files are read anew:
+    Snakemake's own reader lets a doubled key pass and takes 1e-3 for text."""
+    files, values = workflow.config_settings.configfiles, workflow.config_settings.config
     try:
-        for file in workflow.configfiles:
-            settings.load_yaml(file)  # Snakemake's own reader lets a doubled key pass
-        overrides = typed(workflow.config_settings.config)
-        scale = settings.validate(settings.deep_merge(config, overrides), workflow.configfiles[0])
-        return make_plan(scale, settings.load_ablations("workflow/ablations.yaml"))
-    except settings.ConfigError as error:
+        content = reduce(deep_merge, [*map(load_yaml, [MINI, *files]), typed(values)])
+        scale = validate(content, next(iter(files), MINI))
+        return make_plan(scale, load_ablations(ABLATIONS))
+    except ConfigError as error:
         raise WorkflowError(str(error)) from None
 
 
 PLAN = checked_plan()
 CONFIGS, SCALE, RESULTS = PLAN.configs, PLAN.scale, PLAN.results
-CODE = settings.CODE
 REFERENCE = Path(f"workflow/reference/{SCALE.scale}.yaml")  # published scores
 
 
@@ -52,7 +65,7 @@ wildcard_constraints:
     seed=r"\d+",
     stage="|".join(unique(stage for config in CONFIGS.values() for stage in config.stages)),
     dataset=r"[a-z][a-z0-9_]*",
-    split="|".join(settings.SPLITS),
+    split="|".join(SPLITS),
     group="|".join(PLAN.tables),
     figure="|".join(figure_inputs()),
 
@@ -80,9 +93,20 @@ TARGETS = {
     **{f"table_{name}": tables([name]) for name in PLAN.tables},
     **{f"fig_{name}": figures([name]) for name in figure_inputs()},
     "ablations": tables(PLAN.tables_with_baseline()),
-    # those with data or a model of their own have a short name too
-    **{name: tables([name]) for name in PLAN.tables if name not in PLAN.tables_with_baseline()},
 }
+# Tables with data or a model of their own have a short name too.
+SHORT_TARGETS = {
+    name: tables([name]) for name in PLAN.tables if name not in PLAN.tables_with_baseline()
+}
+
+
+def check_table_names():
+    """Refuse a table with the name of a rule, which could not be told from it."""
+    for name in PLAN.tables:
+        if workflow.is_rule(name) or name in TARGETS:
+            key = f"{PLAN.members(name)[0]}.groups"
+            accepted = "another name: this one is a rule's (snakemake --list)"
+            raise WorkflowError(str(ConfigError(ABLATIONS, key, name, accepted)))
 
 
 # ---- stages -------------------------------------------------------------------------------------
@@ -126,12 +150,11 @@ def evaluation_code(ablation):
 
 
 def training_code(ablation, *stages, also=()):
-    """Of the training of stages of an ablation, and of the FLOPs in their manifests."""
+    """Of the training of stages of an ablation, and of other files of the pipeline."""
     config = CONFIGS[ablation]
-    blocks = [config.stage(stage) for stage in stages]
-    files = {file for block in blocks for file in follows.training(block, config.model.family)}
-    counted = ("cost/counting.py", "cost/flops.py", "cost/history.py")
-    files |= {CODE / "pipeline" / name for name in (*counted, *also)}
+    files = {CODE / "pipeline" / name for name in also}
+    for stage in stages:
+        files |= {*follows.training(config.stage(stage), config.model.family)}
     return follows.code(*sorted(files))
 
 
@@ -141,22 +164,21 @@ def backbone_code(ablation):
     model = CONFIGS[ablation].model
     writers = [CODE / "pipeline/train" / name for name in ("model.py", "joined.py")]
     folders = [folder for folder in model.sources or ["data/backbones/mini"] if folder != SMOLLM2]
-    files = [
-        file for folder in folders for file in sorted(Path(folder).rglob("*")) if file.is_file()
-    ]
+    paths = [path for folder in folders for path in sorted(Path(folder).rglob("*"))]
+    files = [path for path in paths if path.is_file()]
     if not model.sources:
         return follows.code(*writers, *files)
-    seen = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return [follows.code(*writers), seen]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [follows.code(*writers), stamps]
 
 
 def preparation(dataset):
-    """The settings that the prepared rows of a data set depend on."""
+    """A hash of the values that the prepared rows of a data set depend on."""
     of_set = SCALE.data.custom.get(dataset) or getattr(SCALE.data, dataset, "")
     rows = {"rows": SCALE.data.rows[dataset]} if dataset in SCALE.data.rows else {}
-    return settings.config_hash(of_set, {"max_text_chars": SCALE.data.max_text_chars, **rows})
+    return config_hash(of_set, {"max_text_chars": SCALE.data.max_text_chars, **rows})
 
 
 def preparation_code(dataset):
-    source = settings.datasets().get(dataset, CODE / "pipeline/data/registry.py")
+    source = datasets().get(dataset, CODE / "pipeline/data/registry.py")
     return code("pipeline/data/prepare.py", str(source.relative_to(CODE)))

@@ -22,7 +22,7 @@ rule prepare:
     threads: SCALE.data.threads
     params:
         config=config_file(PLAN.baseline),
-        settings=lambda wildcards: preparation(wildcards.dataset),
+        values=lambda wildcards: preparation(wildcards.dataset),
         code=lambda wildcards: preparation_code(wildcards.dataset),
     message:
         "data set {wildcards.dataset}"
@@ -56,7 +56,7 @@ rule backbone:
         "../../envs/sts.yaml"
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
-        settings=lambda wildcards: settings.config_hash(CONFIGS[wildcards.ablation].model),
+        values=lambda wildcards: config_hash(CONFIGS[wildcards.ablation].model),
         code=lambda wildcards: backbone_code(wildcards.ablation),
     message:
         "what {wildcards.ablation} starts from"

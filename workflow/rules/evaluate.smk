@@ -1,5 +1,8 @@
 # What a run is worth, and what it cost. The benchmark of training time has the machine to itself.
 
+# Beside the trainings a timing follows the files that take the time and count the FLOPs.
+TIMED = ["measure/bench.py", "cost/counting.py", "cost/flops.py", "cost/history.py"]
+
 
 rule bench:
     input:
@@ -22,7 +25,7 @@ rule evaluate:
         gpu=gpus(),
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
-        settings=lambda wildcards: settings.config_hash(CONFIGS[wildcards.ablation].evaluate),
+        values=lambda wildcards: config_hash(CONFIGS[wildcards.ablation].evaluate),
         code=lambda wildcards: evaluation_code(wildcards.ablation),
     message:
         "evaluate {wildcards.ablation}, seed {wildcards.seed}"
@@ -51,11 +54,11 @@ rule timing:
     params:
         configs=lambda wildcards: [config_file(id) for id in PLAN.members(wildcards.group)],
         inits=lambda wildcards: [PLAN.backbone(id) for id in PLAN.members(wildcards.group)],
-        settings=lambda wildcards: settings.config_hash(
+        values=lambda wildcards: config_hash(
             SCALE.bench, *(stage.identity() for stage in PLAN.stages(wildcards.group))
         ),
         code=lambda wildcards: [
-            training_code(id, *CONFIGS[id].stages, also=["measure/bench.py"])
+            training_code(id, *CONFIGS[id].stages, also=TIMED)
             for id in PLAN.members(wildcards.group)
         ],
     message:

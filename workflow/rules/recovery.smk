@@ -10,6 +10,7 @@ from base64 import urlsafe_b64decode
 from contextlib import suppress
 from importlib.util import find_spec
 
+from sts.pipeline.config import dump
 from sts.pipeline.files import write_text_atomic
 from sts.pipeline.run.provenance import missing_packages
 
@@ -29,7 +30,7 @@ def write_configs():
     """One resolved configuration for each ablation, which the jobs read; before the first job and
     not while reading the Snakefile, so that a dry run beside a running one changes nothing."""
     for id, resolved in CONFIGS.items():
-        file, text = Path(config_file(id)), settings.dump(resolved)
+        file, text = Path(config_file(id)), dump(resolved)
         if not file.exists() or file.read_text() != text:
             write_text_atomic(file, text)
 

@@ -49,7 +49,7 @@ if REFERENCE.exists():
             reference=REFERENCE,
             runs=[
                 PLAN.manifest(id, seed, "eval")
-                for id, seed in PLAN.runs([settings.load_yaml(REFERENCE)["ablation"]])
+                for id, seed in PLAN.runs([load_yaml(REFERENCE)["ablation"]])
             ],
         output:
             f"{RESULTS}/tables/expected.md",

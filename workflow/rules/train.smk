@@ -1,5 +1,5 @@
 # One stage of a run, whichever. A job's output is a small manifest; the weights lie beside it
-# undeclared, so that no failure and no rerun deletes them. A job follows the settings and formulas
+# undeclared, so that no failure and no rerun deletes them. A job follows the values and formulas
 # in `params`.
 
 
@@ -24,7 +24,7 @@ rule train:
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
         launch=lambda wildcards: cluster.launch(stage_of(wildcards)),
-        settings=lambda wildcards: settings.config_hash(stage_of(wildcards).identity()),
+        values=lambda wildcards: config_hash(stage_of(wildcards).identity()),
         code=lambda wildcards: training_code(wildcards.ablation, wildcards.stage),
     message:
         "{wildcards.stage} {wildcards.ablation}, seed {wildcards.seed}"

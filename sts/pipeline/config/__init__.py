@@ -7,7 +7,7 @@ a `ConfigError` names the file, the key, the value and what is accepted. Only py
 needed, so that the workflow reads it in any environment.
 """
 
-from sts.pipeline.config.base import CODE, MINI, NAME, Block, Number, datasets, deep_merge
+from sts.pipeline.config.base import CODE, MINI, NAME, Block, datasets, deep_merge
 from sts.pipeline.config.blocks import (
     REPEATS,
     BenchConfig,
@@ -22,6 +22,7 @@ from sts.pipeline.config.identity import ALWAYS, Neutral, config_hash, identity
 from sts.pipeline.config.loading import (
     Ablation,
     Entry,
+    Loader,
     dump,
     load_ablations,
     load_scale,
@@ -34,7 +35,7 @@ from sts.pipeline.config.stages import BACKBONE, RESERVED, SPLITS, LoraConfig, S
 __all__ = [
     "ALWAYS", "BACKBONE", "CODE", "MINI", "NAME", "REPEATS", "RESERVED", "SPLITS", "Ablation",
     "BenchConfig", "Block", "Config", "ConfigError", "CustomConfig", "DataConfig", "Entry",
-    "EvaluateConfig", "LoraConfig", "ModelConfig", "Neutral", "Number", "StageConfig",
+    "EvaluateConfig", "Loader", "LoraConfig", "ModelConfig", "Neutral", "StageConfig",
     "config_hash", "datasets", "deep_merge", "dump", "identity", "load_ablations", "load_scale",
     "load_yaml", "resolve", "validate",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from sts.checks import expect
 from sts.settings import LDS, VTC
@@ -18,6 +18,12 @@ SETS = (CODE / "mini" / "sets", CODE / "pipeline" / "data" / "sets")  # folders 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 NAME_ACCEPTED = "lower case letters, digits and _, a letter first"
 
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Share = Annotated[float, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+Index = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+
 
 class Block(BaseModel):
     """A mapping with known keys and strict types."""
@@ -27,33 +33,18 @@ class Block(BaseModel):
     )
 
 
-def _scientific(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 (no dot) as text; take it for the number that was meant."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
-Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
-Number = Annotated[float, BeforeValidator(_scientific)]
-Share = Annotated[Number, Ge(0), Le(1)]
-Count = Annotated[int, Ge(1)]
-Index = Annotated[int, Ge(0)]
-Rate = Annotated[Number, Gt(0)]
-
-
 def _settings(kind: type) -> Any:
     """VTC or LDS of the library as a block of a configuration: a mapping with its settings."""
     names = [setting.name for setting in fields(kind)]
+    keys = f"the keys {', '.join(names)}"
 
     def parse(value: Any) -> Any:
         if isinstance(value, kind):
             return value
-        keys = f"the keys {', '.join(names)}"
         expect(isinstance(value, Mapping), kind.__name__, value, f"a mapping with {keys}")
         for key in value:
             expect(key in names, f"{kind.__name__}.{key}", value[key], keys)
-        return kind(**{key: _scientific(item) for key, item in value.items()})
+        return kind(**value)
 
     return Annotated[kind, PlainValidator(parse), PlainSerializer(asdict)]
 
@@ -63,8 +54,7 @@ VTCSettings, LDSSettings = _settings(VTC), _settings(LDS)
 
 def datasets() -> dict[str, Path]:
     """Name -> file of every data set of the package: what is in `SETS` and doesn't begin with _."""
-    files = [file for folder in SETS for file in sorted(folder.glob("*.py"))]
-    return {file.stem: file for file in files if file.stem[0] != "_"}
+    return {file.stem: file for folder in SETS for file in sorted(folder.glob("[!_]*.py"))}
 
 
 def deep_merge(base: Mapping, delta: Mapping) -> dict:

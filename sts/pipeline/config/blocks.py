@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 
-from sts.checks import expect
-from sts.pipeline.config.base import Block, Count, Index, Name, Share
+from sts.checks import NotAccepted, expect
+from sts.pipeline.config.base import Block, Count, Index, Name, Share, datasets
 from sts.pipeline.config.identity import ALWAYS, Neutral
 from sts.pipeline.config.stages import BACKBONE, StageConfig, Stages
 from sts.pipeline.tasks import registry as benchmarks
@@ -41,12 +41,13 @@ class CustomConfig(Block):
     split: Literal["align", "instruct"] = "instruct"
     """Stage that trains on it."""
 
-
-def _one_kind(custom: CustomConfig) -> CustomConfig:
-    sources = [source for source in (custom.json_file, custom.hub) if source]
-    expect(len(sources) == 1, "custom.json", custom.json_file, "json and images, or else hub")
-    expect(custom.hub or custom.images, "custom.images", custom.images, "a folder, beside json")
-    return custom
+    @model_validator(mode="after")
+    def _check(self) -> "CustomConfig":
+        is_one = bool(self.json_file) != bool(self.hub)
+        expect(is_one, "custom.json", self.json_file, "json and images, or else hub")
+        has_images = bool(self.hub or self.images)
+        expect(has_images, "custom.images", self.images, "a folder, beside json")
+        return self
 
 
 class DataConfig(Block):
@@ -66,7 +67,7 @@ class DataConfig(Block):
     """Data set -> folder where its files lie already, for those that are fetched."""
     scenes: ScenesConfig = ScenesConfig()
     """The embedded data set."""
-    custom: dict[str, Annotated[CustomConfig, AfterValidator(_one_kind)]] = {}
+    custom: dict[str, CustomConfig] = {}
     """Name -> the user's own data."""
 
 
@@ -95,6 +96,23 @@ class ModelConfig(Block):
     layers: Count = 12
     """Decoder layers of the language model; what skip rates are checked against."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        """Refuse values that are fine alone and not together."""
+        if self.family == "whole":
+            accepted = "a hub id or folder where model.family is whole"
+            expect(self.checkpoint is not None, "model.checkpoint", None, accepted)
+            return self
+        accepted = "null where model.family is joined"
+        expect(self.checkpoint is None, "model.checkpoint", self.checkpoint, accepted)
+        accepted = "[] where model.family is joined: the projector is fresh"
+        expect(not self.fresh, "model.fresh", self.fresh, accepted)
+        for key in ("vision", "language"):
+            is_there = self.backbone == "shipped" or getattr(self, key) is not None
+            accepted = "a hub id or folder where model.backbone is pretrained"
+            expect(is_there, f"model.{key}", None, accepted)
+        return self
+
     @property
     def sources(self) -> list[str]:
         """Folders or hub ids that are not ours: a whole checkpoint, or both pretrained parts."""
@@ -113,7 +131,7 @@ class EvaluateConfig(Block):
     metrics: Annotated[dict[str, str], Neutral({})] = {}
     """Benchmark -> metric that is its score, where it is not the first one of its task."""
     batch_size: Count = 64
-    """Questions answered at once; a part of the result's identity."""
+    """Questions answered at once; scores depend on it."""
     blind: Share = 0.25
     """Share of the questions that are also asked with a grey image; 0: none."""
     max_new_tokens: Count = 4
@@ -140,7 +158,7 @@ class BenchConfig(Block):
 
 
 class Config(Block):
-    """All settings of one run."""
+    """All values of one run."""
 
     scale: Name = "mini"
     """Names the folders results/<scale> and data/<scale>."""
@@ -156,6 +174,34 @@ class Config(Block):
     """Benchmarks."""
     bench: BenchConfig = BenchConfig()
     """Timing."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        """Refuse values of different blocks that do not go together."""
+        sets = (*datasets(), *self.data.custom)
+        for name, stage in self.stages.items():
+            for source in stage.data:
+                accepted = f"one of {', '.join(sets)}"
+                expect(source in sets, f"config.stages.{name}.data", source, accepted)
+                custom = self.data.custom.get(source)
+                if custom and custom.split != stage.split:
+                    key, accepted = f"config.data.custom.{source}.split", f"{stage.split}: stages."
+                    raise NotAccepted(key, custom.split, f"{accepted}{name}.data names it")
+            try:
+                stage.lds.check_layers(self.model.layers)
+            except NotAccepted as error:
+                key = f"config.stages.{name}.lds.{error.name.partition('.')[2]}"
+                raise NotAccepted(key, error.value, error.accepted) from None
+        for name in self.evaluate.benchmarks:
+            key, accepted = "config.evaluate.benchmarks", f"one of {benchmarks.accepted_names()}"
+            expect(benchmarks.exists(name), key, name, accepted)
+            dataset = benchmarks.dataset_of(name)
+            accepted = f"a task file whose dataset is one of {', '.join(sets)}, not {dataset}"
+            expect(dataset in (None, *sets), key, name, accepted)
+        for name, metric in self.evaluate.metrics.items():
+            accepted = f"a key that is {benchmarks.accepted_names()}"
+            expect(benchmarks.exists(name), f"config.evaluate.metrics.{name}", metric, accepted)
+        return self
 
     def stage(self, name: str) -> StageConfig:
         """The block of a stage. Raises KeyError for one that there is not."""

@@ -28,11 +28,16 @@ def identity(part: Any) -> Any:
         return {key: identity(value) for key, value in part.items()}
     if isinstance(part, list | tuple):
         return [identity(item) for item in part]
+    if isinstance(part, float) and part.is_integer():
+        return int(part)  # 1.0 is the same value as 1
     if isinstance(part, BaseModel):
-        marks = {name: _neutral(info.metadata) for name, info in type(part).model_fields.items()}
+        marks = {
+            name: [mark.value for mark in field.metadata if isinstance(mark, Neutral)]
+            for name, field in type(part).model_fields.items()
+        }
     elif is_dataclass(part):  # VTC or LDS
         marks = {
-            setting.name: [setting.metadata["neutral"]] if "neutral" in setting.metadata else []
+            setting.name: [value for key, value in setting.metadata.items() if key == "neutral"]
             for setting in fields(part)
         }
     else:
@@ -42,11 +47,6 @@ def identity(part: Any) -> Any:
         for name, neutral in marks.items()
         if ALWAYS not in neutral and getattr(part, name) not in neutral
     }
-
-
-def _neutral(metadata: list[Any]) -> list[Any]:
-    """The neutral value of a field of a block, or nothing."""
-    return [mark.value for mark in metadata if isinstance(mark, Neutral)]
 
 
 def config_hash(*parts: BaseModel | Mapping | list | str) -> str:

@@ -1,6 +1,7 @@
 """Read scales and ablations, put an ablation's values into a scale, write a configuration."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,19 +10,9 @@ import yaml
 from annotated_types import Gt, Le
 from pydantic import Field
 
-from sts.pipeline.config.base import (
-    MINI,
-    NAME,
-    NAME_ACCEPTED,
-    Block,
-    Index,
-    Name,
-    Number,
-    deep_merge,
-)
+from sts.pipeline.config.base import MINI, NAME, NAME_ACCEPTED, Block, Index, Name, deep_merge
 from sts.pipeline.config.blocks import Config
-from sts.pipeline.config.contradictions import contradictions
-from sts.pipeline.config.errors import ConfigError, key_in_file, parsed
+from sts.pipeline.config.errors import ConfigError, parsed
 from sts.pipeline.config.stages import merge_stage
 
 
@@ -36,7 +27,7 @@ class Entry(Block):
     """Whose method it is: the head it stands under in tables."""
     seeds: Annotated[list[Index], Field(min_length=1)] | None = None
     """Instead of the scale's."""
-    steps_share: Annotated[Number, Gt(0), Le(1)] = 1.0
+    steps_share: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of the scale's steps that each stage trains: a control with less training."""
     relative_to: str | None = None
     """Ablation that retention and cost are relative to in tables; null: the first of the table."""
@@ -58,7 +49,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. ConfigError if a key stands twice, or if it is no YAML mapping."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, Loader=_UniqueKeys)
+            content = yaml.load(file, Loader=Loader)
     except yaml.YAMLError as error:
         line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1
         problem = getattr(error, "problem", str(error))
@@ -68,20 +59,23 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML, as Snakemake reads the same files by it; alone it takes the last of two equal keys
-    without a word."""
+class Loader(yaml.SafeLoader):
+    """PyYAML's, which alone takes the last of two equal keys without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
-            line = mark.line + 1
             if key in lines:
-                twice = f"given twice, in lines {lines[key]} and {line}"
+                twice = f"given twice, in lines {lines[key]} and {mark.line + 1}"
                 raise ConfigError(mark.name, key, twice, "every key once")
-            lines[key] = line
+            lines[key] = mark.line + 1
         return super().construct_mapping(node, deep)
+
+
+# 1e-3, a number without a dot, is text in YAML 1.1
+_SCIENTIFIC = re.compile(r"[-+]?\d+[eE][-+]?\d+$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, [*"-+0123456789"])
 
 
 def load_scale(path: str | Path) -> Config:
@@ -125,44 +119,39 @@ def resolve(config: Config, ablation: Ablation) -> Config:
     delta = {block: overrides.pop(block) for block in ("model", "evaluate") if block in overrides}
     if ablation.seeds:
         delta["seeds"] = ablation.seeds
-    for name in _mini_stages() - base["stages"].keys():
+    stages = base["stages"]
+    for name in _mini_stages() - stages.keys():
         if not {"trains", "like"} & (overrides.get(name) or {}).keys():
             overrides.pop(name, None)  # it says how to train a stage that the scale took out
-    stages = base["stages"]
+    _refuse_like(ablation.file, f"{ablation.id}.", overrides, stages)
     for block in stages.values():
         block["steps"] = max(1, round(block["steps"] * ablation.steps_share))
     for name, block in overrides.items():
-        if name in stages and (block or {}).get("like") is not None:
-            raise _refuse_like(ablation.file, f"{ablation.id}.{name}.like", block["like"])
         stages[name] = merge_stage(stages.get(name, {}), block) if block is not None else None
-    return _checked(deep_merge(base, delta), ablation.file, ablation.id)
-
-
-@cache
-def _mini_stages() -> frozenset[str]:
-    return frozenset(load_yaml(MINI)["stages"])
-
-
-def _refuse_like(file: str | Path, key: str, value: Any) -> ConfigError:
-    return ConfigError(file, key, value, "null: it is of a new stage, this one has its values")
+    return parsed(Config, deep_merge(base, delta), ablation.file, ablation.id)
 
 
 def validate(content: Mapping, file: str | Path) -> Config:
     """The checked configuration of a scale that was merged with the mini scale; `file` is what an
     error names. Raises ConfigError."""
     stages = content.get("stages")
-    for name in _mini_stages() & (stages if isinstance(stages, dict) else {}).keys():
+    if isinstance(stages, dict):
+        _refuse_like(file, "stages.", stages, _mini_stages())
+    return parsed(Config, content, file)
+
+
+def _refuse_like(file: str | Path, prefix: str, stages: Mapping, complete: Collection[str]) -> None:
+    """Raise ConfigError for `like` in a stage that has all values already."""
+    for name in [name for name in stages if name in complete]:
         like = stages[name].get("like") if isinstance(stages[name], dict) else None
-        if like is not None:  # by now nobody can tell the mini scale's values from the file's
-            raise _refuse_like(file, f"stages.{name}.like", like)
-    return _checked(content, file)
+        if like is not None:
+            accepted = "null: it is of a new stage, this one has its values"
+            raise ConfigError(file, f"{prefix}{name}.like", like, accepted)
 
 
-def _checked(content: Mapping, file: str | Path, ablation: str = "") -> Config:
-    config = parsed(Config, content, file, ablation)
-    for key, value, accepted in contradictions(config):
-        raise ConfigError(file, key_in_file(ablation, key), value, accepted)
-    return config
+@cache
+def _mini_stages() -> frozenset[str]:
+    return frozenset(load_yaml(MINI)["stages"])
 
 
 def dump(config: Config) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from annotated_types import Ge, Lt
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from sts.checks import expect
 from sts.pipeline.config.base import (
@@ -13,8 +13,7 @@ from sts.pipeline.config.base import (
     Block,
     Count,
     LDSSettings,
-    Number,
-    Rate,
+    Positive,
     VTCSettings,
     deep_merge,
 )
@@ -27,7 +26,7 @@ BACKBONE = "backbone"  # what the first stage starts from
 RESERVED = (BACKBONE, "model", "evaluate", "eval")
 Part = Literal["projector", "language_model", "vision_tower", "lora"]
 RateOfParts = Annotated[
-    Annotated[Rate, Tag("[rate]")] | Annotated[dict[Part, Rate], Tag("[rates]")],
+    Annotated[Positive, Tag("[rate]")] | Annotated[dict[Part, Positive], Tag("[rates]")],
     Discriminator(lambda value: "[rates]" if isinstance(value, Mapping) else "[rate]"),
 ]
 
@@ -37,9 +36,9 @@ class LoraConfig(Block):
 
     rank: Count = 16
     """Rank of an adapter."""
-    alpha: Annotated[Number, Gt(0)] = 32.0
+    alpha: Positive = 32.0
     """What an adapter adds is multiplied by alpha / rank."""
-    dropout: Annotated[Number, Ge(0), Lt(1)] = 0.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Of an adapter's input."""
 
 
@@ -75,11 +74,11 @@ class StageConfig(Block):
     """What each process holds: a copy of the model, or a shard of every layer."""
     lr: RateOfParts
     """Peak learning rate, one for all or one for each part that is trained; cosine schedule."""
-    warmup_ratio: Annotated[Number, Ge(0), Lt(1), Neutral(0.0)] = 0.03
+    warmup_ratio: Annotated[float, Ge(0), Lt(1), Neutral(0.0)] = 0.03
     """Share of the steps over which the learning rate rises."""
-    weight_decay: Annotated[Number, Ge(0), Neutral(0.0)] = 0.0
+    weight_decay: Annotated[float, Ge(0), Neutral(0.0)] = 0.0
     """Weight decay of AdamW."""
-    max_grad_norm: Annotated[Number, Gt(0)] = 1.0
+    max_grad_norm: Positive = 1.0
     """Norm that gradients are clipped to."""
     precision: Literal["fp32", "bf16"]
     """Of the forward pass; bf16 by autocast, and fp32 on a CPU that does not compute in bf16."""
@@ -102,6 +101,19 @@ class StageConfig(Block):
     """Visual token compression."""
     lds: LDSSettings = LDS()
     """Layer skipping."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "StageConfig":
+        """Refuse values that are fine alone and not together."""
+        parts, accepted = self.trains, "lora or language_model: adapters train in its place"
+        expect(len(set(parts)) == len(parts), "stage.trains", parts, "every part once")
+        expect(not {"lora", "language_model"} <= set(parts), "stage.trains", parts, accepted)
+        accepted = f"a divisor of its processes, {self.processes}"
+        expect(self.processes % self.nodes == 0, "stage.nodes", self.nodes, accepted)
+        accepted = f"a number, or one for each of {', '.join(parts)}"
+        is_complete = not isinstance(self.lr, dict) or set(self.lr) == set(parts)
+        expect(is_complete, "stage.lr", self.lr, accepted)
+        return self
 
     @property
     def global_batch(self) -> int:
@@ -130,7 +142,7 @@ class StageConfig(Block):
         return values | {"global_batch": self.global_batch}
 
 
-RECIPE = [name for name, info in StageConfig.model_fields.items() if info.is_required()]
+RECIPE = [name for name, field in StageConfig.model_fields.items() if field.is_required()]
 
 
 def merge_stage(base: Mapping, delta: Mapping) -> dict:
@@ -160,11 +172,9 @@ def _with_like(stages: Mapping[str, Any], name: str, followers: tuple[str, ...] 
         key, accepted = f"stages.{name}.like", f"one of {', '.join(others)}"
         expect(isinstance(like, str) and like in others, key, like, accepted)
         expect(like not in followers, key, like, "a stage that is not like this one")
-        expect(
-            isinstance(stages[like], Mapping | Block), f"stages.{like}", stages[like], "a mapping"
-        )
         base = _with_like(stages, like, (*followers, name))
         base = base.model_dump(by_alias=True) if isinstance(base, Block) else base
+        expect(isinstance(base, Mapping), f"stages.{like}", base, "a mapping")
         base = {key: value for key, value in base.items() if key != "init"}
         base["split"] = base.get("split") or (like if like in SPLITS else None)
         block = merge_stage(base, block) | {"like": None}
@@ -182,35 +192,29 @@ def _in_order(stages: dict[str, StageConfig]) -> dict[str, StageConfig]:
     """
     follower: dict[str, str] = {}
     for name, block in stages.items():
-        names = [BACKBONE, *(other for other in stages if other != name)]
-        is_name = NAME.fullmatch(name) and name not in RESERVED
         accepted = f"{NAME_ACCEPTED}, none of {', '.join(RESERVED)}"
-        expect(bool(is_name), "stages", name, accepted)
-        if block.init is None:
-            continue
-        key = f"stages.{name}.init"
-        expect(block.init in names, key, block.init, f"one of {', '.join(names)}")
-        first = follower.setdefault(block.init, name)
-        accepted = f"another: {first} comes right after it"
-        expect(first == name, key, block.init, accepted)
+        expect(bool(NAME.fullmatch(name)) and name not in RESERVED, "stages", name, accepted)
+        if block.init is not None:
+            key = f"stages.{name}.init"
+            starts = [BACKBONE, *(other for other in stages if other != name)]
+            expect(block.init in starts, key, block.init, f"one of {', '.join(starts)}")
+            first = follower.setdefault(block.init, name)
+            expect(first == name, key, block.init, f"another: {first} comes right after it")
     order: list[str] = []
     for start in (BACKBONE, *(name for name, block in stages.items() if block.init is None)):
         following: str | None = start
         while following:
             order.append(following)
             following = follower.get(following)
-    for name, block in stages.items():
-        accepted = "a stage that does not come after this one"
+    placed = {}
+    for name in [*order[1:], *stages]:
+        block, accepted = stages[name], "a stage that does not come after this one"
         expect(name in order, f"stages.{name}.init", block.init, accepted)
-    return {name: _placed(name, stages[name]) for name in order[1:]}
-
-
-def _placed(name: str, block: StageConfig) -> StageConfig:
-    """A stage whose place is known: with its split, and without `init`."""
-    split = block.split or (name if name in SPLITS else None)
-    accepted = f"one of {', '.join(SPLITS)}: the name of the stage is neither"
-    expect(split is not None, f"stages.{name}.split", split, accepted)
-    return block.model_copy(update={"init": None, "split": split})
+        split = block.split or (name if name in SPLITS else None)
+        accepted = f"one of {', '.join(SPLITS)}: the name of the stage is neither"
+        expect(split is not None, f"stages.{name}.split", split, accepted)
+        placed[name] = block.model_copy(update={"init": None, "split": split})
+    return placed
 
 
 Stages = Annotated[

@@ -12,7 +12,7 @@ import pandas as pd
 from annotated_types import Gt
 from pydantic import ValidationError
 
-from sts.pipeline.config import Block, ConfigError, Number, load_yaml
+from sts.pipeline.config import Block, ConfigError, load_yaml
 from sts.pipeline.files import read_json, write_text_atomic
 from sts.pipeline.report.results import MISSING, UNDEFINED
 from sts.pipeline.report.tables import markdown
@@ -28,13 +28,13 @@ VERDICTS = {
 class Published(Block):
     """A published score, in percent unless it is no share, and how near is near enough."""
 
-    published: Number
+    published: float
     """The score."""
     source: str
     """Who says so, and its mark."""
-    warn: Annotated[Number, Gt(0)]
+    warn: Annotated[float, Gt(0)]
     """Difference up to which a run passes."""
-    fail: Annotated[Number, Gt(0)]
+    fail: Annotated[float, Gt(0)]
     """Difference beyond which it fails."""
 
 

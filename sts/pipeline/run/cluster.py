@@ -57,10 +57,9 @@ def left_jobs(folder: str | Path, listing: str | None = None) -> list[str]:
         has_slurm = shutil.which("squeue")
         listing = _slurm("squeue", "--me", "--noheader", "--format=%i|%Z|%j") if has_slurm else ""
     jobs = [line.split("|", 2) for line in listing.splitlines()]
+    here = Path(folder).resolve()
     return [
-        id
-        for id, place, name in jobs
-        if OURS.fullmatch(name) and Path(place).resolve() == Path(folder).resolve()
+        id for id, place, name in jobs if OURS.fullmatch(name) and Path(place).resolve() == here
     ]
 
 
@@ -86,7 +85,7 @@ def cancel_left_jobs(folder: str | Path, patience: float = 300) -> list[str]:
 
 
 def _slurm(*command: str) -> str:
-    """What a command of Slurm says."""
+    """What a command of Slurm prints."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")

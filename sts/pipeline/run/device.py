@@ -29,13 +29,14 @@ def gpu_count(listing: str | None = None) -> int:
 
 
 def visible_gpus(listing: str | None = None) -> list[str]:
-    """Identities (`GPU-...`) of the GPUs that CUDA_VISIBLE_DEVICES leaves this process, in order.
+    """UUIDs (`GPU-...`) of the GPUs that CUDA_VISIBLE_DEVICES leaves this process, in order.
 
-    `listing` is the text of `nvidia-smi -L`, by default asked for. Identities, because the number
-    0 means different GPUs to two jobs that a scheduler has confined to one each. Without
-    nvidia-smi, as in some containers, CUDA_VISIBLE_DEVICES is taken by its word.
+    `listing` is the text of `nvidia-smi -L`, by default asked for. UUIDs, because the number 0
+    means different GPUs to two jobs that a scheduler has confined to one each. Without nvidia-smi,
+    as in some containers, CUDA_VISIBLE_DEVICES is taken by its word.
     """
-    installed = re.findall(r"^GPU \d+: .*\(UUID: (.+)\)", _listing(listing), flags=re.MULTILINE)
+    listing = _nvidia_smi() if listing is None else listing
+    installed = re.findall(r"^GPU \d+: .*\(UUID: (.+)\)", listing, flags=re.MULTILINE)
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return installed
@@ -52,19 +53,18 @@ def visible_gpus(listing: str | None = None) -> list[str]:
     return gpus
 
 
-def _listing(listing: str | None) -> str:
-    if listing is not None:
-        return listing
-    try:
-        answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout if answer.returncode == 0 else ""
+def _nvidia_smi() -> str:
+    with suppress(FileNotFoundError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "-L"]
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
+    return ""
 
 
 @contextmanager
 def lease(listing: str | None = None, folder: str | Path | None = None) -> Iterator[str | None]:
-    """Hold one GPU for the body of a `with`; gives its identity, None where there is no GPU.
+    """Hold one GPU for the body of a `with`; gives its UUID, None where there is no GPU.
 
     Waits until one is free, then makes it the only one that CUDA shows to this process. Does
     nothing inside another lease and in a job of several processes, whose launcher deals out GPUs.
@@ -99,34 +99,34 @@ def _lock_one(gpus: list[str], folder: Path) -> tuple[str, Any]:
     """The first free GPU and the lock that holds it; waits while all are taken."""
     from filelock import FileLock, Timeout  # here: the Snakefile reads this file without it
 
-    waiting = False
+    is_waiting = False
     while True:
         for gpu in gpus:
             lock = FileLock(folder / f"{gpu}.lock")
             with suppress(Timeout):
                 lock.acquire(timeout=0)
                 return gpu, lock
-        if not waiting:
+        if not is_waiting:
             log.warning("All %d GPUs are in use by other jobs; waiting for one.", len(gpus))
-            waiting = True
+            is_waiting = True
         time.sleep(POLL_SECONDS)
 
 
-def precision_here(wanted: str) -> str:
-    """What a forward pass is computed in where the configuration wants `fp32` or `bf16`: bf16 only
+def precision_here(precision: str) -> str:
+    """What a forward pass is computed in where the configuration says `fp32` or `bf16`: bf16 only
     where the hardware computes in it, else fp32. The key of the weights holds it."""
     import torch  # here: the workflow asks for GPUs without it
 
-    return wanted if torch.cuda.is_available() or bf16_is_native() else "fp32"
+    return precision if torch.cuda.is_available() or bf16_is_native() else "fp32"
 
 
-def attention_here(wanted: str) -> str:
+def attention_here(precision: str) -> str:
     """Transformers' name of the attention of a training of this precision: `sdpa`, torch's fused
     one, or `eager`. In bf16 on a CPU the fused backward (torch 2.13, 32 channels a head) takes
     longer than all the rest of the step. The key of the weights holds it too."""
     import torch  # here: the workflow asks for GPUs without it
 
-    fused = torch.cuda.is_available() or precision_here(wanted) == "fp32"
+    fused = torch.cuda.is_available() or precision_here(precision) == "fp32"
     return "sdpa" if fused else "eager"
 
 

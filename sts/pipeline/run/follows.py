@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sts import lds, vtc
 from sts.pipeline.config import CODE, StageConfig
-from sts.pipeline.run.provenance import fingerprint
+from sts.pipeline.run.provenance import fingerprint, parsed
 
 STORY = CODE / "pipeline/train/train.py"
 ARCHITECTURES = CODE / "architectures"
@@ -28,7 +28,7 @@ LOOKS_ON = tuple(
         "pipeline/config",  # values, which a job follows as values
         "pipeline/plan.py",  # who trains what
         "pipeline/tasks",  # of these an evaluation follows the files of its benchmarks
-        "pipeline/cost",  # what it costs; rules name the files whose numbers a manifest has
+        "pipeline/cost",  # what it costs; the timing follows the files whose numbers it writes
         "pipeline/run",  # where it runs, how far it is
         "pipeline/files.py",  # how files are read and written
         "settings.py",  # values
@@ -40,12 +40,8 @@ LOOKS_ON = tuple(
 
 
 def training(stage: StageConfig, family: str = "joined") -> list[Path]:
-    """The source files that a training follows.
-
-    Args:
-        stage: The block of the stage.
-        family: That of the model; a `whole` checkpoint may be of any architecture.
-    """
+    """The source files that a training of a stage follows. family: that of the model; a `whole`
+    checkpoint may be of any architecture."""
     files: set[Path | None] = {STORY, JOINED}
     idle: tuple[Path, ...] = ()
     if family == "whole":
@@ -62,12 +58,8 @@ def training(stage: StageConfig, family: str = "joined") -> list[Path]:
 
 
 def imported(files: Iterable[Path], idle: Iterable[Path] = ()) -> list[Path]:
-    """The files and all of this package that they import, directly or not.
-
-    Args:
-        files: Where to begin. Imports that serve type checking alone don't count.
-        idle: Files and folders that are left out besides `LOOKS_ON`.
-    """
+    """The files and all of this package that they import, directly or not, but for `LOOKS_ON` and
+    the files and folders `idle`. Imports that serve type checking alone don't count."""
     left_out = (*LOOKS_ON, *idle)
     followed: set[Path] = set()
     waiting = list(files)
@@ -77,11 +69,6 @@ def imported(files: Iterable[Path], idle: Iterable[Path] = ()) -> list[Path]:
             followed.add(file)
             waiting += imports(file)
     return sorted(followed)
-
-
-def looks_on(file: Path) -> bool:
-    """Whether a file is in `LOOKS_ON`."""
-    return _is_in(file, LOOKS_ON)
 
 
 @cache
@@ -96,9 +83,8 @@ def imports(file: Path) -> tuple[Path, ...]:
     if file.suffix != ".py":
         return ()
     templates = file.parent.glob("*.jinja") if file.name == "__init__.py" else ()
-    tree = ast.parse(file.read_bytes(), filename=str(file))
-    named = (path for name in _names(tree) if (path := _file_of(name)))
-    return (*named, *templates)
+    names = _names(parsed(file.read_bytes(), str(file)))
+    return (*filter(None, map(_file_of, names)), *templates)
 
 
 def _names(node: ast.AST) -> Iterator[str]:
@@ -120,9 +106,7 @@ def _file_of(name: str) -> Path | None:
     if package != CODE.name or not inner:
         return None
     path = CODE.joinpath(*inner.split("."))
-    return next(
-        (file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None
-    )
+    return next(filter(Path.is_file, (path.with_suffix(".py"), path / "__init__.py")), None)
 
 
 @cache

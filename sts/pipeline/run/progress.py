@@ -25,7 +25,7 @@ BAR = re.compile(r"(\d+)/(\d+) \[([\d:]+)<[^\]]*(?:step/s|s/step)")  # of sts/pi
 
 @dataclass
 class Job:
-    """A job of this call, and what `see` noted of it."""
+    """A job of this call, and what `watch` noted of it. Times are in seconds of any clock."""
 
     kind: str  # jobs of one kind take equally long per unit of size
     size: float = 0.0  # samples through the model, a forward pass as the unit; 0: of some seconds
@@ -34,25 +34,25 @@ class Job:
     steps: int = 0  # of a training, whose bar is in its log
     log: Path | None = None
     idle: bool = False  # whether it runs nothing
-    began: float | None = None  # seconds of any clock
+    began: float | None = None
     ended: float | None = None
-    bar: tuple[int, int, float] | None = None  # first step here, steps done, seconds for these
+    bar: tuple[int, int, float] = (0, 0, 0.0)  # first step here, steps done, seconds for these
 
-    def see(self, running: bool, finished: bool, now: float) -> None:
+    def watch(self, running: bool, finished: bool, now: float) -> None:
         """Note when it began and ended, and how far its bar is."""
         if self.ended is not None or not (running or finished):
             return
         if self.began is None:
             self.began = now
         if self.steps and self.log:
-            self.bar = last_bar(self.log, self.steps)
+            self.bar = last_bar(self.log, self.steps) or self.bar
         if finished:
             self.ended = now
 
     def measured(self) -> tuple[float, float] | None:
         """(seconds, size of what was done in them); None before anything is known."""
+        first, steps, seconds = self.bar
         if self.steps:  # without a bar it found its weights ready, and says nothing of the others
-            first, steps, seconds = self.bar or (0, 0, 0.0)
             return (seconds, self.size * (steps - first) / self.steps) if seconds else None
         return None if self.ended is None or self.idle else (self.ended - self.began, self.size)
 
@@ -62,9 +62,9 @@ class Job:
 
     def left(self, expected: float, now: float) -> float:
         """Seconds until it ends, if all of it takes `expected`; a bar says it better."""
+        first, steps, seconds = self.bar
         if self.ended is not None:
             return 0.0
-        first, steps, seconds = self.bar or (0, 0, 0.0)
         if seconds and steps > first:
             return seconds / (steps - first) * (self.steps - steps)
         return max(0.0, expected - self.spent(now))
@@ -84,7 +84,7 @@ def last_bar(log: Path, steps: int) -> tuple[int, int, float] | None:
 
 def line(jobs: Mapping[Hashable, Job], available: Mapping[str, float], now: float) -> str:
     """As `12 of 41 jobs, 38 % of the work, about 14 min left`; available: how much there is of what
-    jobs use; now: on the clock of `Job.see`."""
+    jobs use."""
     text = f"{sum(job.ended is not None for job in jobs.values())} of {len(jobs)} jobs"
     seconds = durations(list(jobs.values()))
     if seconds is None:
@@ -181,7 +181,7 @@ def follow(
                 now, active = time.monotonic(), False
                 for id, job in jobs.items():
                     running, finished = status(id)
-                    job.see(running, finished, now)
+                    job.watch(running, finished, now)
                     active |= running
                 if terminal:
                     terminal.show(line(jobs, available, now) if active else "")
@@ -213,14 +213,11 @@ class Terminal:
     def show(self, text: str) -> None:
         """Put `text` in place of the line; nothing: none is left."""
         text = text[: shutil.get_terminal_size().columns - 1]
-        self.handler.acquire()
-        try:
+        with self.handler.lock:
             if text != self.shown:
                 self.handler.stream.write(f"\r\033[K{text}")
                 self.handler.stream.flush()
             self.shown = text
-        finally:
-            self.handler.release()
 
     def close(self) -> None:
         """Leave the handler as it was."""

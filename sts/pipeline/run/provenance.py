@@ -6,10 +6,10 @@ of facts are kept apart: hashes are the same wherever they are taken and may ent
 """
 
 import ast
-import contextlib
 import hashlib
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -76,10 +76,9 @@ def _definitions(path: Path) -> list[_Definition]:
 
 @cache
 def _definitions_in(source: bytes, filename: str) -> list[_Definition]:
-    """Many jobs follow the same files, and to parse them is most of what a dry run would take."""
     groups: dict[str, list[ast.stmt]] = {}
     group_of: dict[str, str] = {}
-    for statement in _bare(ast.parse(source, filename=filename)).body:
+    for statement in filter(_computes, parsed(source, filename).body):
         names = _bound(statement)
         group = next((group_of[name] for name in names if name in group_of), next(iter(names), ""))
         group_of |= dict.fromkeys(names, group)
@@ -92,6 +91,13 @@ def _definitions_in(source: bytes, filename: str) -> list[_Definition]:
         )
         for statements in groups.values()
     ]
+
+
+@cache
+def parsed(source: bytes, filename: str) -> ast.Module:
+    """The syntax tree of a file. To parse is most of what a dry run takes: many jobs follow the
+    same files."""
+    return ast.parse(source, filename=filename)
 
 
 def _hash(text: str) -> str:
@@ -109,44 +115,33 @@ def _bound(statement: ast.stmt) -> list[str]:
     return []
 
 
-def _bare(tree: ast.Module) -> ast.Module:
-    """The tree without statements that compute nothing."""
-    for node in ast.walk(tree):
-        for name in ("body", "orelse", "finalbody"):
-            body = getattr(node, name, None)
-            if isinstance(body, list):
-                kept = [statement for statement in body if not _computes_nothing(statement)]
-                # a function of which nothing is left needs a body to be valid
-                needs_body = body and not isinstance(node, ast.Module)
-                setattr(node, name, kept or ([ast.Pass()] if needs_body else []))
-    return tree
-
-
-def _computes_nothing(statement: ast.stmt) -> bool:
-    """Whether a statement is a docstring, an import, or serves imports alone."""
+def _computes(statement: ast.stmt) -> bool:
+    """Whether a statement is no docstring and no import, and serves not imports alone."""
     if isinstance(statement, ast.If):
-        return getattr(statement.test, "id", "") == "TYPE_CHECKING" and not statement.orelse
+        return getattr(statement.test, "id", "") != "TYPE_CHECKING" or bool(statement.orelse)
     if isinstance(statement, ast.Expr):
-        return isinstance(getattr(statement.value, "value", None), str)
-    return isinstance(statement, ast.Import | ast.ImportFrom) or _bound(statement) == ["__all__"]
+        return not isinstance(getattr(statement.value, "value", None), str)
+    is_import = isinstance(statement, ast.Import | ast.ImportFrom)
+    return not is_import and _bound(statement) != ["__all__"]
 
 
 def _canonical(node: Any) -> str:
     """Text of a syntax tree, the same on every Python: each version adds fields of its own, which
-    are empty in older code. Left out is also what repeats the place (ctx) or the spelling (kind).
-    """
-    if isinstance(node, ast.JoinedStr):  # Python 3.12 puts an empty text after `{x:{y}}`
-        node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+    are empty in older code. Left out are also statements that compute nothing, and what repeats the
+    place (ctx) or the spelling (kind)."""
     if isinstance(node, list):
         return f"[{', '.join(map(_canonical, node))}]"
     if not isinstance(node, ast.AST):
         return ascii(node)  # repr depends on the version's Unicode tables
-    fields = [
-        f"{name}={_canonical(value)}"
-        for name, value in sorted(ast.iter_fields(node))
-        if name not in ("ctx", "kind") and value is not None and value != []
-    ]
-    return f"{type(node).__name__}({', '.join(fields)})"
+    texts = []
+    for name, value in sorted(ast.iter_fields(node)):
+        if name in ("body", "orelse", "finalbody") and isinstance(value, list):
+            value = [*filter(_computes, value)] or [ast.Pass()][: len(value)]
+        if isinstance(node, ast.JoinedStr):  # Python 3.12 puts an empty text after `{x:{y}}`
+            value = [part for part in value if getattr(part, "value", None) != ""]
+        if name not in ("ctx", "kind") and value is not None and value != []:
+            texts.append(f"{name}={_canonical(value)}")
+    return f"{type(node).__name__}({', '.join(texts)})"
 
 
 def missing_packages(folder: str | Path = CODE) -> list[str]:
@@ -155,26 +150,26 @@ def missing_packages(folder: str | Path = CODE) -> list[str]:
     Nothing is imported. What a function imports when it needs it doesn't count: tracking can do
     without, and DeepSpeed is never installed. Raises SyntaxError naming the file.
     """
-    needed = {name for file in Path(folder).rglob("*.py") for name in _imports(file)}
+    modules = []
+    for file in Path(folder).rglob("*.py"):
+        for node in parsed(file.read_bytes(), str(file)).body:
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules.append(node.module)
+            elif isinstance(node, ast.Import):
+                modules += [alias.name for alias in node.names]
+    needed = {module.partition(".")[0] for module in modules}
     needed -= {*sys.stdlib_module_names, Path(folder).name}
     return sorted(name for name in needed if find_spec(name) is None)
 
 
-def _imports(file: Path) -> set[str]:
-    statements = ast.parse(file.read_bytes(), filename=str(file)).body
-    modules = [n.module for n in statements if isinstance(n, ast.ImportFrom) and not n.level]
-    modules += [name.name for n in statements if isinstance(n, ast.Import) for name in n.names]
-    return {module.partition(".")[0] for module in modules}
-
-
-def collect(config_hash: str | None = None, command: str | None = None) -> dict[str, Any]:
+def collect(config_hash: str) -> dict[str, Any]:
     """Facts about this process, ready for JSON: commit, packages, hardware, host, start, command.
 
     GPUs are named only if torch is already imported: asking must not initialise CUDA elsewhere.
     """
     return {
         "config_hash": config_hash,
-        "command": command or command_line(),
+        "command": command_line(),
         "git": git(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -197,59 +192,42 @@ def git(folder: str | Path = CODE) -> dict[str, Any]:
     `results/` doesn't count: a run changes the results that are committed for reference. Outside
     a checkout, commit and dirty are None and `note` says why.
     """
+    here = {"cwd": folder, "capture_output": True, "text": True, "errors": "replace", "check": True}
+    changes = ["diff", "HEAD", "--binary", "--", ":/", ":(top,exclude)results"]
     try:
-        commit = _git(folder, "rev-parse", "HEAD")
-        diff = _git(folder, "diff", "HEAD", "--binary", "--", ":/", ":(top,exclude)results")
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+        diff = subprocess.run(["git", *changes], **here).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         return {"commit": None, "dirty": None, "diff_sha256": None, "note": reason}
     diff_hash = hashlib.sha256(diff.encode()).hexdigest() if diff else None
-    return {"commit": commit.strip(), "dirty": bool(diff), "diff_sha256": diff_hash, "note": None}
-
-
-def _git(folder: str | Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True)
-    return result.stdout
+    return {"commit": commit, "dirty": bool(diff), "diff_sha256": diff_hash, "note": None}
 
 
 def packages() -> dict[str, str]:
     """Installed distributions and their versions, by name."""
     versions: dict[str, str] = {}
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:  # a half-removed package leaves a nameless folder behind
+        if name := distribution.metadata["Name"]:  # a half-removed package leaves a nameless folder
             versions.setdefault(name.lower(), distribution.version)
     return dict(sorted(versions.items()))
 
 
 def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, memory in GiB, GPU names if torch is imported."""
-    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    torch = sys.modules.get("torch")
+    gpus = range(torch.cuda.device_count() if torch and torch.cuda.is_available() else 0)
+    # a container or a scheduler may give fewer cores than the machine has; macOS can't tell
+    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_model(),
-        "cores": _cores(),
-        "memory_gib": round(pages * page_bytes / 2**30, 1),
-        "gpus": _gpu_names(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
     }
 
 
 def _cpu_model() -> str:
-    with contextlib.suppress(OSError):  # only Linux has the file
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int | None:
-    # a container or a scheduler may give fewer cores than the machine has; macOS can't tell
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count()
-
-
-def _gpu_names() -> list[str]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    info = Path("/proc/cpuinfo")  # of Linux
+    models = re.findall(r"^model name\s*:(.*)$", info.read_text() if info.exists() else "", re.M)
+    return models[0].strip() if models else platform.processor() or platform.machine()

@@ -60,6 +60,7 @@ def attempt(action: Callable[[], Any], quiet: bool = False) -> bool:
     warned of unless `quiet`."""
     try:
         action()
+        return True
     except Exception as error:
         if not quiet:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -67,7 +68,6 @@ def attempt(action: Callable[[], Any], quiet: bool = False) -> bool:
             text = "MLflow at %s failed, the job goes on without it: %s"
             log.warning(text, without_password, reason)
         return False
-    return True
 
 
 def load_mlflow() -> Any:
@@ -155,6 +155,7 @@ def process_tags() -> dict[str, Any]:
 
 
 def _is_dead(tags: Mapping[str, str]) -> bool:
+    """Whether the process with these tags was one of this host and has ended."""
     import psutil
 
     if tags["host"] != socket.gethostname():
@@ -181,10 +182,10 @@ def reap() -> list[str]:
         return []
     client, experiment = open_store()
     running = client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=50_000)
-    jobs = [run for run in running if "host" in run.data.tags]
+    jobs = [run for run in running if "host" in run.data.tags]  # which a parent has not
     dead = [run for run in jobs if _is_dead(run.data.tags)]
     alive = {run.data.tags.get("mlflow.parentRunId") for run in jobs if run not in dead}
-    dead += [r for r in running if "host" not in r.data.tags and r.info.run_id not in alive]
+    dead += [run for run in running if run not in jobs and run.info.run_id not in alive]
     for run in dead:
         client.set_terminated(run.info.run_id, "KILLED")
     return [run.info.run_name for run in dead]
@@ -194,8 +195,6 @@ def close_invocation(status: str, artifacts: Sequence[str | Path] = ()) -> None:
     """End this call's parent run: FINISHED, FAILED or KILLED, with copies of the folders
     `artifacts` that exist. Does nothing if no job opened it."""
     invocation = os.environ.get("STS_INVOCATION")
-    if not invocation or not _is_there():
-        return
 
     def close() -> None:
         client, experiment = open_store()
@@ -204,7 +203,8 @@ def close_invocation(status: str, artifacts: Sequence[str | Path] = ()) -> None:
                 client.log_artifacts(parent.info.run_id, str(folder), folder.name)
             client.set_terminated(parent.info.run_id, status)
 
-    attempt(close)
+    if invocation and _is_there():
+        attempt(close)
 
 
 def ui_command(port: int) -> tuple[list[str], str]:

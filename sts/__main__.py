@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
-from sts.pipeline.config import Config, ConfigError, dump, load_ablations, load_scale, resolve
+from sts.pipeline.config import ConfigError, dump, load_ablations, load_scale, resolve
 from sts.pipeline.cost.machines import GPUS
 
 
@@ -44,6 +44,11 @@ verb = app.command(cls=Verb)
 def option(help: str, metavar: str | None = None, *names: str) -> Any:
     """What the help says of an option; `names`: instead of its parameter's."""
     return typer.Option(*names, help=help, metavar=metavar)
+
+
+def refuse(option: str, value: Any, accepted: str) -> NoReturn:
+    """End the verb with a line that names a value of the command line that is not accepted."""
+    raise ConfigError("command line", f"--{option}", value, accepted)
 
 
 ConfigFile = Annotated[Path, option("resolved configuration, or a scale", "FILE")]
@@ -109,15 +114,10 @@ def train(
     from sts.pipeline.train.job import Job
     from sts.pipeline.train.train import train
 
-    train(Job(_with_stage(config, stage), ablation, seed, stage, data, init, out))
-
-
-def _with_stage(config: Path, stage: str) -> Config:
     scale = load_scale(config)
     if stage not in scale.stages:
-        accepted = f"one of {', '.join(scale.stages)}, the stages of {config}"
-        raise ConfigError("command line", "--stage", stage, accepted)
-    return scale
+        refuse("stage", stage, f"one of {', '.join(scale.stages)}, the stages of {config}")
+    train(Job(scale, ablation, seed, stage, data, init, out))
 
 
 @verb
@@ -184,20 +184,18 @@ def bench(
         try:
             speed(shape, settings, out, stages=stages, checkpointing=recomputes, **cut, **steps)
         except ValueError as error:
-            raise ConfigError("command line", "--shape", shape, str(error)) from error
+            refuse("shape", shape, str(error))
         return
     from sts.pipeline.measure.bench import bench
 
     for name, files in {"configs": configs, "data": data, "init": init}.items():
         if not files:
-            raise ConfigError("command line", f"--{name}", None, "needed without --shape")
+            refuse(name, None, "needed without --shape")
     scales = {file.stem: load_scale(file) for file in configs}
     inits = init * len(scales) if len(init) == 1 else init
     if len(inits) != len(scales):
-        accepted = f"one, or one for each of the {len(scales)} configurations"
-        raise ConfigError("command line", "--init", len(inits), accepted)
-    init_by_name = dict(zip(scales, inits, strict=True))
-    bench(scales, data=data, inits=init_by_name, out=out)
+        refuse("init", len(inits), f"one, or one for each of the {len(scales)} configurations")
+    bench(scales, data=data, inits=dict(zip(scales, inits, strict=True)), out=out)
 
 
 @verb
@@ -274,10 +272,9 @@ def estimate(
 
     for name, value in {"gpus": gpus, "price": price}.items():
         if value is not None and not gpu:
-            accepted = f"together with --gpu, one of {', '.join(GPUS)}"
-            raise ConfigError("command line", f"--{name}", value, accepted)
+            refuse(name, value, f"together with --gpu, one of {', '.join(GPUS)}")
     if gpus is not None and gpus < 1:
-        raise ConfigError("command line", "--gpus", gpus, "1 or more")
+        refuse("gpus", gpus, "1 or more")
     machine = Machine(gpu, gpus or 8, price) if gpu else None
     estimate(configfile, ablations, as_json, machine)
 

@@ -61,8 +61,6 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of somebody else
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)  # of somebody else
     return True

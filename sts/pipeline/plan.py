@@ -6,7 +6,7 @@ Standard library and the configuration alone, so that the workflow can ask in an
 """
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -95,8 +95,8 @@ class Plan:
 
     def model_of(self, ablation: str) -> str:
         """The first ablation that starts from the same model: one manifest serves them all."""
-        key = self._model_keys[ablation]
-        return next(id for id in self.configs if self._model_keys[id] == key)
+        keys = self._model_keys
+        return next(id for id in self.configs if keys[id] == keys[ablation])
 
     @cached_property
     def _trainers(self) -> dict[tuple[str, str], str]:
@@ -131,8 +131,7 @@ class Plan:
             for stage in self.configs[id].stages
         ]
         jobs: dict[Training, None] = {}
-        while waiting:
-            job = waiting.pop(0)
+        for job in waiting:  # which grows
             if job in jobs:
                 continue
             jobs[job] = None
@@ -189,24 +188,18 @@ class Plan:
 
     # ---- how many jobs --------------------------------------------------------------------------
 
-    def jobs(self, tables: Iterable[str] = (MAIN,), drawn: bool = True) -> dict[str, int]:
+    def jobs(self, tables: Collection[str] = (MAIN,), drawn: bool = True) -> dict[str, int]:
         """Jobs of a call from an empty folder, by the name of their rule.
 
         Args:
             tables: The tables that are made.
             drawn: Whether all figures are drawn, too; they show the runs of the main table.
         """
-        made = unique(tables)
-        timed = unique([*made, *([MAIN] if drawn else [])])
+        timed = unique([*tables, *([MAIN] if drawn else [])])
         ids = unique(id for table in timed for id in self.members(table))
+        stages, trainings = self.stage_jobs(ids), self.trainings(ids)
+        data, models = self.data(ids), {self.model_of(id) for id in ids}
         reads_tokens = drawn and any("tokens" in inputs for inputs in figures().values())
-        stages = self.stage_jobs(ids)
-        trainings = self.trainings(ids)
-        used = [(job.ablation, job.stage) for job in trainings]
-        used += [(id, stage) for id in ids for stage in self.configs[id].stages]  # that are timed
-        data = [name for id, stage in used for name in self.configs[id].stage(stage).data]
-        data += self.data_of_evaluation(ids)
-        models = {self.model_of(id) for id, _ in used}
         if reads_tokens:
             data += self.scale.training_data()[:1]
             models.add(self.baseline)
@@ -218,21 +211,16 @@ class Plan:
             "share": len(stages) - len(trainings),
             "evaluate": len(self.runs(ids)),
             "timing": len(timed),
-            "table": len(made),
+            "table": len(unique(tables)),
             "tokens": int(reads_tokens),
             "figure": len(figures()) if drawn else 0,
         }
         return {rule: count for rule, count in counts.items() if count}
 
-    def data_of_evaluation(self, ablations: Iterable[str]) -> list[str]:
-        """Names of the prepared data sets that hold the benchmarks of these ablations."""
-        return unique(name for id in ablations for name in self.configs[id].evaluation_data())
-
     def data(self, ablations: Iterable[str]) -> list[str]:
         """Names of the data sets that these ablations are trained or evaluated on."""
-        ids = list(ablations)
-        training = [name for id in ids for name in self.configs[id].training_data()]
-        return unique([*training, *self.data_of_evaluation(ids)])
+        configs = [self.configs[id] for id in ablations]
+        return unique(name for c in configs for name in c.training_data() + c.evaluation_data())
 
 
 def make_plan(scale: Config, ablations: Mapping[str, Ablation]) -> Plan:
@@ -249,20 +237,19 @@ def load_plan(configfile: str | Path, ablations: str | Path) -> Plan:
 def figures() -> dict[str, tuple[str, ...]]:
     """Name -> what it reads (of `INPUTS`) of every figure: the files of `FIGURES` that don't begin
     with _, each with its own `INPUTS`. They are read, not imported: they need matplotlib."""
-    files = [file for file in sorted(FIGURES.glob("*.py")) if not file.name.startswith("_")]
-    return {file.stem: _inputs(file) for file in files}
+    return {file.stem: _inputs(file) for file in sorted(FIGURES.glob("[!_]*.py"))}
 
 
 def _inputs(file: Path) -> tuple[str, ...]:
     """The value of INPUTS in a figure's file."""
+    inputs = None
     for statement in ast.parse(file.read_bytes(), filename=str(file)).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "INPUTS":
             inputs = ast.literal_eval(statement.value)
-            if isinstance(inputs, tuple) and set(inputs) <= set(INPUTS):
-                return inputs
-            accepted = f"a tuple of names among {', '.join(INPUTS)}"
-            raise ValueError(f"{file}: INPUTS: {inputs!r} is not accepted. Accepted: {accepted}")
-    raise ValueError(f"{file}: INPUTS is missing: a tuple of names among {', '.join(INPUTS)}")
+    if not (isinstance(inputs, tuple) and set(inputs) <= set(INPUTS)):
+        accepted = f"a tuple of names among {', '.join(INPUTS)}"
+        raise ValueError(f"{file}: INPUTS: {inputs!r} is not accepted. Accepted: {accepted}")
+    return inputs
 
 
 def unique(items: Iterable) -> list:

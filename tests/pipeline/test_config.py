@@ -220,6 +220,9 @@ WRONG = {
     "a stage that there is not": ("{modell: {steps: 4}}", "modell", "trains, data, batch_size"),
     "no part to train": ("{align: {trains: []}}", "align.trains", "at least one"),
     "a part that there is not": ("{align: {trains: [head]}}", "align.trains.0", "'projector'"),
+    "processes that the nodes can't share evenly": (
+        "{align: {processes: 3, nodes: 2}}", "align.nodes", "a divisor of its processes, 3",
+    ),
     "a part twice": ("{align: {trains: [lora, lora]}}", "align.trains", "every part once"),
     "adapters beside what they adapt": (
         "{align: {trains: [lora, language_model]}}", "align.trains", "lora or language_model",

@@ -147,17 +147,7 @@ def row(name: str, project: Path) -> str:
     return f"| {text} | {again(project)} |\n"
 
 
-DAILY = (
-    "comment",
-    "moved",
-    "knob",
-    "kind",
-    "other formula",
-    "used formula",
-    "mini",
-    "benchmark",
-    "stage",
-)
+DAILY = ("comment", "moved", "knob", "used formula", "stage")
 
 
 @pytest.mark.parametrize(

@@ -119,26 +119,26 @@ class Verb:
         return self.words[0]
 
     def __str__(self) -> str:
-        about = map(self.given, ("--name", "--dataset", "--stage", "--ablation"))
+        about = map(self.value_of, ("--name", "--dataset", "--stage", "--ablation"))
         return " ".join([self.name, *filter(None, about)])
 
-    def given(self, option: str) -> str | None:
+    def value_of(self, option: str) -> str | None:
         words = self.words
         return words[words.index(option) + 1] if option in words else None
 
     def outputs(self, project: Path) -> list[Path]:
         """The files that it writes, as far as they are there."""
-        if out := self.given("--out"):
+        if out := self.value_of("--out"):
             return [file for file in [project / out] if file.exists()]
-        stem = project / str(self.given("--out-stem"))
+        stem = project / str(self.value_of("--out-stem"))
         return list(stem.parent.glob(f"{stem.name}.*"))
 
     def clear(self, project: Path) -> None:
         """Take away what it has made, with the bytes that its manifest names."""
         for file in self.outputs(project):
-            made = json.loads(file.read_text()) if self.name == "train" else {}
-            if "weights" in made:
-                shutil.rmtree(project / made["weights"])
+            manifest = json.loads(file.read_text()) if self.name == "train" else {}
+            if "weights" in manifest:
+                shutil.rmtree(project / manifest["weights"])
             shutil.rmtree(file.parent) if self.name == "prepare" else file.unlink()
 
 
@@ -150,7 +150,7 @@ class Campaign:
     targets: Sequence[str]
     kills: int
     draw: random.Random
-    whole: Path = field(init=False)
+    finished: Path = field(init=False)
     """The project that no fault met."""
     expected: dict[str, str] = field(init=False)
     jobs: list[Verb] = field(init=False)
@@ -158,15 +158,15 @@ class Campaign:
 
     def begin(self) -> None:
         """Make the undisturbed project."""
-        self.whole = new_project(self.work / "whole")
-        go_on(self.whole, *self.targets)
-        idle(self.whole, *self.targets)
-        self.expected, self.jobs = facts(self.whole), verbs(self.whole, self.targets)
+        self.finished = new_project(self.work / "whole")
+        go_on(self.finished, *self.targets)
+        idle(self.finished, *self.targets)
+        self.expected, self.jobs = facts(self.finished), verbs(self.finished, self.targets)
 
     def copy(self) -> Path:
         """A new copy of the undisturbed project, dates and all."""
         shutil.rmtree(self.work / "copy", ignore_errors=True)
-        return shutil.copytree(self.whole, self.work / "copy", symlinks=True)
+        return shutil.copytree(self.finished, self.work / "copy", symlinks=True)
 
     def clear_from(self, project: Path, first: Verb) -> None:
         """Take away what a job has made and all that began after it: of a file that is missing
@@ -232,9 +232,9 @@ class Call(subprocess.Popen):
 
 def go_on(project: Path, *targets: str) -> str:
     """A call to its end; what it says."""
-    status, said = Call(project, *targets).end()
-    assert status == 0, f"the next call ended with {status}: {said[-1500:]}"
-    return said
+    status, output = Call(project, *targets).end()
+    assert status == 0, f"the next call ended with {status}: {output[-1500:]}"
+    return output
 
 
 def idle(project: Path, *targets: str) -> None:
@@ -262,59 +262,63 @@ def verbs(project: Path, targets: Sequence[str]) -> list[Verb]:
 def facts(project: Path, timed: bool = False) -> dict[str, str]:
     """Name -> what a file that was made is: the hash of its bytes; of a history without the times;
     of what is timed only that it is there, but for timed=True."""
-    found = {}
+    contents = {}
     for top in ("data/smoke", "results/smoke"):
         for file in sorted((project / top).rglob("*")):
             name = str(file.relative_to(project))
             if not file.is_file() or VOLATILE.search(name):
                 continue
             if TIMED.search(name) and not timed:
-                found[name] = "there" if file.stat().st_size else "empty"
+                contents[name] = "there" if file.stat().st_size else "empty"
             elif file.name == "history.jsonl":
                 rows = [json.loads(line) for line in file.read_text().splitlines()]
                 own = ("seconds", "peak_mem_mb")
-                found[name] = sha256_json(
+                contents[name] = sha256_json(
                     [{key: value for key, value in row.items() if key not in own} for row in rows]
                 )
             else:
-                found[name] = sha256_file(file)
-    return found
+                contents[name] = sha256_file(file)
+    return contents
 
 
 def equal(project: Path, expected: dict[str, str], timed: bool = False) -> None:
     """All that was made is as without a fault, there is nothing else, and the weights are those
     whose hash the manifests have."""
-    found = facts(project, timed)
-    wrong = {name: "missing" for name in expected.keys() - found.keys()}
-    wrong |= {name: "left over" for name in found.keys() - expected.keys()}
+    contents = facts(project, timed)
+    wrong = {name: "missing" for name in expected.keys() - contents.keys()}
+    wrong |= {name: "left over" for name in contents.keys() - expected.keys()}
     wrong |= {
-        name: "other bytes" for name in found if expected.get(name, found[name]) != found[name]
+        name: "other bytes"
+        for name in contents
+        if expected.get(name, contents[name]) != contents[name]
     }
     assert not wrong, f"{len(wrong)} files: {dict(sorted(wrong.items())[:5])}"
     for file in (project / "results/smoke/runs").rglob("seed*/*.json"):
-        made = json.loads(file.read_text())
-        if "weights" in made:
-            here = checkpoint.weights_sha256(project / made["weights"])
-            assert here == made["weights_sha256"], f"{made['weights']} are not those of {file}"
+        manifest = json.loads(file.read_text())
+        if "weights" in manifest:
+            here = checkpoint.weights_sha256(project / manifest["weights"])
+            assert here == manifest["weights_sha256"], (
+                f"{manifest['weights']} are not those of {file}"
+            )
 
 
 def under_way(project: Path) -> dict[int, tuple[int, int]]:
     """Of each training that is not finished: steps taken, and step of the last checkpoint. The key
     is that of its history's file, which is a new one when it goes on."""
-    found = {}
+    steps = {}
     for history in (project / "results/smoke/weights").glob("*/history.jsonl"):
         if not (history.parent / "done.json").exists():
             saved = [int(state.name) for state in checkpoint.saved(history.parent)]
             taken = history.read_bytes().count(b"\n")
-            found[history.stat().st_ino] = taken, max(saved, default=0)
-    return found
+            steps[history.stat().st_ino] = taken, max(saved, default=0)
+    return steps
 
 
 def steps_again(project: Path, before: Collection[int] = ()) -> int:
     """Finished steps that trainings have to take again when they go on. before: the trainings that
     were under way, of which those that have not gone on yet don't count again."""
-    found = under_way(project).items()
-    return sum(taken - saved for key, (taken, saved) in found if key not in before)
+    steps = under_way(project).items()
+    return sum(taken - saved for key, (taken, saved) in steps if key not in before)
 
 
 def soon(condition: Callable[[], object], what: str) -> None:
@@ -384,12 +388,12 @@ def do(project: Path, verb: Verb, **env: str) -> str:
 
 def living(whose: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     """Processes that are alive and of which this is so."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError):
             if whose(process) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def end_call(began: subprocess.Popen, number: int = signal.SIGKILL) -> None:
@@ -703,9 +707,9 @@ def together(place: Campaign) -> None:
         trial.again = steps_again(project)
         both = [Call(project, *place.targets) for _ in range(2)]
         ends = [one.end() for one in both]
-        for status, said in ends:
-            told = re.search("Another call is at work|cannot be locked", said)
-            assert status == 0 or told, said[-1500:]
+        for status, output in ends:
+            told = re.search("Another call is at work|cannot be locked", output)
+            assert status == 0 or told, output[-1500:]
         assert 0 in dict(ends), "both were refused"
         equal(project, place.expected)
         idle(project, *place.targets)
@@ -736,17 +740,17 @@ def full_disk(place: Campaign) -> None:
     try:
         project = new_project(folder / "project")
         start = shutil.disk_usage(folder).used
-        made = [f for top in ("results", "data/smoke") for f in (place.whole / top).rglob("*")]
-        grows = sum(file.stat().st_size for file in made)
+        files = [f for top in ("results", "data/smoke") for f in (place.finished / top).rglob("*")]
+        grows = sum(file.stat().st_size for file in files)
         trials = []
         for share in sorted(place.draw.uniform(0, 0.4) for _ in range(3)):
             room = int(share * grows)
             with place.trial("disk", f"{room / 1e6:.1f} MB of room") as trial:
                 trials.append(trial)
                 mount("-o", f"remount,size={start + room}", str(folder))
-                status, said = Call(project, target).end()
+                status, output = Call(project, target).end()
                 assert status, "there was room for all"
-                assert re.search("No space left|disk full", said), f"not told: {said[-1500:]}"
+                assert re.search("No space left|disk full", output), f"not told: {output[-1500:]}"
                 trial.again = steps_again(project)
         with place.end_of(trials):
             mount("-o", "remount,size=1g", str(folder))
@@ -782,8 +786,8 @@ def read_only_data(place: Campaign) -> None:
         project = place.copy()
         place.clear_from(project, place.jobs[0])
         with read_only(project / "data"):
-            status, said = Call(project, *place.targets).end()
-        assert status and "Read-only file system" in said, f"not told: {said[-1500:]}"
+            status, output = Call(project, *place.targets).end()
+        assert status and "Read-only file system" in output, f"not told: {output[-1500:]}"
         go_on(project, *place.targets)
         equal(project, place.expected)
         idle(project, *place.targets)
@@ -847,8 +851,8 @@ def report(place: Campaign, skipped: dict[str, str], about: dict[str, Any]) -> s
         if name in skipped:
             cells = [f"not tried: {skipped[name]}", "", "", ""]
         if own or name in skipped:
-            said = " ".join((fault.__doc__ or "").split())
-            rows.append(f"| {said} | {' | '.join(map(str, cells))} |")
+            output = " ".join((fault.__doc__ or "").split())
+            rows.append(f"| {output} | {' | '.join(map(str, cells))} |")
     lost = [f"- {one.fault}, {one.where}: {one.note}" for one in place.trials if not one.survived]
     lines = [
         "# What the pipeline survived",

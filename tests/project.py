@@ -125,17 +125,17 @@ def run(folder: Path, scale: str | None, *arguments: str, ok: bool = True, **env
         call(*arguments, *flags), cwd=folder, env=environment(**env),
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert (done.returncode == 0) is ok, said
-    return said
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) is ok, output
+    return output
 
 
 def planned(folder: Path, *arguments: str, scale: str | None = SMOKE, **env: str) -> dict[str, int]:
     """Jobs by rule that a call would run."""
-    said = run(folder, scale, "-n", *(arguments or BOTH), **env)
-    if "Nothing to be done" in said:
+    output = run(folder, scale, "-n", *(arguments or BOTH), **env)
+    if "Nothing to be done" in output:
         return {}
-    rows = re.findall(r"^(\w+) +(\d+)$", said.partition("Job stats:")[2], re.MULTILINE)
+    rows = re.findall(r"^(\w+) +(\d+)$", output.partition("Job stats:")[2], re.MULTILINE)
     return {rule: int(count) for rule, count in rows if rule != "total"}
 
 

@@ -96,11 +96,13 @@ def slurm() -> Iterator[None]:
         start("slurmctld", "-D")
         for node in ("one", "two"):
             start("slurmd", "-D", "-N", node)
-        wait_for(lambda: _said("sinfo", "--noheader", "--format=%t %D").split() == ["idle", "2"])
+        wait_for(
+            lambda: _answer_of("sinfo", "--noheader", "--format=%t %D").split() == ["idle", "2"]
+        )
         yield
     finally:
-        _said("scancel", "--me")
-        wait_for(lambda: not _said("squeue", "--noheader"))
+        _answer_of("scancel", "--me")
+        wait_for(lambda: not _answer_of("squeue", "--noheader"))
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait()
@@ -110,16 +112,16 @@ def slurm() -> Iterator[None]:
         shutil.rmtree(folder)
 
 
-def _said(*command: str) -> str:
+def _answer_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def _free_ports(count: int) -> list[int]:
     """Ports that nobody listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    ports = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
     return ports
 
 

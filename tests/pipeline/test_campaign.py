@@ -33,7 +33,7 @@ def test_a_slice_of_the_campaign_survives(tmp_path):
 
 
 @pytest.fixture
-def made(tmp_path) -> Path:
+def project(tmp_path) -> Path:
     """A finished training, as far as the campaign compares it."""
     folder = tmp_path / "results/smoke/weights/key"
     folder.mkdir(parents=True)
@@ -61,22 +61,22 @@ WEIGHTS, HISTORY = "weights/key/model.safetensors", "weights/key/history.jsonl"
         ("tables/main.md", "", "other bytes"),
     ],
 )
-def test_what_is_lost_is_seen(made, name, text, lost):
-    expected, file = campaign.facts(made), made / "results/smoke" / name
-    campaign.equal(made, expected)
+def test_what_is_lost_is_seen(project, name, text, lost):
+    expected, file = campaign.facts(project), project / "results/smoke" / name
+    campaign.equal(project, expected)
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(AssertionError, match=f"{name}': '{lost}"):
-        campaign.equal(made, expected)
+        campaign.equal(project, expected)
 
 
-def test_times_may_differ_and_weights_are_those_of_the_manifest(made):
-    expected = campaign.facts(made)
-    (made / "results/smoke" / HISTORY).write_text('{"step": 0, "loss": 1.0, "seconds": 3.0}\n')
-    (made / "results/smoke/tables/main.md").write_text("0.82")
-    campaign.equal(made, expected)
-    (made / "results/smoke" / WEIGHTS).write_bytes(b"others")
+def test_times_may_differ_and_weights_are_those_of_the_manifest(project):
+    expected = campaign.facts(project)
+    (project / "results/smoke" / HISTORY).write_text('{"step": 0, "loss": 1.0, "seconds": 3.0}\n')
+    (project / "results/smoke/tables/main.md").write_text("0.82")
+    campaign.equal(project, expected)
+    (project / "results/smoke" / WEIGHTS).write_bytes(b"others")
     with pytest.raises(AssertionError, match="are not those of"):
-        campaign.equal(made, campaign.facts(made))
+        campaign.equal(project, campaign.facts(project))
 
 
 def test_a_fault_that_is_not_survived_is_in_the_table_and_the_exit_status(tmp_path):

@@ -27,9 +27,9 @@ def at_root(monkeypatch):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb, capsys):
     assert main([verb, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert f"Usage: python -m sts {verb}" in said
-    assert said.strip().count("\n") > 2
+    output = capsys.readouterr().out
+    assert f"Usage: python -m sts {verb}" in output
+    assert output.strip().count("\n") > 2
 
 
 def test_there_are_no_other_verbs():
@@ -49,13 +49,13 @@ def test_config_prints_an_ablation_with_its_values_in_place(capsys):
 
 def test_config_prints_the_papers_formula_with_its_values_and_reads_back(tmp_path, capsys):
     assert main(["config", "--ablation", "sts"]) == 0
-    said = capsys.readouterr().out
-    (formula,) = [line for line in said.splitlines() if line.startswith("#")]
+    output = capsys.readouterr().out
+    (formula,) = [line for line in output.splitlines() if line.startswith("#")]
     assert formula == (
         "# instruct.lds, t = share of the stage done: p_l(t) = 0.5 * (1 - t)^2 * "
         "(1 + 1 (2 l - 11) / 11), l = 0 .. 11; t in steps; draw: independent; unit: layer"
     )
-    (tmp_path / "printed.yaml").write_text(said)
+    (tmp_path / "printed.yaml").write_text(output)
     mine = load_scale(ROOT / "workflow/config/mini.yaml")
     sts = load_ablations(ROOT / "workflow/ablations.yaml")["sts"]
     assert load_scale(tmp_path / "printed.yaml") == resolve(mine, sts)
@@ -65,8 +65,8 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     command = [sys.executable, "-m", "sts", "config", "--ablation", "sts"]
     with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) as job:
         job.stdout.close()
-        said = job.stderr.read()
-    assert (job.returncode, said) == (0, "")
+        output = job.stderr.read()
+    assert (job.returncode, output) == (0, "")
 
 
 def test_config_prints_no_formula_where_nothing_is_skipped(capsys):
@@ -77,9 +77,9 @@ def test_config_prints_no_formula_where_nothing_is_skipped(capsys):
 def test_a_wrong_value_ends_a_verb_with_one_line(tmp_path, capsys):
     (tmp_path / "scale.yaml").write_text("stages: {align: {steps: -1}}\n")
     assert main(["config", "--configfile", str(tmp_path / "scale.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "align.steps" in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert "align.steps" in output
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,9 @@ def test_a_wrong_value_ends_a_verb_with_one_line(tmp_path, capsys):
 )
 def test_a_wrong_command_line_is_one_line(words, text, capsys):
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert text in said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert text in output
 
 
 def test_an_option_takes_several_values_after_its_name(tmp_path, monkeypatch):

@@ -21,23 +21,23 @@ PAPER = "workflow/config/paper.yaml"
 ALIGN = "results/smoke/runs/dense/seed0/align.json"
 
 
-def asked(project, *arguments: str, **env: str) -> dict[str, dict]:
+def resources_of(project, *arguments: str, **env: str) -> dict[str, dict]:
     """A job of each rule -> its threads and resources, as a dry run says them; of trainings that of
     `ALIGN`."""
     for file in (project / "workflow/rules").glob("*.smk"):  # of a rule with a message it doesn't
         text = re.sub(r"\n +message:\n.*", "", file.read_text())
         file.write_text(text)
-    said = run(project, SMOKE, "-n", "--cores", "512", *arguments, **env)
-    found = {}
-    for rule, text in re.findall(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", said, re.MULTILINE):
+    output = run(project, SMOKE, "-n", "--cores", "512", *arguments, **env)
+    jobs = {}
+    for rule, text in re.findall(r"^(?:local)?rule (\w+):\n((?: +.*\n)+)", output, re.MULTILINE):
         values = re.findall(r"(\w+)=([^,\n]+)", text.partition("resources: ")[2])
         (threads,) = re.findall(r"threads: (\d+)", text) or ["1"]
-        if rule not in found or f"output: {ALIGN}" in text:
-            found[rule] = {"threads": threads, **dict(values)}
-    return found
+        if rule not in jobs or f"output: {ALIGN}" in text:
+            jobs[rule] = {"threads": threads, **dict(values)}
+    return jobs
 
 
-def told(project, **requests: dict) -> None:
+def write_requests(project, **requests: dict) -> None:
     """What the estimate said."""
     folder = project / "results/smoke"
     folder.mkdir(parents=True)
@@ -46,9 +46,9 @@ def told(project, **requests: dict) -> None:
 
 
 def test_jobs_of_a_cluster_ask_by_the_configuration_and_the_estimate(project):
-    told(project, train__dense__align={"mem_mb": 1234, "runtime": 56})
+    write_requests(project, train__dense__align={"mem_mb": 1234, "runtime": 56})
     more = "stages={align: {processes: 4, threads: 3}, instruct: {processes: 4, nodes: 2}}"
-    jobs = asked(project, "--jobs", "9", "--config", more)
+    jobs = resources_of(project, "--jobs", "9", "--config", more)
     train = jobs["train"]
     assert (train["threads"], train["gpu"], train["nodes"]) == ("12", "4", "1")
     assert (train["mem_mb"], train["runtime"]) == ("1234", "56")
@@ -61,28 +61,28 @@ def test_jobs_of_a_cluster_ask_by_the_configuration_and_the_estimate(project):
 
 def test_the_gpus_of_the_login_node_are_not_those_of_the_cluster(project):
     more = (ALIGN, "--config", "stages={align: {processes: 4}}")
-    on_cluster = asked(project, *more, "--jobs", "9", CUDA_VISIBLE_DEVICES="0")["train"]
-    here = asked(project, *more, CUDA_VISIBLE_DEVICES="0")["train"]
+    on_cluster = resources_of(project, *more, "--jobs", "9", CUDA_VISIBLE_DEVICES="0")["train"]
+    here = resources_of(project, *more, CUDA_VISIBLE_DEVICES="0")["train"]
     assert (on_cluster["gpu"], here["gpu"]) == ("4", "1")
     assert "mem_mb" not in here and "runtime" not in here
 
 
 def test_a_training_on_several_nodes_is_started_on_each_by_slurm(project):
     more = (ALIGN, "--config", "stages={align: {processes: 6, nodes: 3, threads: 2}}")
-    train = asked(project, *more, "--jobs", "9")["train"]
-    resources = {"threads": "4", "gpu": "6", "nodes": "3", "tasks": "3", "mpi": "srun"}
-    assert (resources | {"gres": "gpu:2", "tasks_per_gpu": "0"}).items() <= train.items()
-    without_gpus = asked(project, *more, "--jobs", "9", "--resources", "gpu=0")["train"]
+    train = resources_of(project, *more, "--jobs", "9")["train"]
+    expected = {"threads": "4", "gpu": "6", "nodes": "3", "tasks": "3", "mpi": "srun"}
+    assert (expected | {"gres": "gpu:2", "tasks_per_gpu": "0"}).items() <= train.items()
+    without_gpus = resources_of(project, *more, "--jobs", "9", "--resources", "gpu=0")["train"]
     assert without_gpus["gpu"] == "0" and "gres" not in without_gpus
-    said = run(project, SMOKE, "-n", "-p", *more)
-    assert "srun --nodes 3 --ntasks 3 --cpus-per-task 4" in said
-    assert "torchrun --nnodes 3 --nproc-per-node 2 --rdzv-backend c10d" in said
+    output = run(project, SMOKE, "-n", "-p", *more)
+    assert "srun --nodes 3 --ntasks 3 --cpus-per-task 4" in output
+    assert "torchrun --nnodes 3 --nproc-per-node 2 --rdzv-backend c10d" in output
 
 
 def test_several_nodes_are_refused_where_there_is_no_slurm(project):
     more = ("--config", "stages={align: {processes: 2, nodes: 2}}")
-    said = run(project, SMOKE, ALIGN, *more, ok=False)
-    assert "dense: stages.align.nodes: 2 is not accepted without Slurm: 1" in said
+    output = run(project, SMOKE, ALIGN, *more, ok=False)
+    assert "dense: stages.align.nodes: 2 is not accepted without Slurm: 1" in output
     assert not (project / "done.txt").exists()
 
 
@@ -93,17 +93,17 @@ def test_the_nodes_of_a_stage_change_no_weights():
 
 def requests(out: Path, gpus: bool, scale: str = PAPER, **align) -> dict[str, dict[str, int]]:
     table = load_ablations(ROOT / "workflow/ablations.yaml")
-    whole = resolve(load_scale(ROOT / scale), table["dense"])
-    align = whole.stage("align").model_copy(update=align)
-    configs = {"dense": whole.model_copy(update={"stages": whole.stages | {"align": align}})}
+    config = resolve(load_scale(ROOT / scale), table["dense"])
+    align = config.stage("align").model_copy(update=align)
+    configs = {"dense": config.model_copy(update={"stages": config.stages | {"align": align}})}
     return needs.requests(Plan(configs, table), gpus, out)
 
 
 def test_requests_come_from_the_estimate(tmp_path):
     """Of LLaVA-1.5-7B: published are 3.5 and 10 hours on 8 A100, and float32 weights are 28 GB."""
-    found = requests(tmp_path / "new/requests.json", gpus=True)
-    assert found == json.loads((tmp_path / "new/requests.json").read_text())
-    align, instruct = (found[f"train/dense/{stage}"] for stage in ("align", "instruct"))
+    requested = requests(tmp_path / "new/requests.json", gpus=True)
+    assert requested == json.loads((tmp_path / "new/requests.json").read_text())
+    align, instruct = (requested[f"train/dense/{stage}"] for stage in ("align", "instruct"))
     assert 3.5 * 60 < align["runtime"] < 3.5 * 60 * 4
     assert 10 * 60 < instruct["runtime"] < 10 * 60 * 4
     assert 2 * 28_000 < align["mem_mb"] < 8 * 28_000, "shards: not a copy in each process"
@@ -111,8 +111,8 @@ def test_requests_come_from_the_estimate(tmp_path):
     assert copies["mem_mb"] > 8 * 28_000
     spread = requests(tmp_path / "nodes.json", gpus=True, parallel="ddp", nodes=4)
     assert 4 * spread["train/dense/align"]["mem_mb"] == pytest.approx(copies["mem_mb"], abs=4)
-    assert found["evaluate/dense"]["mem_mb"] > 28_000
-    assert 0 < found["timing/main"]["runtime"] < align["runtime"]
+    assert requested["evaluate/dense"]["mem_mb"] > 28_000
+    assert 0 < requested["timing/main"]["runtime"] < align["runtime"]
 
 
 def test_without_gpus_the_hosts_memory_holds_the_training(tmp_path):
@@ -120,7 +120,7 @@ def test_without_gpus_the_hosts_memory_holds_the_training(tmp_path):
         requests(tmp_path / f"{n}.json", False, "workflow/config/mini.yaml", processes=n)
         for n in (1, 4)
     )
-    of_one, of_four = (found["train/dense/align"]["mem_mb"] for found in (one, four))
+    of_one, of_four = (requested["train/dense/align"]["mem_mb"] for requested in (one, four))
     assert of_four == pytest.approx(4 * of_one, rel=0.01)
 
 

@@ -257,10 +257,10 @@ def test_an_error_names_file_entry_key_value_and_what_is_accepted(tmp_path, mini
     overrides, key, accepted = WRONG[case]
     with pytest.raises(ConfigError) as error:
         resolved(tmp_path, mini, overrides)
-    said, accepts = str(error.value).split(" is not accepted. Accepted: ")
-    assert said.startswith(f"{tmp_path / 'ablations.yaml'}: mine.")
-    assert said.endswith(f": {error.value.value!r}")
-    assert key in said
+    output, accepts = str(error.value).split(" is not accepted. Accepted: ")
+    assert output.startswith(f"{tmp_path / 'ablations.yaml'}: mine.")
+    assert output.endswith(f": {error.value.value!r}")
+    assert key in output
     assert accepted in accepts
 
 
@@ -293,7 +293,7 @@ def test_a_doubled_key_in_a_scale(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("Mine-1: {label: x}", "lower case"),
         ("mine: {}", "label"),
@@ -303,10 +303,10 @@ def test_a_doubled_key_in_a_scale(tmp_path):
         ("mine: 3", "mapping"),
     ],
 )
-def test_a_malformed_entry(tmp_path, text, told):
+def test_a_malformed_entry(tmp_path, text, message):
     file = tmp_path / "ablations.yaml"
     file.write_text(f"dense: {{label: Dense}}\n{text}\n")
-    with pytest.raises(ConfigError, match=re.escape(told)):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         load_ablations(file)
 
 
@@ -513,11 +513,11 @@ def test_a_whole_number_is_the_same_value_with_and_without_a_dot(tmp_path, mini)
     lds = "{{policy: sts, rate: 0.5, epsilon: {0}}}"
     keys = {
         config_hash(
-            resolved(tmp_path, mini, overrides.format(one, lds=lds.format(one)))
+            resolved(tmp_path, mini, overrides.format(text, lds=lds.format(text)))
             .stages["align"]
             .identity()
         )
-        for one in ("1", "1.0", "1e0")
+        for text in ("1", "1.0", "1e0")
     }
     assert len(keys) == 1
 
@@ -551,8 +551,8 @@ def test_every_neutral_value_is_one_that_the_key_takes():
         for name, info in block.model_fields.items():
             for mark in info.metadata:
                 if isinstance(mark, Neutral) and mark.value is not ALWAYS:
-                    only = create_model("Only", one=(info.rebuild_annotation(), mark.value))
-                    assert only(one=mark.value).one == mark.value, name
+                    only = create_model("Only", key=(info.rebuild_annotation(), mark.value))
+                    assert only(key=mark.value).key == mark.value, name
 
 
 def test_every_ablation_says_whose_method_it_is():

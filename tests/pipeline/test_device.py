@@ -92,12 +92,12 @@ def test_processes_get_different_gpus_and_kill_gives_one_back(tmp_path):
         for _ in range(2)
     ]
     try:
-        given = [job.stdout.readline().strip() for job in jobs]
-        assert sorted(given) == ["GPU-aaaa-1111", "GPU-bbbb-2222"]
+        gpus = [job.stdout.readline().strip() for job in jobs]
+        assert sorted(gpus) == ["GPU-aaaa-1111", "GPU-bbbb-2222"]
         threading.Timer(0.2, jobs[1].kill).start()
         started = time.monotonic()
         with device.lease(TWO, tmp_path) as gpu:  # both are taken: waits for the kill
-            assert gpu == given[1]
+            assert gpu == gpus[1]
             assert time.monotonic() - started > 0.15
     finally:
         for job in jobs:

@@ -15,9 +15,9 @@ from sts.pipeline.config import deep_merge
 def one_file_examples() -> dict[str, str]:
     """File -> text of each example in docs/library.md that says "One file, `NAME`"."""
     page = (ROOT / "docs/library.md").read_text()
-    found = re.findall(r"One file, `(sts/[\w/]+\.py)`.*?```python\n(.*?)```", page, re.DOTALL)
-    assert [file for file, _ in found] == ["sts/vtc/loudest.py", "sts/lds/by_gradient.py"]
-    return dict(found)
+    examples = re.findall(r"One file, `(sts/[\w/]+\.py)`.*?```python\n(.*?)```", page, re.DOTALL)
+    assert [file for file, _ in examples] == ["sts/vtc/loudest.py", "sts/lds/by_gradient.py"]
+    return dict(examples)
 
 
 ENTRIES = """
@@ -43,8 +43,8 @@ def test_a_kind_and_a_policy_of_ones_own_are_a_file_each_and_retrain_nothing_els
     assert planned(project) == {"tokens": 1, "figure": 1, "all": 1}, "only the picture of all kinds"
     with (project / "workflow/ablations.yaml").open("a") as table:
         table.write(ENTRIES)
-    said = run(project, SMOKE, "-n", "table_components")
-    jobs = set(re.findall(r"(align|instruct|evaluate) (\w+), seed 0$", said, re.MULTILINE))
+    output = run(project, SMOKE, "-n", "table_components")
+    jobs = set(re.findall(r"(align|instruct|evaluate) (\w+), seed 0$", output, re.MULTILINE))
     mine = {("align", "mine_vtc"), ("instruct", "mine_vtc"), ("instruct", "mine_lds")}
     assert jobs == mine | {("evaluate", "mine_vtc"), ("evaluate", "mine_lds")}
     # a change in one's own file runs again what uses it, and nothing else
@@ -52,8 +52,8 @@ def test_a_kind_and_a_policy_of_ones_own_are_a_file_each_and_retrain_nothing_els
     assert planned(project, "table_components") == {}
     with (project / "sts/lds/by_gradient.py").open("a") as file:
         file.write("\nFACTOR = 2\n")
-    said = run(project, SMOKE, "-n", "table_components")
-    again = set(re.findall(r"(align|instruct) (\w+), seed 0$", said, re.MULTILINE))
+    output = run(project, SMOKE, "-n", "table_components")
+    again = set(re.findall(r"(align|instruct) (\w+), seed 0$", output, re.MULTILINE))
     assert again == {("instruct", "mine_lds")}
 
 
@@ -91,9 +91,9 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
-def trained(said: str) -> set[tuple[str, str]]:
+def trained(output: str) -> set[tuple[str, str]]:
     """(stage, ablation) of the trainings that a dry run announces."""
-    return set(re.findall(r"^Job \d+: (?!evaluate)(\w+) (\w+), seed 0$", said, re.MULTILINE))
+    return set(re.findall(r"^Job \d+: (?!evaluate)(\w+) (\w+), seed 0$", output, re.MULTILINE))
 
 
 @pytest.mark.slow
@@ -107,15 +107,15 @@ def test_a_stage_more_at_the_end_between_or_fewer_is_one_entry(finished):
         ("unfrozen", id) for id in ids
     }
     scale.write_text(yaml.safe_dump(deep_merge(plain, yaml.safe_load(between))))
-    said = trained(run(finished, SMOKE, "-n", "table_components"))
-    assert {stage for stage, _ in said} == {"warm", "instruct"}
+    output = trained(run(finished, SMOKE, "-n", "table_components"))
+    assert {stage for stage, _ in output} == {"warm", "instruct"}
     scale.write_text(yaml.safe_dump(plain))
     table.write_text(table.read_text() + fewer)
-    said = run(finished, SMOKE, "-n", "-p", "table_components")
-    assert trained(said) == {("instruct", "no_align")}
+    output = run(finished, SMOKE, "-n", "-p", "table_components")
+    assert trained(output) == {("instruct", "no_align")}
     assert (
         "--stage instruct --data data/smoke/scenes/manifest.json --init results/smoke/backbone"
-        in said
+        in output
     )
 
 
@@ -130,8 +130,8 @@ def test_a_knob_is_one_field(finished):
     )  # fmt: skip
     stages = yaml.safe_load(shown.stdout)["stages"]
     assert (stages["align"]["ema"], stages["instruct"]["ema"]) == (0.0, 0.9)
-    said = trained(run(finished, SMOKE, "-n", "table_components"))
-    assert {stage for stage, _ in said} == {"instruct"}
+    output = trained(run(finished, SMOKE, "-n", "table_components"))
+    assert {stage for stage, _ in output} == {"instruct"}
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,8 @@ def test_make_writes_the_conda_environment_from_the_lock(tmp_path):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     (tmp_path / "requirements.lock").write_text("# a remark\nabc==1.0\nxyz==2.1\n")
     subprocess.run(["make", "-s", "envs/sts.yaml"], cwd=tmp_path, check=True)
-    made = yaml.safe_load((tmp_path / "envs/sts.yaml").read_text())
-    assert made == {
+    environment = yaml.safe_load((tmp_path / "envs/sts.yaml").read_text())
+    assert environment == {
         "channels": ["conda-forge"],
         "dependencies": ["python=3.11", "pip", {"pip": ["abc==1.0", "xyz==2.1"]}],
     }
@@ -91,13 +91,13 @@ IF_THERE = {"deepspeed", "liger_kernel"}  # their users have them; not in the lo
 
 def imports(file: Path) -> set[str]:
     """Names of the modules that a file imports anywhere."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add(node.module)
-    return {name.partition(".")[0] for name in found}
+            modules.add(node.module)
+    return {name.partition(".")[0] for name in modules}
 
 
 def test_what_a_floor_imports_is_what_its_extra_asks_for():
@@ -106,8 +106,8 @@ def test_what_a_floor_imports_is_what_its_extra_asks_for():
     for patterns, extras in FLOORS.items():
         names = set().union(*(imports(file) for glob in patterns for file in ROOT.glob(glob)))
         for name in names - sys.stdlib_module_names - own - IF_THERE:
-            known = {package.lower().replace("_", "-") for package in packages[name]}
-            assert known & asked_for(*extras).keys(), f"{patterns} import {name}: of {known}"
+            names = {package.lower().replace("_", "-") for package in packages[name]}
+            assert names & asked_for(*extras).keys(), f"{patterns} import {name}: of {names}"
 
 
 def test_no_floor_knows_a_higher_one():
@@ -131,10 +131,10 @@ def test_a_wheel_holds_the_whole_package_and_nothing_else(tmp_path):
     build = "from setuptools import build_meta; build_meta.build_wheel('made')"
     subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
     (wheel,) = (tmp_path / "made").glob("*.whl")
-    held = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    packed = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     files = [file for file in (tmp_path / "sts").rglob("*") if file.is_file()]
-    assert held == {str(file.relative_to(tmp_path)) for file in files}
-    assert "sts/py.typed" in held
+    assert packed == {str(file.relative_to(tmp_path)) for file in files}
+    assert "sts/py.typed" in packed
 
 
 def test_the_tests_run_on_the_lock():
@@ -149,8 +149,8 @@ def test_the_lock_is_closed():
             need = Requirement(text)
             if need.marker is None or need.marker.evaluate({"extra": ""}):
                 needed = need.name.lower().replace("_", "-").replace(".", "-")
-                known = {pin.replace(".", "-") for pin in PINS}
-                assert needed in known or needed == "pip", f"{name} needs {text}"
+                names = {pin.replace(".", "-") for pin in PINS}
+                assert needed in names or needed == "pip", f"{name} needs {text}"
 
 
 @pytest.mark.parametrize("version", ["3.8.10", "3.10.13", "3.14.0", None])
@@ -171,9 +171,9 @@ def test_make_refuses_a_python_that_will_not_do_and_says_so(version, tmp_path):
         ["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode != 0
-    found = f"{python} is Python {version}" if version else f"{python} was not found"
-    said, *more = done.stderr.splitlines()
-    assert said == f"{found}; Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11"
+    problem = f"{python} is Python {version}" if version else f"{python} was not found"
+    output, *more = done.stderr.splitlines()
+    assert output == f"{problem}; Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11"
     assert len(more) == 1 and more[0].startswith("make")  # that it stops
     assert not (tmp_path / ".venv").exists()
 
@@ -182,8 +182,8 @@ def test_make_alone_explains_every_target():
     makefile = (ROOT / "Makefile").read_text()
     (targets,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert set(targets.split()) == set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    said = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
-    explained = re.findall(r"\bmake ([\w-]+)", said.stdout)
+    output = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
+    explained = re.findall(r"\bmake ([\w-]+)", output.stdout)
     assert sorted([*explained, "help"]) == sorted(targets.split())
 
 
@@ -241,5 +241,5 @@ def test_make_reference_keeps_small_files_under_the_name_asked_for(given, folder
         file.touch()
     subprocess.run(["make", "-s", "reference", *given], cwd=tmp_path, check=True)
     kept = tmp_path / "results/reference"
-    found = {str(file.relative_to(kept)) for file in kept.rglob("*") if file.is_file()}
-    assert found == {f"{folder}/{name}" for name in small}
+    names = {str(file.relative_to(kept)) for file in kept.rglob("*") if file.is_file()}
+    assert names == {f"{folder}/{name}" for name in small}

@@ -94,18 +94,18 @@ def test_figures_are_files_that_say_what_they_read(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def copy(tmp_path_factory):
     """A copy of the project without results, so that nothing counts as done."""
     return real_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.mark.parametrize("scale", SCALES, ids=lambda file: file.stem)
-def test_the_jobs_of_a_dry_run_are_those_of_the_plan(whole, scale):
+def test_the_jobs_of_a_dry_run_are_those_of_the_plan(copy, scale):
     """Of the smallest scale all tables are planned, of the others what the bare command makes."""
     plan = load_plan(scale, ROOT / "workflow/ablations.yaml")
     tables = plan.tables if scale.stem == "smoke" else ["main"]
     targets = ["all", *(f"table_{name}" for name in tables)]
-    jobs = planned(whole, *targets, scale=f"workflow/config/{scale.name}")
+    jobs = planned(copy, *targets, scale=f"workflow/config/{scale.name}")
     assert {rule: count for rule, count in jobs.items() if rule not in targets} == plan.jobs(tables)
 
 
@@ -116,15 +116,15 @@ def groups_with(project: Path, name: str) -> None:
     (project / "workflow/ablations.yaml").write_text(more)
 
 
-def test_a_new_table_is_one_word_in_an_entry_but_no_name_of_a_rule(whole):
+def test_a_new_table_is_one_word_in_an_entry_but_no_name_of_a_rule(copy):
     try:
-        groups_with(whole, "mine")
-        jobs = planned(whole, "table_mine")
+        groups_with(copy, "mine")
+        jobs = planned(copy, "table_mine")
         assert (jobs["table"], jobs["timing"], jobs["evaluate"]) == (1, 1, 1)
         for name in ("train", "ablations"):
-            groups_with(whole, name)
-            said = run(whole, SMOKE, "-n", ok=False)
+            groups_with(copy, name)
+            output = run(copy, SMOKE, "-n", ok=False)
             key = r"workflow/ablations.yaml: \w+\.groups"
-            assert re.search(f"{key}: '{name}' is not accepted. Accepted: another name", said)
+            assert re.search(f"{key}: '{name}' is not accepted. Accepted: another name", output)
     finally:
-        shutil.copy(ROOT / "workflow/ablations.yaml", whole / "workflow/ablations.yaml")
+        shutil.copy(ROOT / "workflow/ablations.yaml", copy / "workflow/ablations.yaml")

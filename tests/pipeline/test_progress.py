@@ -76,7 +76,7 @@ def test_jobs_without_samples_take_what_their_like_took():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "output"),
     [
         (20, "less than a minute"),
         (100, "about 2 min"),
@@ -85,13 +85,13 @@ def test_jobs_without_samples_take_what_their_like_took():
         (80 * 3600, "about 3 days"),
     ],
 )
-def test_no_more_is_said_than_is_known(seconds, said):
-    assert words(seconds) == said
+def test_no_more_is_said_than_is_known(seconds, output):
+    assert words(seconds) == output
 
 
 BARS = """
 import sys
-from sts.pipeline.run.bar import bar_of
+from sts.pipeline.run.progress import bar_of
 for title, first, steps, upto in (("tokenise", 0, 7, 7), ("dense seed 0 align", 300, 480, 312)):
     bar = bar_of(title, first, steps)
     bar.start_t -= 3661
@@ -128,22 +128,22 @@ def test_messages_stand_above_the_line():
 
 
 def test_what_goes_wrong_is_said_once_and_ends_the_line():
-    said: queue.Queue[str] = queue.Queue()
+    output: queue.Queue[str] = queue.Queue()
 
     def status(id):
         raise AttributeError("no such thing in this Snakemake")
 
-    stop = follow({"a": Job("table")}, status, {}, None, said.put, every=0)
+    stop = follow({"a": Job("table")}, status, {}, None, output.put, every=0)
     told = "No more lines of progress: AttributeError('no such thing in this Snakemake')"
-    assert said.get(timeout=60) == told
+    assert output.get(timeout=60) == told
     stop()
-    assert said.empty() and "progress" not in {thread.name for thread in threading.enumerate()}
+    assert output.empty() and "progress" not in {thread.name for thread in threading.enumerate()}
 
 
 VERBS = """
 import sys, time
 from pathlib import Path
-from sts.pipeline.run.bar import bar_of
+from sts.pipeline.run.progress import bar_of
 
 def value(flag): return sys.argv[sys.argv.index(flag) + 1]
 
@@ -184,19 +184,19 @@ def test_a_call_says_how_far_it_is(on_a_terminal, waiting):
         env=environment(STS_PROGRESS="1", TERM="xterm"),
     ) as begun:  # fmt: skip
         os.close(theirs)
-        said = b""
+        output = b""
         while part := _read(ours):
-            said += part
-            if SAID.search(said):
+            output += part
+            if SAID.search(output):
                 (waiting / "go").touch()
     os.close(ours)
-    assert begun.returncode == 0, said.decode()
-    assert SAID.search(said), said.decode()
-    last = said[said.rindex(b"of 4 jobs, ") :]
+    assert begun.returncode == 0, output.decode()
+    assert SAID.search(output), output.decode()
+    last = output[output.rindex(b"of 4 jobs, ") :]
     if on_a_terminal:
         assert b"\r\033[K" in last, "left on the terminal"
     else:
-        assert b"\033" not in said
+        assert b"\033" not in output
 
 
 def _read(end: int) -> bytes:
@@ -208,6 +208,6 @@ def _read(end: int) -> bytes:
 
 @pytest.mark.slow
 def test_a_wrong_number_of_seconds_costs_the_line_and_not_the_call(waiting):
-    said = run(waiting, SMOKE, "data", STS_PROGRESS="often")
-    assert "No lines of progress" in said and "often" in said
+    output = run(waiting, SMOKE, "data", STS_PROGRESS="often")
+    assert "No lines of progress" in output and "often" in output
     assert (waiting / "data/smoke/scenes/manifest.json").exists()

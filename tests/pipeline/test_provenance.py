@@ -116,12 +116,12 @@ def test_fingerprint_ignores_what_other_versions_of_python_put_into_the_tree(tmp
 def other_pythons() -> list[str]:
     """Interpreters of other versions on this machine: those on PATH, and pyenv's."""
     places = [*map(Path, os.get_exec_path()), *Path.home().glob(".pyenv/versions/*/bin")]
-    found = {}
+    pythons = {}
     for minor in {11, 12, 13} - {sys.version_info.minor}:
         for file in (place / f"python3.{minor}" for place in places):
             if file.exists() and subprocess.run([file, "-V"], capture_output=True).returncode == 0:
-                found[minor] = str(file)
-    return sorted(found.values())
+                pythons[minor] = str(file)
+    return sorted(pythons.values())
 
 
 @pytest.mark.parametrize("python", other_pythons())
@@ -295,8 +295,8 @@ def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path, value):
 def test_hashes_are_sha256(tmp_path):
     file = tmp_path / "x"
     file.write_bytes(b"abc")
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert sha256_file(file) == known
+    of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_file(file) == of_abc
     assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1})
     assert sha256_json([1, 2]) != sha256_json([2, 1])
 

@@ -87,7 +87,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "moved": ("a formula that moves to another file, as it is", moved),
     "progress": (
         "a progress bar, tracking, what the history notes",
-        formula("pipeline/run/bar.py", "pipeline/run/progress.py", "pipeline/run/tracking.py"),
+        formula("pipeline/run/progress.py", "pipeline/run/tracking.py"),
     ),
     "flops": ("a formula that counts FLOPs", formula("pipeline/cost/flops.py")),
     "knob": ("a new knob of a stage, of VTC or of evaluation, at its neutral value", new_knobs),
@@ -121,18 +121,18 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 def again(project: Path) -> str:
     """What would run, in words: of the trainings which, of other jobs how many of how many."""
-    said = run(project, SMOKE, "-n", *BOTH)
-    if "Nothing to be done" in said:
+    output = run(project, SMOKE, "-n", *BOTH)
+    if "Nothing to be done" in output:
         return NOTHING
-    rows = re.findall(r"^(\w+) +(\d+)$", said.partition("Job stats:")[2], re.MULTILINE)
+    rows = re.findall(r"^(\w+) +(\d+)$", output.partition("Job stats:")[2], re.MULTILINE)
     jobs = {rule: int(count) for rule, count in rows}
     order = list(yaml.safe_load((project / "workflow/ablations.yaml").read_text()))
-    made = re.findall(r"runs/(\w+)/seed0/(\w+)\.json$", (project / "done.txt").read_text(), re.M)
+    trained = re.findall(r"runs/(\w+)/seed0/(\w+)\.json$", (project / "done.txt").read_text(), re.M)
     words = []
-    trainings = set(re.findall(r"^Job \d+: (?!evaluate)(\w+) \w+, seed (\d)$", said, re.M))
+    trainings = set(re.findall(r"^Job \d+: (?!evaluate)(\w+) \w+, seed (\d)$", output, re.M))
     for stage, seed in sorted(trainings):
-        ids = set(re.findall(rf"^Job \d+: {stage} (\w+), seed {seed}$", said, re.M))
-        every = {id for id, name in made if name == stage} or set(order)
+        ids = set(re.findall(rf"^Job \d+: {stage} (\w+), seed {seed}$", output, re.M))
+        every = {id for id, name in trained if name == stage} or set(order)
         whose = "all" if ids == every else ", ".join(id for id in order if id in ids)
         words.append(f"{stage} of {whose}" + f" (seed {seed})" * (seed != "0"))
     others = ("prepare", "backbone", "evaluate", "timing", "tokens", "table", "figure")
@@ -173,9 +173,9 @@ def test_the_second_time_there_is_nothing_to_be_done_in_under_ten_seconds(finish
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        made = make_project(Path(folder, "finished"), ABLATIONS)
-        run(made, SMOKE, *BOTH)
+        trained = make_project(Path(folder, "finished"), ABLATIONS)
+        run(trained, SMOKE, *BOTH)
         copies = {name: Path(folder, name.replace(" ", "_")) for name in EDITS}
         print(HEAD, end="")
         for name, copy in copies.items():
-            print(row(name, Path(shutil.copytree(made, copy, symlinks=True))), end="")
+            print(row(name, Path(shutil.copytree(trained, copy, symlinks=True))), end="")

@@ -59,8 +59,8 @@ WRONG = [  # where, what is put there, what the schema says of it
 ]
 
 
-@pytest.mark.parametrize(("key", "value", "said"), WRONG, ids=[key for key, *_ in WRONG])
-def test_a_wrong_key_or_value_of_a_scale_is_told(key, value, said):
+@pytest.mark.parametrize(("key", "value", "output"), WRONG, ids=[key for key, *_ in WRONG])
+def test_a_wrong_key_or_value_of_a_scale_is_told(key, value, output):
     scale = load_yaml(ROOT / "workflow/config/smoke.yaml")
     *parents, last = key.split(".")
     block = scale
@@ -68,7 +68,7 @@ def test_a_wrong_key_or_value_of_a_scale_is_told(key, value, said):
         block = block.setdefault(parent, {})
     block[last] = yaml.safe_load(value)
     (problem,) = problems(SCALE, scale)
-    assert said in problem
+    assert output in problem
 
 
 @pytest.mark.parametrize(

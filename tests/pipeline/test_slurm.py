@@ -43,16 +43,16 @@ def run(folder: Path, *arguments: str, ok: bool = True, profile: str = "slurm", 
         command(*arguments, profile=profile), cwd=folder, env=environment(**env),
         capture_output=True, text=True, timeout=3000,
     )  # fmt: skip
-    said = done.stdout + done.stderr
-    assert (done.returncode == 0) is ok, said
-    return said
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) is ok, output
+    return output
 
 
 def queue(form: str = "%T %k") -> list[str]:
     """Jobs that wait or run."""
     ask = ["squeue", "--noheader", f"--format={form}"]
-    told = subprocess.run(ask, capture_output=True, text=True, check=True)
-    return told.stdout.splitlines()
+    answer = subprocess.run(ask, capture_output=True, text=True, check=True)
+    return answer.stdout.splitlines()
 
 
 def test_a_killed_call_leaves_no_second_job_of_a_training(project):
@@ -69,20 +69,20 @@ def test_a_killed_call_leaves_no_second_job_of_a_training(project):
     assert queue() == ["RUNNING rule_train_wildcards_vtc_0_align"]
     (project / "slow").unlink()
 
-    said = run(project, ALIGN)
-    assert f"Cancelled what a killed call left in Slurm: {id}" in said
+    output = run(project, ALIGN)
+    assert f"Cancelled what a killed call left in Slurm: {id}" in output
     assert not queue()
-    made = (project / "done.txt").read_text().split()
-    assert made.count(ALIGN) == 1
+    done = (project / "done.txt").read_text().split()
+    assert done.count(ALIGN) == 1
     assert "Nothing to be done" in run(project, ALIGN)
 
 
 def test_the_log_of_a_job_that_failed_elsewhere_is_shown(project):
     (project / "broken").touch()
-    said = run(project, ALIGN, "--retries", "0", ok=False)
-    assert re.search(r"^--- results/smoke/logs/runs/vtc/seed0/align.log$", said, re.MULTILINE)
-    assert re.search(r"^vtc: out of memory$", said, re.MULTILINE)
-    assert re.search(r"^--- .*slurm_logs/.*\.log$", said, re.MULTILINE)
+    output = run(project, ALIGN, "--retries", "0", ok=False)
+    assert re.search(r"^--- results/smoke/logs/runs/vtc/seed0/align.log$", output, re.MULTILINE)
+    assert re.search(r"^vtc: out of memory$", output, re.MULTILINE)
+    assert re.search(r"^--- .*slurm_logs/.*\.log$", output, re.MULTILINE)
 
 
 def test_a_job_that_is_cancelled_ends_the_call(project):
@@ -94,14 +94,14 @@ def test_a_job_that_is_cancelled_ends_the_call(project):
     wait_for(lambda: any("rule_train" in job for job in queue()), 300)
     (id,) = queue("%i")
     subprocess.run(["scancel", id], check=True)
-    said, _ = began.communicate(timeout=300)
-    assert began.returncode and "SLURM status is: 'CANCELLED'" in said
+    output, _ = began.communicate(timeout=300)
+    assert began.returncode and "SLURM status is: 'CANCELLED'" in output
 
 
 def test_jobs_have_the_environment_of_conda(project, conda):
     run(project, "--use-conda", "data/smoke/scenes/manifest.json", **conda)
-    (asked,) = (project / ".snakemake/conda").glob("*/asked")
-    assert "-m sts prepare" in asked.read_text()
+    (calls,) = (project / ".snakemake/conda").glob("*/asked")
+    assert "-m sts prepare" in calls.read_text()
 
 
 GENERIC = "snakemake_executor_plugin_cluster_generic"
@@ -110,11 +110,11 @@ GENERIC = "snakemake_executor_plugin_cluster_generic"
 @pytest.mark.skipif(find_spec(GENERIC) is None, reason=f"no {GENERIC}")
 def test_another_scheduler_is_a_matter_of_its_commands(project):
     """Here Slurm's, in the place of PBS's."""
-    asked = "--cpus-per-task={threads} --gpus={resources.gpu} --mem={resources.mem_mb}"
-    submit = f"sbatch --parsable --output=/dev/null --time={{resources.runtime}} {asked}"
+    resources = "--cpus-per-task={threads} --gpus={resources.gpu} --mem={resources.mem_mb}"
+    submit = f"sbatch --parsable --output=/dev/null --time={{resources.runtime}} {resources}"
     target = "results/smoke/runs/dense/seed0/align.json"
-    said = run(project, target, "--cluster-generic-submit-cmd", submit, profile="generic")
-    assert said.count("with external jobid") == 3, "data, backbone, training"
+    output = run(project, target, "--cluster-generic-submit-cmd", submit, profile="generic")
+    assert output.count("with external jobid") == 3, "data, backbone, training"
     assert (project / target).exists()
 
 
@@ -126,10 +126,10 @@ def test_the_smoke_scale_runs_to_the_end_with_several_processes_and_nodes(tmp_pa
     more = {"align": "processes: 2", "instruct": "processes: 2, nodes: 2"}
     for stage, values in more.items():
         edit(tmp_path / SMOKE, f"{stage}: {{", f"{stage}: {{{values}, ")
-    said = run(tmp_path)
-    assert "No estimate" not in said
+    output = run(tmp_path)
+    assert "No estimate" not in output
     results = tmp_path / "results/smoke"
     assert (results / "tables/main.md").exists() and (results / "figures/pareto.svg").exists()
-    asked = json.loads((results / "requests.json").read_text())
-    assert {"train/dense/align", "evaluate/sts", "timing/main"} <= asked.keys()
+    requests = json.loads((results / "requests.json").read_text())
+    assert {"train/dense/align", "evaluate/sts", "timing/main"} <= requests.keys()
     assert "Nothing to be done" in run(tmp_path)

@@ -34,19 +34,19 @@ from sts.pipeline.plan import load_plan
 
 
 def test_the_default_makes_the_tables_and_figures_of_the_main_job(finished):
-    made = {str(p.relative_to(finished / "results/smoke")) for p in finished.rglob("results/**/*")}
-    assert {"tables/main.md", "tables/main.csv", "tables/main.tex"} <= made
-    assert {"tables/components.md", "figures/pareto.svg", "figures/loss.png"} <= made
+    files = {str(p.relative_to(finished / "results/smoke")) for p in finished.rglob("results/**/*")}
+    assert {"tables/main.md", "tables/main.csv", "tables/main.tex"} <= files
+    assert {"tables/components.md", "figures/pareto.svg", "figures/loss.png"} <= files
     shown = json.loads((finished / "results/smoke/tables/main.md").read_text())
     assert list(shown) == ["dense", "vtc", "lds", "both"]
 
 
 def test_a_stage_that_two_ablations_share_is_trained_once(finished):
-    made = (finished / "done.txt").read_text().split()
-    aligned = {line for line in made if line.endswith("/align.json")}
+    files = (finished / "done.txt").read_text().split()
+    aligned = {line for line in files if line.endswith("/align.json")}
     ids = ("dense", "vtc", "pool")
     assert aligned == {f"results/smoke/runs/{id}/seed0/align.json" for id in ids}
-    assert len(made) == len(set(made)), "something was made twice"
+    assert len(files) == len(set(files)), "something was made twice"
 
 
 PLAN = load_plan(ROOT / SMOKE, ROOT / "workflow/ablations.yaml")
@@ -92,17 +92,17 @@ def test_a_checkpoint_in_a_folder_is_one_entry_and_its_files_are_followed(projec
 
 
 def test_the_paper_scale_is_planned_with_its_processes_and_its_own_data(project):
-    said = run(project, "workflow/config/paper.yaml", "-n", "-p", "table_main")
-    assert "torchrun --standalone --nproc-per-node 8 -m sts train" in said
-    assert "data/paper/llava_pretrain/manifest.json" in said
-    assert "scenes" not in said.partition("rule ")[0]
+    output = run(project, "workflow/config/paper.yaml", "-n", "-p", "table_main")
+    assert "torchrun --standalone --nproc-per-node 8 -m sts train" in output
+    assert "data/paper/llava_pretrain/manifest.json" in output
+    assert "scenes" not in output.partition("rule ")[0]
 
 
 def test_a_baseline_of_its_own_is_compared_with_itself(project):
-    said = run(project, None, "-n", "-p", "table_architectures")
+    output = run(project, None, "-n", "-p", "table_architectures")
     families = ["", "next_", "idefics3_", "qwen_"]
     pairs = " ".join(f"{name}dense {name}dense" for name in families)
-    assert f"--relative-to {pairs} --out-stem" in said
+    assert f"--relative-to {pairs} --out-stem" in output
 
 
 def test_published_scores_are_a_target_of_the_scale_that_they_are_of(project):
@@ -117,12 +117,12 @@ def test_the_default_scale_is_mini_with_three_seeds(project):
 
 
 def test_values_on_the_command_line_have_their_types(project):
-    given = (
+    values = (
         "--config",
         "seeds=[0, 7]",
         "stages={align: {steps: 9, vtc: {kind: random, keep: 0.5}}}",
     )
-    jobs = planned(project, "all", *given)
+    jobs = planned(project, "all", *values)
     assert jobs["evaluate"] == 2 * members("main")
     wrong = run(project, SMOKE, "-n", "--config", "seeds=[x]", ok=False)
     assert "seeds.0: 'x' is not accepted" in wrong
@@ -178,8 +178,8 @@ def test_after_kill_9_a_call_that_cannot_run_the_jobs_clears_nothing(project, tm
     begun = sorted((project / ".snakemake/incomplete").iterdir())
     before = state(project)
 
-    said = run(project, SMOKE, ok=False, **without(tmp_path, "torch"))
-    assert "lacks: torch" in said and "--use-conda" in said
+    output = run(project, SMOKE, ok=False, **without(tmp_path, "torch"))
+    assert "lacks: torch" in output and "--use-conda" in output
     assert begun and begun == sorted((project / ".snakemake/incomplete").iterdir())
     assert state(project) == before
     run(project, SMOKE)
@@ -211,8 +211,8 @@ def test_a_second_call_beside_a_running_one_is_refused(project):
     try:
         logs = project / "results/smoke/logs/runs"
         wait_for(lambda: any(log.stat().st_size for log in logs.rglob("align.log")))
-        said = run(project, SMOKE, ok=False)
-        assert "Another call is at work in this folder" in said and "cannot be locked" in said
+        output = run(project, SMOKE, ok=False)
+        assert "Another call is at work in this folder" in output and "cannot be locked" in output
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
@@ -221,26 +221,26 @@ def test_a_second_call_beside_a_running_one_is_refused(project):
 @pytest.mark.slow
 def test_the_log_of_a_failed_job_is_shown(project):
     (project / "broken").touch()
-    said = run(project, SMOKE, ok=False)
-    assert re.search(r"^\w+: out of memory$", said, re.MULTILINE)  # of whichever came first
+    output = run(project, SMOKE, ok=False)
+    assert re.search(r"^\w+: out of memory$", output, re.MULTILINE)  # of whichever came first
     (project / "broken").unlink()
     run(project, SMOKE)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "told"),
+    ("before", "after", "message"),
     [
         ("keep: 0.25}", "keep: 1.5}", ["pool.align.vtc.keep", "1.5", "a number in (0, 1]"]),
         ("\npool:", "\nvtc:", ["vtc", "twice"]),
     ],
 )
-def test_a_wrong_entry_stops_everything_with_one_clear_error(project, before, after, told):
+def test_a_wrong_entry_stops_everything_with_one_clear_error(project, before, after, message):
     (project / "workflow/ablations.yaml").write_text(ABLATIONS)
     edit(project / "workflow/ablations.yaml", before, after)
-    said = run(project, SMOKE, ok=False)
-    assert "Traceback" not in said
-    for words in ("workflow/ablations.yaml", *told):
-        assert words in said
+    output = run(project, SMOKE, ok=False)
+    assert "Traceback" not in output
+    for words in ("workflow/ablations.yaml", *message):
+        assert words in output
     assert not (project / "results").exists()
 
 
@@ -264,8 +264,8 @@ def test_the_bare_command_gives_each_gpu_one_job(project):
 
 
 def test_resources_on_the_command_line_win_over_the_number_of_gpus(project):
-    said = run(project, SMOKE, "data", "--resources", "gpu=3", CUDA_VISIBLE_DEVICES="0")
-    assert "gpu=3" in said
+    output = run(project, SMOKE, "data", "--resources", "gpu=3", CUDA_VISIBLE_DEVICES="0")
+    assert "gpu=3" in output
 
 
 HIDING = """
@@ -292,14 +292,14 @@ def without(folder: Path, *packages: str) -> dict[str, str]:
 
 def state(folder: Path) -> dict[Path, tuple]:
     """Bytes and times of all that was made."""
-    made = [f for name in ("results", "data") for f in (folder / name).rglob("*") if f.is_file()]
-    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in made}
+    files = [f for name in ("results", "data") for f in (folder / name).rglob("*") if f.is_file()]
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
 def test_use_conda_plans_one_environment(project, conda):
-    said = run(project, SMOKE, "-n", "--use-conda", **conda)
-    created = re.findall(r"Conda environment .*envs/sts.yaml will be created", said)
-    assert len(created) == 1, said
+    output = run(project, SMOKE, "-n", "--use-conda", **conda)
+    created = re.findall(r"Conda environment .*envs/sts.yaml will be created", output)
+    assert len(created) == 1, output
 
 
 @pytest.mark.slow
@@ -311,12 +311,12 @@ def test_a_bare_call_after_one_with_conda_says_what_is_missing_and_deletes_nothi
     run(project, SMOKE, "--use-conda", *manifests, **variables)
     before = state(project)
     assert before.keys() >= {project / name for name in manifests}
-    said = run(project, SMOKE, *manifests, ok=False, **variables)
+    output = run(project, SMOKE, *manifests, ok=False, **variables)
     for words in ("lacks: .*torch", "--use-conda", "make reproduce", "requirements.lock"):
-        assert re.search(words, said), said
+        assert re.search(words, output), output
     assert state(project) == before
-    said = run(project, SMOKE, *manifests, "--sdm", "conda", **variables)
-    assert "Nothing to be done" in said
+    output = run(project, SMOKE, *manifests, "--sdm", "conda", **variables)
+    assert "Nothing to be done" in output
 
 
 @pytest.mark.slow
@@ -352,8 +352,8 @@ def test_the_last_line_says_how_to_make_the_report_as_it_was_called(
 ):
     variables = conda | without(tmp_path, *missing) | env
     target = "data/smoke/scenes/manifest.json"
-    said = run(finished, SMOKE, "--force", *flags, target, **variables)
-    (hint,) = re.findall(r"report: `(.*)`", said)
+    output = run(finished, SMOKE, "--force", *flags, target, **variables)
+    (hint,) = re.findall(r"report: `(.*)`", output)
     assert hint == expected
     if hint == COMMAND:
         run(finished, None, *hint.split()[1:], **variables)

@@ -29,8 +29,8 @@ from sts.pipeline.cost.history import Meter, measure
 from sts.pipeline.data.collator import Conversations, collate, example
 from sts.pipeline.files import read_json, write_json_atomic
 from sts.pipeline.run import provenance
-from sts.pipeline.run.bar import bar_of
 from sts.pipeline.run.device import lease
+from sts.pipeline.run.progress import bar_of
 from sts.pipeline.train.feed import load_data, my_pieces
 from sts.pipeline.train.job import Job
 from sts.pipeline.train.lora import train_parts

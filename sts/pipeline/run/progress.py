@@ -1,4 +1,4 @@
-"""How far a whole call of the workflow is, and about how long it still takes.
+"""How far a job is, how far a whole call of the workflow is, and about how long it still takes.
 
 Nothing here knows Snakemake: workflow/rules/progress.smk says which jobs there are, which run and
 which are done. What a job takes is measured on the jobs before it. A training says itself how far
@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,9 +19,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 SMALL = 10.0  # seconds of a job without `size` before one of its kind was measured: mostly imports
-BAR = re.compile(r"(\d+)/(\d+) \[([\d:]+)<[^\]]*(?:step/s|s/step)")  # of sts/pipeline/run/bar.py
+BAR = re.compile(r"(\d+)/(\d+) \[([\d:]+)<[^\]]*(?:step/s|s/step)")  # in a log, of `bar_of`
+
+
+def bar_of(title: str, first: int, steps: int) -> Any:
+    """tqdm's bar with the time left: lively on a terminal, a line now and then in a log file."""
+    from tqdm import tqdm  # here: the workflow reads this file without it
+
+    is_lively = sys.stderr.isatty()
+    every = 0.5 if is_lively else 10
+    return tqdm(
+        desc=title, initial=first, total=steps, unit="step", mininterval=every, maxinterval=every,
+        disable=os.environ.get("RANK", "0") != "0", dynamic_ncols=is_lively,
+    )  # fmt: skip
 
 
 @dataclass

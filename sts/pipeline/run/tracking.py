@@ -47,7 +47,7 @@ def run(
     Args:
         name: Name of the run.
         directory: Keeps the run's id. An interrupted run is opened again with its first params.
-        params: Settings; nested ones become dotted names.
+        params: Of the configuration; nested ones become dotted names.
         tags: What the job does; where it runs is added.
         rows: Reads all steps from the result files: a mapping each, with the same names, among
             them `step` and, if they are known, the `seconds` that it took.
@@ -107,7 +107,9 @@ class Run:
         client, experiment = store.open_store()  # sets up MLflow: its modules come after
         from mlflow.entities import Param, RunTag
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+        from pandas import json_normalize
 
+        params = json_normalize(dict(params)).to_dict("records")[0]  # {"vtc.keep": 0.5}
         tags = {**store.process_tags(), **tags}
         if invocation := os.environ.get("STS_INVOCATION"):
             parent = store.parent_run(client, experiment, invocation)
@@ -121,7 +123,7 @@ class Run:
         client.log_batch(
             self.id,
             tags=[RunTag(key, str(value)) for key, value in tags.items()],
-            params=[] if unfinished else [Param(k, str(v)) for k, v in _dotted(params)],
+            params=[] if unfinished else [Param(key, str(params[key])) for key in params],
         )
         address = store.uri()
         self._monitor = SystemMetricsMonitor(self.id, resume_logging=True, tracking_uri=address)
@@ -178,15 +180,6 @@ def _unfinished(client: Any, directory: Path) -> str | None:
     except MlflowException:  # another store than last time
         return None
     return None if status == "FINISHED" else run_id
-
-
-def _dotted(params: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as one level: {"vtc": {"keep": 0.5}} gives ("vtc.keep", 0.5)."""
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @contextmanager

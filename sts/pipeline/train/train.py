@@ -39,8 +39,8 @@ from sts.pipeline.cost.memory import check_memory
 from sts.pipeline.data.collator import Conversations, example
 from sts.pipeline.files import read_json, write_json_atomic
 from sts.pipeline.run import tracking
-from sts.pipeline.run.bar import bar_of
 from sts.pipeline.run.device import lease
+from sts.pipeline.run.progress import bar_of
 from sts.pipeline.train.checkpoint import (
     finish,
     forget_states,

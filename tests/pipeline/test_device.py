@@ -26,7 +26,7 @@ with device.lease(sys.argv[1], sys.argv[2]) as gpu:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    for name in ("CUDA_VISIBLE_DEVICES", device.HELD, "WORLD_SIZE"):
+    for name in ("CUDA_VISIBLE_DEVICES", device.LEASE, "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -81,7 +81,7 @@ def test_lease_shows_one_gpu_and_restores_the_environment(monkeypatch, tmp_path)
         with device.lease(TWO, tmp_path) as inner:  # and so would a child process
             assert inner == gpu
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,0"
-    assert device.HELD not in os.environ
+    assert device.LEASE not in os.environ
 
 
 def test_processes_get_different_gpus_and_kill_gives_one_back(tmp_path):

@@ -31,11 +31,3 @@ from sts.pipeline.config.loading import (
     validate,
 )
 from sts.pipeline.config.stages import BACKBONE, RESERVED, SPLITS, LoraConfig, StageConfig
-
-__all__ = [
-    "ALWAYS", "BACKBONE", "CODE", "MINI", "NAME", "REPEATS", "RESERVED", "SPLITS", "Ablation",
-    "BenchConfig", "Block", "Config", "ConfigError", "CustomConfig", "DataConfig", "Entry",
-    "EvaluateConfig", "Loader", "LoraConfig", "ModelConfig", "Neutral", "StageConfig",
-    "config_hash", "datasets", "deep_merge", "dump", "identity", "load_ablations", "load_scale",
-    "load_yaml", "resolve", "validate",
-]  # fmt: skip

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.5
-HELD = "STS_GPU_LEASE"  # tells a child process that its parent holds the lease for it
+LEASE = "STS_GPU_LEASE"  # tells a child process that its parent holds the lease for it
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +54,9 @@ def visible_gpus(listing: str | None = None) -> list[str]:
 
 
 def _nvidia_smi() -> str:
+    how = {"capture_output": True, "text": True, "timeout": 60, "check": True}
     with suppress(FileNotFoundError, subprocess.SubprocessError):
-        command = ["nvidia-smi", "-L"]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=True
-        ).stdout
+        return subprocess.run(["nvidia-smi", "-L"], **how).stdout
     return ""
 
 
@@ -72,9 +70,9 @@ def lease(listing: str | None = None, folder: str | Path | None = None) -> Itera
     RuntimeError if torch has started CUDA already: then it is too late to choose.
     """
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    gpus = [] if distributed or HELD in os.environ else visible_gpus(listing)
+    gpus = [] if distributed or LEASE in os.environ else visible_gpus(listing)
     if not gpus:
-        yield os.environ.get(HELD)
+        yield os.environ.get(LEASE)
         return
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -83,19 +81,19 @@ def lease(listing: str | None = None, folder: str | Path | None = None) -> Itera
         )
     folder = Path(folder or Path(tempfile.gettempdir()) / f"sts-gpu-{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
-    gpu, lock = _lock_one(gpus, folder)
+    gpu, lock = _lock_any(gpus, folder)
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ |= {"CUDA_VISIBLE_DEVICES": gpu, HELD: gpu}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": gpu, LEASE: gpu}
     try:
         yield gpu
     finally:
-        del os.environ[HELD], os.environ["CUDA_VISIBLE_DEVICES"]
+        del os.environ[LEASE], os.environ["CUDA_VISIBLE_DEVICES"]
         if before is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
         lock.release()
 
 
-def _lock_one(gpus: list[str], folder: Path) -> tuple[str, Any]:
+def _lock_any(gpus: list[str], folder: Path) -> tuple[str, Any]:
     """The first free GPU and the lock that holds it; waits while all are taken."""
     from filelock import FileLock, Timeout  # here: the Snakefile reads this file without it
 

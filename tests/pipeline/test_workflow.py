@@ -324,7 +324,7 @@ def test_calls_that_run_no_job_need_no_packages(finished, tmp_path):
     variables = without(tmp_path, "torch")
     assert "torch" in run(finished, SMOKE, "--forceall", ok=False, **variables)
     assert "Nothing to be done" in run(finished, SMOKE, **variables)
-    for flags in ("-n --forceall", "--summary", "--unlock", "--lint"):
+    for flags in ("-n --forceall", "--summary", "--unlock"):
         run(finished, SMOKE, *flags.split(), **variables)
     run(finished, SMOKE, "--report", "report.html", **variables)
     run(finished, SMOKE, "--touch", "--forceall", **variables)
@@ -338,14 +338,13 @@ COMMAND = f"snakemake --report results/smoke/report.html --configfile {SMOKE}"
 @pytest.mark.parametrize(
     ("flags", "missing", "env", "expected"),
     [
-        pytest.param([], [], {}, COMMAND, marks=pytest.mark.slow),
         pytest.param(["--use-conda"], ["torch"], {}, COMMAND, marks=pytest.mark.slow),
         pytest.param(
             [], ["pygments"], {}, f"pip install pygments; {COMMAND}", marks=pytest.mark.slow
         ),
         ([], [], {"MAKELEVEL": "1"}, "make report SCALE=smoke"),
     ],
-    ids=["bare", "conda", "no pygments", "make"],
+    ids=["conda", "no pygments", "make"],
 )
 def test_the_last_line_says_how_to_make_the_report_as_it_was_called(
     finished, conda, tmp_path, flags, missing, env, expected

@@ -132,9 +132,11 @@ def run(folder: Path, scale: str | None, *arguments: str, ok: bool = True, **env
 
 def planned(folder: Path, *arguments: str, scale: str | None = SMOKE, **env: str) -> dict[str, int]:
     """Jobs by rule that a call would run."""
-    output = run(folder, scale, "-n", *(arguments or BOTH), **env)
-    if "Nothing to be done" in output:
-        return {}
+    return jobs_in(run(folder, scale, "-n", *(arguments or BOTH), **env))
+
+
+def jobs_in(output: str) -> dict[str, int]:
+    """Jobs by rule, by what a dry run says."""
     rows = re.findall(r"^(\w+) +(\d+)$", output.partition("Job stats:")[2], re.MULTILINE)
     return {rule: int(count) for rule, count in rows if rule != "total"}
 

@@ -15,7 +15,7 @@ from cases import turns
 from hub_server import COMMIT, Hub, hub, image, sha256, zipped
 from processors import tiny_processor
 
-from sts.pipeline.config import MINI, Config, ConfigError, deep_merge, load_yaml, validate
+from sts.pipeline.config import MINI, ConfigError, deep_merge, load_yaml, validate
 from sts.pipeline.data import collator, llava
 from sts.pipeline.data.hub import turns as hub_turns
 from sts.pipeline.data.llava import objects
@@ -388,9 +388,9 @@ def block(**changes):
 
 def test_tokens_are_made_once_for_all_that_ask_for_the_same(prepared, tmp_path, monkeypatch):
     def job(seed=0, results=tmp_path, **changes) -> Job:
-        settings = Config(stages={"instruct": block(**changes)})
+        only = config().model_copy(update={"stages": {"instruct": block(**changes)}})
         out = results / "runs" / "dense" / "seed0" / "instruct.json"
-        return Job(settings, "dense", seed, "instruct", [prepared], prepared, out)
+        return Job(only, "dense", seed, "instruct", [prepared], prepared, out)
 
     processor = tiny_processor()
     processor.chat_template = CHAT_TEMPLATE

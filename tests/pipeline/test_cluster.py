@@ -6,7 +6,9 @@ test_slurm.py has a real one.
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from project import ROOT, SMOKE, run
 
@@ -160,9 +162,13 @@ def test_left_jobs_are_those_that_a_call_in_this_folder_submitted(tmp_path):
         ("rw,localflock,lazystatfs", False),
     ],
 )
-def test_a_lock_is_no_proof_where_the_mount_keeps_it_on_one_host(tmp_path, options, reaches):
-    folder = tmp_path / "two words"
-    point = str(folder).replace(" ", "\\040")
-    mounts = f"/dev/sda / ext4 rw,nolock 0 0\nhost:/x {point} nfs4 {options} 0 0\n"
-    assert cluster.locks_reach_other_hosts(folder / "project", mounts) is reaches
-    assert not cluster.locks_reach_other_hosts(tmp_path, mounts), "another mount is below"
+def test_a_lock_is_no_proof_where_the_mount_keeps_it_on_one_host(
+    tmp_path, monkeypatch, options, reaches
+):
+    mounts = [
+        SimpleNamespace(mountpoint="/", opts="rw,nolock"),
+        SimpleNamespace(mountpoint=str(tmp_path / "shared"), opts=options),
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    assert cluster.locks_reach_other_hosts(tmp_path / "shared/project") is reaches
+    assert not cluster.locks_reach_other_hosts(tmp_path), "another mount is below"

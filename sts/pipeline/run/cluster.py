@@ -1,6 +1,6 @@
 """What a call of the pipeline on a cluster has to know of Slurm and of shared folders.
 
-Standard library and the configuration only: the Snakefile asks in any environment.
+Only what Snakemake depends on is imported: the Snakefile asks in any environment.
 """
 
 import re
@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+
+import psutil
 
 from sts.pipeline.config import StageConfig
 from sts.pipeline.files import read_json
@@ -92,16 +94,13 @@ def _slurm(*command: str) -> str:
     return done.stdout
 
 
-def locks_reach_other_hosts(folder: str | Path, mounts: str | None = None) -> bool:
+def locks_reach_other_hosts(folder: str | Path) -> bool:
     """Whether a host that sees `folder` too would see a lock on a file in it, by how the folder is
-    mounted. mounts: text of /proc/self/mounts, by default read; True where that is missing."""
-    if mounts is None:
-        table = Path("/proc/self/mounts")
-        mounts = table.read_text() if table.exists() else ""
-    longest, options = 0, ""  # of the mounts that hold the folder the innermost counts
-    for line in mounts.splitlines():
-        _, point, _, point_options, *_ = line.split(" ")
-        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point)
-        if Path(folder).resolve().is_relative_to(point) and len(point) > longest:
-            longest, options = len(point), point_options
-    return not OWN_LOCKS & set(options.split(","))
+    mounted."""
+    mounts = [
+        mount
+        for mount in psutil.disk_partitions(all=True)
+        if Path(folder).resolve().is_relative_to(mount.mountpoint)
+    ]
+    innermost = max(mounts, key=lambda mount: len(mount.mountpoint), default=None)
+    return innermost is None or not OWN_LOCKS & set(innermost.opts.split(","))

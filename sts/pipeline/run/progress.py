@@ -7,7 +7,6 @@ model say how long it takes beside the others. No torch: the workflow reads this
 """
 
 import logging
-import math
 import os
 import re
 import shutil
@@ -152,12 +151,13 @@ def until_the_end(
 
 def words(seconds: float) -> str:
     """A time in words that claim no more than is known: `about 14 min`."""
-    minutes = seconds / 60
+    minutes, hours = seconds / 60, seconds / 3600
     if minutes < 1:
         return "less than a minute"
-    steps = ((20, 1, 1, "min"), (115, 1, 5, "min"), (2880, 60, 1, "h"), (math.inf, 1440, 1, "days"))
-    unit, step, name = next(rest for limit, *rest in steps if minutes < limit)
-    return f"about {step * round(minutes / unit / step)} {name}"
+    if minutes < 115:
+        step = 1 if minutes < 20 else 5
+        return f"about {step * round(minutes / step)} min"
+    return f"about {round(hours)} h" if hours < 48 else f"about {round(hours / 24)} days"
 
 
 # ---- what shows it ------------------------------------------------------------------------------

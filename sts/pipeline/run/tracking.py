@@ -10,7 +10,6 @@ warning and the job goes on. The store and the environment's variables are in st
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -184,10 +183,7 @@ def _unfinished(client: Any, directory: Path) -> str | None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) in the main thread, once; the old handler comes back after."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python gives signals to the main thread only
-        return
+    """SIGTERM raises SystemExit(143), once; the old handler comes back after."""
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the closing short

@@ -13,7 +13,8 @@ from tiny import CASES
 
 from sts import LDS, sparsify
 from sts.pipeline.config import REPEATS, Config
-from sts.pipeline.measure.bench import bench, in_turn, typical_steps
+from sts.pipeline.measure.bench import bench
+from sts.pipeline.measure.timing import in_turn, typical_steps
 from sts.settings import VTC
 
 POINTS = 2
@@ -178,7 +179,11 @@ def test_choosing_steps_changes_no_measurement(llava):
 
 
 def test_every_round_begins_with_another_variant():
-    turns = list(in_turn(["a", "b", "c"], points=2, warmup=1, repeats=2))
-    assert "".join(variant for variant, _, _ in turns) == "cababcbcaabcbcacab"
-    assert [repeat for _, _, repeat in turns[::3]] == [-1, 0, 1] * 2
-    assert [point for _, point, _ in turns[::9]] == [0, 1]
+    steps = []
+    taken = in_turn("test", ["a", "b", "c"], 2, 1, 2, lambda *step: steps.append(step) or step)
+    assert "".join(variant for variant, _, _ in steps) == "cababcbcaabcbcacab"
+    assert [repeat for _, _, repeat in steps[::3]] == [-1, 0, 1] * 2
+    assert [point for _, point, _ in steps[::9]] == [0, 1]
+    assert taken["a"] == [
+        [(0, ("a", 0, 0)), (5, ("a", 0, 1))], [(8, ("a", 1, 0)), (10, ("a", 1, 1))]
+    ]  # fmt: skip

@@ -5,38 +5,35 @@
         --out results/mini/bench/main.json
 
 Trainings that ran next to each other say little about time. Here one process with all cores takes
-single steps of every variant in turn (A B C D, B C D A, ...), on the same batch, at the same points
-of the stage, so that whatever else the machine does falls on all alike. What counts is the ratio.
+single steps of every variant in turn, on the same batch, at the same points of the stage.
 """
 
 import os
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils.benchmark import timer
 from transformers import PreTrainedModel
 
 from sts.pipeline.config import REPEATS, Config, StageConfig
 from sts.pipeline.cost.history import Meter, measure
 from sts.pipeline.data.collator import Conversations, collate, example
 from sts.pipeline.files import read_json, write_json_atomic
-from sts.pipeline.run import provenance
+from sts.pipeline.measure.timing import in_turn, measured_on, typical_steps
 from sts.pipeline.run.device import lease
-from sts.pipeline.run.progress import bar_of
 from sts.pipeline.train.feed import load_data, my_pieces
 from sts.pipeline.train.job import Job
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import build
 from sts.pipeline.train.step import make_optimizer, optimizer_step, prepare_process, put_scheme
-from sts.scheme import Scheme, unsparsify
+from sts.scheme import Scheme
 
 SEED = 0  # of data order, projector and layer draws
 
@@ -65,107 +62,37 @@ def bench(
     Raises:
         ValueError: The variants don't agree on `bench`, or data of a stage are missing.
     """
-    first, *others = configs.values()
-    if any(other.bench != first.bench for other in others):
+    plan, *others = (config.bench for config in configs.values())
+    if any(other != plan for other in others):
         raise ValueError(f"bench: points and warmup must be the same in {', '.join(configs)}")
-    variants: dict[str, dict[str, Any]] = {variant: {} for variant in configs}
+    jobs: dict[tuple[str, Path], dict[str, Job]] = defaultdict(dict)  # (stage, model) -> variants'
+    for variant, config in configs.items():
+        for stage in config.stages:
+            init, sets = inits[variant], of_stage(data, config.stage(stage))
+            manifest = out.parents[1] / f"runs/{variant}/seed{SEED}/{stage}.json"
+            job = Job(config, variant, SEED, stage, sets, init, manifest)
+            jobs[stage, init][variant] = job
     with lease():
-        for stage in dict.fromkeys(name for config in configs.values() for name in config.stages):
-            for init in dict.fromkeys(inits.values()):
-                jobs = {
-                    variant: job_of(variant, config, stage, data, init, out)
-                    for variant, config in configs.items()
-                    if inits[variant] == init and stage in config.stages
-                }
-                for variant, timed in time_stage(jobs).items() if jobs else ():
-                    variants[variant][stage] = timed
-        facts = provenance.hardware()
-    for stages in variants.values():
-        time_s = sum(timed["stage_s"] for timed in stages.values())
-        flops = {stage: timed.pop("flops") for stage, timed in stages.items()}
-        stages |= {"time_s": time_s, "flops": flops}
-    result = {
-        "threads": torch.get_num_threads(),
-        "device": ", ".join(facts["gpus"]) or f"{facts['cores']} x {facts['cpu']}",
-        "warmup": first.bench.warmup,
-        "repeats": REPEATS,
-        "variants": variants,
-        "command": provenance.command_line(),
-        "commit": provenance.git()["commit"],
-    }
+        timed = {key: time_stage(group) for key, group in jobs.items()}
+        about = measured_on()
+    variants = {}
+    for variant, config in configs.items():
+        stages = {stage: timed[stage, inits[variant]][variant] for stage in config.stages}
+        time_s = sum(times["stage_s"] for times in stages.values())
+        flops = {stage: times.pop("flops") for stage, times in stages.items()}
+        variants[variant] = {**stages, "time_s": time_s, "flops": flops}
+    result = {**about, "warmup": plan.warmup, "repeats": REPEATS, "variants": variants}
     write_json_atomic(out, result)
     return result
 
 
-def job_of(
-    variant: str, config: Config, stage: str, data: Sequence[Path], init: Path, out: Path
-) -> Job:
-    """The training whose steps are timed, beside the result `out`; of `data` it takes its own."""
-    manifest = out.parents[1] / "runs" / variant / f"seed{SEED}" / f"{stage}.json"
-    sets = of_stage(data, config.stage(stage))
-    return Job(config, variant, SEED, stage, sets, init, manifest)
-
-
 def of_stage(data: Sequence[Path], block: StageConfig) -> list[Path]:
     """The manifests of the data sets that a stage trains on, in its order."""
-    named = {read_json(file)["dataset"]: file for file in data}
-    missing = [name for name in block.data if name not in named]
+    files = {read_json(file)["dataset"]: file for file in data}
+    missing = [name for name in block.data if name not in files]
     if missing:
-        raise ValueError(f"data: no manifest of {', '.join(missing)} among {', '.join(named)}")
-    return [named[name] for name in block.data]
-
-
-# ---- one stage --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A training of which single steps are taken, at learning rate 0: every step starts from equal
-    weights, so variants that train the same parts share model and optimizer.
-
-    Attributes:
-        model: On its device, with what is trained.
-        order: Step -> indices of the samples of its global batch.
-    """
-
-    job: Job
-    accelerator: Accelerator
-    processor: Any
-    meter: Meter
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    samples: Conversations
-    order: Callable[[int], list[int]]
-
-    def put_scheme(self) -> Scheme:
-        """VTC and LDS on the model."""
-        seed = self.job.seed_of("scheme")
-        return put_scheme(self.model, self.job.block, len(self.samples), seed)
-
-    def typical_steps(self, points: int) -> list[int]:
-        """Steps that stand for the whole stage."""
-        steps = typical_steps(self.put_scheme(), self.job.block.steps, points)
-        unsparsify(self.model)
-        return steps
-
-    def take(self, step: int, batch: int) -> tuple[float, dict[str, Any]]:
-        """Take an optimizer step on batch number `batch`: (seconds, its row of a history)."""
-        block, device = self.job.block, self.accelerator.device
-        scheme = self.put_scheme()
-        scheme.begin_step(step)
-        indices = self.order(batch)[: block.global_batch // block.processes]
-        pieces = my_pieces(indices, block.gradient_accumulation_steps, self.accelerator)
-        began = now(device)
-        samples = [[self.samples[i] for i in piece] for piece in pieces]
-        batches = [collate(self.processor, piece).to(device) for piece in samples]
-        if device.type == "cuda":  # other processes load while the GPU works: it takes no time
-            began = now(device)
-        optimizer_step(self.accelerator, self.model, self.optimizer, batches, block, 0.0, scheme)
-        seconds = now(device) - began
-        has_image = [self.samples.has_image[i] for i in indices]
-        row = measure(scheme, self.meter, block, has_image, batches)
-        unsparsify(self.model)
-        return seconds, row
+        raise ValueError(f"data: no manifest of {', '.join(missing)} among {', '.join(files)}")
+    return [files[name] for name in block.data]
 
 
 def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
@@ -179,26 +106,20 @@ def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
     variants = load_variants(jobs)
     first, *_ = jobs.values()
     plan = first.config.bench
-    steps = {id: variant.typical_steps(plan.points) for id, variant in variants.items()}
-    taken: dict[tuple[str, int], list] = defaultdict(list)
-    place = count()
-    bar = bar_of(f"bench {first.stage}", 0, plan.steps * len(jobs))
-    for id, point, repeat in in_turn(list(jobs), plan.points, plan.warmup, REPEATS):
-        seconds, row = variants[id].take(steps[id][point], point)
-        if repeat >= 0:
-            taken[id, point].append((seconds, next(place), row))
-        bar.update()
-    bar.close()
+    steps = {name: variant.typical_steps(plan.points) for name, variant in variants.items()}
+    taken = in_turn(
+        f"bench {first.stage}", list(jobs), plan.points, plan.warmup, REPEATS,
+        lambda name, point, _: variants[name].take(steps[name][point], point),
+    )  # fmt: skip
     timed = {}
-    for id, job in jobs.items():
-        points = [list(zip(*taken[id, point], strict=True)) for point in range(plan.points)]
-        step_s = [median(seconds) for seconds, _, _ in points]
-        rows = [row for _, _, (row, *_) in points]  # the other repeats did the same
-        timed[id] = {
-            "step": steps[id],
+    for name, job in jobs.items():
+        step_s = [median(seconds for _, (seconds, _) in rounds) for rounds in taken[name]]
+        rows = [row for (_, (_, row)), *_ in taken[name]]  # the other rounds did the same
+        timed[name] = {
+            "step": steps[name],
             "step_s": step_s,
-            "order": [list(places) for _, places, _ in points],
-            **{name: [row[name] for row in rows] for name in ("layers_run", "visual_tokens")},
+            "order": [[place for place, _ in rounds] for rounds in taken[name]],
+            **{key: [row[key] for row in rows] for key in ("layers_run", "visual_tokens")},
             "steps": job.block.steps,
             "stage_s": job.block.steps * fmean(step_s),
             "flops": job.block.steps * fmean(row["flops"] for row in rows),
@@ -206,76 +127,75 @@ def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
     return timed
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A training of which single steps are taken, at learning rate 0: every step starts from equal
+    weights, so variants that train the same parts share model and optimizer.
+
+    Attributes:
+        order: Step -> indices of the samples of its global batch.
+    """
+
+    job: Job
+    accelerator: Accelerator
+    processor: Any
+    meter: Meter
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    samples: Conversations
+    order: Callable[[int], list[int]]
+
+    def scheme(self) -> Scheme:
+        """VTC and LDS on the model, for the body of a `with`."""
+        seed = self.job.seed_of("scheme")
+        return put_scheme(self.model, self.job.block, len(self.samples), seed)
+
+    def typical_steps(self, points: int) -> list[int]:
+        """Steps that stand for the whole stage."""
+        with self.scheme() as scheme:
+            return typical_steps(scheme, self.job.block.steps, points)
+
+    def take(self, step: int, batch: int) -> tuple[float, dict[str, Any]]:
+        """Take an optimizer step on batch number `batch`: (seconds, its row of a history)."""
+        block, device = self.job.block, self.accelerator.device
+        indices = self.order(batch)[: block.global_batch // block.processes]
+        pieces = my_pieces(indices, block.gradient_accumulation_steps, self.accelerator)
+        has_image = [self.samples.has_image[i] for i in indices]
+        with self.scheme() as scheme:
+            scheme.begin_step(step)
+            began = timer()
+            samples = [[self.samples[i] for i in piece] for piece in pieces]
+            batches = [collate(self.processor, piece).to(device) for piece in samples]
+            if device.type == "cuda":  # other processes load while the GPU works: it takes no time
+                began = timer()
+            optimizer_step(
+                self.accelerator, self.model, self.optimizer, batches, block, 0.0, scheme
+            )
+            seconds = timer() - began
+            return seconds, measure(scheme, self.meter, block, has_image, batches)
+
+
 def load_variants(jobs: Mapping[str, Job]) -> dict[str, Variant]:
     """The variants of a stage, with one model for all that train the same parts of it."""
     first, *_ = jobs.values()
     accelerator = prepare_process(first.block.model_copy(update={"processes": 1}))
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
-    models: dict[tuple, tuple] = {}  # by what is trained
-    shared: dict[tuple, tuple] = {}
+    by_parts: dict[tuple, Variant] = {}
     variants = {}
-    for id, job in jobs.items():
+    for name, job in jobs.items():
         block = job.block
         parts = (*sorted(block.trains), block.lora.rank if "lora" in block.trains else 0)
-        if parts not in models:
-            models[parts] = build(job.init, SEED)
-            train_parts(models[parts][0], block, SEED)
-        model, processor = models[parts]
+        if twin := by_parts.get(parts):
+            samples, order = load_data(job, twin.processor)
+            variants[name] = replace(twin, job=job, samples=samples, order=order)
+            continue
+        model, processor = build(job.init, SEED)
+        train_parts(model, block, SEED)
         samples, order = load_data(job, processor)
-        if parts not in shared:
-            batch = example(samples, processor)
-            meter = Meter(model, batch, partial(train_parts, stage=block, seed=SEED))
-            both = accelerator.prepare(model, make_optimizer(model, block))
-            shared[parts] = (processor, meter, *both)
-        variants[id] = Variant(job, accelerator, *shared[parts], samples, order)
+        meter = Meter(
+            model, example(samples, processor), partial(train_parts, stage=block, seed=SEED)
+        )
+        both = accelerator.prepare(model, make_optimizer(model, block))
+        by_parts[parts] = Variant(job, accelerator, processor, meter, *both, samples, order)
+        variants[name] = by_parts[parts]
     return variants
-
-
-# ---- in turn ----------------------------------------------------------------------------------
-
-
-def in_turn(
-    variants: Sequence[str], points: int, warmup: int, repeats: int
-) -> Iterator[tuple[str, int, int]]:
-    """(variant, point, repeat) of the steps to take, each round beginning with another variant.
-    Rounds that don't count have numbers below 0."""
-    for point in range(points):
-        for repeat in range(-warmup, repeats):
-            by = (point + repeat) % len(variants)
-            for variant in (*variants[by:], *variants[:by]):
-                yield variant, point, repeat
-
-
-def now(device: torch.device) -> float:
-    """Seconds of a clock, once a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:
-    """A step in each of `points` equal parts of a stage, such that together they leave out as much
-    as the whole stage does: with layers drawn on their own, the steps in the middle need not.
-
-    In each part the step whose left-out layers are nearest the part's mean; what it is off by is
-    made good in the parts that follow.
-    """
-    skipper = scheme.skipper
-
-    def left_out(step: int) -> float:
-        scheme.decide(step)
-        decision, unit = skipper.decision, skipper.unit
-        drawn = len(decision.off) / len(unit.shares)
-        return drawn if unit.drawn_by_step else sum(decision.chances)
-
-    chosen, owed = [], 0.0
-    for point in range(points):
-        first, end = point * steps // points, (point + 1) * steps // points
-        part = range(first, max(first + 1, end))
-        middle = min((first + part[-1] + 1) // 2, steps - 1)
-        left = {step: left_out(step) for step in part}
-        wanted = fmean(left.values()) + owed
-        best = min(part, key=lambda step: (abs(left[step] - wanted), abs(step - middle)))
-        owed = wanted - left[best]
-        chosen.append(best)
-    return chosen

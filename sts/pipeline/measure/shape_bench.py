@@ -8,28 +8,25 @@ the model untouched; `bare`, its base model and the loss on answer tokens writte
 `dense`, the same with a scheme attached that does nothing: the baseline.
 
 A step is forward and backward, in bf16 on a GPU, else in float32. All settings take turns on the
-same batch in one process, so that whatever else the machine does falls on all alike; what counts is
-the ratio. Of a setting that leaves out layers, steps are timed that stand for a whole stage
-(bench.typical_steps).
+same batch in one process. Of a setting that leaves out layers, steps are timed that stand for a
+whole stage (`typical_steps`).
 """
 
-import os
-import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
@@ -38,21 +35,24 @@ from sts.lds import POLICIES
 from sts.pipeline.cost.machines import GPUS
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.measure import shapes
-from sts.pipeline.measure.bench import in_turn, now, typical_steps
-from sts.pipeline.run import provenance
+from sts.pipeline.measure.timing import in_turn, measured_on, typical_steps
 from sts.pipeline.train.model import freeze, recompute
-from sts.scheme import sparsify, unsparsify
+from sts.scheme import sparsify
 from sts.settings import IGNORE_INDEX, LDS, VTC
 from sts.vtc import KINDS
 
-ALWAYS = ("plain", "bare", "dense")
 WARMUP = 2
 # What each stage of LLaVA's recipe trains
 STAGES = {"align": ("projector",), "instruct": ("projector", "language_model")}
 FLASH = "flash_attention_2"
 ATTENTION = ("sdpa", "eager", FLASH)
 Variants = dict[str, tuple[VTC, LDS] | None]  # None: without a scheme
+ALWAYS: Variants = {"plain": None, "bare": None, "dense": (VTC(), LDS())}
 STEPS = 1000  # optimizer steps that a schedule is spread over
+COLUMNS = (
+    "stage checkpointing setting step_s tokens_per_s flops_ratio time_ratio realisation held_mb "
+    "peak_mb mfu"
+)
 # On a CPU the fused attention is an operator of its own that torch's counter doesn't know.
 FUSED_ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -66,7 +66,7 @@ FUSED_ON_CPU = {
 
 def parse_setting(text: str) -> tuple[VTC, LDS]:
     """`uniform@0.25+sts@0.6:epsilon=0.5` -> what it says. ValueError says what is accepted."""
-    vtc, lds = VTC(), LDS()
+    settings: dict[type, VTC | LDS] = {VTC: VTC(), LDS: LDS()}
     for part in text.split("+"):
         main, *more = part.split(":")
         name, _, number = main.partition("@")
@@ -77,13 +77,10 @@ def parse_setting(text: str) -> tuple[VTC, LDS]:
         expect(all(value for _, _, value in pairs), "setting", text, ":name=value after it")
         values = {key: yaml.safe_load(value) for key, _, value in pairs}
         kind = VTC if name in KINDS else LDS
-        keys = [field.name for field in fields(kind)]
-        expect(set(values) <= set(keys), "setting", text, f"names of {', '.join(keys)}")
-        if kind is VTC:
-            vtc = VTC(kind=name, keep=yaml.safe_load(number), **values)
-        else:
-            lds = LDS(policy=name, rate=yaml.safe_load(number), **values)
-    return vtc, lds
+        keys = [field.name for field in fields(kind)]  # the first two: name and number
+        expect(values.keys() <= set(keys), "setting", text, f"names of {', '.join(keys)}")
+        settings[kind] = kind(**{keys[0]: name, keys[1]: yaml.safe_load(number)} | values)
+    return settings[VTC], settings[LDS]
 
 
 def speed(
@@ -118,45 +115,42 @@ def speed(
     Raises:
         ValueError: An unknown shape, setting or attention, or one that can't run here.
     """
-    _check_attention(attention)
+    expect(attention in ATTENTION, "attention", attention, f"one of {', '.join(ATTENTION)}")
+    has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
+    accepted = "sdpa or eager, or a GPU and the package flash-attn"
+    expect(attention != FLASH or has_flash, "attention", attention, accepted)
     parsed = {setting: parse_setting(setting) for setting in settings if setting not in ALWAYS}
-    variants = {"plain": None, "bare": None, "dense": (VTC(), LDS()), **parsed}
     config, cut = _cut(name, layers, width)
-    total = len(stages) * len(checkpointing) * len(variants) * (WARMUP + repeats + 1)
-    with tqdm(total=total, desc=f"bench {name}", mininterval=5) as bar:
-        steps = _steps(config, attention, batch, text, variants, bar)
-        rows = [
-            {"stage": stage, "checkpointing": saves_memory, **row}
-            for stage in stages
-            for saves_memory in checkpointing
-            for row in _rows(steps.time(stage, saves_memory, repeats), steps.tokens)
-        ]
+    steps = _steps(config, attention, batch, text, ALWAYS | parsed)
+    about = measured_on()
+    rows = [
+        {"stage": stage, "checkpointing": is_on, **row}
+        for stage in stages
+        for is_on in checkpointing
+        for row in _rows(steps.time(stage, is_on, repeats), steps.tokens, about["device"])
+    ]
     result = {
         **{"shape": name, "cut": cut, "batch": batch, "text_tokens": text, "repeats": repeats},
         "visual_tokens": shapes.side(config) ** 2,
         "attention": attention,
         "dtype": str(steps.model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
         "rows": rows,
-        **_machine(),
+        **about,
     }
     write_json_atomic(out, result)
-    show(result)
+    print(f"{name} ({cut}), {about['device']}, {result['dtype']}, {attention}")
+    table = pd.DataFrame(rows)[COLUMNS.split()].dropna(axis="columns", how="all")
+    print(table.to_string(index=False, na_rep="", float_format="{:.3g}".format))
     return result
-
-
-def _check_attention(attention: str) -> None:
-    expect(attention in ATTENTION, "attention", attention, f"one of {', '.join(ATTENTION)}")
-    has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
-    accepted = "sdpa or eager, or a GPU and the package flash-attn"
-    expect(attention != FLASH or has_flash, "attention", attention, accepted)
 
 
 def _cut(name: str, layers: int | None, width: float | None) -> tuple[PreTrainedConfig, str]:
     """The configuration of a shape, cut to what this machine runs, and what was cut in words."""
     full = shapes.shape(name).text_config
-    is_whole = torch.cuda.is_available() or name in ("mini", "wide")
-    layers = layers or (full.num_hidden_layers if is_whole else 4)
-    config = shapes.shape(name, layers, width or (1.0 if is_whole else 1 / 8))
+    is_full = torch.cuda.is_available() or name in ("mini", "wide")
+    layers = layers or (full.num_hidden_layers if is_full else 4)
+    config = shapes.shape(name, layers, width or (1.0 if is_full else 1 / 8))
     text = config.text_config
     return config, (
         f"{text.num_hidden_layers} of {full.num_hidden_layers} layers, "
@@ -164,34 +158,29 @@ def _cut(name: str, layers: int | None, width: float | None) -> tuple[PreTrained
     )
 
 
-def _machine() -> dict[str, Any]:
-    """Where and by what it was measured."""
-    cpu = f"{os.cpu_count()} x {platform.machine()}"
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "command": provenance.command_line(),
-        "commit": provenance.git()["commit"],
-    }
-
-
 def _steps(
-    config: PreTrainedConfig, attention: str, batch: int, text: int, variants: Variants, bar: tqdm
+    config: PreTrainedConfig, attention: str, batch: int, text: int, variants: Variants
 ) -> "Steps":
     """A model with random weights and its batch, on the device."""
-    gpu = torch.cuda.is_available()
-    dtype, device = (torch.bfloat16, "cuda") if gpu else (torch.float32, "cpu")
+    has_gpu = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, "cuda") if has_gpu else (torch.float32, "cpu")
     torch.manual_seed(0)
     with torch.device(device):
         model = shapes.random_model(config, dtype)
     model.set_attn_implementation(attention)
-    made = shapes.made_up_batch(config, batch, text, text - text // 2)
     inputs = {
         key: value.to(device, dtype if value.is_floating_point() else None)
-        for key, value in made.items()
+        for key, value in shapes.made_up_batch(config, batch, text, text - text // 2).items()
     }
-    return Steps(model, inputs, variants, bar)
+    return Steps(model, inputs, variants)
+
+
+class Timed(NamedTuple):
+    """`seconds` of a variant's steps, and of a step `flops`, `held_mb` for the backward pass and
+    `peak_mb` of a GPU."""
+
+    seconds: list[float]
+    counts: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -201,75 +190,71 @@ class Steps:
     model: PreTrainedModel
     inputs: dict[str, Tensor]
     variants: Variants
-    bar: tqdm
 
     @property
     def tokens(self) -> int:
         """Of a batch, at all visual tokens."""
         return self.inputs["input_ids"].numel()
 
-    def time(self, stage: str, checkpointing: bool, repeats: int) -> dict[str, dict[str, Any]]:
-        """Variant -> `seconds` of its timed steps, `flops`, `held_mb` for the backward pass and
-        `peak_mb` of a GPU."""
+    def time(self, stage: str, checkpointing: bool, repeats: int) -> dict[str, Timed]:
+        """Variant -> what its steps took."""
         freeze(self.model, STAGES[stage])
         recompute(self.model, checkpointing)
         steps = {name: self.typical(name, repeats) for name in self.variants}
         # a forward is asked once what it sees, which is no part of a step
         self.take("dense", 0)
-        timed = {name: self.count(name, steps[name]) for name in self.variants}
-        for name, _, repeat in in_turn(list(self.variants), 1, WARMUP, repeats):
-            seconds = self.take(name, steps[name][max(repeat, 0)])
-            if repeat >= 0:
-                timed[name].setdefault("seconds", []).append(seconds)
-        return timed
+        counts = {name: self.count(name, steps[name]) for name in self.variants}
+        taken = in_turn(
+            f"bench {stage}", list(self.variants), 1, WARMUP, repeats,
+            lambda name, _, repeat: self.take(name, steps[name][max(repeat, 0)]),
+        )  # fmt: skip
+        return {
+            name: Timed([seconds for _, seconds in rounds], counts[name])
+            for name, (rounds,) in taken.items()
+        }
+
+    def scheme(self, name: str) -> Any:
+        """The variant's scheme on the model, or None, for the body of a `with`."""
+        setting = self.variants[name]
+        return sparsify(self.model, *setting, total_steps=STEPS) if setting else nullcontext()
 
     def typical(self, name: str, repeats: int) -> list[int]:
         """The steps of a variant that are timed."""
-        setting = self.variants[name]
-        if setting is None:
-            return [0] * repeats
-        with sparsify(self.model, *setting, total_steps=STEPS) as scheme:
-            return typical_steps(scheme, STEPS, repeats)
+        with self.scheme(name) as scheme:
+            return typical_steps(scheme, STEPS, repeats) if scheme else [0] * repeats
 
     def take(self, name: str, step: int) -> float:
         """Seconds of a step."""
-        setting, device = self.variants[name], self.model.device
-        scheme = sparsify(self.model, *setting, total_steps=STEPS) if setting else None
-        try:
+        with self.scheme(name) as scheme:
             if scheme:
                 scheme.begin_step(step)
-            began = now(device)
+            began = timer()
             (self.bare_loss() if name == "bare" else self.model(**self.inputs).loss).backward()
-            return now(device) - began
-        finally:
-            self.model.zero_grad(set_to_none=True)
-            if scheme:
-                unsparsify(self.model)
-            self.bar.update()
+            seconds = timer() - began
+        self.model.zero_grad(set_to_none=True)
+        return seconds
 
     def bare_loss(self) -> Tensor:
         """The loss by hand: logits of the answer tokens alone."""
-        without = {key: value for key, value in self.inputs.items() if key != "labels"}
-        hidden = self.model.base_model(**without, use_cache=False)[0]
+        unlabelled = {key: value for key, value in self.inputs.items() if key != "labels"}
+        hidden = self.model.base_model(**unlabelled, use_cache=False)[0]
         targets = self.inputs["labels"][:, 1:]
         logits = self.model.get_output_embeddings()(hidden[:, :-1][targets != IGNORE_INDEX])
         return cross_entropy(logits.float(), targets[targets != IGNORE_INDEX])
 
     def count(self, name: str, steps: Sequence[int]) -> dict[str, float | None]:
         """FLOPs and memory of a variant, means over its steps where these differ."""
-        model, setting = self.model, self.variants[name]
-        attention = model.config._attn_implementation
-        differ = setting is not None and setting[1].rate > 0
-        counted = [self._count(name, step) for step in steps[: None if differ else 1]]
-        row = {
-            "held_mb": fmean(step["held_mb"] for step in counted),
-            "peak_mb": max(step["peak_mb"] for step in counted) or None,
-        }
+        setting, attention = self.variants[name], self.model.config._attn_implementation
+        steps = steps if setting and setting[1].rate > 0 else steps[:1]
+        counts = [self._count(name, step) for step in steps]
+        held = fmean(step["held_mb"] for step in counts)
+        peak = max(step["peak_mb"] for step in counts) or None
         if attention != "sdpa":  # torch's counter knows no other's kernels
-            model.set_attn_implementation("sdpa")
-            counted = [self._count(name, step) for step in steps[: len(counted)]]
-            model.set_attn_implementation(attention)
-        return row | {"flops": fmean(step["flops"] for step in counted)}
+            self.model.set_attn_implementation("sdpa")
+            counts = [self._count(name, step) for step in steps]
+            self.model.set_attn_implementation(attention)
+        flops = fmean(step["flops"] for step in counts)
+        return {"flops": flops, "held_mb": held, "peak_mb": peak}
 
     def _count(self, name: str, step: int) -> dict[str, float]:
         """FLOPs of a step, MB it holds for backward, peak MB of a GPU."""
@@ -281,8 +266,8 @@ class Steps:
             return tensor
 
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        gpu = torch.cuda.is_available()
-        if gpu:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
             torch.cuda.reset_peak_memory_stats()
         counter = FlopCounterMode(display=False, custom_mapping=FUSED_ON_CPU)
         with counter, saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -290,54 +275,32 @@ class Steps:
         return {
             "flops": counter.get_total_flops(),
             "held_mb": sum(size for at, size in stored.items() if at not in weights) / 1e6,
-            "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if gpu else 0.0,
+            "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if has_gpu else 0.0,
         }
 
 
-def _rows(timed: dict[str, dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+def _rows(timed: dict[str, Timed], tokens: int, device: str) -> list[dict[str, Any]]:
     """A row for each variant: medians, range, and ratios to `dense`; tokens: of a batch."""
     dense, rows = timed["dense"], []
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    peak = next((gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
-    for setting, measured in timed.items():
-        seconds = median(measured["seconds"])
+    peak = next((gpu.flops for kind, gpu in GPUS.items() if kind in device.lower()), None)
+    for setting, (seconds, counts) in timed.items():
+        step_s = median(seconds)
         # paired by turn, so that a slow moment of the machine is in both; a mean, as the steps of
         # a setting need not do the same
-        pairs = zip(measured["seconds"], dense["seconds"], strict=True)
-        time_ratio = fmean(a / b for a, b in pairs)
-        flops_ratio = measured["flops"] / dense["flops"]
+        time_ratio = fmean(a / b for a, b in zip(seconds, dense.seconds, strict=True))
+        flops_ratio = counts["flops"] / dense.counts["flops"]
         realisation = (1 - time_ratio) / (1 - flops_ratio) if flops_ratio < 0.99 else None
         rows.append(
             {
                 "setting": setting,
-                "step_s": seconds,
-                "step_s_range": [min(measured["seconds"]), max(measured["seconds"])],
-                "tokens_per_s": tokens / seconds,
-                "flops": measured["flops"],
-                "mfu": measured["flops"] / seconds / peak if peak else None,
-                "held_mb": measured["held_mb"],
-                "peak_mb": measured["peak_mb"],
+                "step_s": step_s,
+                "step_s_range": [min(seconds), max(seconds)],
+                "tokens_per_s": tokens / step_s,
+                "mfu": counts["flops"] / step_s / peak if peak else None,
                 "time_ratio": time_ratio,
                 "flops_ratio": flops_ratio,
                 "realisation": realisation,
+                **counts,
             }
         )
     return rows
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the result as a table."""
-    where = f"{result['device']}, {result['dtype']}, {result['attention']}"
-    title = f"{result['shape']} ({result['cut']}), {where}"
-    table = Table(title=title)
-    columns = "stage checkpointing setting step_s tokens_per_s flops_ratio time_ratio realisation"
-    for column in [*columns.split(), "held_mb", "peak_mb", "mfu"]:
-        table.add_column(column, justify="left" if column in ("stage", "setting") else "right")
-    for row in result["rows"]:
-        cells = [
-            "" if row[c.header] is None else f"{row[c.header]:.3g}"
-            if isinstance(row[c.header], float) else str(row[c.header])
-            for c in table.columns
-        ]  # fmt: skip
-        table.add_row(*cells)
-    Console(width=150).print(table)

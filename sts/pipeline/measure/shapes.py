@@ -39,65 +39,54 @@ CLIP_L = CLIPVisionConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
     image_size=336, patch_size=14,
 )  # fmt: skip
-VICUNA_7B = LlamaConfig(vocab_size=32000)  # all else is Llama's default
+VICUNA_7B = LlamaConfig()
 VICUNA_13B = LlamaConfig(
-    vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
-    num_attention_heads=40,
-)  # fmt: skip
-BASE = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "image_size": 224, "patch_size": 16,
-}  # fmt: skip
-SMOLLM2 = LlamaConfig(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-    num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-    tie_word_embeddings=True,
-)  # fmt: skip
-QWEN_05B = Qwen2Config(
-    vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-    num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
-)  # fmt: skip
+    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+)
 PARTS: dict[str, PreTrainedConfig] = {
     "openai/clip-vit-large-patch14-336": CLIP_L,
-    "openai/clip-vit-base-patch16": CLIPVisionConfig(**BASE),
-    "google/siglip-base-patch16-224": SiglipVisionConfig(**BASE),
+    "openai/clip-vit-base-patch16": CLIPVisionConfig(patch_size=16),
+    "google/siglip-base-patch16-224": SiglipVisionConfig(),
     "lmsys/vicuna-7b-v1.5": VICUNA_7B,
     "lmsys/vicuna-13b-v1.5": VICUNA_13B,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
-    "Qwen/Qwen2.5-0.5B-Instruct": QWEN_05B,
-}
-# Small, but the language model dominates it as it does a large one
-WIDE = (
-    CLIPVisionConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        image_size=336, patch_size=14,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        tie_word_embeddings=True,
     ),
-    LlamaConfig(
-        vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
-        num_attention_heads=8,
+    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
     ),
-)  # fmt: skip
-QWEN_7B = {
-    "vision_config": {
-        "hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
-        "out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31],
-    },
-    "text_config": {
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
-        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24],
-        },
-    },
 }  # fmt: skip
 SHAPES = {
     "mini": lambda: joined(part(str(SHIPPED / "vision")), part(str(SHIPPED / "language"))),
-    "wide": lambda: joined(*WIDE),
+    # small, but the language model dominates it as it does a large one
+    "wide": lambda: joined(
+        CLIPVisionConfig(
+            hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+            image_size=336, patch_size=14,
+        ),
+        LlamaConfig(
+            vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
+            num_attention_heads=8,
+        ),
+    ),
     # the image token and padding make Vicuna's vocabulary a little larger
     "llava-1.5-7b": lambda: joined(CLIP_L, VICUNA_7B, vocabulary=32064),
     "llava-1.5-13b": lambda: joined(CLIP_L, VICUNA_13B, vocabulary=32064),
-    "qwen2.5-vl-7b": lambda: Qwen2_5_VLConfig(**deepcopy(QWEN_7B), image_token_id=IMAGE_TOKEN),
-}
+    "qwen2.5-vl-7b": lambda: Qwen2_5_VLConfig(
+        image_token_id=IMAGE_TOKEN,
+        vision_config={"hidden_size": 1280},
+        text_config={
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24],
+            },
+        },
+    ),
+}  # fmt: skip
 
 
 def shape(name: str, layers: int | None = None, width: float = 1.0) -> PreTrainedConfig:
@@ -105,15 +94,16 @@ def shape(name: str, layers: int | None = None, width: float = 1.0) -> PreTraine
     channels. Raises ValueError for an unknown name."""
     expect(name in SHAPES, "shape", name, f"one of {', '.join(SHAPES)}")
     config = SHAPES[name]()
-    whole = layers in (None, config.text_config.num_hidden_layers) and width == 1
-    return config if whole else _cut(config, layers, width)
+    if layers in (None, config.text_config.num_hidden_layers) and width == 1:
+        return config
+    return _cut(config, layers, width)
 
 
 def part(name: str) -> PreTrainedConfig:
     """The configuration of a vision tower or language model: of a published one, a local folder, or
     the local hub cache. Raises ValueError where it is in none of them."""
     if name in PARTS:
-        return deepcopy(PARTS[name])
+        return PARTS[name]
     config = local(name)
     return getattr(config, "vision_config", config)
 
@@ -157,22 +147,22 @@ def _cut(config: PreTrainedConfig, layers: int | None, width: float) -> PreTrain
     text, vision = config.text_config, config.vision_config
     full = text.num_hidden_layers
     text.num_hidden_layers = min(layers or full, full)
-    share = text.num_hidden_layers / full
-    vision.num_hidden_layers = max(2, round(vision.num_hidden_layers * share))
+    depth = text.num_hidden_layers / full
+    vision.num_hidden_layers = max(2, round(vision.num_hidden_layers * depth))
 
     def narrow(size: int, multiple: int) -> int:
         return max(multiple, round(size * width / multiple) * multiple) if width < 1 else size
 
     text.num_key_value_heads = max(1, round(text.num_key_value_heads * width))
-    for one, multiple in ((text, text.num_key_value_heads), (vision, 1)):
-        head = one.hidden_size // one.num_attention_heads
-        one.num_attention_heads = narrow(one.num_attention_heads, multiple)
-        one.hidden_size = one.num_attention_heads * head
-        one.intermediate_size = narrow(one.intermediate_size, 32)
+    for sizes, multiple in ((text, text.num_key_value_heads), (vision, 1)):
+        head = sizes.hidden_size // sizes.num_attention_heads
+        sizes.num_attention_heads = narrow(sizes.num_attention_heads, multiple)
+        sizes.hidden_size = sizes.num_attention_heads * head
+        sizes.intermediate_size = narrow(sizes.intermediate_size, 32)
     if isinstance(config, Qwen2_5_VLConfig):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
-        whole = vision.fullatt_block_indexes
-        vision.fullatt_block_indexes = [i for i in whole if i < vision.num_hidden_layers]
+        blocks = vision.fullatt_block_indexes
+        vision.fullatt_block_indexes = [i for i in blocks if i < vision.num_hidden_layers]
         vision.out_hidden_size = text.hidden_size
     return config
 
@@ -215,24 +205,19 @@ def made_up_batch(
     input_ids, attention_mask and labels are [batch, visual + text].
     """
     generator = torch.Generator().manual_seed(0)
-    along = side(config)
-    visual = along**2
-    shown = slice(1, visual + 1)
-    ids = torch.randint(
-        IMAGE_TOKEN + 1, config.text_config.vocab_size, (batch, visual + text), generator=generator
-    )
-    ids[:, shown] = config.image_token_id
+    visual, vision = side(config) ** 2, config.vision_config
+    size = (batch, visual + text)
+    ids = torch.randint(IMAGE_TOKEN + 1, config.text_config.vocab_size, size, generator=generator)
+    ids[:, 1 : visual + 1] = config.image_token_id
     labels = ids.clone()
     labels[:, : visual + text - answer] = IGNORE_INDEX
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    vision = config.vision_config
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if not isinstance(config, Qwen2_5_VLConfig):
-        size = along * vision.patch_size
-        pixels = torch.randn(batch, 3, size, size, generator=generator)
-        return found | {"pixel_values": pixels}
-    rows = along * vision.spatial_merge_size  # of patches, several of which become a token
+        pixels = side(config) * vision.patch_size
+        return tokens | {"pixel_values": torch.randn(batch, 3, pixels, pixels, generator=generator)}
+    rows = side(config) * vision.spatial_merge_size  # of patches, several of which become a token
     values = 3 * vision.temporal_patch_size * vision.patch_size**2
-    return found | {
+    return tokens | {
         "mm_token_type_ids": (ids == config.image_token_id).long(),
         "pixel_values": torch.randn(batch * rows**2, values, generator=generator),
         "image_grid_thw": torch.tensor([[1, rows, rows]] * batch),

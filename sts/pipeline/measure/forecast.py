@@ -9,7 +9,7 @@ matrix product where it is not. All but the number of jobs is an estimate; nothi
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,16 +24,8 @@ from sts.pipeline.cost.memory import memory_here, what_lacks
 from sts.pipeline.data.fetch import fetched_bytes, user_folder
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.measure.printed import show, size
-from sts.pipeline.measure.speed import (
-    START_SECONDS,
-    at_once,
-    calibrate,
-    concurrent,
-    evaluation_seconds,
-    spread,
-    too_wide,
-)
-from sts.pipeline.measure.stage_cost import StageCost
+from sts.pipeline.measure.speed import at_once, calibrate, concurrent, fit
+from sts.pipeline.measure.stage_cost import START_SECONDS, StageCost, stage_costs
 from sts.pipeline.plan import MAIN, Plan, load_plan, unique
 
 
@@ -63,36 +55,34 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
     `respread`: what of the configuration asks for more GPUs than there are, and what was estimated
     instead."""
     gpus = on.count if on else torch.cuda.device_count()
-    respread = [text for id in plan.members(MAIN) for text in too_wide(plan.configs[id], gpus)]
-    plan = replace(plan, configs={id: spread(c, gpus) for id, c in plan.configs.items()})
-    run = Forecast(plan, on, gpus)
-    disk, free = run.disk(), float(shutil.disk_usage(".").free)
-    memory = run.memory()
-    lacks = [
+    fitted = {id: fit(config, gpus) for id, config in plan.configs.items()}
+    respread = unique(text for id in plan.members(MAIN) for text in fitted[id][1])
+    run = Forecast(
+        replace(plan, configs={id: config for id, (config, _) in fitted.items()}), on, gpus
+    )
+    disk, free, memory = run.disk(), float(shutil.disk_usage(".").free), run.memory()
+    lacking = [
         what_lacks(cost.stage, cost.block, cost.memory, memory["of_a_process"])
         for cost in run.trainings
     ]
     if on is None:
-        lacks.append(full(disk, free))
+        lacking.append(full(disk, free))
     seconds = run.seconds()
-    rates, source = run.speed
+    total, (rates, source) = sum(seconds.values()), run.speed
     return {
         "scale": plan.scale.scale,
         "jobs": plan.jobs(),
         "flops": {
-            "runs": {
-                id: {stage: cost.flops for stage, cost in costs.items()}
-                for id, costs in run.costs.items()
-            },
+            "runs": run.of_each_stage(lambda cost: cost.flops),
             "total": sum(cost.flops for cost in run.trainings),
         },
-        "seconds": {**seconds, "total": sum(seconds.values())},
+        "seconds": {**seconds, "total": total},
         "speed": {"flops_per_s": rates, "source": source, "trainings_at_once": run.slots},
         "disk_bytes": {**disk, "free": free},
         "memory_bytes": memory,
-        "lacking": unique(filter(None, lacks)),
-        "respread": unique(respread),
-        **({"gpu_hours": run.gpu_hours(sum(seconds.values()), on)} if on else {}),
+        "lacking": unique(filter(None, lacking)),
+        "respread": respread,
+        **({"gpu_hours": run.gpu_hours(total, on)} if on else {}),
     }
 
 
@@ -103,42 +93,46 @@ class Forecast:
     Attributes:
         plan: With as many processes as there is room for.
         on: Another machine than this.
-        gpus: That there are.
+        gpus: How many there are.
     """
 
     plan: Plan
     on: Machine | None
     gpus: int
 
-    def cost(self, id: str, stage: str) -> StageCost:
-        """Of a stage of an ablation."""
-        return StageCost(self.plan.configs[id], stage, on_gpu=self.on is not None)
-
     @cached_property
     def costs(self) -> dict[str, dict[str, StageCost]]:
         """Ablation -> stage -> its cost."""
-        return {
-            id: {stage: self.cost(id, stage) for stage in self.plan.configs[id].stages}
-            for id in self.plan.members(MAIN)
-        }
+        on_gpu = self.on is not None
+        return {id: stage_costs(config, on_gpu) for id, config in self.plan.configs.items()}
+
+    @cached_property
+    def runs(self) -> dict[str, dict[str, StageCost]]:
+        """The same of the main table's."""
+        return {id: self.costs[id] for id in self.plan.members(MAIN)}
 
     @cached_property
     def trainings(self) -> list[StageCost]:
         """Of all that is trained, each once."""
-        jobs = self.plan.trainings(self.plan.members(MAIN))
-        costs = {(job.ablation, job.stage): self.cost(job.ablation, job.stage) for job in jobs}
-        return [costs[job.ablation, job.stage] for job in jobs]
+        jobs = self.plan.trainings(self.runs)
+        return [self.costs[job.ablation][job.stage] for job in jobs]
 
     @cached_property
     def speed(self) -> tuple[dict[str, float], str]:
         """Stage -> FLOPs a second, and how that was measured."""
-        members = [self.plan.configs[id] for id in self.plan.members(MAIN)]
-        return calibrate([self.plan.scale, *members], self.on)
+        return calibrate([self.plan.scale, *(self.plan.configs[id] for id in self.runs)], self.on)
 
     @cached_property
     def slots(self) -> int:
         """Trainings that run at once."""
-        return concurrent(self.plan.scale, self.on)
+        return concurrent(self.plan.scale, self.gpus)
+
+    def of_each_stage(self, value: Callable[[StageCost], float]) -> dict[str, dict[str, float]]:
+        """Ablation -> stage -> a value of its cost."""
+        return {
+            id: {stage: value(cost) for stage, cost in costs.items()}
+            for id, costs in self.runs.items()
+        }
 
     def stage_seconds(self, cost: StageCost) -> float:
         """Of a training, without its start."""
@@ -147,19 +141,16 @@ class Forecast:
     def seconds(self) -> dict[str, float]:
         """Of each kind of job, those that run at once together."""
         training = sum(self.stage_seconds(cost) + START_SECONDS for cost in self.trainings)
-        evaluation = timing = 0.0
-        for costs in self.costs.values():
+        evaluation, timing = 0.0, float(START_SECONDS)
+        rates = self.speed[0]
+        for costs in self.runs.values():
             *_, last = costs.values()
-            each = evaluation_seconds(last, self.speed[0][last.stage])
-            evaluation += len(last.config.seeds) * each
-            timing += sum(
-                cost.timing_share * cost.flops / self.speed[0][stage]
-                for stage, cost in costs.items()
-            )
+            evaluation += len(last.config.seeds) * last.evaluation_seconds(rates[last.stage])
+            timing += sum(cost.timing_flops / rates[stage] for stage, cost in costs.items())
         return {
             "training": training / self.slots,
             "evaluation": evaluation / self.slots,
-            "timing": timing + START_SECONDS,
+            "timing": timing,
             "backbone": float(START_SECONDS),
         }
 
@@ -177,7 +168,7 @@ class Forecast:
         """Bytes of what is written and stays."""
         checkpoints = max(cost.checkpoint_bytes for cost in self.trainings)
         return {
-            "data": data_bytes(self.plan.data(self.plan.members(MAIN)), self.plan.scale.data),
+            "data": data_bytes(self.plan.data(self.runs), self.plan.scale.data),
             "weights": sum(cost.weight_bytes for cost in self.trainings),
             "checkpoints": self.slots * checkpoints,
         }
@@ -185,15 +176,11 @@ class Forecast:
     def gpu_hours(self, seconds: float, on: Machine) -> dict[str, Any]:
         """GPU-hours of the stages of each run of one seed and of all that is done in so many
         seconds, and its price."""
-        runs = {
-            id: {
-                stage: cost.block.processes * self.stage_seconds(cost) / 3600
-                for stage, cost in costs.items()
-            }
-            for id, costs in self.costs.items()
-        }
+        runs = self.of_each_stage(
+            lambda cost: cost.block.processes * self.stage_seconds(cost) / 3600
+        )
         widest = max(
-            cost.block.processes for costs in self.costs.values() for cost in costs.values()
+            cost.block.processes for costs in self.runs.values() for cost in costs.values()
         )
         total = seconds * min(on.count, self.slots * widest) / 3600
         price = {} if on.price is None else {"price": total * on.price}
@@ -218,8 +205,7 @@ def data_bytes(names: Iterable[str], data: DataConfig) -> float:
     for name in names:
         entry = dataset(name, data)
         if entry.image_bytes and not entry.source:
-            rows = sum(count for count, _ in entry.load(data, None).values())
-            total += entry.image_bytes * rows
+            total += entry.image_bytes * sum(rows for rows, _ in entry.load(data, None).values())
         if not user_folder(name, data.folders, data.mirror):
             total += fetched_bytes(entry.files)
     return total

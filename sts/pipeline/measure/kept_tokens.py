@@ -3,9 +3,9 @@
     python -m sts tokens --backbone results/mini/backbone/dense.json \
         --data data/mini/scenes/manifest.json --out results/mini/tokens.json
 
-Kinds that look at text are left out: it is compared with projected tokens, of which there are none
-here; so are those with weights, which nothing has trained, and those that ask for a class token
-where the tower has none.
+Left out are kinds that look at text (it is compared with projected tokens, of which there are none
+here), those with weights (nothing has trained them), and those that ask for a class token where the
+tower has none.
 """
 
 import base64
@@ -25,7 +25,7 @@ from sts.pipeline.train.joined import TOWERS, image_processor, load_tower
 from sts.vtc import KINDS, compress, kind_of, wants
 
 KEEP = 0.25  # share of the visual tokens
-CHANNELS = 8  # of the features through which a kind's weights are measured
+CHANNELS = 8  # of each token, some of which a kind may leave out
 
 
 def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict[str, Any]:
@@ -48,15 +48,14 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
     png = io.BytesIO()
     picture.save(png, format="PNG")
     missing = {"text"} if scores is not None else {"text", "scores"}
-    usable = [kind for kind in KINDS if not missing & set(wants(kind))]
     result = {
         "picture": base64.b64encode(png.getvalue()).decode(),
         "grid": grid,
         "keep": KEEP,
         "kinds": {
             kind: weights(kind, features, grid, scores)
-            for kind in usable
-            if not isinstance(kind_of(kind), type)
+            for kind in KINDS
+            if not missing & wants(kind) and not isinstance(kind_of(kind), type)
         },
     }
     write_text_atomic(out, json.dumps(result, separators=(",", ":")) + "\n")
@@ -73,26 +72,20 @@ def weights(
     generator = torch.Generator().manual_seed(0)
     keep = 1.0 if kind == "none" else KEEP
     _, outputs = compress(kind, features, keep, grid, scores=scores, generator=generator)
-    # [1, outputs, 1, tokens, channels], the same in each channel
-    summed = lambda x, apply=outputs.apply: apply(x).sum(2)  # noqa: E731
-    jacobian = torch.autograd.functional.jacobian(summed, features[..., :CHANNELS])
-    return [
-        [(token, round(float(row[token]), 6)) for token in row.nonzero()[:, 0].tolist()]
-        for row in jacobian[0, :, 0].abs().mean(-1)
-    ]
+    tokens = features.shape[1]
+    unit = torch.eye(tokens).repeat_interleave(CHANNELS, dim=1)  # each token in its own channels
+    shares = outputs.apply(unit[None])[0].unflatten(1, (tokens, CHANNELS)).mean(2)
+    return [[(i, round(float(row[i]), 6)) for i in row.nonzero()[:, 0].tolist()] for row in shares]
 
 
 def first_picture(data: Path) -> Image.Image:
-    """The first picture of the first training split of a data manifest.
-
-    Raises FileNotFoundError if there is no such file.
-    """
+    """The first picture of the first training split of a data manifest. Raises FileNotFoundError if
+    there is no such file."""
     if not data.exists():
         raise FileNotFoundError(f"{data}: no prepared data set to take a picture from")
     splits = read_json(data)["splits"]
     split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
-    file = data.parent / splits[split]["file"]
-    rows = Dataset.from_file(str(file))
+    rows = Dataset.from_file(str(data.parent / splits[split]["file"]))
     return next(images_of(row)[0] for row in rows if images_of(row))
 
 

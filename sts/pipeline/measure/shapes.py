@@ -1,109 +1,58 @@
 """Known models by name: their Hugging Face configurations, random weights, made-up batches.
 
-Nothing is downloaded. Of the published models these are the sizes that their config.json files
-say; `mini` is read from the files of the shipped backbones.
+Nothing is downloaded. The sizes of published models are in shapes.yaml; `mini` is read from the
+files of the shipped backbones.
 """
 
 from collections.abc import Mapping
-from copy import deepcopy
+from pathlib import Path
 
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
-    Qwen2Config,
-    SiglipVisionConfig,
 )
 
 from sts.checks import expect
 from sts.pipeline.data.collator import collate
 from sts.pipeline.data.tokens import expand, tokenise
 from sts.pipeline.train.joined import TOWERS, tower_config
-from sts.pipeline.train.model import SHIPPED
 from sts.settings import IGNORE_INDEX
 
 IMAGE_TOKEN = 3  # id of the placeholder
 PICTURE = (480, 640)  # height and width in pixels, as most of COCO has
 SIDE = 24  # visual tokens along each side of a picture, where the model takes any size
-
-CLIP_L = CLIPVisionConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-    image_size=336, patch_size=14,
-)  # fmt: skip
-VICUNA_7B = LlamaConfig()
-VICUNA_13B = LlamaConfig(
-    hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
-)
-PARTS: dict[str, PreTrainedConfig] = {
-    "openai/clip-vit-large-patch14-336": CLIP_L,
-    "openai/clip-vit-base-patch16": CLIPVisionConfig(patch_size=16),
-    "google/siglip-base-patch16-224": SiglipVisionConfig(),
-    "lmsys/vicuna-7b-v1.5": VICUNA_7B,
-    "lmsys/vicuna-13b-v1.5": VICUNA_13B,
-    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    ),
-    "Qwen/Qwen2.5-0.5B-Instruct": Qwen2Config(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-SHAPES = {
-    "mini": lambda: joined(part(str(SHIPPED / "vision")), part(str(SHIPPED / "language"))),
-    # small, but the language model dominates it as it does a large one
-    "wide": lambda: joined(
-        CLIPVisionConfig(
-            hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-            image_size=336, patch_size=14,
-        ),
-        LlamaConfig(
-            vocab_size=8192, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
-            num_attention_heads=8,
-        ),
-    ),
-    # the image token and padding make Vicuna's vocabulary a little larger
-    "llava-1.5-7b": lambda: joined(CLIP_L, VICUNA_7B, vocabulary=32064),
-    "llava-1.5-13b": lambda: joined(CLIP_L, VICUNA_13B, vocabulary=32064),
-    "qwen2.5-vl-7b": lambda: Qwen2_5_VLConfig(
-        image_token_id=IMAGE_TOKEN,
-        vision_config={"hidden_size": 1280},
-        text_config={
-            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-            "num_attention_heads": 28, "num_key_value_heads": 4,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24],
-            },
-        },
-    ),
-}  # fmt: skip
+PARTS, SHAPES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")).values()
 
 
 def shape(name: str, layers: int | None = None, width: float = 1.0) -> PreTrainedConfig:
     """The configuration of a known model, cut to `layers` decoder layers and a share `width` of its
     channels. Raises ValueError for an unknown name."""
     expect(name in SHAPES, "shape", name, f"one of {', '.join(SHAPES)}")
-    config = SHAPES[name]()
+    sizes = SHAPES[name]
+    if "vision" in sizes:
+        config = joined(part(sizes["vision"]), part(sizes["language"]))
+    else:
+        config = AutoConfig.for_model(**sizes)
     if layers in (None, config.text_config.num_hidden_layers) and width == 1:
         return config
     return _cut(config, layers, width)
 
 
-def part(name: str) -> PreTrainedConfig:
+def part(name: str | Mapping[str, object]) -> PreTrainedConfig:
     """The configuration of a vision tower or language model: of a published one, a local folder, or
-    the local hub cache. Raises ValueError where it is in none of them."""
-    if name in PARTS:
-        return PARTS[name]
+    the local hub cache, or of its sizes. Raises ValueError where it is in none of them."""
+    sizes = PARTS.get(name) if isinstance(name, str) else name
+    if sizes:
+        return AutoConfig.for_model(**sizes)
     config = local(name)
     return getattr(config, "vision_config", config)
 
@@ -121,15 +70,10 @@ def local(name: str) -> PreTrainedConfig:
 
 
 def joined(
-    vision: PreTrainedConfig,
-    language: PreTrainedConfig,
-    feature_layer: int = -2,
-    vocabulary: int | None = None,
+    vision: PreTrainedConfig, language: PreTrainedConfig, feature_layer: int = -2
 ) -> LlavaConfig:
-    """A vision tower and a language model as LLaVA joins them; vocabulary: instead of the language
-    model's own."""
-    vision, language = tower_config("the tower", deepcopy(vision)), deepcopy(language)
-    language.vocab_size = vocabulary or language.vocab_size
+    """A vision tower and a language model as LLaVA joins them."""
+    vision = tower_config("the tower", vision)
     return LlavaConfig(
         vision_config=vision,
         text_config=language,

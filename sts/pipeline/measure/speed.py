@@ -2,28 +2,22 @@
 second, measured within seconds or taken from a GPU's data sheet."""
 
 import os
-import time
-from collections.abc import Iterable, Iterator
-from statistics import median
+from collections.abc import Iterable
 
 import torch
+from torch.utils.benchmark import Timer
 
 from sts.pipeline.config import Config, StageConfig
 from sts.pipeline.cost.machines import SHARE, Machine
 from sts.pipeline.measure import shapes
-from sts.pipeline.measure.stage_cost import StageCost, model_config, tokens
+from sts.pipeline.measure.stage_cost import StageCost, model_config
 from sts.pipeline.run.device import precision_here
-from sts.pipeline.tasks.registry import questions_of
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.step import make_optimizer, optimizer_step, prepare_process, put_scheme
 from sts.settings import LDS, VTC
 
-START_SECONDS = 20  # imports and loading, each job
-ANSWER_SECONDS = 0.004  # of a short answer's other tokens and the harness, a question on a core
 MATMUL_SHARE = 0.4  # of a matrix product's speed that a training of a large model reaches
-
-
-# ---- processes on the GPUs that there are -----------------------------------------------------
+MATMUL_SIZE = 2048
 
 
 def on_fewer(block: StageConfig, gpus: int) -> StageConfig:
@@ -36,24 +30,19 @@ def on_fewer(block: StageConfig, gpus: int) -> StageConfig:
     return block.model_copy(update=split)
 
 
-def spread(config: Config, gpus: int) -> Config:
-    """The configuration with every stage `on_fewer`."""
+def fit(config: Config, gpus: int) -> tuple[Config, list[str]]:
+    """The configuration with every stage `on_fewer`, and what is said of the stages that have more
+    processes than there are GPUs: the trainer refuses another number than configured."""
     stages = {name: on_fewer(block, gpus) for name, block in config.stages.items()}
-    return config.model_copy(update={"stages": stages})
-
-
-def too_wide(config: Config, gpus: int) -> Iterator[str]:
-    """What is said of the stages that have more processes than there are GPUs: the trainer refuses
-    another number than configured."""
-    for name, block in config.stages.items():
-        fewer = on_fewer(block, gpus)
-        if fewer.processes < block.processes:
-            yield (
-                f"stages.{name}: {block.processes} processes do not run on {gpus} GPU"
-                f"{'s' * (gpus > 1)}. Estimated with processes: {fewer.processes} and "
-                f"gradient_accumulation_steps: {fewer.gradient_accumulation_steps}, which keep "
-                f"the global batch of {block.global_batch}; set them before you train"
-            )
+    texts = [
+        f"stages.{name}: {block.processes} processes do not run on {gpus} GPU{'s' * (gpus > 1)}. "
+        f"Estimated with processes: {stages[name].processes} and gradient_accumulation_steps: "
+        f"{stages[name].gradient_accumulation_steps}, which keep the global batch of "
+        f"{block.global_batch}; set them before you train"
+        for name, block in config.stages.items()
+        if stages[name].processes < block.processes
+    ]
+    return config.model_copy(update={"stages": stages}), texts
 
 
 def at_once(block: StageConfig, gpus: int) -> int:
@@ -62,15 +51,11 @@ def at_once(block: StageConfig, gpus: int) -> int:
     return block.processes if gpus else max(1, min(block.processes, cores))
 
 
-def concurrent(config: Config, on: Machine | None = None) -> int:
+def concurrent(config: Config, gpus: int) -> int:
     """Trainings that run at once: by GPUs if there are any, else by cores."""
     block = config.stage(config.last)
-    gpus = on.count if on else torch.cuda.device_count()
     room = gpus or len(os.sched_getaffinity(0)) // block.threads
     return max(1, room // block.processes)
-
-
-# ---- FLOPs a second ---------------------------------------------------------------------------
 
 
 def calibrate(configs: Iterable[Config], on: Machine | None = None) -> tuple[dict[str, float], str]:
@@ -94,14 +79,13 @@ def calibrate(configs: Iterable[Config], on: Machine | None = None) -> tuple[dic
     return speed, "dense training steps, measured on this machine just now"
 
 
-def training_rate(config: Config, stage: str, budget: float = 6) -> float:
-    """FLOPs a second of dense training steps on random weights and tokens; at most about `budget`
-    seconds and five steps."""
+def training_rate(config: Config, stage: str) -> float:
+    """FLOPs a second of dense training steps on random weights and tokens."""
     dense = {"processes": 1, "vtc": VTC(), "lds": LDS()}
     block = config.stage(stage).model_copy(update=dense)
-    config = config.model_copy(update={"stages": {**config.stages, stage: block}})
+    cost = StageCost(config.model_copy(update={"stages": {stage: block}}), stage)
     accelerator = prepare_process(block)
-    text, answer = map(round, tokens(block, config.data))
+    text, answer = map(round, cost.tokens)
     sizes = model_config(config.model)
     batch = {
         name: values.to(accelerator.device)
@@ -114,41 +98,23 @@ def training_rate(config: Config, stage: str, budget: float = 6) -> float:
     scheme = put_scheme(model, block, block.global_batch, seed=0)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, block))
     batches = [batch] * block.gradient_accumulation_steps
-    seconds: list[float] = []
-    began = time.perf_counter()
-    while not seconds or (len(seconds) < 5 and time.perf_counter() - began < budget):
+
+    def step() -> None:
         scheme.begin_step(0)
-        start = time.perf_counter()
         optimizer_step(accelerator, wrapped, optimizer, batches, block, 0.0, scheme)
-        seconds.append(time.perf_counter() - start)
-    # the median: neither the first step, which warms up, nor the luckiest
-    return StageCost(config, stage).step_flops(0.0) / median(seconds)
+
+    return cost.step_flops(0.0) / seconds_of("step()", block, step=step)
 
 
-def matmul_rate(block: StageConfig, largest: int = 2048, enough: float = 0.1) -> float:
-    """FLOPs a second of square matrix products with the stage's precision and threads: of the
-    first size, from 256 on, that takes `enough` seconds (bf16 is slow on a CPU without it)."""
-    on_gpu = torch.cuda.is_available()
-    torch.set_num_threads(block.threads)
+def matmul_rate(block: StageConfig) -> float:
+    """FLOPs a second of square matrix products with the stage's precision and threads."""
     dtype = torch.bfloat16 if precision_here(block.precision) == "bf16" else torch.float32
-    size, fastest = 128, 0.0
-    while fastest < enough and size < largest:
-        size *= 2
-        a = torch.ones(size, size, dtype=dtype, device="cuda" if on_gpu else "cpu")
-        seconds = []
-        for _ in range(4):
-            began = time.perf_counter()
-            (a @ a).sum().item()
-            seconds.append(time.perf_counter() - began)
-        fastest = min(seconds)
-    return 2 * size**3 / fastest
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device=device)
+    return 2 * MATMUL_SIZE**3 / seconds_of("matrix @ matrix", block, matrix=matrix)
 
 
-def evaluation_seconds(last: StageCost, speed: float) -> float:
-    """One evaluation job of a run with this last stage: a forward of every question and what its
-    answer takes beside, and of a share again with a grey image."""
-    wanted = last.config.evaluate
-    counts = [questions_of(name) or last.config.data.scenes.test for name in wanted.benchmarks]
-    limit = wanted.limit or max(counts)
-    questions = sum(min(count, limit) for count in counts) * (1 + wanted.blind)
-    return START_SECONDS + questions * (last.answer_flops / speed + ANSWER_SECONDS)
+def seconds_of(statement: str, block: StageConfig, **names: object) -> float:
+    """Median time of a statement with the stage's threads, after a warm-up."""
+    timer = Timer(statement, globals=names, num_threads=block.threads)
+    return timer.blocked_autorange(min_run_time=1).median

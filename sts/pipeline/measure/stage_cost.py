@@ -3,20 +3,22 @@
 Of a model whose weights are not here either: its sizes are known, or read from local files.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from statistics import fmean
-from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from sts.lds.decision import expected_work
-from sts.pipeline.config import Config, DataConfig, LoraConfig, ModelConfig, StageConfig
+from sts.pipeline.config import Config, LoraConfig, ModelConfig, StageConfig
 from sts.pipeline.cost.flops import Counts, count
 from sts.pipeline.cost.memory import FLOAT32, step_memory
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.measure import shapes
 from sts.pipeline.run.device import attention_here
+from sts.pipeline.tasks.registry import questions_of
 from sts.pipeline.train.checkpoint import KEPT
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import SHIPPED
@@ -26,6 +28,8 @@ from sts.schedule import keep_at
 # two data sets hold.
 TOKENS = {"align": (40, 25), "instruct": (250, 130)}
 POINTS = 50  # of a stage, over which its schedules are averaged
+START_SECONDS = 20  # imports and loading, each job
+ANSWER_SECONDS = 0.004  # of a short answer's other tokens and the harness, a question on a core
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,18 @@ class StageCost:
     @cached_property
     def counts(self) -> Counts:
         """Of the model as the stage trains it. Raises ValueError where its sizes are not known."""
-        return counts_of(self.config.model, self.block)
+        block = self.block
+        rank = block.lora.rank if "lora" in block.trains else 1
+        return _counts(self.config.model.model_dump_json(), tuple(sorted(block.trains)), rank)
+
+    @property
+    def tokens(self) -> tuple[float, float]:
+        """(text, answer) tokens of a sample, text with the padding of its batch: means over the
+        data sets of the stage."""
+        split = self.block.split
+        of_sets = [dataset(name, self.config.data).tokens for name in self.block.data]
+        text, answer = zip(*(tokens.get(split, TOKENS[split]) for tokens in of_sets), strict=True)
+        return fmean(text), fmean(answer)
 
     @cached_property
     def flops(self) -> float:
@@ -69,7 +84,7 @@ class StageCost:
         """Of an optimizer step at a share `t` of the stage, on all processes."""
         block, counts, vtc = self.block, self.counts, self.block.vtc
         keep = keep_at(t, vtc.keep, vtc.schedule, vtc.dense_tail)
-        text, answer = tokens(block, self.config.data)
+        text, answer = self.tokens
         parts = counts.step(
             samples=block.global_batch,
             tokens=keep * counts.visual_tokens + text,
@@ -83,23 +98,26 @@ class StageCost:
         return sum(parts.values())
 
     @property
-    def answer_flops(self) -> float:
-        """Of a forward of one sample, as the weights answer in the evaluation."""
-        text, answer = tokens(self.block, self.config.data)
-        return self.counts.forward(self.counts.visual_tokens + text, answer)
+    def timing_flops(self) -> float:
+        """Of the steps that the stage's timing takes, by one process."""
+        return self.flops * self.config.bench.steps / self.block.steps / self.block.processes
 
-    @property
-    def timing_share(self) -> float:
-        """Share of the stage's steps that its timing takes, by one process."""
-        return self.config.bench.steps / self.block.steps / self.block.processes
+    def evaluation_seconds(self, speed: float) -> float:
+        """One evaluation job of a run with this last stage at so many FLOPs a second: a forward of
+        every question and what its answer takes beside, and of a share again with a grey image."""
+        evaluation, (text, answer) = self.config.evaluate, self.tokens
+        counts = [questions_of(n) or self.config.data.scenes.test for n in evaluation.benchmarks]
+        limit = evaluation.limit or max(counts)
+        questions = sum(min(count, limit) for count in counts) * (1 + evaluation.blind)
+        flops = self.counts.forward(self.counts.visual_tokens + text, answer)
+        return START_SECONDS + questions * (flops / speed + ANSWER_SECONDS)
 
     @property
     def memory(self) -> dict[str, float]:
         """Peak bytes of one process, by what they hold (`step_memory`)."""
-        text, answer = tokens(self.block, self.config.data)
-        return step_memory(
-            self.counts, self.block, self.counts.visual_tokens + text, answer, self.on_gpu
-        )
+        text, answer = self.tokens
+        tokens = self.counts.visual_tokens + text
+        return step_memory(self.counts, self.block, tokens, answer, self.on_gpu)
 
     @property
     def weight_bytes(self) -> float:
@@ -112,18 +130,18 @@ class StageCost:
         return (KEPT + 1) * 3 * FLOAT32 * sum(self.counts.trained.values())
 
 
-def counts_of(model: ModelConfig, block: StageConfig) -> Counts:
-    """What a model costs as a stage trains it. Raises ValueError where its sizes are not known."""
-    rank = block.lora.rank if "lora" in block.trains else 1
-    return _counts(model.model_dump_json(), tuple(sorted(block.trains)), rank)
+def stage_costs(config: Config, on_gpu: bool) -> dict[str, StageCost]:
+    """The cost of each stage of a run."""
+    return {stage: StageCost(config, stage, on_gpu) for stage in config.stages}
 
 
 @lru_cache(maxsize=32)
 def _counts(model: str, trains: tuple[str, ...], rank: int) -> Counts:
-    settings = ModelConfig.model_validate_json(model)
-    config = model_config(settings)
-    if settings.family == "whole":
-        batch: Any = shapes.processed_batch(settings.checkpoint)
+    model_block = ModelConfig.model_validate_json(model)
+    config = model_config(model_block)
+    batch: Mapping[str, Tensor]
+    if model_block.family == "whole":
+        batch = shapes.processed_batch(model_block.checkpoint)
     else:
         batch = shapes.made_up_batch(config, batch=1, text=64, answer=32)
     block = StageConfig.model_construct(trains=[*trains], lora=LoraConfig(rank=rank))
@@ -141,12 +159,3 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
         vision, language = (shapes.part(str(SHIPPED / name)) for name in ("vision", "language"))
         language.num_hidden_layers = model.layers
     return shapes.joined(vision, language, model.vision_feature_layer)
-
-
-def tokens(block: StageConfig, data: DataConfig) -> tuple[float, float]:
-    """(text, answer) tokens of a sample, text with the padding of its batch: means over the data
-    sets of the stage."""
-    of_sets = [dataset(name, data).tokens for name in block.data]
-    pairs = [by_split.get(block.split, TOKENS[block.split]) for by_split in of_sets]
-    text, answer = (fmean(values) for values in zip(*pairs, strict=True))
-    return text, answer

@@ -1,6 +1,6 @@
 """Methods compared: scores over seeds, what is kept of a baseline's, what is saved of its cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from scipy.stats import t as student
 from sts.pipeline.report.results import MISSING, UNDEFINED, other_scales, timings
 
 CONFIDENCE = 0.95
+COSTS = ("time_ratio", "flops_ratio", "realisation")
 
 Cell = float | str
 Row = dict[str, Any]
@@ -39,15 +40,20 @@ def compare(
         frame = lines.pivot(index="seed", columns="benchmark", values=value)
         return frame.reindex(columns=benchmarks)
 
+    def average(values: pd.DataFrame) -> Row | str:
+        return over_seeds(values[shares].mean(axis=1, skipna=False)) if shares else UNDEFINED
+
     rows = {}
     for id, base in bases.items():
         score, blind = by_seed(id, "score"), by_seed(id, "blind")
-        row: Row = {name: over_seeds(score[name]) for name in benchmarks}
-        row["average"] = _average(score[shares])
         left_out = (score[shares].notna() & blind[shares].isna()).any(axis=None)
-        row["blind"] = UNDEFINED if left_out else _average(blind[shares])
-        row["retention"] = _retention(score, by_seed(base, "score"))
-        rows[id] = row | _costs(timing, id, base)
+        rows[id] = {
+            **{name: over_seeds(score[name]) for name in benchmarks},
+            "average": average(score),
+            "blind": UNDEFINED if left_out else average(blind),
+            "retention": _retention(score, by_seed(base, "score")),
+            **_costs(timing, id, base),
+        }
     return rows
 
 
@@ -56,12 +62,8 @@ def over_seeds(values: pd.Series) -> Row | str:
     values = values.dropna()
     if values.empty:
         return MISSING
-    sd = float(values.std(ddof=1)) if len(values) > 1 else UNDEFINED
+    sd = float(values.std()) if len(values) > 1 else UNDEFINED
     return {"mean": float(values.mean()), "sd": sd, "seeds": len(values)}
-
-
-def _average(values: pd.DataFrame) -> Row | str:
-    return UNDEFINED if values.columns.empty else over_seeds(values.mean(axis=1, skipna=False))
 
 
 def _retention(score: pd.DataFrame, baseline: pd.DataFrame) -> Row | str:
@@ -72,29 +74,26 @@ def _retention(score: pd.DataFrame, baseline: pd.DataFrame) -> Row | str:
     if (baseline.loc[seeds] == 0).any(axis=None):
         return UNDEFINED
     ratios = (score.loc[seeds] / baseline.loc[seeds]).mean(axis=1)
-    low, high = interval(list(ratios))
+    low, high = interval(ratios)
     return {"mean": float(ratios.mean()), "low": low, "high": high}
 
 
-def interval(values: Sequence[float]) -> tuple[Cell, Cell]:
+def interval(values: pd.Series) -> tuple[Cell, Cell]:
     """Two-sided 95 % t interval of the mean: m ± t(0.975, n - 1) s / sqrt(n); n/a for one value."""
-    n = len(values)
-    if n < 2:
+    if len(values) < 2:
         return UNDEFINED, UNDEFINED
-    series = pd.Series(values)
-    half = student.ppf((1 + CONFIDENCE) / 2, n - 1) * series.std(ddof=1) / n**0.5
-    return float(series.mean() - half), float(series.mean() + half)
+    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.sem()
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def _costs(timing: Mapping[str, Any], id: str, base: str) -> dict[str, Cell]:
-    names = ("time_ratio", "flops_ratio", "realisation")
     if id not in timing or base not in timing:
-        return dict.fromkeys(names, MISSING)
+        return dict.fromkeys(COSTS, MISSING)
     flops, base_flops = (sum(timing[key]["flops"].values()) for key in (id, base))
     time_ratio, flops_ratio = timing[id]["time_s"] / timing[base]["time_s"], flops / base_flops
     saved = 1 - flops_ratio
     realisation = (1 - time_ratio) / saved if saved else UNDEFINED
-    return dict(zip(names, (time_ratio, flops_ratio, realisation), strict=True))
+    return dict(zip(COSTS, (time_ratio, flops_ratio, realisation), strict=True))
 
 
 def flat(row: Row) -> dict[str, Cell]:

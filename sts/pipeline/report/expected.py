@@ -5,7 +5,6 @@
 """
 
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import pandas as pd
@@ -13,9 +12,10 @@ from annotated_types import Gt
 from pydantic import ValidationError
 
 from sts.pipeline.config import Block, ConfigError, load_yaml
-from sts.pipeline.files import read_json, write_text_atomic
-from sts.pipeline.report.results import MISSING, UNDEFINED
-from sts.pipeline.report.tables import markdown
+from sts.pipeline.files import write_text_atomic
+from sts.pipeline.report.compare import over_seeds
+from sts.pipeline.report.results import MISSING, evaluations
+from sts.pipeline.report.tables import page
 
 VERDICTS = {
     "pass": "as published, within `warn`",
@@ -29,7 +29,6 @@ class Published(Block):
     """A published score, in percent unless it is no share, and how near is near enough."""
 
     published: float
-    """The score."""
     source: str
     """Who says so, and its mark."""
     warn: Annotated[float, Gt(0)]
@@ -42,16 +41,14 @@ class Reference(Block):
     """What is known of a run."""
 
     ablation: str
-    """Id of the ablation that the scores are of."""
     scores: dict[str, Published]
-    """Benchmark -> score."""
+    """By benchmark."""
 
 
 def read(path: str | Path) -> Reference:
     """A reference file. Raises ConfigError with file, key, value and what is accepted."""
-    content = load_yaml(path)
     try:
-        reference = Reference.model_validate(content)
+        reference = Reference.model_validate(load_yaml(path))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -69,41 +66,35 @@ def expected(reference: str | Path, results: str | Path, out_stem: str | Path) -
 
     What the runs of `results` have not measured is `missing`, and none of it passes.
     """
-    published, stem = read(reference), Path(out_stem)
-    runs = sorted((Path(results) / "runs" / published.ablation).glob("seed*/eval.json"))
-    evaluations = [read_json(file)["benchmarks"] for file in runs]
+    known, stem = read(reference), Path(out_stem)
+    runs = evaluations(results, known.ablation).values()
     lines = []
-    for name, score in published.scores.items():
-        entries = [evaluation[name] for evaluation in evaluations if name in evaluation]
+    for name, score in known.scores.items():
+        entries = [run[name] for run in runs if name in run]
         values = [entry["score"] * (100 if entry["share"] else 1) for entry in entries]
         lines.append({"benchmark": name, **judged(values, score), "source": score.source})
     table = pd.DataFrame(lines)
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in table["verdict"].value_counts().items())
+    meaning = "; ".join(f"{verdict}: {text}" for verdict, text in VERDICTS.items())
+    note = f"Row `{known.ablation}`, seeds: {len(runs)}. {counts}. {meaning}."
+    grid = table.map(lambda cell: f"{cell:.1f}" if isinstance(cell, float) else str(cell))
     write_text_atomic(stem.with_suffix(".csv"), table.to_csv(index=False))
-    write_text_atomic(stem.with_suffix(".md"), _page(table, published.ablation, len(runs)))
+    write_text_atomic(stem.with_suffix(".md"), page("expected", grid, [note]))
     return table
 
 
 def judged(values: list[float], score: Published) -> dict[str, Any]:
     """What seeds obtained, beside what was published."""
-    if not values:
+    obtained = over_seeds(pd.Series(values, dtype=float))
+    if obtained == MISSING:
         empty = dict.fromkeys(("obtained", "sd", "difference", "verdict"), MISSING)
         return {"published": score.published, **empty}
-    difference = fmean(values) - score.published
+    difference = obtained["mean"] - score.published
     off = abs(difference)
     return {
         "published": score.published,
-        "obtained": fmean(values),
-        "sd": stdev(values) if len(values) > 1 else UNDEFINED,
+        "obtained": obtained["mean"],
+        "sd": obtained["sd"],
         "difference": difference,
         "verdict": "pass" if off <= score.warn else "warn" if off <= score.fail else "FAIL",
     }
-
-
-def _page(table: pd.DataFrame, ablation: str, seeds: int) -> str:
-    def shown(value: Any) -> str:
-        return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-    counts = ", ".join(f"{n} {verdict}" for verdict, n in table["verdict"].value_counts().items())
-    meaning = "; ".join(f"{verdict}: {text}" for verdict, text in VERDICTS.items())
-    note = f"- Row `{ablation}`, seeds: {seeds}. {counts}. {meaning}."
-    return "\n".join(["### Expected", "", markdown(table.map(shown)), "", note, ""])

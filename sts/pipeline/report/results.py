@@ -13,6 +13,12 @@ MISSING, UNDEFINED = "missing", "n/a"  # its job has no result; there is no such
 VALUES = ["score", "blind", "majority", "chance"]  # of a benchmark in eval.json
 
 
+def evaluations(results: str | Path, id: str) -> dict[int, dict[str, Any]]:
+    """The benchmarks of each evaluation of an ablation, by seed."""
+    files = sorted((Path(results) / "runs" / id).glob("seed*/eval.json"))
+    return {int(file.parent.name[4:]): read_json(file)["benchmarks"] for file in files}
+
+
 def scores(results: str | Path, ablations: Sequence[str]) -> pd.DataFrame:
     """One line per ablation, seed and benchmark: VALUES, and `is_share`.
 
@@ -24,14 +30,12 @@ def scores(results: str | Path, ablations: Sequence[str]) -> pd.DataFrame:
     """
     lines = []
     for id in ablations:
-        files = (Path(results) / "runs" / id).glob("seed*/eval.json")
-        evaluations = {int(file.parent.name[4:]): read_json(file)["benchmarks"] for file in files}
-        config = configuration(results, id)
-        measured = dict.fromkeys(name for entries in evaluations.values() for name in entries)
-        benchmarks = config.get("evaluate", {}).get("benchmarks") or list(measured)
-        for seed in config.get("seeds") or sorted(evaluations):
+        by_seed, config = evaluations(results, id), configuration(results, id)
+        measured = dict.fromkeys(name for entries in by_seed.values() for name in entries)
+        benchmarks = config.get("evaluate", {}).get("benchmarks") or measured
+        for seed in config.get("seeds") or sorted(by_seed):
             for benchmark in benchmarks:
-                entry = evaluations.get(seed, {}).get(benchmark, {})
+                entry = by_seed.get(seed, {}).get(benchmark, {})
                 line = {"ablation": id, "seed": seed, "benchmark": benchmark}
                 line |= {key: entry.get(key) for key in VALUES}
                 lines.append(line | {"is_share": entry.get("share", True)})

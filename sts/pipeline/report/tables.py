@@ -87,13 +87,14 @@ def table(
     if sources:
         order = list(HEADS)
         rows = dict(sorted(rows.items(), key=lambda row: order.index(sources[row[0]])))
-    names = {id: (labels or {}).get(id, id) for id in ablations}
-    notes = _notes(results, bases, lines, names)
+    names = dict(zip(ablations, ablations, strict=True)) | dict(labels or {})
+    cells = {id: flat(row) for id, row in rows.items()}
     numbers = pd.DataFrame(
         {"ablation": id, "method": names[id], "source": sources.get(id), "relative_to": bases[id]}
-        | flat(row)
-        for id, row in rows.items()
+        | cells[id]
+        for id in rows
     )
+    notes = _notes(results, bases, lines, names)
     grid, heads = _grid(rows, lines, names, sources)
     lists = {
         "What was asked": configured(configuration(results, ablations[0])),
@@ -101,21 +102,17 @@ def table(
     }
     texts = {
         ".csv": numbers.to_csv(index=False, na_rep=UNDEFINED),
-        ".md": _markdown(name, grid, heads, notes),
+        ".md": page(name, grid, notes, heads),
         ".tex": _latex(grid, heads, notes),
         ".html": _html(name, grid, heads, notes, lists),
     }
     for suffix, text in texts.items():
         write_text_atomic(stem.with_suffix(suffix), text)
-    write_json_atomic(stem.with_suffix(".json"), _metrics(rows))
-
-
-def _metrics(rows: Mapping[str, Row]) -> dict[str, dict[str, float]]:
-    """The numbers alone, by method: `dvc metrics diff` compares numbers."""
-    return {
-        id: {key: cell for key, cell in flat(row).items() if not isinstance(cell, str)}
-        for id, row in rows.items()
+    metrics = {  # `dvc metrics diff` compares numbers
+        id: {key: cell for key, cell in row.items() if not isinstance(cell, str)}
+        for id, row in cells.items()
     }
+    write_json_atomic(stem.with_suffix(".json"), metrics)
 
 
 # ---- the lines under a table ------------------------------------------------------------------
@@ -219,18 +216,16 @@ def _number(cell: Any, factor: int = 100, digits: int = 1) -> str:
     return MISSING if pd.isna(cell) else f"{factor * float(cell):.{digits}f}"
 
 
-def markdown(grid: pd.DataFrame) -> str:
-    """A table of texts as Markdown, as a person writes it: no cell is filled to a width."""
-    rule = "| :-- |" + " --: |" * (len(grid.columns) - 1)
-    title, *rows = (f"| {' | '.join(row)} |" for row in [grid.columns, *grid.to_numpy()])
-    return "\n".join([title, rule, *rows])
-
-
-def _markdown(name: str, grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
+def page(name: str, grid: pd.DataFrame, notes: list[str], heads: Sequence[int] = ()) -> str:
+    """A table of texts as Markdown, with the lines under it; no cell is filled to a width.
+    heads: Numbers of the rows that are heads over those that follow."""
     grid = grid.map(lambda cell: cell.replace("|", r"\|"))
-    grid.loc[heads, "Method"] = "*" + grid.loc[heads, "Method"] + "*"
+    for row in heads:
+        grid.iloc[row, 0] = f"*{grid.iloc[row, 0]}*"
+    title, *rows = (f"| {' | '.join(row)} |" for row in [grid.columns, *grid.to_numpy()])
+    rule = "| :-- |" + " --: |" * (len(grid.columns) - 1)
     listed = [f"- {note}" for note in notes]
-    return "\n".join([f"### {name.capitalize()}", "", markdown(grid), "", *listed, ""])
+    return "\n".join([f"### {name.capitalize()}", "", title, rule, *rows, "", *listed, ""])
 
 
 def _styled(grid: pd.DataFrame, escape: str) -> Any:
@@ -250,7 +245,7 @@ def _html(
     grid: pd.DataFrame,
     heads: list[int],
     notes: list[str],
-    lists: Mapping[str, Mapping[str, list[str]]],
+    lists: Mapping[str, Mapping[str, Sequence[str]]],
 ) -> str:
     """A part of a page: lists by title, the table, the lines under it."""
     style = _styled(grid, "html")
@@ -258,26 +253,20 @@ def _html(
     style.set_properties(subset=pd.IndexSlice[heads, ["Method"]], **head)
     style.set_properties(subset=pd.IndexSlice[grid.index[-2:], :], color="gray")
     style.set_table_styles(PAGE_STYLE)
-    blocks = [[f"<h2>{title}</h2>", _list(items)] for title, items in lists.items() if items]
-    return "\n".join(
-        [
-            '<meta charset="utf-8"/>',
-            '<div style="font: 14px sans-serif">',
-            *(line for block in blocks for line in block),
-            f"<h2>Table {html.escape(name)}</h2>",
-            f'<div style="overflow-x: auto">{style.to_html(table_uuid=name, cell_ids=False)}</div>',
-            f'<div style="font-size: 12px">{_list(dict.fromkeys(notes, ()))}</div>',
-            "</div>",
-            "",
-        ]
-    )
+    blocks = [f"<h2>{title}</h2>\n{_list(items)}\n" for title, items in lists.items() if items]
+    return f"""<meta charset="utf-8"/>
+<div style="font: 14px sans-serif">
+{"".join(blocks)}<h2>Table {html.escape(name)}</h2>
+<div style="overflow-x: auto">{style.to_html(table_uuid=name, cell_ids=False)}</div>
+<div style="font-size: 12px">{_list(dict.fromkeys(notes, ()))}</div>
+</div>
+"""
 
 
 def _list(items: Mapping[str, Sequence[str]]) -> str:
     """Items, each with those under it, as a list of HTML."""
-    return f"<ul>{''.join(_item(text, below) for text, below in items.items())}</ul>"
-
-
-def _item(text: str, below: Sequence[str]) -> str:
-    inner = f"<ul>{''.join(_item(line, ()) for line in below)}</ul>" if below else ""
-    return f"<li>{html.escape(text)}{inner}</li>\n"
+    lines = [
+        f"<li>{html.escape(text)}{_list(dict.fromkeys(below, ())) if below else ''}</li>\n"
+        for text, below in items.items()
+    ]
+    return f"<ul>{''.join(lines)}</ul>"

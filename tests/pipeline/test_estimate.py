@@ -15,7 +15,7 @@ from sts.__main__ import main
 from sts.lds.decision import decide, expected_work
 from sts.pipeline.config import Config, StageConfig, load_ablations
 from sts.pipeline.measure import forecast as estimate
-from sts.pipeline.measure import printed, speed
+from sts.pipeline.measure import speed
 from sts.pipeline.measure.stage_cost import StageCost, model_config
 from sts.pipeline.plan import Plan, load_plan
 
@@ -61,7 +61,7 @@ def test_the_estimate_is_whole_and_positive(smoke, capsys):
         sum(value for name, value in smoke["seconds"].items() if name != "total")
     )
     assert all(value > 0 for value in smoke["disk_bytes"].values())
-    printed.show(smoke, printed.Console(width=100))
+    estimate.show(smoke, estimate.Console(width=100))
     text = capsys.readouterr().out
     assert "Estimates." in text
     assert f"{sum(smoke['jobs'].values())}: " in text
@@ -319,4 +319,4 @@ def test_a_disk_that_is_too_small_is_said_with_what_helps():
     ("seconds", "said"), [(45, "45 s"), (720, "12 min"), (12600, "3.5 h"), (1814400, "21 days")]
 )
 def test_durations_are_said_in_fitting_units(seconds, said):
-    assert printed.duration(seconds) == said
+    assert estimate.duration(seconds) == said

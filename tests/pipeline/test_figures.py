@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.contour import ContourSet
 from PIL import Image
 
+from sts.pipeline import plan
 from sts.pipeline.report import figures
 from sts.pipeline.report.figures import layers, loss, pareto, tokens
 
@@ -71,7 +72,7 @@ def draw(name, results, stem, ids=IDS):
     return stem.with_suffix(".svg"), stem.with_suffix(".png")
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", plan.figures())
 def test_every_figure_is_valid_and_the_same_twice(name, results, tmp_path):
     svg, png = draw(name, results, tmp_path / "new" / "first")
     ElementTree.parse(svg)
@@ -173,7 +174,7 @@ def test_by_layer_is_the_mean_over_runs_and_over_the_steps_of_a_bin():
 
 def heat_of(runs, monkeypatch):
     """The map of `layers` over made-up histories, drawn as it is to a file."""
-    monkeypatch.setattr(layers, "histories", lambda *_: runs)
+    monkeypatch.setattr(layers, "histories", lambda *_: {"tune": {"sts": runs}})
     with plt.rc_context(figures.STYLE):
         drawn = layers.draw(Path("results"), {"sts": "STS"})
         svg = io.BytesIO()

@@ -7,7 +7,7 @@ import torch
 
 from sts.pipeline.config import load_scale
 from sts.pipeline.cost import memory
-from sts.pipeline.measure.stage_cost import counts_of, tokens
+from sts.pipeline.measure.stage_cost import StageCost
 
 PAPER = Path(__file__).parents[2] / "workflow/config/paper.yaml"
 GB = 1e9
@@ -27,9 +27,9 @@ def here(monkeypatch):
 def sizes(paper, stage, **values):
     """What `step_memory` is told of a stage with other values."""
     block = paper.stage(stage).model_copy(update=values)
-    counts = counts_of(paper.model, block)
-    text, answer = tokens(block, paper.data)
-    return counts, block, counts.visual_tokens + text, answer
+    cost = StageCost(paper.model_copy(update={"stages": {stage: block}}), stage)
+    text, answer = cost.tokens
+    return cost.counts, block, cost.counts.visual_tokens + text, answer
 
 
 def needed(paper, stage, **values):
@@ -43,7 +43,7 @@ def check(paper, stage="instruct", **values):
 
 def test_shards_divide_weights_gradients_and_moments_of_adamw(paper):
     whole, shared = (needed(paper, "instruct", parallel=name) for name in ("ddp", "fsdp2"))
-    parameters = counts_of(paper.model, paper.stage("instruct")).parameters
+    parameters = StageCost(paper, "instruct").counts.parameters
     outside = parameters["head"] + parameters["projector"]
     assert whole["optimizer"] == 12 * (parameters["decoder"] + outside) and whole["gathered"] == 0
     for part in ("weights", "optimizer"):

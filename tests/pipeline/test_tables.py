@@ -4,6 +4,7 @@ import json
 import shutil
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 from made_results import make, write
 
@@ -68,9 +69,9 @@ def test_cost_ratios_and_realisation(results):
 
 
 def test_interval_of_three_values_by_hand():
-    low, high = interval([1.0, 2.0, 3.0])  # t(0.975, 2) = 4.302653
+    low, high = interval(pd.Series([1.0, 2.0, 3.0]))  # t(0.975, 2) = 4.302653
     assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
-    assert interval([1.0]) == ("n/a", "n/a")
+    assert interval(pd.Series([1.0])) == ("n/a", "n/a")
 
 
 def test_markdown_is_rounded_and_says_where_it_comes_from(results):

@@ -82,7 +82,7 @@ def interval(values: pd.Series) -> tuple[Cell, Cell]:
     """Two-sided 95 % t interval of the mean: m ± t(0.975, n - 1) s / sqrt(n); n/a for one value."""
     if len(values) < 2:
         return UNDEFINED, UNDEFINED
-    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.sem()
+    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std() / len(values) ** 0.5
     return float(values.mean() - half), float(values.mean() + half)
 
 

@@ -115,13 +115,10 @@ def _sentence(row: pd.Series) -> str:
 def _front(numbers: pd.DataFrame) -> list[str]:
     """The methods that no other beats in both average and time, the slowest first."""
     rows = numbers.dropna(subset=["average", "time_ratio"])
-
-    def is_beaten(row: pd.Series) -> bool:
-        better = (rows["average"] >= row["average"]) & (rows["time_ratio"] <= row["time_ratio"])
-        return (better & (rows.index != row.name)).any()
-
-    front = [row for _, row in rows.iterrows() if not is_beaten(row)]
-    return [row.name for row in sorted(front, key=lambda row: -row["time_ratio"])]
+    average, time = rows["average"], rows["time_ratio"]
+    as_good = {id: (average >= average[id]) & (time <= time[id]) for id in rows.index}
+    front = [id for id in rows.index if as_good[id].sum() == 1]  # itself
+    return sorted(front, key=lambda id: -time[id])
 
 
 def _percent(share: float) -> str:

@@ -87,7 +87,7 @@ def table(
     if sources:
         order = list(HEADS)
         rows = dict(sorted(rows.items(), key=lambda row: order.index(sources[row[0]])))
-    names = dict(zip(ablations, ablations, strict=True)) | dict(labels or {})
+    names = {id: (labels or {}).get(id, id) for id in ablations}
     cells = {id: flat(row) for id, row in rows.items()}
     numbers = pd.DataFrame(
         {"ablation": id, "method": names[id], "source": sources.get(id), "relative_to": bases[id]}
@@ -150,12 +150,12 @@ def _gaps(lines: pd.DataFrame, ablations: Sequence[str]) -> list[str]:
 
 def _precisions(results: Path, ablations: Sequence[str]) -> list[str]:
     """What the last stages were computed in, by manifest: some machines make fp32 of bf16."""
-    ids_by_precision: dict[str, dict[str, None]] = {}
+    ids_by_precision: dict[str | None, dict[str, None]] = {}
     for id in ablations:
         *_, last = stages_of(results, id)
         for file in sorted((results / "runs" / id).glob(f"seed*/{last}.json")):
-            if precision := read_json(file).get("precision"):
-                ids_by_precision.setdefault(precision, {})[id] = None
+            ids_by_precision.setdefault(read_json(file).get("precision"), {})[id] = None
+    ids_by_precision.pop(None, None)
     if len(ids_by_precision) > 1:
         each = "; ".join(f"{name} {', '.join(ids)}" for name, ids in ids_by_precision.items())
         return [f"Precision: not the same for all, so compare with care: {each}"]

@@ -18,11 +18,8 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
+from sts.pipeline.plan import figures
 from sts.pipeline.report.figures._shared import STYLE
-
-FIGURES = sorted(
-    file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_")
-)
 
 
 def figure(
@@ -35,7 +32,7 @@ def figure(
     """Draw a figure and write `out_stem`.svg and .png.
 
     Args:
-        name: One of FIGURES.
+        name: A file of this folder.
         results: Folder of a scale's results.
         ablations: The methods to show, in this order.
         out_stem: Path of the files without their endings.
@@ -45,8 +42,8 @@ def figure(
         KeyError: There is no such figure.
         FileNotFoundError: A result is missing; the message names it.
     """
-    if name not in FIGURES:
-        raise KeyError(f"figure {name!r}: expected one of {', '.join(FIGURES)}")
+    if name not in figures():
+        raise KeyError(f"figure {name!r}: expected one of {', '.join(figures())}")
     stem = Path(out_stem)
     label_by_id = {id: (labels or {}).get(id, id) for id in ablations}
     stem.parent.mkdir(parents=True, exist_ok=True)

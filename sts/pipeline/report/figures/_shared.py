@@ -14,11 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sts.pipeline.files import read_json
+from sts.pipeline.report.results import stages_of
 
 # Okabe and Ito's palette: told apart with any colour vision
 COLOURS = ["#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
 MARKERS = "osD^vPX"
-DASHES = ["-", "--", "-.", ":"]
+DASHES = ["-", "--", "-.", ":"]  # curves that fall together stay visible
 STYLE = {
     "figure.dpi": 150,
     "figure.constrained_layout.use": True,
@@ -36,31 +37,30 @@ Labels = Mapping[str, str]  # id of an ablation -> its name in the figure
 History = list[dict[str, Any]]  # history.jsonl of a training: a row for each optimizer step
 
 
-def styles(labels: Labels) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(id, colour, marker, line and label) of each method, the same in every figure."""
+def styles(labels: Labels, *marks: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(id, its colour, label and `marks`: marker, ls) of each method, the same in every figure."""
     for i, (id, label) in enumerate(labels.items()):
-        yield (
-            id,
-            {
-                "color": COLOURS[i % len(COLOURS)],
-                "marker": MARKERS[i % len(MARKERS)],
-                "ls": DASHES[i % len(DASHES)],  # curves that fall together stay visible
-                "label": label,
-            },
-        )
+        style = {"marker": MARKERS[i % len(MARKERS)], "ls": DASHES[i % len(DASHES)]}
+        chosen = {mark: style[mark] for mark in marks}
+        yield id, {"color": COLOURS[i % len(COLOURS)], "label": label, **chosen}
 
 
-def histories(results: Path, id: str, stage: str) -> list[History]:
-    """The training histories of an ablation's seeds in a stage.
+def histories(results: Path, labels: Labels) -> dict[str, dict[str, list[History]]]:
+    """Stage -> ablation that has it -> the training histories of its seeds.
 
     Raises:
         FileNotFoundError: There is no such run, or a history is gone.
     """
-    runs = results / "runs" / id
-    manifests = sorted(runs.glob(f"seed*/{stage}.json"))
-    if not manifests:
-        raise FileNotFoundError(f"{runs}/seed*/{stage}.json: no such run; run snakemake first")
-    return [_history(results, manifest) for manifest in manifests]
+    by_stage: dict[str, dict[str, list[History]]] = {}
+    for id in labels:
+        for stage in stages_of(results, id):
+            runs = results / "runs" / id
+            manifests = sorted(runs.glob(f"seed*/{stage}.json"))
+            if not manifests:
+                message = "no such run; run snakemake first"
+                raise FileNotFoundError(f"{runs}/seed*/{stage}.json: {message}")
+            by_stage.setdefault(stage, {})[id] = [_history(results, file) for file in manifests]
+    return by_stage
 
 
 def _history(results: Path, manifest: Path) -> History:
@@ -71,28 +71,30 @@ def _history(results: Path, manifest: Path) -> History:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def curve(
-    axes: Axes, runs: Sequence[History], key: str, style: Mapping[str, Any], band: bool = False
+def draw_stage(
+    axes: Axes,
+    stage: str,
+    runs: Mapping[str, list[History]],
+    key: str,
+    labels: Labels,
+    has_band: bool = False,
 ) -> None:
-    """Draw the moving average of `key` over the steps, mean over runs; `band`: of one sd."""
-    steps = min(len(run) for run in runs)
-    window = max(1, round(SMOOTH * steps))
-    mask = np.full(window, 1 / window)
-    curves = np.stack(
-        [np.convolve([row[key] for row in run[:steps]], mask, "valid") for run in runs]
-    )
-    middle = np.arange(curves.shape[1]) + (window + 1) / 2  # of the window, steps from 1
-    mean = curves.mean(axis=0)
-    line = {name: style[name] for name in ("color", "ls", "label")}
-    axes.plot(middle, mean, lw=1.3, **line)
-    if band and len(runs) > 1:
-        sd = curves.std(axis=0, ddof=1)
-        axes.fill_between(middle, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
-
-
-def stage_title(stage: str) -> str:
-    """The name of a stage as a title."""
-    return stage.replace("_", " ").capitalize()
+    """Draw the moving average of `key` over the steps of a stage: of each method that has it the
+    mean over seeds, and as a band their standard deviation."""
+    for id, style in styles(labels, "ls"):
+        if id not in runs:
+            continue
+        steps = min(len(run) for run in runs[id])
+        window = max(1, round(SMOOTH * steps))
+        mask = np.full(window, 1 / window)
+        curves = [np.convolve([row[key] for row in run[:steps]], mask, "valid") for run in runs[id]]
+        mean = np.mean(curves, axis=0)
+        middle = np.arange(len(mean)) + (window + 1) / 2  # of the window, steps from 1
+        axes.plot(middle, mean, lw=1.3, **style)
+        if has_band and len(curves) > 1:
+            sd = np.std(curves, axis=0, ddof=1)
+            axes.fill_between(middle, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
+    axes.set(title=stage.replace("_", " ").capitalize(), xlabel="optimizer step")
 
 
 def legend_below(page: Figure, panels: Sequence[Axes]) -> None:

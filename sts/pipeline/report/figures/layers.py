@@ -10,13 +10,10 @@ from matplotlib.figure import Figure
 from sts.pipeline.report.figures._shared import (
     History,
     Labels,
-    curve,
+    draw_stage,
     histories,
     legend_below,
-    stage_title,
-    styles,
 )
-from sts.pipeline.report.results import stages_of
 
 INPUTS = ("runs",)
 BINS = 40  # columns of the heat map
@@ -26,37 +23,25 @@ CHANCES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a skip, whose lines are drawn over it
 def draw(results: Path, labels: Labels) -> Figure:
     """A row for each stage in which layers were skipped.
 
-    On the left the decoder layers run, mean over seeds. On the right, layer by layer, the share
-    that the last skipping method skipped, with lines for the chances that its formula asked for.
+    On the left the decoder layers run. On the right, layer by layer, the share that the last
+    skipping method skipped, with lines for the chances that its formula asked for.
     """
-    runs_by_stage: dict[str, dict[str, list[History]]] = {}  # stage -> id -> seeds' histories
-    for id in labels:
-        for stage in stages_of(results, id):
-            runs_by_stage.setdefault(stage, {})[id] = histories(results, id, stage)
-    skipper_by_stage = {
-        stage: next(id for id in reversed(runs) if _has_skips(runs[id]))
-        for stage, runs in runs_by_stage.items()
-        if any(map(_has_skips, runs.values()))
+    by_stage = histories(results, labels)
+    skipping = {
+        stage: [seeds for seeds in runs.values() if any(any(row["skipped"]) for row in seeds[0])]
+        for stage, runs in by_stage.items()
     }
-    if not skipper_by_stage:
+    stages = [stage for stage, runs in skipping.items() if runs]
+    if not stages:
         raise ValueError(f"{results}: none of {', '.join(labels)} skips layers")
-    rows = len(skipper_by_stage)
-    page, panels = plt.subplots(
-        rows, 2, figsize=(7.2, 3.2 * rows), width_ratios=[1, 1.15], squeeze=False
-    )
-    for (axes, heat), (stage, skipper) in zip(panels, skipper_by_stage.items(), strict=True):
-        for id, style in styles(labels):
-            if id in runs_by_stage[stage]:
-                curve(axes, runs_by_stage[stage][id], "layers_run", style)
-        _draw_heat(page, heat, runs_by_stage[stage][skipper])
-        axes.set(title=stage_title(stage), xlabel="optimizer step", ylabel="decoder layers run")
-        axes.set_ylim(0, None)
+    size = (7.2, 3.2 * len(stages))
+    page, panels = plt.subplots(len(stages), 2, figsize=size, width_ratios=[1, 1.15], squeeze=False)
+    for (axes, heat), stage in zip(panels, stages, strict=True):
+        draw_stage(axes, stage, by_stage[stage], "layers_run", labels)
+        axes.set(ylabel="decoder layers run", ylim=(0, None))
+        _draw_heat(page, heat, skipping[stage][-1])
     legend_below(page, panels[:, 0])
     return page
-
-
-def _has_skips(runs: list[History]) -> bool:
-    return any(any(row["skipped"]) for row in runs[0])
 
 
 def by_layer(runs: list[History], key: str, steps: int) -> np.ndarray:

@@ -25,13 +25,12 @@ def draw(results: Path, labels: Labels) -> Figure:
     has_average = any(row["average"] != UNDEFINED for row in rows.values())
     quantity = "mean score over benchmarks" if has_average else f"mean of score / score of {base}"
     page, axes = plt.subplots(figsize=(5.6, 3.6))
-    for id, style in styles(labels):
+    for id, style in styles(labels, "marker"):
         score, time = rows[id]["average" if has_average else "retention"], rows[id]["time_ratio"]
         if MISSING in (score, time):
             gone = "eval.json" if score == MISSING else "time in bench/main.json"
             raise FileNotFoundError(f"{results}: {id} has no complete {gone}; run snakemake first")
         mean, error = _point(score)
-        style = {key: style[key] for key in ("color", "marker", "label")}
         if math.isnan(mean):  # named, although there is no point to draw
             style["label"] += f" ({UNDEFINED}: a score of {base} is 0)"
         axes.errorbar(time, mean, error, ls="", ms=7, capsize=3, **style)

@@ -28,14 +28,14 @@ def draw(results: Path, labels: Labels) -> Figure:
     result = read_json(file)
     with Image.open(io.BytesIO(base64.b64decode(result["picture"]))) as image:
         picture = np.asarray(image) / 255
-    kinds, (rows, columns) = result["kinds"], result["grid"]
+    kinds, grid = result["kinds"], result["grid"]
     page, panels = plt.subplots(1, len(kinds), figsize=(1.8 * len(kinds), 2.2))
     for axes, (kind, outputs) in zip(np.atleast_1d(panels), kinds.items(), strict=True):
-        weights = np.zeros((len(outputs), rows * columns))
-        for line, output in zip(weights, outputs, strict=True):
+        weights = np.zeros((len(outputs), *grid))
+        for of_output, output in zip(weights, outputs, strict=True):
             for token, weight in output:
-                line[token] = weight
-        _draw_tokens(axes, picture, weights.reshape(-1, rows, columns))
+                of_output.flat[token] = weight
+        _draw_tokens(axes, picture, weights)
         axes.set_title(f"{kind}: {len(outputs)} tokens")
         axes.set_axis_off()
     return page
@@ -55,13 +55,8 @@ def _draw_tokens(axes: Axes, picture: np.ndarray, weights: np.ndarray) -> None:
     kept = np.kron(owner >= 0, np.ones((tall, wide)))[..., None]
     axes.imshow(np.where(kept, picture, 0.15 * picture + 0.85), interpolation="nearest")
     framed = np.pad(owner, 1, constant_values=-1)
-    lines = []
-    for row, column in np.ndindex(rows + 1, columns + 1):
-        x, y = column * wide - 0.5, row * tall - 0.5
-        above, left = framed[row, column + 1], framed[row + 1, column]
-        here = framed[row + 1, column + 1]
-        if column < columns and here != above:
-            lines.append([(x, y), (x + wide, y)])
-        if row < rows and here != left:
-            lines.append([(x, y), (x, y + tall)])
+    above = np.argwhere(np.diff(framed[:, 1:-1], axis=0)) * (tall, wide)  # patches with a line
+    left = np.argwhere(np.diff(framed[1:-1], axis=1)) * (tall, wide)
+    lines = [[(x, y), (x + wide, y)] for y, x in above - 0.5]
+    lines += [[(x, y), (x, y + tall)] for y, x in left - 0.5]
     axes.add_collection(LineCollection(lines, colors=COLOURS[3], linewidths=0.9))

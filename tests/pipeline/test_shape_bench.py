@@ -24,7 +24,7 @@ def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed") / "bench.json"
     settings = [COMPRESSED, SKIPPED, f"{COMPRESSED}+{SKIPPED}"]
     found = speed(
-        "llava-1.5-7b", settings, out, layers=4, width=1 / 32, batch=1, text=8, repeats=1,
+        "llava-1.5-7b", settings, out, layers=2, width=1 / 32, batch=1, text=8, repeats=1,
         checkpointing=[False, True],
     )  # fmt: skip
     assert json.loads(out.read_text()) == found
@@ -42,7 +42,7 @@ def row(result, setting, stage="instruct", checkpointing=False):
 
 @pytest.mark.slow
 def test_the_cut_is_stated(result):
-    assert result["cut"] == "4 of 32 layers, width 128 of 4096"
+    assert result["cut"] == "2 of 32 layers, width 128 of 4096"
     assert result["shape"] == "llava-1.5-7b" and result["visual_tokens"] == 576
 
 
@@ -78,7 +78,7 @@ def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
 @pytest.mark.slow
 def test_flops_do_not_depend_on_the_attention_and_what_is_held_does(result, tmp_path):
     found = speed(
-        "llava-1.5-7b", [COMPRESSED], tmp_path / "eager.json", layers=4, width=1 / 32, batch=1,
+        "llava-1.5-7b", [COMPRESSED], tmp_path / "eager.json", layers=2, width=1 / 32, batch=1,
         text=8, repeats=1, stages=["instruct"], attention="eager",
     )  # fmt: skip
     assert (result["attention"], found["attention"]) == ("sdpa", "eager")

@@ -56,10 +56,10 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
     `respread`: what of the configuration asks for more GPUs than there are, and what was estimated
     instead."""
     gpus = on.count if on else torch.cuda.device_count()
-    fitted = {id: fit(config, gpus) for id, config in plan.configs.items()}
-    respread = unique(text for id in plan.members(MAIN) for text in fitted[id][1])
+    pairs = {id: fit(config, gpus) for id, config in plan.configs.items()}
+    respread = unique(text for id in plan.members(MAIN) for text in pairs[id][1])
     run = Forecast(
-        replace(plan, configs={id: config for id, (config, _) in fitted.items()}), on, gpus
+        replace(plan, configs={id: config for id, (config, _) in pairs.items()}), on, gpus
     )
     disk, free, memory = run.disk(), float(shutil.disk_usage(".").free), run.memory()
     lacking = [

@@ -41,28 +41,28 @@ def requests(plan: Plan, gpus: bool, out: str | Path) -> dict[str, dict[str, int
         Job -> {`mem_mb`, `runtime` in minutes}: `train/<id>/<stage>` and `evaluate/<id>` of every
         ablation, `timing/<table>` of every table.
     """
-    asked, costs = {}, {}
+    by_job, costs = {}, {}
     for id, config in plan.configs.items():
         stages = stage_costs(config, gpus)
         try:
             for stage, cost in stages.items():
                 seconds = cost.flops / cost.block.processes / speed(cost)
-                asked[f"train/{id}/{stage}"] = limits(training_memory(cost), seconds)
+                by_job[f"train/{id}/{stage}"] = limits(training_memory(cost), seconds)
         except ValueError as error:
             log.warning("Jobs ask for memory and time that no estimate says. %s", error)
             continue
         *_, last = stages.values()
         memory = (GPU_PROCESS_BYTES if gpus else PROCESS_BYTES) + last.weight_bytes + HARNESS_BYTES
-        asked[f"evaluate/{id}"] = limits(memory, last.evaluation_seconds(speed(last)))
+        by_job[f"evaluate/{id}"] = limits(memory, last.evaluation_seconds(speed(last)))
         costs[id] = [*stages.values()]
     for table in plan.tables:
         if all(id in costs for id in plan.members(table)):
             timed = [cost for id in plan.members(table) for cost in costs[id]]
             memory = 2 * max(training_memory(cost.alone) for cost in timed)  # two models are held
             seconds = sum(cost.timing_flops / speed(cost) for cost in timed)
-            asked[f"timing/{table}"] = limits(memory, seconds)
-    write_json_atomic(out, asked)
-    return asked
+            by_job[f"timing/{table}"] = limits(memory, seconds)
+    write_json_atomic(out, by_job)
+    return by_job
 
 
 def limits(memory: float, seconds: float) -> dict[str, int]:

@@ -14,7 +14,7 @@ whole stage (`typical_steps`).
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import cross_entropy
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from sts.checks import expect
@@ -107,8 +107,8 @@ def speed(
         checkpointing: Whether activations are computed once more in the backward pass.
         batch: Samples a step.
         text: Text tokens a sample, half of them the answer.
-        layers: Decoder layers; default: all on a GPU and of `mini` and `wide`, else 4.
-        width: Share of the channels; default: 1 on a GPU and of `mini` and `wide`, else 1/8.
+        layers, width: Decoder layers, and share of the channels; default: all on a GPU and of
+            `mini` and `wide`, else 4 and 1/8.
         repeats: Timed steps a setting.
         attention: One of ATTENTION.
 
@@ -121,13 +121,13 @@ def speed(
     expect(attention != FLASH or has_flash, "attention", attention, accepted)
     parsed = {setting: parse_setting(setting) for setting in settings if setting not in ALWAYS}
     config, cut = _cut(name, layers, width)
-    steps = _steps(config, attention, batch, text, ALWAYS | parsed)
-    about = measured_on()
+    steps = Steps(config, attention, batch, text, ALWAYS | parsed)
+    about, tokens = measured_on(), steps.inputs["input_ids"].numel()
     rows = [
         {"stage": stage, "checkpointing": is_on, **row}
         for stage in stages
         for is_on in checkpointing
-        for row in _rows(steps.time(stage, is_on, repeats), steps.tokens, about["device"])
+        for row in _rows(steps.time(stage, is_on, repeats), tokens, about["device"])
     ]
     result = {
         **{"shape": name, "cut": cut, "batch": batch, "text_tokens": text, "repeats": repeats},
@@ -158,23 +158,6 @@ def _cut(name: str, layers: int | None, width: float | None) -> tuple[PreTrained
     )
 
 
-def _steps(
-    config: PreTrainedConfig, attention: str, batch: int, text: int, variants: Variants
-) -> "Steps":
-    """A model with random weights and its batch, on the device."""
-    has_gpu = torch.cuda.is_available()
-    dtype, device = (torch.bfloat16, "cuda") if has_gpu else (torch.float32, "cpu")
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = shapes.random_model(config, dtype)
-    model.set_attn_implementation(attention)
-    inputs = {
-        key: value.to(device, dtype if value.is_floating_point() else None)
-        for key, value in shapes.made_up_batch(config, batch, text, text - text // 2).items()
-    }
-    return Steps(model, inputs, variants)
-
-
 class Timed(NamedTuple):
     """`seconds` of a variant's steps, and of a step `flops`, `held_mb` for the backward pass and
     `peak_mb` of a GPU."""
@@ -183,18 +166,25 @@ class Timed(NamedTuple):
     counts: dict[str, float | None]
 
 
-@dataclass(frozen=True)
 class Steps:
-    """Takes the steps of all variants, forward and backward, on one model and one batch."""
+    """Takes the steps of all variants, forward and backward, on one model with random weights and
+    one batch."""
 
-    model: PreTrainedModel
-    inputs: dict[str, Tensor]
-    variants: Variants
-
-    @property
-    def tokens(self) -> int:
-        """Of a batch, at all visual tokens."""
-        return self.inputs["input_ids"].numel()
+    def __init__(
+        self, config: PreTrainedConfig, attention: str, batch: int, text: int, variants: Variants
+    ) -> None:
+        has_gpu = torch.cuda.is_available()
+        dtype, device = (torch.bfloat16, "cuda") if has_gpu else (torch.float32, "cpu")
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = shapes.random_model(config, dtype)
+        self.model.set_attn_implementation(attention)
+        inputs = shapes.made_up_batch(config, batch, text, text - text // 2)
+        self.inputs = {
+            key: value.to(device, dtype if value.is_floating_point() else None)
+            for key, value in inputs.items()
+        }
+        self.variants = variants
 
     def time(self, stage: str, checkpointing: bool, repeats: int) -> dict[str, Timed]:
         """Variant -> what its steps took."""
@@ -247,14 +237,14 @@ class Steps:
         setting, attention = self.variants[name], self.model.config._attn_implementation
         steps = steps if setting and setting[1].rate > 0 else steps[:1]
         counts = [self._count(name, step) for step in steps]
-        held = fmean(step["held_mb"] for step in counts)
-        peak = max(step["peak_mb"] for step in counts) or None
+        held_mb = fmean(step["held_mb"] for step in counts)
+        peak_mb = max(step["peak_mb"] for step in counts) or None
         if attention != "sdpa":  # torch's counter knows no other's kernels
             self.model.set_attn_implementation("sdpa")
             counts = [self._count(name, step) for step in steps]
             self.model.set_attn_implementation(attention)
         flops = fmean(step["flops"] for step in counts)
-        return {"flops": flops, "held_mb": held, "peak_mb": peak}
+        return {"flops": flops, "held_mb": held_mb, "peak_mb": peak_mb}
 
     def _count(self, name: str, step: int) -> dict[str, float]:
         """FLOPs of a step, MB it holds for backward, peak MB of a GPU."""

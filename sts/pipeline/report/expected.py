@@ -66,17 +66,17 @@ def expected(reference: str | Path, results: str | Path, out_stem: str | Path) -
 
     What the runs of `results` have not measured is `missing`, and none of it passes.
     """
-    known, stem = read(reference), Path(out_stem)
-    runs = evaluations(results, known.ablation).values()
+    published, stem = read(reference), Path(out_stem)
+    runs = evaluations(results, published.ablation).values()
     lines = []
-    for name, score in known.scores.items():
+    for name, score in published.scores.items():
         entries = [run[name] for run in runs if name in run]
         values = [entry["score"] * (100 if entry["share"] else 1) for entry in entries]
         lines.append({"benchmark": name, **judged(values, score), "source": score.source})
     table = pd.DataFrame(lines)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in table["verdict"].value_counts().items())
     meaning = "; ".join(f"{verdict}: {text}" for verdict, text in VERDICTS.items())
-    note = f"Row `{known.ablation}`, seeds: {len(runs)}. {counts}. {meaning}."
+    note = f"Row `{published.ablation}`, seeds: {len(runs)}. {counts}. {meaning}."
     grid = table.map(lambda cell: f"{cell:.1f}" if isinstance(cell, float) else str(cell))
     write_text_atomic(stem.with_suffix(".csv"), table.to_csv(index=False))
     write_text_atomic(stem.with_suffix(".md"), page("expected", grid, [note]))

@@ -85,8 +85,7 @@ def table(
     lines = scores(results, ablations)
     rows = compare(lines, results, bases, name)
     if sources:
-        order = list(HEADS)
-        rows = dict(sorted(rows.items(), key=lambda row: order.index(sources[row[0]])))
+        rows = {id: rows[id] for id in sorted(rows, key=lambda id: [*HEADS].index(sources[id]))}
     names = {id: (labels or {}).get(id, id) for id in ablations}
     cells = {id: flat(row) for id, row in rows.items()}
     numbers = pd.DataFrame(

@@ -28,8 +28,10 @@ def draw(results: Path, labels: Labels) -> Figure:
     for id, style in styles(labels, "marker"):
         score, time = rows[id]["average" if has_average else "retention"], rows[id]["time_ratio"]
         if MISSING in (score, time):
-            gone = "eval.json" if score == MISSING else "time in bench/main.json"
-            raise FileNotFoundError(f"{results}: {id} has no complete {gone}; run snakemake first")
+            missing = "eval.json" if score == MISSING else "time in bench/main.json"
+            raise FileNotFoundError(
+                f"{results}: {id} has no complete {missing}; run snakemake first"
+            )
         mean, error = _point(score)
         if math.isnan(mean):  # named, although there is no point to draw
             style["label"] += f" ({UNDEFINED}: a score of {base} is 0)"

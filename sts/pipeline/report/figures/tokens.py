@@ -52,8 +52,8 @@ def _draw_tokens(axes: Axes, picture: np.ndarray, weights: np.ndarray) -> None:
     rows, columns = weights.shape[1:]
     owner = np.where(weights.any(axis=0), weights.argmax(axis=0), -1)  # [rows, columns]
     tall, wide = picture.shape[0] // rows, picture.shape[1] // columns
-    kept = np.kron(owner >= 0, np.ones((tall, wide)))[..., None]
-    axes.imshow(np.where(kept, picture, 0.15 * picture + 0.85), interpolation="nearest")
+    is_kept = np.kron(owner >= 0, np.ones((tall, wide)))[..., None]
+    axes.imshow(np.where(is_kept, picture, 0.15 * picture + 0.85), interpolation="nearest")
     framed = np.pad(owner, 1, constant_values=-1)
     above = np.argwhere(np.diff(framed[:, 1:-1], axis=0)) * (tall, wide)  # patches with a line
     left = np.argwhere(np.diff(framed[1:-1], axis=1)) * (tall, wide)

@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 COSTS = ("time_ratio", "flops_ratio", "realisation")
 
 Cell = float | str
-Row = dict[str, Any]
+Row = dict[str, Cell]
 
 
 def compare(
@@ -21,9 +21,9 @@ def compare(
 ) -> dict[str, Row]:
     """A row of cells for each method: each benchmark, average, blind, retention, cost ratios.
 
-    A score is {"mean", "sd", "seeds"}, the retention {"mean", "low", "high"}, or it is `missing`.
-    Average and blind are over the benchmarks whose scores are shares; `n/a` if there is none, or
-    for blind if an evaluation leaves it out.
+    Beside a score stand its `_sd` and `_seeds`, beside the retention its `_low` and `_high`, unless
+    it is `missing`. Average and blind are over the benchmarks whose scores are shares; `n/a` if
+    there is none, or for blind if an evaluation leaves it out.
 
     Args:
         scores: What results.scores says of the methods.
@@ -40,53 +40,55 @@ def compare(
         frame = lines.pivot(index="seed", columns="benchmark", values=value)
         return frame.reindex(columns=benchmarks)
 
-    def average(values: pd.DataFrame) -> Row | str:
-        return over_seeds(values[shares].mean(axis=1, skipna=False)) if shares else UNDEFINED
+    def average(name: str, values: pd.DataFrame) -> Row:
+        means = values[shares].mean(axis=1, skipna=False)
+        return over_seeds(name, means) if shares else {name: UNDEFINED}
 
     rows = {}
     for id, base in bases.items():
         score, blind = by_seed(id, "score"), by_seed(id, "blind")
         left_out = (score[shares].notna() & blind[shares].isna()).any(axis=None)
         rows[id] = {
-            **{name: over_seeds(score[name]) for name in benchmarks},
-            "average": average(score),
-            "blind": UNDEFINED if left_out else average(blind),
-            "retention": _retention(score, by_seed(base, "score")),
+            **dict(cell for name in benchmarks for cell in over_seeds(name, score[name]).items()),
+            **average("average", score),
+            **({"blind": UNDEFINED} if left_out else average("blind", blind)),
+            **_retention(score, by_seed(base, "score")),
             **_costs(timing, id, base),
         }
     return rows
 
 
-def over_seeds(values: pd.Series) -> Row | str:
+def over_seeds(name: str, values: pd.Series) -> Row:
     """Mean and sample standard deviation of what the seeds obtained."""
     values = values.dropna()
     if values.empty:
-        return MISSING
+        return {name: MISSING}
     sd = float(values.std()) if len(values) > 1 else UNDEFINED
-    return {"mean": float(values.mean()), "sd": sd, "seeds": len(values)}
+    return {name: float(values.mean()), f"{name}_sd": sd, f"{name}_seeds": len(values)}
 
 
-def _retention(score: pd.DataFrame, baseline: pd.DataFrame) -> Row | str:
+def _retention(score: pd.DataFrame, baseline: pd.DataFrame) -> Row:
     """Mean over benchmarks of score / baseline score, by seed; its mean and interval over seeds."""
     seeds = score.dropna().index.intersection(baseline.dropna().index)
     if seeds.empty:
-        return MISSING
+        return {"retention": MISSING}
     if (baseline.loc[seeds] == 0).any(axis=None):
-        return UNDEFINED
+        return {"retention": UNDEFINED}
     ratios = (score.loc[seeds] / baseline.loc[seeds]).mean(axis=1)
     low, high = interval(ratios)
-    return {"mean": float(ratios.mean()), "low": low, "high": high}
+    return {"retention": float(ratios.mean()), "retention_low": low, "retention_high": high}
 
 
 def interval(values: pd.Series) -> tuple[Cell, Cell]:
     """Two-sided 95 % t interval of the mean: m ± t(0.975, n - 1) s / sqrt(n); n/a for one value."""
-    if len(values) < 2:
+    n = len(values)
+    if n < 2:
         return UNDEFINED, UNDEFINED
-    half = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * values.std() / len(values) ** 0.5
+    half = student.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std() / n**0.5
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def _costs(timing: Mapping[str, Any], id: str, base: str) -> dict[str, Cell]:
+def _costs(timing: Mapping[str, Any], id: str, base: str) -> Row:
     if id not in timing or base not in timing:
         return dict.fromkeys(COSTS, MISSING)
     flops, base_flops = (sum(timing[key]["flops"].values()) for key in (id, base))
@@ -94,12 +96,3 @@ def _costs(timing: Mapping[str, Any], id: str, base: str) -> dict[str, Cell]:
     saved = 1 - flops_ratio
     realisation = (1 - time_ratio) / saved if saved else UNDEFINED
     return dict(zip(COSTS, (time_ratio, flops_ratio, realisation), strict=True))
-
-
-def flat(row: Row) -> dict[str, Cell]:
-    """{"colour": {"mean": 0.9, "sd": 0.1}} gives {"colour": 0.9, "colour_sd": 0.1}."""
-    cells: dict[str, Cell] = {}
-    for key, cell in row.items():
-        values = cell if isinstance(cell, dict) else {"mean": cell}
-        cells |= {key if name == "mean" else f"{key}_{name}": values[name] for name in values}
-    return cells

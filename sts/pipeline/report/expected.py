@@ -5,6 +5,7 @@
 """
 
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import pandas as pd
@@ -13,8 +14,7 @@ from pydantic import ValidationError
 
 from sts.pipeline.config import Block, ConfigError, load_yaml
 from sts.pipeline.files import write_text_atomic
-from sts.pipeline.report.compare import over_seeds
-from sts.pipeline.report.results import MISSING, evaluations
+from sts.pipeline.report.results import MISSING, UNDEFINED, evaluations
 from sts.pipeline.report.tables import page
 
 VERDICTS = {
@@ -85,16 +85,14 @@ def expected(reference: str | Path, results: str | Path, out_stem: str | Path) -
 
 def judged(values: list[float], score: Published) -> dict[str, Any]:
     """What seeds obtained, beside what was published."""
-    obtained = over_seeds(pd.Series(values, dtype=float))
-    if obtained == MISSING:
-        empty = dict.fromkeys(("obtained", "sd", "difference", "verdict"), MISSING)
-        return {"published": score.published, **empty}
-    difference = obtained["mean"] - score.published
+    row: dict[str, Any] = {"published": score.published}
+    if not values:
+        return row | dict.fromkeys(("obtained", "sd", "difference", "verdict"), MISSING)
+    difference = fmean(values) - score.published
     off = abs(difference)
-    return {
-        "published": score.published,
-        "obtained": obtained["mean"],
-        "sd": obtained["sd"],
+    return row | {
+        "obtained": fmean(values),
+        "sd": stdev(values) if len(values) > 1 else UNDEFINED,
         "difference": difference,
         "verdict": "pass" if off <= score.warn else "warn" if off <= score.fail else "FAIL",
     }

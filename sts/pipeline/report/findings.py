@@ -37,10 +37,11 @@ def configured(config: Mapping[str, Any]) -> dict[str, list[str]]:
     with the lines under it."""
     lines = {}
     if stages := config.get("stages"):
-        seeds = _counted(config["seeds"], "seed")
-        lines[f"Training of the first method, with {seeds}:"] = [
-            f"{name}: {block['steps']} steps of {_samples(block)} samples of "
-            f"{', '.join(block['data'])}; trains {', '.join(block['trains']).replace('_', ' ')}"
+        lines[f"Training of the first method, with {_counted(config['seeds'], 'seed')}:"] = [
+            f"{name}: {block['steps']} steps of "
+            f"{block['batch_size'] * block['gradient_accumulation_steps'] * block['processes']} "
+            f"samples of {', '.join(block['data'])}; "
+            f"trains {', '.join(block['trains']).replace('_', ' ')}"
             for name, block in stages.items()
         ]
     if names := config.get("evaluate", {}).get("benchmarks"):
@@ -127,8 +128,3 @@ def _percent(share: float) -> str:
 
 def _counted(things: list, word: str) -> str:
     return f"{len(things)} {word}{'s' * (len(things) != 1)}"
-
-
-def _samples(block: Mapping[str, Any]) -> int:
-    """Samples of one optimizer step of a stage."""
-    return block["batch_size"] * block["gradient_accumulation_steps"] * block["processes"]

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from sts.pipeline.files import read_json, sha256_json, write_json_atomic, write_text_atomic
-from sts.pipeline.report.compare import Cell, Row, compare, flat
+from sts.pipeline.report.compare import COSTS, Cell, Row, compare
 from sts.pipeline.report.findings import configured, findings
 from sts.pipeline.report.results import (
     MISSING,
@@ -87,11 +87,10 @@ def table(
     if sources:
         rows = {id: rows[id] for id in sorted(rows, key=lambda id: [*HEADS].index(sources[id]))}
     names = {id: (labels or {}).get(id, id) for id in ablations}
-    cells = {id: flat(row) for id, row in rows.items()}
     numbers = pd.DataFrame(
         {"ablation": id, "method": names[id], "source": sources.get(id), "relative_to": bases[id]}
-        | cells[id]
-        for id in rows
+        | row
+        for id, row in rows.items()
     )
     notes = _notes(results, bases, lines, names)
     grid, heads = _grid(rows, lines, names, sources)
@@ -109,7 +108,7 @@ def table(
         write_text_atomic(stem.with_suffix(suffix), text)
     metrics = {  # `dvc metrics diff` compares numbers
         id: {key: cell for key, cell in row.items() if not isinstance(cell, str)}
-        for id, row in cells.items()
+        for id, row in rows.items()
     }
     write_json_atomic(stem.with_suffix(".json"), metrics)
 
@@ -172,7 +171,8 @@ def _grid(
 ) -> tuple[pd.DataFrame, list[int]]:
     """Rounded cells, with the reference lines majority and chance at the end, and which rows are
     heads over those that follow."""
-    keys = list(next(iter(rows.values())))
+    benchmarks = list(dict.fromkeys(lines["benchmark"]))
+    keys = [*benchmarks, *COLUMNS]
     titles = COLUMNS | NAMES
     columns = ["Method", *(titles.get(key, key.replace("_", " ").capitalize()) for key in keys)]
     factor = dict.fromkeys(other_scales(lines), 1)  # shares are shown in %
@@ -182,9 +182,9 @@ def _grid(
             source = sources.get(id)
             heads.append(len(body))
             body.append([HEADS[source], *[""] * len(keys)])
-        body.append([names[id], *(_rounded(row[key], factor.get(key, 100)) for key in keys)])
+        body.append([names[id], *(_rounded(row, key, factor.get(key, 100)) for key in keys)])
     for label, value in (("Majority answer", "majority"), ("Chance", "chance")):
-        cells = [_control(lines, key, value) for key in keys if key not in COLUMNS]
+        cells = [_control(lines, name, value) for name in benchmarks]
         average = UNDEFINED if UNDEFINED in cells else pd.Series(cells).mean(skipna=False)
         empty = [""] * (len(COLUMNS) - 1)
         body.append([label, *map(_number, [*cells, average]), *empty])
@@ -199,13 +199,17 @@ def _control(lines: pd.DataFrame, benchmark: str, value: str) -> Cell:
     return lines[value].mean()
 
 
-def _rounded(cell: Any, factor: int) -> str:
-    if not isinstance(cell, dict):
-        return _number(cell, 1, 2)
-    if "low" in cell:
-        ends = f"{_number(cell['low'])} to {_number(cell['high'])}"
-        return f"{_number(cell['mean'])} ({UNDEFINED if UNDEFINED in ends else ends})"
-    return f"{_number(cell['mean'], factor)} ± {_number(cell['sd'], factor)}"
+def _rounded(row: Row, key: str, factor: int) -> str:
+    """A cell with its spread or interval."""
+    if key in COSTS:
+        return _number(row[key], 1, 2)
+    text = _number(row[key], factor)
+    if f"{key}_sd" in row:
+        return f"{text} ± {_number(row[f'{key}_sd'], factor)}"
+    if f"{key}_low" in row:
+        low, high = (_number(row[f"{key}_{end}"]) for end in ("low", "high"))
+        return f"{text} ({low if low == UNDEFINED else f'{low} to {high}'})"
+    return text
 
 
 def _number(cell: Any, factor: int = 100, digits: int = 1) -> str:

@@ -2,12 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from sts.pipeline.report.compare import compare
+from sts.pipeline.report.compare import Row, compare
 from sts.pipeline.report.figures._shared import Labels, styles
 from sts.pipeline.report.results import MISSING, UNDEFINED, scores
 
@@ -23,16 +22,17 @@ def draw(results: Path, labels: Labels) -> Figure:
     ids, base = list(labels), next(iter(labels.values()))
     rows = compare(scores(results, ids), results, dict.fromkeys(ids, ids[0]), "main")
     has_average = any(row["average"] != UNDEFINED for row in rows.values())
+    key = "average" if has_average else "retention"
     quantity = "mean score over benchmarks" if has_average else f"mean of score / score of {base}"
     page, axes = plt.subplots(figsize=(5.6, 3.6))
     for id, style in styles(labels, "marker"):
-        score, time = rows[id]["average" if has_average else "retention"], rows[id]["time_ratio"]
+        score, time = rows[id][key], rows[id]["time_ratio"]
         if MISSING in (score, time):
             missing = "eval.json" if score == MISSING else "time in bench/main.json"
             raise FileNotFoundError(
                 f"{results}: {id} has no complete {missing}; run snakemake first"
             )
-        mean, error = _point(score)
+        mean, error = _point(rows[id], key)
         if math.isnan(mean):  # named, although there is no point to draw
             style["label"] += f" ({UNDEFINED}: a score of {base} is 0)"
         axes.errorbar(time, mean, error, ls="", ms=7, capsize=3, **style)
@@ -43,12 +43,12 @@ def draw(results: Path, labels: Labels) -> Figure:
     return page
 
 
-def _point(score: dict[str, Any] | str) -> tuple[float, float | None]:
+def _point(row: Row, key: str) -> tuple[float, float | None]:
     """(mean, half of the bar) in percent. The bar of an average is its sd, that of a retention its
     interval. nan for what is not defined, no bar for a single seed."""
-    if isinstance(score, str):
+    if row[key] == UNDEFINED:
         return math.nan, None
-    end = score["sd"] if "sd" in score else score["low"]
-    if isinstance(end, str):
-        return 100 * score["mean"], None
-    return 100 * score["mean"], 100 * (end if "sd" in score else score["mean"] - end)
+    end = row.get(f"{key}_sd", row.get(f"{key}_low"))
+    if end == UNDEFINED:
+        return 100 * row[key], None
+    return 100 * row[key], 100 * (end if f"{key}_sd" in row else row[key] - end)

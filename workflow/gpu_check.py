@@ -40,7 +40,7 @@ from sts.pipeline.run.device import visible_gpus
 
 LOGS = Path("results/gpu_check")
 KEPT = Path("results/reference/gpu")
-SMOKE = "gpu_smoke"  # a scale of its own, so that whatever it finds there is its own
+SMOKE = "gpu_smoke"  # a scale of its own, so that its files are nobody else's
 SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b")
 ATTENTION = {"sdpa": None, "flash_attention_2": "flash_attn"}  # with the package that it needs
 # A GPU must be full before a saving shows; without checkpointing a card of 80 GB holds fewer.
@@ -69,11 +69,11 @@ class Part(NamedTuple):
 def parts(rehearse: bool = False) -> list[Part]:
     """All parts, or those that a CPU can rehearse."""
     python = [sys.executable, "-m"]
-    found = []
+    todo = []
     if not rehearse:
         report = LOGS / "tests.xml"
         command = [*python, "pytest", "-m", "gpu", "-n", "0", f"--junitxml={report}"]
-        found.append(Part("tests", command, [report], says=partial(counts, report)))
+        todo.append(Part("tests", command, [report], says=partial(counts, report)))
     for shape in SHAPES:
         for attention, package in ATTENTION.items():
             for checkpointing, batch in BATCH.items():
@@ -83,39 +83,39 @@ def parts(rehearse: bool = False) -> list[Part]:
                 command = [*python, "sts", "bench", "--shape", shape, "--attention", attention]
                 command += ["--checkpointing", checkpointing, *size, "--settings", *SETTINGS]
                 command += ["--out", str(out)]
-                found.append(Part(name, command, [out], package, partial(measured, out)))
+                todo.append(Part(name, command, [out], package, partial(measured, out)))
     command = [*python, "snakemake", "--cores", "all", "--config", f"scale={SMOKE}"]
     command += ["--configfile", "workflow/config/smoke.yaml"]
     made = [Path("results") / SMOKE, Path("data") / SMOKE]
     says = partial(run_of, made[0], gpu=not rehearse)
-    found.append(Part("smoke", command, made, says=says))
-    return found
+    todo.append(Part("smoke", command, made, says=says))
+    return todo
 
 
 def counts(report: Path) -> dict[str, int]:
     """How many tests passed, by pytest's report. Raises ValueError if none did."""
     (suite,) = ElementTree.parse(report).getroot().iter("testsuite")
-    found = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
-    passed = found.pop("tests") - sum(found.values())
+    numbers = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    passed = numbers.pop("tests") - sum(numbers.values())
     if not passed:
-        raise ValueError(f"no test passed: {found['skipped']} were skipped")
-    return {"passed": passed, **found}
+        raise ValueError(f"no test passed: {numbers['skipped']} were skipped")
+    return {"passed": passed, **numbers}
 
 
 def measured(out: Path) -> dict[str, Any]:
-    """What a bench found: medians, memory, ratios to dense, realisation, a row a setting."""
-    found = read_json(out)
-    return {key: found[key] for key in ("cut", "dtype", "batch", "repeats", "rows")}
+    """What a bench measured: medians, memory, ratios to dense, realisation, a row a setting."""
+    result = read_json(out)
+    return {key: result[key] for key in ("cut", "dtype", "batch", "repeats", "rows")}
 
 
 def run_of(results: Path, gpu: bool) -> dict[str, Any]:
     """What a run of the pipeline made. Raises ValueError if a training had no GPU."""
-    trained = [read_json(f) for f in sorted(results.glob("weights/*/provenance.json"))]
-    without = [one for one in trained if not one["hardware"]["gpus"]]
-    if not trained or (gpu and without):
-        raise ValueError(f"of {len(trained)} trainings {len(without)} ran without a GPU")
+    trainings = [read_json(f) for f in sorted(results.glob("weights/*/provenance.json"))]
+    on_cpu = [training for training in trainings if not training["hardware"]["gpus"]]
+    if not trainings or (gpu and on_cpu):
+        raise ValueError(f"of {len(trainings)} trainings {len(on_cpu)} ran without a GPU")
     return {
-        "trainings": len(trained),
+        "trainings": len(trainings),
         "evaluations": len(list(results.glob("runs/*/*/eval.json"))),
         "tables": len(list(results.glob("tables/*.md"))),
     }
@@ -186,10 +186,10 @@ def machine() -> dict[str, Any]:
     """What a result depends on: the GPU, its driver, torch."""
     import torch  # here: without a GPU nobody waits for it
 
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    asked += ["-i", visible_gpus()[0]]
-    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-    name, driver, memory = (cell.strip() for cell in said.split(","))
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    query += ["-i", visible_gpus()[0]]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    name, driver, memory = (cell.strip() for cell in answer.split(","))
     git = provenance.git()
     return {
         "device": name,
@@ -217,13 +217,13 @@ def unable() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: no part failed. 1: one did, or there is no GPU."""
-    about = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m workflow.gpu_check", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    about.add_argument("--rehearse", action="store_true", help="on the CPU, next to nothing")
-    about.add_argument("--only", nargs="+", metavar="PART", help="these parts, by name")
-    args = about.parse_args(argv)
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, next to nothing")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts, by name")
+    args = parser.parse_args(argv)
     kept, facts = LOGS / "rehearsal.json", {"device": "cpu"}
     if not args.rehearse:
         if why := unable():
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = KEPT / f"{re.sub('[^a-z0-9]+', '-', facts['device'].lower())}.json"
     todo = {part.name: part for part in parts(args.rehearse)}
     if unknown := set(args.only or ()) - set(todo):
-        about.error(f"--only: {', '.join(sorted(unknown))}: expected some of {', '.join(todo)}")
+        parser.error(f"--only: {', '.join(sorted(unknown))}: expected some of {', '.join(todo)}")
     return 0 if check([todo[name] for name in args.only or todo], facts, kept) else 1
 
 

@@ -11,8 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,141 +50,94 @@ def estimate(
     return costs
 
 
+Runs = Mapping[str, Mapping[str, StageCost]]  # ablation -> stage -> its cost
+
+
 def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
     """Everything that `show` prints of the bare command, as plain numbers: seconds, bytes, FLOPs.
     `respread`: what of the configuration asks for more GPUs than there are, and what was estimated
     instead."""
     gpus = on.count if on else torch.cuda.device_count()
     pairs = {id: fit(config, gpus) for id, config in plan.configs.items()}
-    respread = unique(text for id in plan.members(MAIN) for text in pairs[id][1])
-    run = Forecast(
-        replace(plan, configs={id: config for id, (config, _) in pairs.items()}), on, gpus
-    )
-    disk, free, memory = run.disk(), float(shutil.disk_usage(".").free), run.memory()
-    lacking = [
-        what_lacks(cost.stage, cost.block, cost.memory, memory["of_a_process"])
-        for cost in run.trainings
-    ]
-    if on is None:
-        lacking.append(full(disk, free))
-    seconds = run.seconds()
-    total, (rates, source) = sum(seconds.values()), run.speed
+    plan = replace(plan, configs={id: config for id, (config, _) in pairs.items()})
+    costs = {id: stage_costs(config, on is not None) for id, config in plan.configs.items()}
+    runs = {id: costs[id] for id in plan.members(MAIN)}
+    trainings = [costs[job.ablation][job.stage] for job in plan.trainings(runs)]
+    rates, source = calibrate([plan.scale, *(plan.configs[id] for id in runs)], on)
+    slots = concurrent(plan.scale, gpus)
+
+    def stage_seconds(cost: StageCost) -> float:  # without its start
+        return cost.flops / rates[cost.stage] / at_once(cost.block, gpus)
+
+    training = sum(stage_seconds(cost) + START_SECONDS for cost in trainings)
+    seconds = {"training": training / slots, **_beside_training(runs, rates, slots)}
+    seconds["total"] = sum(seconds.values())
+    peak = max(sum(cost.memory.values()) for cost in trainings)
+    available = on.gpu.memory if on else memory_here(slots)
+    disk = {
+        "data": data_bytes(plan.data(runs), plan.scale.data),
+        "weights": sum(cost.weight_bytes for cost in trainings),
+        "checkpoints": slots * max(cost.checkpoint_bytes for cost in trainings),
+    }
+    free = float(shutil.disk_usage(".").free)
+    lacking = [what_lacks(cost.stage, cost.block, cost.memory, available) for cost in trainings]
     return {
         "scale": plan.scale.scale,
         "jobs": plan.jobs(),
         "flops": {
-            "runs": run.of_each_stage(lambda cost: cost.flops),
-            "total": sum(cost.flops for cost in run.trainings),
+            "runs": _of_each_stage(runs, lambda cost: cost.flops),
+            "total": sum(cost.flops for cost in trainings),
         },
-        "seconds": {**seconds, "total": total},
-        "speed": {"flops_per_s": rates, "source": source, "trainings_at_once": run.slots},
+        "seconds": seconds,
+        "speed": {"flops_per_s": rates, "source": source, "trainings_at_once": slots},
         "disk_bytes": {**disk, "free": free},
-        "memory_bytes": memory,
-        "lacking": unique(filter(None, lacking)),
-        "respread": respread,
-        **({"gpu_hours": run.gpu_hours(total, on)} if on else {}),
+        "memory_bytes": {
+            "of_a_training": peak,
+            "at_once": slots * peak,
+            "of_a_process": available,
+        },
+        "lacking": unique(filter(None, [*lacking, "" if on else full(disk, free)])),
+        "respread": unique(text for id in runs for text in pairs[id][1]),
+        **(
+            {"gpu_hours": _gpu_hours(runs, stage_seconds, seconds["total"], slots, on)}
+            if on
+            else {}
+        ),
     }
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What the bare command costs.
+def _of_each_stage(runs: Runs, value: Callable[[StageCost], float]) -> dict[str, dict[str, float]]:
+    return {id: {name: value(cost) for name, cost in stages.items()} for id, stages in runs.items()}
 
-    Attributes:
-        plan: With as many processes as there is room for.
-        on: Another machine than this.
-        gpus: How many there are.
-    """
 
-    plan: Plan
-    on: Machine | None
-    gpus: int
+def _beside_training(runs: Runs, rates: Mapping[str, float], slots: int) -> dict[str, float]:
+    """Seconds of each other kind of job, those that run at once together."""
+    evaluation = timing = 0.0
+    for stages in runs.values():
+        *_, last = stages.values()
+        evaluation += len(last.config.seeds) * last.evaluation_seconds(rates[last.stage])
+        timing += sum(cost.timing_flops / rates[stage] for stage, cost in stages.items())
+    return {
+        "evaluation": evaluation / slots,
+        "timing": timing + START_SECONDS,
+        "backbone": float(START_SECONDS),
+    }
 
-    @cached_property
-    def costs(self) -> dict[str, dict[str, StageCost]]:
-        """Ablation -> stage -> its cost."""
-        on_gpu = self.on is not None
-        return {id: stage_costs(config, on_gpu) for id, config in self.plan.configs.items()}
 
-    @cached_property
-    def runs(self) -> dict[str, dict[str, StageCost]]:
-        """The same of the main table's."""
-        return {id: self.costs[id] for id in self.plan.members(MAIN)}
-
-    @cached_property
-    def trainings(self) -> list[StageCost]:
-        """Of all that is trained, each once."""
-        jobs = self.plan.trainings(self.runs)
-        return [self.costs[job.ablation][job.stage] for job in jobs]
-
-    @cached_property
-    def speed(self) -> tuple[dict[str, float], str]:
-        """Stage -> FLOPs a second, and how that was measured."""
-        return calibrate([self.plan.scale, *(self.plan.configs[id] for id in self.runs)], self.on)
-
-    @cached_property
-    def slots(self) -> int:
-        """Trainings that run at once."""
-        return concurrent(self.plan.scale, self.gpus)
-
-    def of_each_stage(self, value: Callable[[StageCost], float]) -> dict[str, dict[str, float]]:
-        """Ablation -> stage -> a value of its cost."""
-        return {
-            id: {stage: value(cost) for stage, cost in costs.items()}
-            for id, costs in self.runs.items()
-        }
-
-    def stage_seconds(self, cost: StageCost) -> float:
-        """Of a training, without its start."""
-        return cost.flops / self.speed[0][cost.stage] / at_once(cost.block, self.gpus)
-
-    def seconds(self) -> dict[str, float]:
-        """Of each kind of job, those that run at once together."""
-        training = sum(self.stage_seconds(cost) + START_SECONDS for cost in self.trainings)
-        evaluation = timing = 0.0
-        rates = self.speed[0]
-        for costs in self.runs.values():
-            *_, last = costs.values()
-            evaluation += len(last.config.seeds) * last.evaluation_seconds(rates[last.stage])
-            timing += sum(cost.timing_flops / rates[stage] for stage, cost in costs.items())
-        return {
-            "training": training / self.slots,
-            "evaluation": evaluation / self.slots,
-            "timing": timing + START_SECONDS,
-            "backbone": float(START_SECONDS),
-        }
-
-    def memory(self) -> dict[str, float]:
-        """Bytes of the largest training, of all at once, and that a process may have."""
-        peak = max(sum(cost.memory.values()) for cost in self.trainings)
-        available = self.on.gpu.memory if self.on else memory_here(self.slots)
-        return {
-            "of_a_training": peak,
-            "at_once": self.slots * peak,
-            "of_a_process": available,
-        }
-
-    def disk(self) -> dict[str, float]:
-        """Bytes of what is written and stays."""
-        checkpoints = max(cost.checkpoint_bytes for cost in self.trainings)
-        return {
-            "data": data_bytes(self.plan.data(self.runs), self.plan.scale.data),
-            "weights": sum(cost.weight_bytes for cost in self.trainings),
-            "checkpoints": self.slots * checkpoints,
-        }
-
-    def gpu_hours(self, seconds: float, on: Machine) -> dict[str, Any]:
-        """GPU-hours of the stages of each run of one seed and of all that is done in so many
-        seconds, and its price."""
-        runs = self.of_each_stage(
-            lambda cost: cost.block.processes * self.stage_seconds(cost) / 3600
-        )
-        widest = max(
-            cost.block.processes for costs in self.runs.values() for cost in costs.values()
-        )
-        total = seconds * min(on.count, self.slots * widest) / 3600
-        price = {} if on.price is None else {"price": total * on.price}
-        return {"runs": runs, "total": total, **price}
+def _gpu_hours(
+    runs: Runs,
+    stage_seconds: Callable[[StageCost], float],
+    total_seconds: float,
+    slots: int,
+    on: Machine,
+) -> dict[str, Any]:
+    """GPU-hours of the stages of each run of one seed and of all that is done, and its price."""
+    widest = max(cost.block.processes for stages in runs.values() for cost in stages.values())
+    total = total_seconds * min(on.count, slots * widest) / 3600
+    hours = _of_each_stage(runs, lambda cost: cost.block.processes * stage_seconds(cost) / 3600)
+    return {"runs": hours, "total": total} | (
+        {} if on.price is None else {"price": total * on.price}
+    )
 
 
 def full(disk: Mapping[str, float], free: float) -> str:

@@ -18,7 +18,7 @@ from sts.pipeline.config import Config, StageConfig, load_ablations
 from sts.pipeline.cost.machines import Machine
 from sts.pipeline.measure import forecast as estimate
 from sts.pipeline.measure import speed
-from sts.pipeline.measure.stage_cost import StageCost, model_config
+from sts.pipeline.measure.stage_cost import START_SECONDS, StageCost, model_config
 from sts.pipeline.plan import Plan, load_plan
 
 ROOT = Path(__file__).parents[2]
@@ -241,7 +241,7 @@ def test_fewer_gpus_than_processes_take_longer_with_the_same_batch():
         assert f"the global batch of {batch};" in said
     assert narrow["flops"] == wide["flops"]
     assert narrow["gpu_hours"]["runs"] == wide["gpu_hours"]["runs"]
-    started = speed.START_SECONDS * narrow["jobs"]["train"]
+    started = START_SECONDS * narrow["jobs"]["train"]
     times = [one["seconds"]["training"] - started for one in (wide, narrow)]
     assert times[1] == pytest.approx(2 * times[0])
     memory = [one["memory_bytes"]["of_a_training"] for one in (wide, narrow)]

@@ -39,12 +39,9 @@ SEED = 0  # of data order, projector and layer draws
 
 
 def bench(
-    configs: Mapping[str, Config],
-    data: Sequence[Path],
-    inits: Mapping[str, Path],
-    out: Path,
+    configs: Mapping[str, Config], data: Sequence[Path], inits: Mapping[str, Path], out: Path
 ) -> dict[str, Any]:
-    """Time optimizer steps of every variant at points of its stages.
+    """Time optimizer steps of every variant at points of its stages; write and return the result.
 
     A stage's time is its number of steps times the mean over the points of a step's median seconds;
     its FLOPs come from the very steps that were timed. Stages of one name and one model are timed
@@ -55,9 +52,6 @@ def bench(
         data: Manifests of prepared data sets.
         inits: Variant -> its backbone manifest.
         out: File to write.
-
-    Returns:
-        The result, as it is written.
 
     Raises:
         ValueError: The variants don't agree on `bench`, or data of a stage are missing.
@@ -130,11 +124,7 @@ def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
 @dataclass(frozen=True)
 class Variant:
     """A training of which single steps are taken, at learning rate 0: every step starts from equal
-    weights, so variants that train the same parts share model and optimizer.
-
-    Attributes:
-        order: Step -> indices of the samples of its global batch.
-    """
+    weights, so variants that train the same parts share model and optimizer."""
 
     job: Job
     accelerator: Accelerator
@@ -143,7 +133,7 @@ class Variant:
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     samples: Conversations
-    order: Callable[[int], list[int]]
+    order: Callable[[int], list[int]]  # step -> samples of its global batch
 
     def scheme(self) -> Scheme:
         """VTC and LDS on the model, for the body of a `with`."""

@@ -34,13 +34,7 @@ ANSWER_SECONDS = 0.004  # of a short answer's other tokens and the harness, a qu
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage of a run costs.
-
-    Attributes:
-        config: Of the run.
-        stage: Its name.
-        on_gpu: Whether it runs on GPUs, also where there are none here.
-    """
+    """What a stage of a run costs; `on_gpu`: on GPUs, also where there are none here."""
 
     config: Config
     stage: str
@@ -48,7 +42,6 @@ class StageCost:
 
     @property
     def block(self) -> StageConfig:
-        """The stage."""
         return self.config.stage(self.stage)
 
     @property

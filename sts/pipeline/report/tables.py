@@ -70,8 +70,7 @@ def table(
         name: The table; times and FLOPs come from bench/`name`.json.
         results: Folder of a scale's results.
         ablations: The methods to show, in this order.
-        out_stem: Path of the files without their endings.
-        labels: Names of the methods, by default their ids.
+        labels: Their names, by default their ids.
         sources: A key of HEADS each, in whose order the methods then stand. Methods that are
             compared with different ones have no heads.
         relative_to: id of the method that each is compared with, by default the first.

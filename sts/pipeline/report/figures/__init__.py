@@ -35,8 +35,7 @@ def figure(
         name: A file of this folder.
         results: Folder of a scale's results.
         ablations: The methods to show, in this order.
-        out_stem: Path of the files without their endings.
-        labels: Names of the methods, by default their ids.
+        labels: Their names, by default their ids.
 
     Raises:
         KeyError: There is no such figure.

@@ -46,9 +46,9 @@ def result(tmp_path_factory, backbone, prepared, one_core) -> dict:
         "short": config(instruct={"steps": 5}),
     }
     out = tmp_path_factory.mktemp("bench") / "main.json"
-    found = bench(variants, [prepared], dict.fromkeys(variants, backbone), out)
-    assert json.loads(out.read_text()) == found
-    return found
+    result = bench(variants, [prepared], dict.fromkeys(variants, backbone), out)
+    assert json.loads(out.read_text()) == result
+    return result
 
 
 def test_every_variant_takes_its_turn_at_every_place(result):
@@ -71,11 +71,11 @@ def test_every_variant_takes_its_turn_at_every_place(result):
 def test_the_time_of_a_stage_is_its_steps_times_the_mean_step(result):
     for variant in result["variants"].values():
         for stage in ("align", "instruct"):
-            found = variant[stage]
-            assert len(found["step_s"]) == POINTS
-            assert all(seconds > 0 for seconds in found["step_s"])
-            mean = sum(found["step_s"]) / POINTS
-            assert found["stage_s"] == pytest.approx(found["steps"] * mean)
+            timed = variant[stage]
+            assert len(timed["step_s"]) == POINTS
+            assert all(seconds > 0 for seconds in timed["step_s"])
+            mean = sum(timed["step_s"]) / POINTS
+            assert timed["stage_s"] == pytest.approx(timed["steps"] * mean)
         total = variant["align"]["stage_s"] + variant["instruct"]["stage_s"]
         assert variant["time_s"] == pytest.approx(total)
 
@@ -99,8 +99,8 @@ def test_the_result_says_what_it_was_measured_on(result):
 def test_the_result_says_which_steps_were_timed(result):
     for variant in result["variants"].values():
         for stage in ("align", "instruct"):
-            found = variant[stage]
-            assert [step * POINTS // found["steps"] for step in found["step"]] == [0, 1]
+            timed = variant[stage]
+            assert [step * POINTS // timed["steps"] for step in timed["step"]] == [0, 1]
     assert result["variants"]["dense"]["instruct"]["step"] == [2, 7]
 
 
@@ -108,13 +108,13 @@ def test_a_stage_is_timed_on_its_own_data(tmp_path, backbone, prepared, one_core
     extra = tmp_path / "extra"  # it has no split for align
     shutil.copytree(Path(prepared).parent, extra)
     manifest = json.loads((extra / "manifest.json").read_text())
-    manifest |= {"dataset": "nlvr", "splits": {"instruct": manifest["splits"]["instruct"]}}
+    manifest |= {"dataset": "extra", "splits": {"instruct": manifest["splits"]["instruct"]}}
     (extra / "manifest.json").write_text(json.dumps(manifest))
     data = [prepared, extra / "manifest.json"]
-    variants = {"more": config(instruct={"data": ["scenes", "nlvr"]}, points=1)}
-    found = bench(variants, data, dict.fromkeys(variants, backbone), tmp_path / "bench.json")
-    assert found["variants"]["more"]["time_s"] > 0
-    with pytest.raises(ValueError, match="no manifest of nlvr among scenes"):
+    variants = {"more": config(instruct={"data": ["scenes", "extra"]}, points=1)}
+    result = bench(variants, data, dict.fromkeys(variants, backbone), tmp_path / "bench.json")
+    assert result["variants"]["more"]["time_s"] > 0
+    with pytest.raises(ValueError, match="no manifest of extra among scenes"):
         bench(variants, [prepared], dict.fromkeys(variants, backbone), tmp_path / "bench.json")
 
 

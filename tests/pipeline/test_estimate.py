@@ -35,7 +35,7 @@ def config(model: dict | None = None, **stages: dict) -> Config:
     return Config(
         scale="tiny",
         model=model or {},
-        stages={name: StageConfig(**few | one) for name, one in stages.items()},
+        stages={name: StageConfig(**few | values) for name, values in stages.items()},
     )
 
 
@@ -108,8 +108,8 @@ def test_expected_work_is_the_mean_of_what_was_realised(unit):
         for step in range(60):
             scheme.begin_step(step)
             llava(**batch)
-            seen.append([one.get(share, 1.0) for one in scheme.metrics()["work"]])
-    expected = [one.get(share, 1.0) for one in expected_work(lds, LAYERS, 0.0)]
+            seen.append([work.get(share, 1.0) for work in scheme.metrics()["work"]])
+    expected = [work.get(share, 1.0) for work in expected_work(lds, LAYERS, 0.0)]
     means = [fmean(layer) for layer in zip(*seen, strict=True)]
     assert means == pytest.approx(expected, abs=0.08)
 
@@ -127,15 +127,15 @@ def test_flops_of_a_stage_are_the_mean_over_what_it_skips():
 
 
 def test_json_is_what_is_returned(capsys, no_timing):
-    found = estimate.estimate(SMOKE, ABLATIONS, as_json=True)
-    assert json.loads(capsys.readouterr().out) == found
+    total = estimate.estimate(SMOKE, ABLATIONS, as_json=True)
+    assert json.loads(capsys.readouterr().out) == total
 
 
 def test_a_large_pretrained_model_is_estimated_without_a_download(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = estimate.estimate(PAPER, ABLATIONS)
-    assert "matrix product" in found["speed"]["source"]
-    dense = found["flops"]["runs"]["dense"]
+    total = estimate.estimate(PAPER, ABLATIONS)
+    assert "matrix product" in total["speed"]["source"]
+    dense = total["flops"]["runs"]["dense"]
     # 6 FLOPs a weight and token: 6.7e9 weights, 128 samples of 576 + 250 tokens, 5198 steps; one
     # more forward pass for recomputation makes 8
     assert dense["instruct"] == pytest.approx(8 * 6.7e9 * 128 * 826 * 5198, rel=0.15)
@@ -157,17 +157,17 @@ def test_stages_are_those_of_the_configurations(no_timing):
         "only": config(extra={"trains": ["vision_tower"]}),
     }
     main_table = {id: DENSE.model_copy(update={"id": id}) for id in configs}
-    found = estimate.forecast(Plan(configs, main_table))
+    total = estimate.forecast(Plan(configs, main_table))
     seeds = len(configs["long"].seeds)
-    assert found["jobs"] | {"train": 5 * seeds, "share": 1 * seeds} == found["jobs"]
-    runs = found["flops"]["runs"]
+    assert total["jobs"] | {"train": 5 * seeds, "share": 1 * seeds} == total["jobs"]
+    runs = total["flops"]["runs"]
     assert {id: [*stages] for id, stages in runs.items()} == {
-        id: [*one.stages] for id, one in configs.items()
+        id: [*config.stages] for id, config in configs.items()
     }
     assert runs["short"]["last"] == runs["long"]["last"]
     shared = runs["short"]["align"]
     every = sum(sum(stages.values()) for stages in runs.values())
-    assert found["flops"]["total"] == pytest.approx(seeds * (every - shared))
+    assert total["flops"]["total"] == pytest.approx(seeds * (every - shared))
 
 
 def test_speed_is_measured_with_what_a_stage_trains():
@@ -183,26 +183,26 @@ def costs(gpu: str, gpus: int = 8, price: float | None = None, scale: Path = PAP
 
 def test_gpus_that_are_not_here_take_the_hours_that_were_published():
     """LLaVA-1.5-7B took 3.5 h and 10 h on 8 A100 of 40 GB (LLaVA's README)."""
-    found = costs("a100-40", price=2)
-    hours = {stage: each / 8 for stage, each in found["gpu_hours"]["runs"]["dense"].items()}
+    total = costs("a100-40", price=2)
+    hours = {stage: each / 8 for stage, each in total["gpu_hours"]["runs"]["dense"].items()}
     assert hours == {
         "align": pytest.approx(3.5, rel=0.2), "instruct": pytest.approx(10, rel=0.2)
     }  # fmt: skip
-    assert not found["lacking"] and found["memory_bytes"]["of_a_process"] == 40e9
-    spent = found["gpu_hours"]
+    assert not total["lacking"] and total["memory_bytes"]["of_a_process"] == 40e9
+    spent = total["gpu_hours"]
     assert spent["price"] == 2 * spent["total"]
     assert spent["total"] > sum(spent["runs"]["dense"].values()) + spent["runs"]["sts"]["instruct"]
     faster = costs("h100")
-    assert faster["seconds"]["total"] < found["seconds"]["total"]
+    assert faster["seconds"]["total"] < total["seconds"]["total"]
     assert "price" not in faster["gpu_hours"]
 
 
 def test_the_small_scale_is_an_evening_on_one_gpu():
     """At 35 % of the peak; small matrices may reach a third of that, which an evening has too."""
-    found = costs("rtx4090", 1, scale=SMALL)
-    assert not found["lacking"]
-    assert 1 < found["seconds"]["total"] / 3600 < 2.5
-    assert found["speed"]["trainings_at_once"] == 1
+    total = costs("rtx4090", 1, scale=SMALL)
+    assert not total["lacking"]
+    assert 1 < total["seconds"]["total"] / 3600 < 2.5
+    assert total["speed"]["trainings_at_once"] == 1
 
 
 @pytest.mark.parametrize(
@@ -211,21 +211,21 @@ def test_the_small_scale_is_an_evening_on_one_gpu():
 )
 def test_the_page_of_the_papers_scale_says_what_the_estimate_says(column, scale, gpu, gpus):
     """Each number of its table, to the digits that are shown there."""
-    found = costs(gpu, gpus, scale=scale)
-    runs, disk, seconds = found["gpu_hours"]["runs"], found["disk_bytes"], found["seconds"]
+    total = costs(gpu, gpus, scale=scale)
+    runs, disk, seconds = total["gpu_hours"]["runs"], total["disk_bytes"], total["seconds"]
     expected = [
         *runs["dense"].values(),
         *runs["sts"].values(),
         *(seconds[name] / 3600 for name in ("training", "evaluation")),
-        found["memory_bytes"]["of_a_training"] / 1e9,
+        total["memory_bytes"]["of_a_training"] / 1e9,
         *(disk[name] / 1e9 for name in ("data", "weights", "checkpoints")),
     ]
     page = (ROOT / "docs/paper-scale.md").read_text()
     lines = [line for line in page.splitlines() if line.startswith("| ")][1:6]  # without the head
     cells = [line.split("|")[1 + column] for line in lines]
-    said = [number for cell in cells for number in re.findall(r"[\d.]+", cell)]
-    places = [len(number.partition(".")[2]) for number in said]
-    assert said == [f"{value:.{n}f}" for value, n in zip(expected, places, strict=True)]
+    numbers = [number for cell in cells for number in re.findall(r"[\d.]+", cell)]
+    places = [len(number.partition(".")[2]) for number in numbers]
+    assert numbers == [f"{value:.{n}f}" for value, n in zip(expected, places, strict=True)]
 
 
 def test_fewer_gpus_than_processes_take_longer_with_the_same_batch():
@@ -235,16 +235,16 @@ def test_fewer_gpus_than_processes_take_longer_with_the_same_batch():
     assert not wide["respread"]
     assert len(narrow["respread"]) == 2
     for stage, batch in (("align", 256), ("instruct", 128)):
-        (said,) = (one for one in narrow["respread"] if one.startswith(f"stages.{stage}: "))
-        assert "8 processes do not run on 4 GPUs" in said
-        assert "processes: 4 and gradient_accumulation_steps: 2" in said
-        assert f"the global batch of {batch};" in said
+        (text,) = (line for line in narrow["respread"] if line.startswith(f"stages.{stage}: "))
+        assert "8 processes do not run on 4 GPUs" in text
+        assert "processes: 4 and gradient_accumulation_steps: 2" in text
+        assert f"the global batch of {batch};" in text
     assert narrow["flops"] == wide["flops"]
     assert narrow["gpu_hours"]["runs"] == wide["gpu_hours"]["runs"]
     started = START_SECONDS * narrow["jobs"]["train"]
-    times = [one["seconds"]["training"] - started for one in (wide, narrow)]
+    times = [total["seconds"]["training"] - started for total in (wide, narrow)]
     assert times[1] == pytest.approx(2 * times[0])
-    memory = [one["memory_bytes"]["of_a_training"] for one in (wide, narrow)]
+    memory = [total["memory_bytes"]["of_a_training"] for total in (wide, narrow)]
     assert memory[1] > memory[0], "a shard is larger"
 
 
@@ -270,12 +270,12 @@ def test_a_stage_on_fewer_gpus_takes_the_same_step(pieces, gpus):
     processes, accumulation = pieces
     split = {"processes": processes, "gradient_accumulation_steps": accumulation}
     block = config(only=split).stage("only")
-    found = speed.on_fewer(block, gpus)
-    assert found.global_batch == block.global_batch and found.batch_size == block.batch_size
-    assert found.identity() == block.identity()
-    assert found.processes <= (gpus or processes)
+    fewer = speed.on_fewer(block, gpus)
+    assert fewer.global_batch == block.global_batch and fewer.batch_size == block.batch_size
+    assert fewer.identity() == block.identity()
+    assert fewer.processes <= (gpus or processes)
     if not gpus or gpus >= processes:
-        assert found == block
+        assert fewer == block
 
 
 def test_processes_on_a_cpu_share_its_cores():
@@ -291,10 +291,10 @@ def test_what_does_not_fit_on_gpus_is_said_with_the_keys_that_help(tmp_path, cap
     scale = tmp_path / "scale.yaml"
     scale.write_text(PAPER.read_text().replace("parallel: fsdp2", "parallel: ddp"))
     assert main(["estimate", "--configfile", str(scale), "--gpu", "h100"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Does not fit: stages.instruct: a process needs about 117 GB" in said
-    assert "and has 80 GB. What helps: parallel: fsdp2" in said
-    assert "stages.align" not in said
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Does not fit: stages.instruct: a process needs about 117 GB" in text
+    assert "and has 80 GB. What helps: parallel: fsdp2" in text
+    assert "stages.align" not in text
 
 
 def test_the_disk_of_sets_that_are_fetched_and_of_those_that_are_there(tmp_path, capsys):
@@ -312,13 +312,13 @@ def test_the_disk_of_sets_that_are_fetched_and_of_those_that_are_there(tmp_path,
 def test_a_disk_that_is_too_small_is_said_with_what_helps():
     disk = {"data": 150e9, "weights": 170e9}
     assert estimate.full(disk, free=320e9) == ""
-    said = estimate.full(disk, free=77e9)
-    assert "about 320 GB are needed (data 150 GB, weights 170 GB), and 77 GB are free" in said
-    assert "data.folders" in said
+    text = estimate.full(disk, free=77e9)
+    assert "about 320 GB are needed (data 150 GB, weights 170 GB), and 77 GB are free" in text
+    assert "data.folders" in text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(45, "45 s"), (720, "12 min"), (12600, "3.5 h"), (1814400, "21 days")]
+    ("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12600, "3.5 h"), (1814400, "21 days")]
 )
-def test_durations_are_said_in_fitting_units(seconds, said):
-    assert estimate.duration(seconds) == said
+def test_durations_are_said_in_fitting_units(seconds, text):
+    assert estimate.duration(seconds) == text

@@ -8,7 +8,7 @@ from sts.__main__ import main
 from sts.pipeline.config import ConfigError, load_ablations, load_scale
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.report.expected import expected, read
-from sts.pipeline.tasks import registry as benchmarks
+from sts.pipeline.tasks import registry
 
 WORKFLOW = Path(__file__).parents[2] / "workflow"
 PAPER = WORKFLOW / "reference/paper.yaml"
@@ -75,16 +75,16 @@ def test_a_wrong_reference_is_refused_by_file_key_and_value(reference, wrong, ke
 
 
 def test_the_references_are_of_scales_and_benchmarks_that_there_are():
-    known = read(PAPER)
-    assert known.ablation in load_ablations(WORKFLOW / "ablations.yaml")
-    asked = load_scale(WORKFLOW / "config/paper.yaml").evaluate.benchmarks
-    assert set(known.scores) < set(asked) and all(map(benchmarks.exists, asked))
-    for score in known.scores.values():
+    reference = read(PAPER)
+    assert reference.ablation in load_ablations(WORKFLOW / "ablations.yaml")
+    benchmarks = load_scale(WORKFLOW / "config/paper.yaml").evaluate.benchmarks
+    assert set(reference.scores) < set(benchmarks) and all(map(registry.exists, benchmarks))
+    for score in reference.scores.values():
         assert "[R]" in score.source or "[P]" in score.source
 
 
 def test_from_the_command_line(obtained, tmp_path, capsys):
     results, stem = obtained(pope=[0.859]), tmp_path / "tables/expected"
-    told = ["--reference", str(PAPER), "--results", str(results), "--out-stem", str(stem)]
-    assert main(["expected", *told]) == 0
+    arguments = ["--reference", str(PAPER), "--results", str(results), "--out-stem", str(stem)]
+    assert main(["expected", *arguments]) == 0
     assert "| pope | 85.9 | 85.9 | n/a | 0.0 | pass |" in stem.with_suffix(".md").read_text()

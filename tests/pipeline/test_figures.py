@@ -85,11 +85,11 @@ def test_every_figure_is_valid_and_the_same_twice(name, results, tmp_path):
 
 
 def test_pareto_puts_time_on_x_and_the_score_with_its_spread_on_y(results):
-    drawn = pareto.draw(results, {"dense": "Dense", "sts": "STS"})
-    points = {c.get_label(): c.lines[0].get_xydata()[0] for c in drawn.axes[0].containers}
+    page = pareto.draw(results, {"dense": "Dense", "sts": "STS"})
+    points = {c.get_label(): c.lines[0].get_xydata()[0] for c in page.axes[0].containers}
     assert points["Dense"] == pytest.approx([1.0, 85.0])
     assert points["STS"] == pytest.approx([0.8, 85.0])
-    bar = drawn.axes[0].containers[0].lines[2][0].get_segments()[0]
+    bar = page.axes[0].containers[0].lines[2][0].get_segments()[0]
     assert bar[1][1] - bar[0][1] == pytest.approx(2 * 10 / 2**0.5)
 
 
@@ -98,32 +98,32 @@ def on_own_scale(results, folder, scores):
     shutil.copytree(results, folder)
     for id, values in scores.items():
         for seed, value in enumerate(values):
-            found = {"score": value, "blind": None, "majority": None, "chance": None}
+            entry = {"score": value, "blind": None, "majority": None, "chance": None}
             write(
                 folder / f"runs/{id}/seed{seed}/eval.json",
-                {"benchmarks": {"mme_perception": found | {"share": False}}},
+                {"benchmarks": {"mme_perception": entry | {"share": False}}},
             )
     return folder
 
 
 def test_pareto_shows_what_is_kept_where_no_score_is_a_share(results, tmp_path):
     own = on_own_scale(results, tmp_path / "own", {"dense": (1000, 1600), "sts": (900, 1200)})
-    drawn = pareto.draw(own, {"dense": "Dense", "sts": "STS"})
-    points = {c.get_label(): c.lines[0].get_xydata()[0] for c in drawn.axes[0].containers}
+    page = pareto.draw(own, {"dense": "Dense", "sts": "STS"})
+    points = {c.get_label(): c.lines[0].get_xydata()[0] for c in page.axes[0].containers}
     assert points["Dense"] == pytest.approx([1.0, 100.0])
     assert points["STS"] == pytest.approx([0.8, (90 + 75) / 2])
-    bar = drawn.axes[0].containers[1].lines[2][0].get_segments()[0]
+    bar = page.axes[0].containers[1].lines[2][0].get_segments()[0]
     half = 12.706 * 7.5  # t of two seeds, and the standard error of 90 and 75
     assert bar[:, 1] == pytest.approx([82.5 - half, 82.5 + half], abs=0.01)
-    assert drawn.axes[0].get_ylabel() == "mean of score / score of Dense (%)"
+    assert page.axes[0].get_ylabel() == "mean of score / score of Dense (%)"
     ElementTree.parse(draw("pareto", own, tmp_path / "drawn")[0])
 
 
 def test_pareto_names_a_method_without_a_point(results, tmp_path):
     """Nothing can be kept of a score of 0."""
     own = on_own_scale(results, tmp_path / "own", {"dense": (0, 1600), "sts": (900, 1200)})
-    drawn = pareto.draw(own, {"dense": "Dense", "sts": "STS"})
-    (legend,) = drawn.legends
+    page = pareto.draw(own, {"dense": "Dense", "sts": "STS"})
+    (legend,) = page.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         f"{name} (n/a: a score of Dense is 0)" for name in ("Dense", "STS")
     ]
@@ -131,8 +131,8 @@ def test_pareto_names_a_method_without_a_point(results, tmp_path):
 
 
 def test_layers_shows_the_layers_run_and_the_skips_of_each_layer(results):
-    drawn = layers.draw(results, {"dense": "Dense", "sts": "STS"})
-    curves, heat = drawn.axes[:2]
+    page = layers.draw(results, {"dense": "Dense", "sts": "STS"})
+    curves, heat = page.axes[:2]
     means = {line.get_label(): line.get_ydata().mean() for line in curves.lines}
     assert means == pytest.approx({"Dense": LAYERS, "STS": LAYERS - 1})
     assert list(heat.images[0].get_array().mean(axis=1)) == [0, 0.5, 0.5, 0]
@@ -159,27 +159,27 @@ def falling(steps=100, seed=0, layers=LAYERS):
 def test_by_layer_is_the_mean_over_runs_and_over_the_steps_of_a_bin():
     runs = [falling(103, seed) for seed in (0, 1)]  # no multiple of the bins
     for key in ("asked", "skipped"):
-        found = layers.by_layer(runs, key, 101)
+        means = layers.by_layer(runs, key, 101)
         edges, start = [], 0  # the first bins have one step more
         for bin in range(layers.BINS):
             end = start + 101 // layers.BINS + (bin < 101 % layers.BINS)
             edges.append((start, end))
             start = end
-        assert (found.shape, end) == ((LAYERS, layers.BINS), 101)
+        assert (means.shape, end) == ((LAYERS, layers.BINS), 101)
         for layer in range(LAYERS):
             for bin, (start, end) in enumerate(edges):
                 values = [run[step][key][layer] for run in runs for step in range(start, end)]
-                assert found[layer, bin] == pytest.approx(sum(values) / len(values))
+                assert means[layer, bin] == pytest.approx(sum(values) / len(values))
 
 
 def heat_of(runs, monkeypatch):
     """The map of `layers` over made-up histories, drawn as it is to a file."""
     monkeypatch.setattr(layers, "histories", lambda *_: {"tune": {"sts": runs}})
     with plt.rc_context(figures.STYLE):
-        drawn = layers.draw(Path("results"), {"sts": "STS"})
+        page = layers.draw(Path("results"), {"sts": "STS"})
         svg = io.BytesIO()
-        drawn.savefig(svg, format="svg", metadata={"Date": None})
-    return drawn.axes[1], svg.getvalue()
+        page.savefig(svg, format="svg", metadata={"Date": None})
+    return page.axes[1], svg.getvalue()
 
 
 def test_layers_shows_a_skipping_that_falls_to_zero_with_the_chances_as_lines(monkeypatch):
@@ -209,8 +209,8 @@ def test_layers_shows_a_skipping_that_falls_to_zero_with_the_chances_as_lines(mo
 def test_layers_draws_chances_that_stay_as_they_are(monkeypatch, asked, steps):
     skipped = [[float((step + layer) % 2) for layer in range(LAYERS)] for step in range(steps)]
     heat, _ = heat_of([history([asked] * steps, skipped)], monkeypatch)
-    drawn = [c for c in heat.collections if isinstance(c, ContourSet)]
-    assert bool(drawn) == (asked[0] == 0)
+    lines = [c for c in heat.collections if isinstance(c, ContourSet)]
+    assert bool(lines) == (asked[0] == 0)
     assert heat.images[0].get_array().shape == (LAYERS, min(steps, layers.BINS))
 
 
@@ -230,22 +230,22 @@ def test_the_stages_are_those_of_each_methods_configuration(results, tmp_path):
         for stage in names:
             shown = ("sts", "instruct") if (id, stage) in skips else ("dense", "instruct")
             train(tmp_path, id, 0, stage, [row(*shown, step) for step in range(STEPS)])
-    drawn = loss.draw(tmp_path, {"dense": "Dense", "sts": "STS"})
-    assert [axes.get_title() for axes in drawn.axes] == ["Warm up", "Tune", "Polish"]
-    assert [len(axes.lines) for axes in drawn.axes] == [2, 2, 1]
-    drawn = layers.draw(tmp_path, {"dense": "Dense", "sts": "STS"})
-    titles = [axes.get_title() for axes in drawn.axes]
+    page = loss.draw(tmp_path, {"dense": "Dense", "sts": "STS"})
+    assert [axes.get_title() for axes in page.axes] == ["Warm up", "Tune", "Polish"]
+    assert [len(axes.lines) for axes in page.axes] == [2, 2, 1]
+    page = layers.draw(tmp_path, {"dense": "Dense", "sts": "STS"})
+    titles = [axes.get_title() for axes in page.axes]
     assert [title for title in titles if title and "skipped" not in title] == ["Warm up", "Tune"]
-    assert len([axes for axes in drawn.axes if axes.images]) == 2
-    (legend,) = drawn.legends
+    assert len([axes for axes in page.axes if axes.images]) == 2
+    (legend,) = page.legends
     assert [text.get_text() for text in legend.get_texts()] == ["Dense", "STS"]
 
 
 def test_tokens_shows_every_kind_of_its_result_file(results, kept):
-    drawn = tokens.draw(results, {"dense": "Dense"})
-    titles = [axes.get_title() for axes in drawn.axes]
+    page = tokens.draw(results, {"dense": "Dense"})
+    titles = [axes.get_title() for axes in page.axes]
     assert titles == [f"{kind}: {len(kept['kinds'][kind])} tokens" for kind in kept["kinds"]]
-    faded = {axes.get_title(): axes.images[0].get_array().mean() for axes in drawn.axes}
+    faded = {axes.get_title(): axes.images[0].get_array().mean() for axes in page.axes}
     assert faded["uniform: 4 tokens"] > faded["none: 16 tokens"]  # towards white
 
 

@@ -45,13 +45,13 @@ def test_each_family_speaks_of_its_own_baseline():
         row("dense_tiles", 0.6, 1.0, 1.0, 1.0, 1.0, flops=1) | {"relative_to": "dense_tiles"},
         row("sts_tiles", 0.5, 0.83, 0.8, 0.86, 0.9) | {"relative_to": "dense_tiles"},
     ]
-    lines = say(row("sts", 0.79, 0.987, 0.9, 0.99, 0.9), row("one", 0.7, 0.9), *tiles)
+    lines = say(row("sts", 0.79, 0.987, 0.9, 0.99, 0.9), row("single", 0.7, 0.9), *tiles)
     below = [line for line in lines if line.startswith("Below")]
     assert below == [
         f"Below {name} in score, beyond the spread of the seeds:"
         for name in ("DENSE", "DENSE_TILES")
     ]
-    assert [said.partition(":")[0] for line in below for said in lines[line]] == [
+    assert [method.partition(":")[0] for line in below for method in lines[line]] == [
         "STS",
         "STS_TILES",
     ]
@@ -59,7 +59,7 @@ def test_each_family_speaks_of_its_own_baseline():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"),
+    ("low", "high", "line"),
     [
         (0.9, 0.99, "Below DENSE in score, beyond the spread of the seeds:"),
         (0.9, 1.0, "Not told apart from DENSE in score by these seeds:"),
@@ -67,10 +67,10 @@ def test_each_family_speaks_of_its_own_baseline():
         (1.01, 1.1, "Above DENSE in score, beyond the spread of the seeds:"),
     ],
 )
-def test_a_method_is_told_from_the_baseline_where_its_interval_leaves_out_1(low, high, said):
+def test_a_method_is_told_from_the_baseline_where_its_interval_leaves_out_1(low, high, line):
     lines = say(row("sts", 0.79, 0.987, low, high, 0.9))
     interval = f"interval {100 * low:.1f} to {100 * high:.1f}"
-    assert lines[said] == [
+    assert lines[line] == [
         f"STS: 98.7 % of the score ({interval}); x 0.90 of the time, x 0.80 of the FLOPs; "
         "50 % of the saved FLOPs saved as time"
     ]
@@ -117,11 +117,11 @@ def test_the_baseline_may_lack_everything():
 def test_summary_says_what_was_found_and_where(results, capsys):
     make(results, "dense", "sts", "lds", labels={"sts": "STS"})
     findings.summary(results)
-    said = capsys.readouterr().out
-    assert "STS: 92.5 % of the score" in said
-    assert "x 0.80 of the time, x 0.60 of the FLOPs; 50 % of the saved FLOPs" in said
-    assert "lds: training time not measured yet" in said
-    assert f"{results}/tables: main.md" in said
+    text = capsys.readouterr().out
+    assert "STS: 92.5 % of the score" in text
+    assert "x 0.80 of the time, x 0.60 of the FLOPs; 50 % of the saved FLOPs" in text
+    assert "lds: training time not measured yet" in text
+    assert f"{results}/tables: main.md" in text
 
 
 def test_summary_before_any_table_says_how_to_make_it(tmp_path):
@@ -142,8 +142,8 @@ def test_what_was_asked_comes_from_the_resolved_configuration():
 def rendered(*files):
     """The report's first page, made as Snakemake makes it, of these result files."""
     text = Environment(trim_blocks=True, lstrip_blocks=True).from_string(PAGE.read_text())
-    shown = [SimpleNamespace(path=file, target=file.name) for file in files]
-    page = text.render(snakemake=SimpleNamespace(config={"scale": "mine"}), files=shown)
+    entries = [SimpleNamespace(path=file, target=file.name) for file in files]
+    page = text.render(snakemake=SimpleNamespace(config={"scale": "mine"}), files=entries)
     return publish_parts(page, writer="html", settings_overrides={"halt_level": 2})["html_body"]
 
 

@@ -49,9 +49,9 @@ def test_each_part_survives_the_others_and_says_why_it_failed(here):
         python("well", written, writes=[out], says=lambda: {"found": json.loads(out.read_text())}),
     ]
     assert not check(todo, ABOUT, here / "kept.json")
-    found = outcome(here)
-    rows = found.pop("parts")
-    assert found == ABOUT
+    result = outcome(here)
+    rows = result.pop("parts")
+    assert result == ABOUT
     assert {name: row["status"] for name, row in rows.items()} == {
         "no_memory": "failed", "no_result": "failed", "killed": "failed", "silent": "failed",
         "no_package": "not run", "well": "passed",
@@ -161,12 +161,12 @@ def test_the_benches_are_all_that_was_asked_for(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_what_it_would_do_and_fails():
     command = [sys.executable, "-m", "workflow.gpu_check"]
-    done = subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "There is no NVIDIA GPU here" in done.stderr
-    for said in ("pytest -m gpu", "--shape qwen2.5-vl-7b", "scale=gpu_smoke"):
-        assert said in done.stderr
-    assert not done.stdout
+    process = subprocess.run(command, cwd=ROOT, env=WITHOUT_GPU, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "There is no NVIDIA GPU here" in process.stderr
+    for text in ("pytest -m gpu", "--shape qwen2.5-vl-7b", "scale=gpu_smoke"):
+        assert text in process.stderr
+    assert not process.stdout
 
 
 def test_an_unknown_part_is_refused(capsys):

@@ -42,12 +42,12 @@ def test_the_picture_is_what_the_tower_sees(kept, prepared):
 
 
 def test_a_tower_without_a_class_token_has_the_other_kinds(prepared, tmp_path):
-    whole, other = (
+    clip, siglip = (
         kept_tokens(joined(tmp_path / tower, tower), prepared, tmp_path / f"{tower}.json")
         for tower in ("clip", "siglip")
     )
-    assert whole["grid"] == other["grid"] == (4, 4)
-    assert whole["kinds"].keys() - other["kinds"].keys() == {"cls_topk", "cls_merge"}
+    assert clip["grid"] == siglip["grid"] == (4, 4)
+    assert clip["kinds"].keys() - siglip["kinds"].keys() == {"cls_topk", "cls_merge"}
 
 
 def test_a_missing_manifest_is_named(backbone, prepared, tmp_path):

@@ -60,17 +60,19 @@ def publish(root: Path) -> None:
          "conversations": turns("<image>\nwhat is it?", f"a red bowl {n}")}
         for n in range(20)
     ]  # fmt: skip
-    asked, archives = [], {}
+    questions, archives = [], {}
     for folder, archive in FOLDERS.items():
         inner = folder.partition("/")[2]
         archives[archive] = {f"{inner}/{n}.jpg": image(n) for n in range(4)}
-        asked += [
+        questions += [
             {"id": f"{folder}{n}", "image": f"{folder}/{n}.jpg",
              "conversations": turns("<image>\nwhat is it?", "a bowl", "sure?", "yes")}
             for n in range(4)
         ]  # fmt: skip
-    asked += [{"id": f"text{n}", "conversations": turns("what is it?", "a bowl")} for n in range(6)]
-    asked += [{"id": "lost", "image": "ocr_vqa/images/lost.jpg",
+    questions += [
+        {"id": f"text{n}", "conversations": turns("what is it?", "a bowl")} for n in range(6)
+    ]
+    questions += [{"id": "lost", "image": "ocr_vqa/images/lost.jpg",
                "conversations": turns("<image>\nwho?", "nobody")}]  # fmt: skip
     archives[str(HUB / "LLaVA-Pretrain/images.zip")] = {
         f"000/{n}.jpg": image(n, size=(40, 30 + n)) for n in range(20)
@@ -78,7 +80,7 @@ def publish(root: Path) -> None:
     archives[OCR] = {"0.jpg": image(0)}
     files = {name: zipped(content) for name, content in archives.items()}
     files[str(HUB / "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json")] = json.dumps(captions).encode()
-    files[str(HUB / "LLaVA-Instruct-150K/llava_v1_5_mix665k.json")] = json.dumps(asked).encode()
+    files[str(HUB / "LLaVA-Instruct-150K/llava_v1_5_mix665k.json")] = json.dumps(questions).encode()
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
@@ -108,41 +110,43 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
         env = environment(
             HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1"
         )
-        said = (tmp_path / "said.txt").open("w+")
+        log = (tmp_path / "log.txt").open("w+")
 
         @contextmanager
-        def begun() -> Iterator[subprocess.Popen]:
+        def running() -> Iterator[subprocess.Popen]:
             """The call, of which nothing is left afterwards."""
-            one = subprocess.Popen(
-                call(*COMMAND), cwd=project, env=env, stdout=said, stderr=said,
+            process = subprocess.Popen(
+                call(*COMMAND), cwd=project, env=env, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
             try:
-                yield one
+                yield process
             finally:
                 with suppress(ProcessLookupError):
-                    os.killpg(one.pid, signal.SIGKILL)
-                one.wait()
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
         weights = project / "results/paper/weights"
-        with begun() as first:
+        with running() as first:
             wait_for(lambda: first.poll() is None and list(weights.glob("*/state/*")), 600)
-        with begun() as second:
-            assert second.wait(timeout=900) == 0, Path(said.name).read_text()[-4000:]
-        done = subprocess.run(call(*COMMAND), cwd=project, env=env, capture_output=True, text=True)
-        assert "Nothing to be done" in done.stdout + done.stderr
+        with running() as second:
+            assert second.wait(timeout=900) == 0, Path(log.name).read_text()[-4000:]
+        again = subprocess.run(call(*COMMAND), cwd=project, env=env, capture_output=True, text=True)
+        assert "Nothing to be done" in again.stdout + again.stderr
 
     results = project / "results/paper"
     mix = json.loads((project / "data/paper/llava_mix665k/manifest.json").read_text())
     assert mix["splits"]["instruct"]["rows"] == 26 and mix["bad_rows"] == {"missing image": 1}
     assert len(served.fetched("train2017.zip")) == 2, "once more after it broke"
     for id in ("dense", "sts"):
-        made = json.loads((results / f"runs/{id}/seed0/instruct.json").read_text())
-        found = json.loads((results / f"runs/{id}/seed0/eval.json").read_text())
-        assert (project / made["weights"] / "model.safetensors").exists(), "an ordinary checkpoint"
-        asked = yaml.safe_load((project / PAPER).read_text())["evaluate"]["benchmarks"]
-        assert set(found["benchmarks"]) == set(asked) and all(
-            one["n"] for one in found["benchmarks"].values()
+        manifest = json.loads((results / f"runs/{id}/seed0/instruct.json").read_text())
+        evaluation = json.loads((results / f"runs/{id}/seed0/eval.json").read_text())
+        assert (project / manifest["weights"] / "model.safetensors").exists(), (
+            "an ordinary checkpoint"
+        )
+        benchmarks = yaml.safe_load((project / PAPER).read_text())["evaluate"]["benchmarks"]
+        assert set(evaluation["benchmarks"]) == set(benchmarks) and all(
+            score["n"] for score in evaluation["benchmarks"].values()
         )
     table = (results / "tables/main.md").read_text()
     assert ("STS" in table and "POPE" in table) or "pope" in table

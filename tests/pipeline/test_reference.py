@@ -56,7 +56,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def score(row: pd.Series) -> str:
+def average(row: pd.Series) -> str:
     return f"{percent(row['average'])} ± {percent(row['average_sd'])}"
 
 
@@ -72,7 +72,7 @@ def test_the_readme_compares_with_training_less_as_the_reference_does():
         results = [json.loads(file.read_text())["benchmarks"].values() for file in files]
         seeds = ", ".join(percent(fmean(one["score"] for one in result)) for result in results)
         row = table.loc[id]
-        assert found[label] == [score(row), seeds, *costs(row)]
+        assert found[label] == [average(row), seeds, *costs(row)]
 
 
 def test_the_readme_compares_architectures_as_the_reference_does():
@@ -83,7 +83,7 @@ def test_the_readme_compares_architectures_as_the_reference_does():
         sees = ", ".join(percent(base[name]) for name in ("existence", "colour", "shape"))
         low, mean, high = (percent(row[f"retention{end}"]) for end in ("_low", "", "_high"))
         kept = f"{mean} ({low} to {high})"
-        assert found[label] == [sees, score(base), score(row), kept, *costs(row)]
+        assert found[label] == [sees, average(base), average(row), kept, *costs(row)]
 
 
 def shown(table: Path) -> tuple[dict[str, str], dict[str, str]]:

@@ -23,21 +23,21 @@ COMPRESSED, SKIPPED = "avgpool2d@0.25", "layerdrop@0.5:draw=fixed_count"
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("speed") / "bench.json"
     settings = [COMPRESSED, SKIPPED, f"{COMPRESSED}+{SKIPPED}"]
-    found = speed(
+    result = speed(
         "llava-1.5-7b", settings, out, layers=2, width=1 / 32, batch=1, text=8, repeats=1,
         checkpointing=[False, True],
     )  # fmt: skip
-    assert json.loads(out.read_text()) == found
-    return found
+    assert json.loads(out.read_text()) == result
+    return result
 
 
 def row(result, setting, stage="instruct", checkpointing=False):
-    (found,) = [
+    (match,) = [
         r
         for r in result["rows"]
         if (r["setting"], r["stage"], r["checkpointing"]) == (setting, stage, checkpointing)
     ]
-    return found
+    return match
 
 
 @pytest.mark.slow
@@ -49,10 +49,10 @@ def test_the_cut_is_stated(result):
 @pytest.mark.slow
 def test_every_setting_in_both_stages_with_and_without_checkpointing(result):
     assert len(result["rows"]) == 2 * 2 * 6
-    for one in result["rows"]:
-        assert one["step_s"] > 0 and one["flops"] > 0 and one["held_mb"] > 0
-        low, high = one["step_s_range"]
-        assert low <= one["step_s"] <= high
+    for row in result["rows"]:
+        assert row["step_s"] > 0 and row["flops"] > 0 and row["held_mb"] > 0
+        low, high = row["step_s_range"]
+        assert low <= row["step_s"] <= high
 
 
 @pytest.mark.slow
@@ -77,13 +77,13 @@ def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
 
 @pytest.mark.slow
 def test_flops_do_not_depend_on_the_attention_and_what_is_held_does(result, tmp_path):
-    found = speed(
+    eager_result = speed(
         "llava-1.5-7b", [COMPRESSED], tmp_path / "eager.json", layers=2, width=1 / 32, batch=1,
         text=8, repeats=1, stages=["instruct"], attention="eager",
     )  # fmt: skip
-    assert (result["attention"], found["attention"]) == ("sdpa", "eager")
+    assert (result["attention"], eager_result["attention"]) == ("sdpa", "eager")
     for setting in ("dense", COMPRESSED):
-        fused, eager = row(result, setting), row(found, setting)
+        fused, eager = row(result, setting), row(eager_result, setting)
         assert eager["flops"] == fused["flops"]
         assert eager["held_mb"] > fused["held_mb"], "scores [heads, tokens, tokens]"
 
@@ -96,8 +96,8 @@ def test_other_architectures_and_a_table(tmp_path, capsys):
          "--repeats", "1", "--stages", "align", "--settings", "random@0.5", "--out", str(out)]
     )  # fmt: skip
     assert status in (0, None)
-    shown = capsys.readouterr().out
-    assert "2 of 28 layers" in shown and "random@0.5" in shown and "realisation" in shown
+    text = capsys.readouterr().out
+    assert "2 of 28 layers" in text and "random@0.5" in text and "realisation" in text
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_bad_arguments_say_what_is_accepted(arguments, named, tmp_path, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_flash_attention_without_a_gpu_is_refused_before_a_model_is_made(tmp_path, capsys):
-    asked = ["--shape", "llava-1.5-13b", "--width", "1", "--attention", "flash_attention_2"]
-    assert main(["bench", *asked, "--out", str(tmp_path / "out.json")]) == 2
+    arguments = ["--shape", "llava-1.5-13b", "--width", "1", "--attention", "flash_attention_2"]
+    assert main(["bench", *arguments, "--out", str(tmp_path / "out.json")]) == 2
     assert "a GPU and the package flash-attn" in capsys.readouterr().err
 
 
@@ -184,8 +184,8 @@ def test_a_cut_model_keeps_its_heads_and_learns_from_a_made_up_batch(name):
     assert len(model.base_model.language_model.layers) == 2
     for part in ("text_config", "vision_config"):
         heads = [
-            one.hidden_size // one.num_attention_heads
-            for one in (getattr(full, part), getattr(cut, part))
+            sizes.hidden_size // sizes.num_attention_heads
+            for sizes in (getattr(full, part), getattr(cut, part))
         ]
         assert heads[0] == heads[1]
 

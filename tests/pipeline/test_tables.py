@@ -30,9 +30,10 @@ def test_the_footer_says_what_the_runs_were_computed_in(results):
         write(results / "runs" / id / "seed0" / "instruct.json", {"precision": "bf16"})
     assert "- Precision: bf16\n" in make(results, "dense", "sts")[1]
     write(results / "runs" / "sts" / "seed1" / "instruct.json", {"precision": "fp32"})
-    said = make(results, "dense", "sts")[1]
+    markdown = make(results, "dense", "sts")[1]
     assert (
-        "Precision: not the same for all, so compare with care: bf16 dense, sts; fp32 sts" in said
+        "Precision: not the same for all, so compare with care: bf16 dense, sts; fp32 sts"
+        in markdown
     )
 
 
@@ -98,11 +99,11 @@ def test_latex_is_escaped_booktabs(results):
 def test_the_page_holds_the_table_escaped_and_as_itself_every_time(results):
     make(results, "dense", "sts", labels={"sts": "STS <ours> & co"})
     page = (results / "tables/main.html").read_text()
-    found = ElementTree.fromstring(f"<page>{page}</page>")
-    cells = [["".join(cell.itertext()) for cell in line] for line in found.iter("tr")]
+    tree = ElementTree.fromstring(f"<page>{page}</page>")
+    cells = [["".join(cell.itertext()) for cell in line] for line in tree.iter("tr")]
     assert cells[0][:4] == ["Method", "Colour", "Text", "Average"]
     assert cells[2][:4] == ["STS <ours> & co", "85.0 ± 7.1", "40.0 ± 0.0", "62.5 ± 3.5"]
-    titles = [title.text for title in found.iter("h2")]
+    titles = [title.text for title in tree.iter("h2")]
     assert titles == ["What was asked", "What was found", "Table main"]
     make(results, "dense", "sts", labels={"sts": "STS <ours> & co"})
     assert (results / "tables/main.html").read_text() == page
@@ -159,10 +160,10 @@ def test_each_family_is_compared_with_its_own_dense_row(results):
         timed = bench["variants"][id]
         bench["variants"][f"{id}_tiles"] = timed | {"time_s": 2 * timed["time_s"]}
         for file in (results / f"runs/{id}_tiles").glob("*/eval.json"):
-            found = json.loads(file.read_text())
-            for score in found["benchmarks"].values():
+            evaluation = json.loads(file.read_text())
+            for score in evaluation["benchmarks"].values():
                 score["score"] /= 2
-            file.write_text(json.dumps(found))
+            file.write_text(json.dumps(evaluation))
     (results / "bench/main.json").write_text(json.dumps(bench))
     bases = {
         "dense": "dense",
@@ -219,9 +220,9 @@ def test_a_missing_seed_is_named_and_its_mean_says_so(results):
 def test_a_missing_benchmark_leaves_no_average(results):
     for seed in (0, 1):
         file = results / "runs" / "sts" / f"seed{seed}" / "eval.json"
-        found = json.loads(file.read_text())
-        del found["benchmarks"]["text"]
-        file.write_text(json.dumps(found))
+        evaluation = json.loads(file.read_text())
+        del evaluation["benchmarks"]["text"]
+        file.write_text(json.dumps(evaluation))
     row = make(results, "dense", "sts")[0]["sts"]
     assert float(row["colour"]) == pytest.approx(0.85)
     assert [row["text"], row["average"], row["retention"]] == ["missing"] * 3
@@ -229,9 +230,9 @@ def test_a_missing_benchmark_leaves_no_average(results):
 
 def test_a_benchmark_without_controls_has_none_and_no_average_of_them(results):
     for file in results.glob("runs/*/seed*/eval.json"):
-        found = json.loads(file.read_text())
-        found["benchmarks"]["text"] |= {"majority": None, "chance": None, "blind": None}
-        file.write_text(json.dumps(found))
+        evaluation = json.loads(file.read_text())
+        evaluation["benchmarks"]["text"] |= {"majority": None, "chance": None, "blind": None}
+        file.write_text(json.dumps(evaluation))
     rows, markdown, *_ = make(results, "dense", "sts", "lds")
     assert "| Majority answer | 30.0 | n/a | n/a |" in markdown
     assert "| Chance | 25.0 | n/a | n/a |" in markdown
@@ -241,17 +242,17 @@ def test_a_benchmark_without_controls_has_none_and_no_average_of_them(results):
 
 def test_a_score_on_a_scale_of_its_own_stays_and_is_in_no_average(results):
     for file in results.glob("runs/*/seed*/eval.json"):
-        found = json.loads(file.read_text())
-        found["benchmarks"]["text"]["score"] *= 3000
-        found["benchmarks"]["text"] |= {"majority": None, "chance": None, "share": False}
-        file.write_text(json.dumps(found))
+        evaluation = json.loads(file.read_text())
+        evaluation["benchmarks"]["text"]["score"] *= 3000
+        evaluation["benchmarks"]["text"] |= {"majority": None, "chance": None, "share": False}
+        file.write_text(json.dumps(evaluation))
     rows, markdown, *_ = make(results, "dense", "sts")
     assert "| sts | 85.0 ± 7.1 | 1200.0 ± 0.0 | 85.0 ± 7.1 | 20.0 ± 0.0 | 92.5 (" in markdown
     assert "- On scales of their own, so not in % and not in Average and Blind: text\n" in markdown
     for file in results.glob("runs/*/seed*/eval.json"):
-        found = json.loads(file.read_text())
-        found["benchmarks"]["colour"]["share"] = False
-        file.write_text(json.dumps(found))
+        evaluation = json.loads(file.read_text())
+        evaluation["benchmarks"]["colour"]["share"] = False
+        file.write_text(json.dumps(evaluation))
     rows = make(results, "dense", "sts")[0]
     assert [rows["sts"]["average"], rows["sts"]["blind"]] == ["n/a", "n/a"]
     assert float(rows["sts"]["retention"]) == pytest.approx(0.925)
@@ -260,9 +261,9 @@ def test_a_score_on_a_scale_of_its_own_stays_and_is_in_no_average(results):
 
 def test_a_baseline_at_zero_has_no_retention(results):
     file = results / "runs" / "dense" / "seed0" / "eval.json"
-    found = json.loads(file.read_text())
-    found["benchmarks"]["text"]["score"] = 0.0
-    file.write_text(json.dumps(found))
+    evaluation = json.loads(file.read_text())
+    evaluation["benchmarks"]["text"]["score"] = 0.0
+    file.write_text(json.dumps(evaluation))
     rows = make(results, "dense", "sts")[0]
     assert rows["sts"]["retention"] == "n/a"
     assert float(rows["dense"]["text"]) == pytest.approx(0.2)  # 0 is a score, not a gap

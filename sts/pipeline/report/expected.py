@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import pandas as pd
 from annotated_types import Gt
-from pydantic import ValidationError
 
 from sts.pipeline.config import Block, ConfigError, load_yaml
+from sts.pipeline.config.errors import parsed
 from sts.pipeline.files import write_text_atomic
 from sts.pipeline.report.results import MISSING, UNDEFINED, evaluations
 from sts.pipeline.report.tables import page
@@ -29,6 +29,7 @@ class Published(Block):
     """A published score, in percent unless it is no share, and how near is near enough."""
 
     published: float
+    """The score."""
     source: str
     """Who says so, and its mark."""
     warn: Annotated[float, Gt(0)]
@@ -41,18 +42,14 @@ class Reference(Block):
     """What is known of a run."""
 
     ablation: str
+    """Id of the ablation that the scores are of."""
     scores: dict[str, Published]
-    """By benchmark."""
+    """Benchmark -> score."""
 
 
 def read(path: str | Path) -> Reference:
     """A reference file. Raises ConfigError with file, key, value and what is accepted."""
-    try:
-        reference = Reference.model_validate(load_yaml(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ConfigError(path, key, first.get("input"), first["msg"]) from None
+    reference = parsed(Reference, load_yaml(path), path)
     for name, score in reference.scores.items():
         if score.fail < score.warn:
             key = f"scores.{name}.fail"

@@ -108,13 +108,13 @@ def test_a_stage_is_timed_on_its_own_data(tmp_path, backbone, prepared, one_core
     extra = tmp_path / "extra"  # it has no split for align
     shutil.copytree(Path(prepared).parent, extra)
     manifest = json.loads((extra / "manifest.json").read_text())
-    manifest |= {"dataset": "extra", "splits": {"instruct": manifest["splits"]["instruct"]}}
+    manifest |= {"dataset": "nlvr", "splits": {"instruct": manifest["splits"]["instruct"]}}
     (extra / "manifest.json").write_text(json.dumps(manifest))
     data = [prepared, extra / "manifest.json"]
-    variants = {"more": config(instruct={"data": ["scenes", "extra"]}, points=1)}
+    variants = {"more": config(instruct={"data": ["scenes", "nlvr"]}, points=1)}
     result = bench(variants, data, dict.fromkeys(variants, backbone), tmp_path / "bench.json")
     assert result["variants"]["more"]["time_s"] > 0
-    with pytest.raises(ValueError, match="no manifest of extra among scenes"):
+    with pytest.raises(ValueError, match="no manifest of nlvr among scenes"):
         bench(variants, [prepared], dict.fromkeys(variants, backbone), tmp_path / "bench.json")
 
 

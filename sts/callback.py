@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState
 
 from sts.checks import expect
 from sts.lds import UNITS
-from sts.scheme import SCHEME, Scheme, attach, model_in, unsparsify
+from sts.scheme import SCHEME, Scheme, model_in, unsparsify
 from sts.settings import LDS, VTC
 
 
@@ -29,10 +29,7 @@ class SparseCallback(TrainerCallback, ExportableState):
 
     Args:
         model: The Trainer's; None: the scheme goes onto the model that it trains.
-        vtc: As in `sparsify`, or its fields as a dict.
-        lds: The same.
-        seed: As in `sparsify`.
-        dense_step: As in `sparsify`.
+        vtc: As in `sparsify`, or its fields as a dict; so are the others.
 
     Raises:
         ValueError: As `sparsify`.
@@ -56,14 +53,14 @@ class SparseCallback(TrainerCallback, ExportableState):
             self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
-        self.scheme = attach(model, self.vtc, self.lds, None, self.seed, self.dense_step)
+        self.scheme = Scheme(model, self.vtc, self.lds, self.seed, self.dense_step).attach()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._check_model(kwargs["model"])
         self._check_ddp(args)
-        self.scheme.total_steps = state.max_steps
         batches = len(kwargs["train_dataloader"]) if self.lds.clock == "epochs" else 0
-        self.scheme.steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+        steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+        self.scheme.set_stage(state.max_steps, steps_per_epoch)
         stored = (state.stateful_callbacks or {}).get(type(self).__name__)
         stored = self.stored or (stored and stored["attributes"]["stored"])
         if state.global_step and stored:
@@ -87,14 +84,12 @@ class SparseCallback(TrainerCallback, ExportableState):
     def _check_ddp(self, args: Any) -> None:
         """DDP waits for gradients of skipped layers unless it is told that there may be none."""
         leaves_out = self.lds.rate > 0 and not UNITS[self.lds.unit].trains_all
-        sharded = bool(args.fsdp) or args.deepspeed is not None
-        if args.world_size > 1 and leaves_out and not sharded:
-            accepted = (
-                f"True with LDS unit {self.lds.unit!r}, whose skipped layers have no gradient "
-                "(units samples and tokens need it not)"
-            )
-            is_told = args.ddp_find_unused_parameters
-            expect(is_told is True, "ddp_find_unused_parameters", is_told, accepted)
+        is_sharded = bool(args.fsdp) or args.deepspeed is not None
+        if args.world_size > 1 and leaves_out and not is_sharded:
+            accepted = f"True with LDS unit {self.lds.unit!r}, whose skipped layers have no "
+            accepted += "gradient (units samples and tokens need it not)"
+            value = args.ddp_find_unused_parameters
+            expect(value is True, "ddp_find_unused_parameters", value, accepted)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.scheme.begin_step(state.global_step)
@@ -115,12 +110,11 @@ class SparseCallback(TrainerCallback, ExportableState):
         unsparsify(self.scheme.model)
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json, of every checkpoint: the scheme's state, and the arguments of an
-        equal callback."""
+        """For trainer_state.json: the arguments of an equal callback, and the scheme's state."""
         stored = None
         if self.scheme is not None:
             stored = self.scheme.state_dict()
             stored["average"] = [None if math.isinf(x) else x for x in stored["average"]]
-        settings = {"vtc": asdict(self.vtc), "lds": asdict(self.lds)}
-        settings |= {"seed": self.seed, "dense_step": self.dense_step}
-        return {"args": settings, "attributes": {"stored": stored}}
+        arguments = {"vtc": asdict(self.vtc), "lds": asdict(self.lds)}
+        arguments |= {"seed": self.seed, "dense_step": self.dense_step}
+        return {"args": arguments, "attributes": {"stored": stored}}

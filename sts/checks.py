@@ -23,6 +23,11 @@ def expect(ok: bool, name: str, value: object, accepted: str) -> None:
         raise NotAccepted(name, value, accepted)
 
 
+def is_number(value: object, kind: Any = int | float) -> bool:
+    """Whether a value is a number of this type; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Names:
     """One of the names of a table, also of those that are entered later."""
@@ -48,8 +53,8 @@ class Interval:
     excluded: tuple[float, ...] = ()
 
     def accepts(self, value: object) -> bool:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and self.low <= value <= self.high and value not in self.excluded
+        is_within = is_number(value) and self.low <= value <= self.high
+        return is_within and value not in self.excluded
 
     def __str__(self) -> str:
         left = "(" if self.low in self.excluded else "["
@@ -66,7 +71,7 @@ class Layers:
     """A number of decoder layers."""
 
     def accepts(self, value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return is_number(value, int) and value >= 0
 
     def __str__(self) -> str:
         return "0 or more layers"

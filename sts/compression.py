@@ -22,7 +22,6 @@ from sts.modules import show_hooks_to_compile
 from sts.sequence import (
     WRONG_ATTENTION,
     Batch,
-    last_kept,
     pack,
     position_ids,
     positions_at,
@@ -32,7 +31,7 @@ from sts.sequence import (
     take,
     take_tokens,
     without_newlines,
-    write_features,
+    write_places,
 )
 from sts.settings import IGNORE_INDEX, VTC
 from sts.vtc import Outputs, compress, wants
@@ -116,7 +115,8 @@ class Compression:
             changed |= {"position_ids": positions} if self.vtc.positions == "mean" else {}
             return kwargs | changed, left.sum()
         order, real = pack(keep)
-        batch.mask, batch.shows = real, last_kept(keep)
+        # each place shows the last kept one up to it, or the first
+        batch.mask, batch.shows = real, (keep.cumsum(1) - 1).clamp(min=0)
         embeddings = take(embeddings, order)
         shortened = {
             "use_cache": False,
@@ -138,14 +138,13 @@ class Compression:
         visual, embeddings = batch.visual, kwargs["inputs_embeds"]
         positions = position_ids(kwargs)
         positions = positions.float() if self.vtc.positions == "mean" else positions
-        text_places = batch.mask & ~visual
         full = FullSequence(
             embeddings=embeddings.flatten(0, 1),
             positions=positions.reshape(-1, visual.numel()).T,
             features=_visual_features(kwargs, visual, count),
-            keep=text_places.flatten(),
+            keep=(batch.mask & ~visual).flatten(),
         )
-        text, text_mask = self._text(batch, embeddings, text_places)
+        text, text_mask = self._text(batch, embeddings)
         scores = self._scores(batch, count)
         places = visual.flatten().nonzero()[:, 0]
         for grid, index in self._images(batch).items():
@@ -186,14 +185,14 @@ class Compression:
         full.keep = full.keep.index_fill(0, written, True)
         if outputs.selects and outputs.tokens is None:  # they are there already
             return
-        full.embeddings = write_features(full.embeddings, written, tokens[real])
+        full.embeddings = write_places(full.embeddings, written, tokens[real])
         if self.vtc.positions == "mean":
             means = outputs.apply(full.positions[where])[real]
-            full.positions = write_features(full.positions, written, means)
+            full.positions = write_places(full.positions, written, means)
         written = index.gather(1, chosen)[real]
         for name, each in full.features.items():
             full.features[name] = [
-                write_features(x, written, outputs.apply(x[index])[real]) for x in each
+                write_places(x, written, outputs.apply(x[index])[real]) for x in each
             ]
 
     def _shorten_mask(
@@ -253,18 +252,17 @@ class Compression:
                 indexes.setdefault(grid, []).append(image)
         return {grid: torch.stack(images) for grid, images in indexes.items()}
 
-    def _text(
-        self, batch: Batch, embeddings: Tensor, text_places: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _text(self, batch: Batch, embeddings: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Embeddings [B, T', D] of each row's text and which are real [B, T'], for a kind that
         looks at text; the answer's tokens are no part of the `prompt`."""
         if not wants(self.vtc.kind) & {"text", "text_mask"}:
             return None, None
+        places = batch.mask & ~batch.visual
         if self.vtc.text == "prompt":
             labels = batch.inputs.get("labels")
             expect(labels is not None, "labels", None, "labels, for VTC.text='prompt'")
-            text_places = text_places & (labels == IGNORE_INDEX)
-        order, real = pack(text_places)
+            places = places & (labels == IGNORE_INDEX)
+        order, real = pack(places)
         return take(embeddings.detach(), order), real
 
     def _scores(self, batch: Batch, count: int) -> Tensor | None:
@@ -276,31 +274,22 @@ class Compression:
                 f"VTC.kind={self.vtc.kind!r} needs the vision tower to run in this forward: "
                 "pass pixel_values rather than precomputed features"
             )
-        module = self.attention.module
-        scores = class_attention(
-            self.recorded["queries"], self.recorded["keys"], module.head_dim, module.scale
-        )
+        scores = class_attention(self.recorded["queries"], self.recorded["keys"], self.attention)
         scores = self.architecture.token_scores(self.model, batch.inputs, scores)
         expect(len(scores) == count, "image placeholders", count, f"one of {len(scores)} patches")
         return scores
 
 
-def class_attention(queries: Tensor, keys: Tensor, head_dim: int, scale: float) -> Tensor:
+def class_attention(queries: Tensor, keys: Tensor, attention: ClassAttention) -> Tensor:
     """Attention of the class token to the patches, mean over heads: softmax(q_cls k^T * scale).
 
-    Args:
-        queries: [images, 1 + N, width], the class token first.
-        keys: [images, 1 + N, width].
-        head_dim: The width of a head.
-        scale: What scores are multiplied with.
-
-    Returns:
-        [images, N].
+    queries, keys: [images, 1 + N, width], the class token first; the result: [images, N].
     """
+    head_dim, scale = attention.module.head_dim, attention.module.scale
     query = queries[:, :1].unflatten(-1, (-1, head_dim)).float()
     keys = keys.unflatten(-1, (-1, head_dim)).float()
-    attention = torch.einsum("nqhd,nkhd->nhk", query, keys).mul(scale).softmax(-1)
-    return attention.mean(1)[:, 1:]
+    weights = torch.einsum("nqhd,nkhd->nhk", query, keys).mul(scale).softmax(-1)
+    return weights.mean(1)[:, 1:]
 
 
 def _check_inputs(inputs: dict[str, Any], kwargs: dict[str, Any], count: int) -> None:

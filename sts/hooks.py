@@ -6,8 +6,8 @@
       the base model    gives as many hidden states as there were tokens, or those before answers
     the model           gives the loss, and no logits where they would be those of the answers only
 
-A forward pass may begin at any of the three modules. Shapes: B batch, T tokens of a row, D model
-width, A answer tokens of the batch.
+A forward pass may begin at any of the three modules. It acts in training mode with gradients, and
+on nothing else. Shapes: B batch, T tokens of a row, D model width, A answer tokens of the batch.
 """
 
 import logging
@@ -43,33 +43,19 @@ _NEEDS_ONLY_ANSWERS: WeakKeyDictionary[nn.Module, dict[tuple, bool]] = WeakKeyDi
 
 @dataclass
 class Call:
-    """A forward pass under way.
+    """A forward pass under way."""
 
-    Attributes:
-        entered: The module at which it began.
-        inputs: Its keywords, of all modules outside the language model.
-        answers_only: The model's head gets the hidden states before answer tokens only.
-        places: Where those stand: (rows [A], places [A]).
-        originals: The keywords that the model's own forward got changed, as the caller gave them.
-        compression: VTC of this micro-batch; None: all visual tokens are kept.
-        batch: Set while the language model runs.
-        replacements: Layer -> what is called instead of it.
-        tokens: [rows, tokens of each] that the language model gets.
-        visual: Visual tokens (before, after) compression.
-        stack: What is undone when the language model returns.
-    """
-
-    entered: nn.Module
-    inputs: dict[str, Any] = field(default_factory=dict)
-    answers_only: bool = False
-    places: tuple[Tensor, ...] = ()
-    originals: dict[str, Any] = field(default_factory=dict)
-    compression: Compression | None = None
-    batch: Batch | None = None
-    replacements: dict = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)
-    visual: tuple[Tensor, ...] = ()
-    stack: ExitStack = field(default_factory=ExitStack)
+    entered: nn.Module  # the module at which it began
+    inputs: dict[str, Any] = field(default_factory=dict)  # of all modules outside language_model
+    answers_only: bool = False  # the head gets the hidden states before answer tokens only
+    places: tuple[Tensor, ...] = ()  # where those stand: (rows [A], places [A])
+    originals: dict[str, Any] = field(default_factory=dict)  # of inputs that were changed
+    compression: Compression | None = None  # None: all visual tokens are kept
+    batch: Batch | None = None  # set while the language model runs
+    replacements: dict = field(default_factory=dict)  # layer -> what is called instead of it
+    tokens: list[int] = field(default_factory=list)  # [rows, tokens] that the language model gets
+    visual: tuple[Tensor, ...] = ()  # visual tokens (before, after) compression
+    stack: ExitStack = field(default_factory=ExitStack)  # undone when the language model returns
 
 
 class Hooks:
@@ -88,31 +74,28 @@ class Hooks:
         seed: int,
     ) -> None:
         self.model, self.architecture = model, architecture
-        self.language_model = model.get_submodule(architecture.language_model)
         self.vtc, self.skipper, self.seed = vtc, skipper, seed
         self._handles: list = []
         self._call: Call | None = None
-        self._step: int | None = None
-        self._keep = 1.0
-        self.realised = Realised(len(skipper.layers))
+        self.begin_step(None, 1.0)
 
-    def begin_step(self, step: int, keep: float) -> None:
+    def begin_step(self, step: int | None, keep: float) -> None:
         """From now on forwards belong to optimizer step `step`, with this keep ratio."""
         self._step, self._keep = step, keep
         self.realised = Realised(len(self.skipper.layers))
 
     def attach(self) -> None:
         """Hang the hooks on the model."""
-        base = self.architecture.base
-        hooks = [(self.model, self._enter_model, self._leave_model)]
-        if base:
-            hooks += [(self.model.get_submodule(base), self._enter_base, self._leave_base)]
-        hooks += [(self.language_model, self._enter_language_model, self._leave_language_model)]
-        for module, enter, leave in hooks:
-            self._handles += [
-                module.register_forward_pre_hook(enter, with_kwargs=True),
-                module.register_forward_hook(leave, with_kwargs=True, always_call=True),
-            ]
+        base, language_model = self.architecture.base, self.architecture.language_model
+        hooks = [("", self._enter_model, self._without_logits)]
+        hooks += [(base, self._enter_base, None)] if base else []
+        hooks += [(language_model, self._enter_language_model, self._with_hidden_states)]
+        for path, enter, change in hooks:
+            module = self.model.get_submodule(path)
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            if change:
+                self._handles.append(module.register_forward_hook(change))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def detach(self) -> None:
         """Take the hooks off the model."""
@@ -126,28 +109,21 @@ class Hooks:
         """The inputs of `module` by name, with a call under way; None: the scheme does not act."""
         if getattr(module, "_is_replica", False):
             raise RuntimeError("nn.DataParallel copies the model to threads: use DDP (torchrun)")
-        if self._call and self._call.entered is module:  # left by what no hook sees, as Ctrl-C
-            self._end()
+        self._leave(module)  # a call that was left by what no hook sees, as Ctrl-C
         if self._call is None:
-            if not self._is_training():
+            if not (self.model.training and torch.is_grad_enabled()):
                 return None
+            if self._step is None:
+                raise RuntimeError("call scheme.begin_step(step) before the forwards of each step")
             self._call = self._begin(module)
         if args:
             names = list(signature(type(module).forward).parameters)[1:]  # without self
             kwargs = dict(zip(names, args, strict=False)) | kwargs
         if module is not self.model:
-            kwargs = self._as_given(kwargs)
-        if module is not self.language_model:
+            kwargs = self._as_called(kwargs)
+        if module is not self.skipper.language_model:
             self._call.inputs |= kwargs
         return kwargs
-
-    def _is_training(self) -> bool:
-        """Whether a forward that begins now is one that trains."""
-        if not (self.model.training and torch.is_grad_enabled()):
-            return False
-        if self._step is None:
-            raise RuntimeError("call scheme.begin_step(step) before the forwards of each step")
-        return True
 
     def _begin(self, module: nn.Module) -> Call:
         """A call that begins at `module`, with the VTC of this micro-batch if it has one."""
@@ -162,22 +138,19 @@ class Hooks:
             call.stack.enter_context(call.compression.recording())
         return call
 
-    def _as_given(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords of an inner module as the model's forward would have given them, had it got
+    def _as_called(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords of an inner module as the model's forward would have passed them, had it got
         what the caller gave."""
         originals, self._call.originals = self._call.originals, {}
         if self._call.answers_only:
             kwargs = {name: value for name, value in kwargs.items() if name != "shift_labels"}
         return kwargs | {name: value for name, value in originals.items() if name in kwargs}
 
-    def _leave(self, module: nn.Module) -> None:
+    def _leave(self, module: nn.Module, *_: Any) -> None:
         """End the call if it began at this module."""
         if self._call and self._call.entered is module:
-            self._end()
-
-    def _end(self) -> None:
-        call, self._call = self._call, None
-        call.stack.close()
+            call, self._call = self._call, None
+            call.stack.close()
 
     # ---- the outer model ------------------------------------------------------------------------
 
@@ -191,9 +164,8 @@ class Hooks:
         if not self._needs_only_answers(inputs):
             return None
         call = self._call
-        call.answers_only = True
+        call.answers_only, call.places = True, before_targets(labels)
         call.originals = {name: inputs.get(name) for name in ("labels", "attention_mask")}
-        call.places = before_targets(labels)
         changed = inputs | answer_keywords(labels, *call.places)
         changed.pop("logits_to_keep", None)
         if self._balances_experts(inputs):
@@ -221,11 +193,9 @@ class Hooks:
             is_on = getattr(text_config, "output_router_logits", False)
         return bool(is_on)
 
-    def _leave_model(self, model: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Drop logits that are those of the answers only."""
-        answers_only = self._call is not None and self._call.answers_only
-        self._leave(model)
-        if not answers_only or output is None:
+    def _without_logits(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        """The model's output without logits that are those of the answers only."""
+        if self._call is None or not self._call.answers_only:
             return None
         if isinstance(output, tuple):  # loss, logits, ...
             return (output[0], *output[2:])
@@ -237,16 +207,11 @@ class Hooks:
         inputs = self._enter(base, args, kwargs)
         return None if inputs is None else ((), inputs)
 
-    def _leave_base(self, base: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        self._leave(base)
-
     # ---- the language model ----------------------------------------------------------------------
 
-    def _enter_language_model(
-        self, language_model: nn.Module, args: tuple, kwargs: dict
-    ) -> tuple | None:
+    def _enter_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """Compress the visual tokens, which the embeddings now hold, and skip layers."""
-        kwargs = self._enter(language_model, args, kwargs)
+        kwargs = self._enter(module, args, kwargs)
         if kwargs is None:
             return None
         call = self._call
@@ -258,8 +223,7 @@ class Hooks:
             # transformers reads restarts among them as packed sequences.
             kwargs = kwargs | {"use_cache": False}
         media = self._placeholders(call.inputs, kwargs["inputs_embeds"])
-        image, *video = media.values()
-        visual = image | video[0] if video else image
+        visual = torch.stack([*media.values()]).any(0)
         call.batch = Batch(call.inputs, media, visual, not_padding(call.inputs, visual))
         before = after = visual.sum()
         if call.compression and (count := int(before)):
@@ -289,36 +253,33 @@ class Hooks:
 
     def _skip_layers(self, call: Call) -> None:
         """Put replacements of decoder layers, and hooks that measure them, into the model."""
+        skipper = self.skipper
         if not self.realised.micro_batches:
-            self.skipper.drop_zero_gradients()
-        call.replacements = self.skipper.replacements(self.realised.micro_batches)
-        is_partial = call.replacements and not self.skipper.unit.drawn_by_step
+            skipper.drop_zero_gradients()
+        call.replacements = skipper.replacements(self.realised.micro_batches)
+        is_partial = call.replacements and not skipper.unit.drawn_by_step
         is_refused = is_partial and self._balances_experts(call.inputs)
-        unit = self.skipper.lds.unit
-        accepted = f"unset for LDS unit {unit!r}: experts see other tokens in each layer"
-        expect(not is_refused, "output_router_logits", True, accepted)
-        for hook in self.skipper.measuring_hooks(call.batch, call.replacements):
+        accepted = f"unset for LDS unit {skipper.lds.unit!r}: experts see other tokens in each "
+        expect(not is_refused, "output_router_logits", True, accepted + "layer")
+        for hook in skipper.measuring_hooks(call.batch, call.replacements):
             call.stack.enter_context(hook)
         if call.replacements:
-            name = self.architecture.layers
-            call.stack.enter_context(
-                with_replacements(self.language_model, name, call.replacements)
-            )
+            layers = (skipper.language_model, self.architecture.layers)
+            call.stack.enter_context(with_replacements(*layers, call.replacements))
 
-    def _leave_language_model(
-        self, language_model: nn.Module, args: tuple, kwargs: dict, output: Any
-    ) -> Any:
-        """Back to as many hidden states as there were tokens, or those before the answers."""
+    def _with_hidden_states(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """The language model's output with as many hidden states as there were tokens, or with
+        those before the answers."""
         call = self._call
-        if call is None or output is None or call.batch is None:
-            return self._leave(language_model)
+        if call is None or call.batch is None:
+            return None
         call.stack.close()
         hidden = output[0]
         if list(hidden.shape[:2]) != call.tokens:
             raise RuntimeError(
-                f"{type(language_model).__name__} returned hidden states {list(hidden.shape)} for "
+                f"{type(module).__name__} returned hidden states {list(hidden.shape)} for "
                 f"{call.tokens} tokens: do its decoder layers return something else than one "
-                "tensor? LDS can't stand in for them"
+                "tensor? LDS can't replace them"
             )
         work = self.skipper.work(call.replacements)
         batch, call.batch = call.batch, None
@@ -328,27 +289,32 @@ class Hooks:
             hidden = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + place)[None]
         elif batch.shows is not None:
             hidden = take(hidden, batch.shows)
-        self.realised.micro_batch(call.tokens, call.visual, hidden.shape[:2].numel(), work)
-        output = _with(output, hidden, batch, self._router_logits(output, batch, call.answers_only))
-        self._leave(language_model)
+        self.realised.add(call.tokens, call.visual, hidden.shape[:2].numel(), work)
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        between = getattr(output, "hidden_states", None)  # if they were asked for
+        if between and batch.shows is not None:
+            output.hidden_states = tuple(x if x is None else take(x, batch.shows) for x in between)
+        if getattr(output, "router_logits", None) and self._balances_experts(batch.inputs):
+            self._keep_real_router_logits(output, batch, call.answers_only)
         return output
 
-    def _router_logits(self, output: Any, batch: Batch, answers_only: bool) -> tuple | None:
-        """The router logits of real tokens, [tokens, experts] a layer; None: nothing to change.
+    def _keep_real_router_logits(self, output: Any, batch: Batch, answers_only: bool) -> None:
+        """Leave out the router logits of padding: [tokens, experts] a layer.
 
         Raises:
             ValueError: The loss would read them wrongly.
         """
-        logits = None if isinstance(output, tuple) else getattr(output, "router_logits", None)
-        if not logits or not self._balances_experts(batch.inputs):
-            return None
         accepted = "unset: experts can't be balanced over shortened sequences in this forward"
         is_readable = answers_only or batch.shows is None
         expect(is_readable, "output_router_logits", True, accepted)
-        if not answers_only:
-            return None
-        real = batch.mask.flatten()
-        return tuple(None if x is None else x.flatten(0, -2)[real] for x in logits)
+        if answers_only:
+            real = batch.mask.flatten()
+            logits = output.router_logits
+            output.router_logits = tuple(
+                None if x is None else x.flatten(0, -2)[real] for x in logits
+            )
 
 
 def _check_labels(labels: object, inputs: dict[str, Any]) -> None:
@@ -362,17 +328,3 @@ def _check_labels(labels: object, inputs: dict[str, Any]) -> None:
     if tokens is not None:
         expected = list(tokens.shape[:2])
         expect(list(labels.shape) == expected, "labels.shape", list(labels.shape), expected)
-
-
-def _with(output: Any, hidden: Tensor, batch: Batch, router_logits: tuple | None) -> Any:
-    """The language model's output with other last hidden states [B, T, D]; those in between, if
-    they were asked for, for as many tokens as there were."""
-    if isinstance(output, tuple):
-        return (hidden, *output[1:])
-    output.last_hidden_state = hidden
-    between = getattr(output, "hidden_states", None)
-    if between and batch.shows is not None:
-        output.hidden_states = tuple(x if x is None else take(x, batch.shows) for x in between)
-    if router_logits is not None:
-        output.router_logits = router_logits
-    return output

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # Labels of the probe's batch, [2, 6]: its rows have different numbers of targets
 PROBE_LABELS = ((-100, 1, -100, -100, 1, -100), (-100, -100, 2, 3, 1, 2))
-EXPECTED_OUTPUTS = ("loss", "logits", "aux_loss")  # a forward that returns more gets all tokens
+EXPECTED_OUTPUTS = {"loss", "logits", "aux_loss"}  # a forward that returns more gets all tokens
 
 
 def before_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,13 +65,13 @@ def needs_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any]
     Args:
         model: The outer model.
         path: Of its base model, which the probe replaces.
-        kwargs: Of its forward; those that are no tensors and no lists are settings of the loss.
+        kwargs: Of its forward; those that belong to no batch (numbers, names) are kept.
     """
     weight = head_of(model).weight
-    width = model.config.get_text_config().hidden_size
     labels = torch.tensor(PROBE_LABELS, device=weight.device)
     places = before_targets(labels)
-    inputs = {k: v for k, v in kwargs.items() if _is_setting(v)}
+    shape = (2, *labels.shape, model.config.get_text_config().hidden_size)
+    inputs = {name: value for name, value in kwargs.items() if _is_of_no_batch(value)}
     inputs |= {"input_ids": labels.clamp(min=1), "attention_mask": torch.ones_like(labels)}
     if "output_router_logits" in signature(type(model).forward).parameters:
         inputs["output_router_logits"] = False  # FixedOutput has none
@@ -81,20 +81,21 @@ def needs_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any]
         with replaced(model, path, FixedOutput(hidden)):
             output = model.forward(**inputs | targets | {"return_dict": True})
         names = {name for name, value in output.items() if isinstance(value, Tensor)}
-        return float(output["loss"]), bool(names - set(EXPECTED_OUTPUTS))
+        return float(output["loss"]), bool(names - EXPECTED_OUTPUTS)
 
     def passes(dtype: torch.dtype) -> bool:
         rounding = 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
         for draw in range(2):
             generator = keyed_torch_generator("answers alone", draw)
-            hidden, other = torch.randn(2, *labels.shape, width, generator=generator)
+            hidden, other = torch.randn(shape, generator=generator)
             hidden = (3 * hidden).to(weight.device, dtype)
             other = (9 * other).to(hidden)
             other[places] = hidden[places]
             full, _ = loss_of(hidden, labels=labels)
             changed, _ = loss_of(other, labels=labels)
-            answers, more = loss_of(hidden[places][None], **answer_keywords(labels, *places))
-            if more or not (_is_near(full, changed, 1e-6) and _is_near(full, answers, rounding)):
+            answers, has_more = loss_of(hidden[places][None], **answer_keywords(labels, *places))
+            is_same = _is_near(full, changed, 1e-6) and _is_near(full, answers, rounding)
+            if has_more or not is_same:
                 return False
         return True
 
@@ -107,8 +108,7 @@ def needs_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any]
     return False
 
 
-def _is_setting(value: Any) -> bool:
-    """Whether a keyword belongs to no batch: a number, a name or None."""
+def _is_of_no_batch(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim == 0
     return value is None or isinstance(value, int | float | str)

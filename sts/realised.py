@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from sts.lds.decision import Decision, skipped_share
+from sts.lds.decision import Decision, Work, skipped_share
 from sts.settings import LDS
 
 
@@ -13,18 +13,14 @@ class Realised:
 
     def __init__(self, layers: int) -> None:
         self.micro_batches = 0
-        self._samples = self._positions = 0
-        self._before = self._after = self._answers = 0
+        self._samples = self._tokens = self._answers = 0
+        self._before = self._after = 0
         self._work: list[dict[str, float]] = [{} for _ in range(layers)]  # share x samples
 
-    def micro_batch(
-        self,
-        tokens: Sequence[int],
-        visual: Sequence[Tensor],
-        logits: int,
-        work: Mapping[int, Mapping[str, float]],
+    def add(
+        self, tokens: Sequence[int], visual: Sequence[Tensor], logits: int, work: Mapping[int, Work]
     ) -> None:
-        """Add a forward.
+        """Add a micro-batch.
 
         Args:
             tokens: (samples, tokens of each) at the language model.
@@ -33,9 +29,6 @@ class Realised:
             work: Layer -> its work, of those layers that did less than all of it.
         """
         samples = tokens[0]
-        self._positions += samples * tokens[1]
-        self._before += visual[0]
-        self._after += visual[1]
         for layer, totals in enumerate(self._work):
             shares = work.get(layer, {})
             for share in shares.keys() | totals.keys():
@@ -43,6 +36,9 @@ class Realised:
                 totals[share] = before + samples * shares.get(share, 1.0)
         self.micro_batches += 1
         self._samples += samples
+        self._tokens += samples * tokens[1]
+        self._before += visual[0]
+        self._after += visual[1]
         self._answers += logits
 
     def metrics(self, lds: LDS, decision: Decision) -> dict[str, object]:
@@ -52,7 +48,7 @@ class Realised:
         return {
             "keep_ratio": after / before if before else 1.0,
             "visual_tokens": after / samples,
-            "tokens": self._positions / samples,
+            "tokens": self._tokens / samples,
             "answer_tokens": self._answers / samples,
             "layers_run": sum(each.get("rows", 1.0) * each.get("tokens", 1.0) for each in work),
             "asked": list(decision.chances),

@@ -5,9 +5,8 @@
     model(**batch).loss.backward()
     unsparsify(model)            # or `with sparsify(...) as scheme:`
 
-It acts on forwards in training mode that record gradients, and on nothing else. All of it hangs on
-the modules as hooks (hooks.py), and no forward is replaced. So whoever calls the model or its base
-model, with whatever loss, trains sparsely, and gets the loss that is its own.
+All of it hangs on the modules as hooks (hooks.py), and no forward is replaced. So whoever calls the
+model or its base model, with whatever loss, trains sparsely, and gets the loss that is its own.
 """
 
 import logging
@@ -19,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sts.architectures import NO_LDS, NO_VTC, architecture_of
-from sts.checks import expect
+from sts.checks import expect, is_number
 from sts.draws import keyed_seed
 from sts.hooks import WEIGHTS, Hooks
 from sts.lds.decision import Decision
@@ -41,35 +40,37 @@ class Scheme:
         step: The optimizer step of the latest decision; None before the first.
         keep: The share of the visual tokens that this step keeps.
         skipper: LDS on this model.
-        attached: False once the scheme is off its model.
+        attached: Whether the scheme is on its model.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        vtc: VTC,
-        lds: LDS,
-        total_steps: int | None,
-        seed: int,
-        dense_step: str,
+        self, model: nn.Module, vtc: VTC | None, lds: LDS | None, seed: int, dense_step: str
     ) -> None:
-        expect(dense_step in DENSE_STEP, "dense_step", dense_step, f"one of {DENSE_STEP}")
-        _check_effect(vtc, lds)
-        self.model, self.vtc, self.lds = model, vtc, lds
-        self.total_steps, self.seed, self.dense_step = total_steps, seed, dense_step
+        vtc, lds = VTC() if vtc is None else vtc, LDS() if lds is None else lds
+        _check_arguments(model, vtc, lds, seed, dense_step)
+        self.model = model_in(model)
+        if SCHEME in vars(self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} has a scheme already: call unsparsify(model) before "
+                "a second sparsify"
+            )
+        if isclass(kind_of(vtc.kind)):
+            accepted = f"the model itself: VTC kind {vtc.kind!r} has weights of its own, so "
+            accepted += "sparsify before wrapping it"
+            expect(self.model is model, "model", type(model).__name__, accepted)
+        self.vtc, self.lds, self.seed, self.dense_step = vtc, lds, seed, dense_step
+        self.total_steps: int | None = None
         self.steps_per_epoch: int | None = None
-        self.attached = True
-        architecture = architecture_of(model)
-        language_model = model.get_submodule(architecture.language_model)
-        self.skipper = Skipper(lds, language_model, architecture, seed)
         self.step: int | None = None
         self.keep = 1.0
-        self._hooks = Hooks(model, architecture, vtc, self.skipper, seed)
-        self._must_be_sparse = False  # the step, and no one has complained yet
-        self._warned: set[str] = set()
-        _check_model(model, vtc, lds)
+        self.attached = False
+        self._must_be_sparse = False  # the step, and nothing was said about it yet
+        architecture = architecture_of(self.model)
+        self.skipper = Skipper(lds, self.model, architecture, seed)
+        self._hooks = Hooks(self.model, architecture, vtc, self.skipper, seed)
+        _check_type(self.model, vtc, lds)
         if "scores" in wants(vtc.kind):
-            architecture.class_attention(model)  # fails now rather than in the first step
+            architecture.class_attention(self.model)  # fails now rather than in the first step
 
     def __enter__(self) -> "Scheme":
         return self
@@ -87,7 +88,25 @@ class Scheme:
     @property
     def skipped(self) -> frozenset[int]:
         """Layers (0 = first) some of which is off for the whole step."""
-        return self.skipper.skipped
+        return self.decision.layers
+
+    def set_stage(self, total_steps: int | None, steps_per_epoch: int | None) -> None:
+        """Set the optimizer steps of the stage and of an epoch.
+
+        Raises:
+            ValueError: They are no such numbers, or missing where a schedule or clock needs them.
+        """
+        for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
+            is_count = value is None or is_number(value, int)
+            expect(is_count, name, value, "a number of optimizer steps")
+        is_needed = total_steps is not None or self.vtc.timed or self.lds.timed
+        accepted = "the number of optimizer steps of the stage (schedules and dense_tail are "
+        accepted += "shares of it)"
+        expect(not is_needed or (total_steps or 0) > 0, "total_steps", total_steps, accepted)
+        is_possible = self.lds.clock == "steps" or (steps_per_epoch or 0) > 0
+        accepted = f"the number of optimizer steps of an epoch, for LDS.clock={self.lds.clock!r}"
+        expect(is_possible, "steps_per_epoch", steps_per_epoch, accepted)
+        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
 
     def begin_step(self, step: int) -> None:
         """Fix what optimizer step `step` (0 = first) keeps and skips.
@@ -106,13 +125,14 @@ class Scheme:
         """`begin_step` for looking at decisions only: no forward has to follow."""
         if not self.attached:
             raise RuntimeError("this scheme is off its model: call sparsify(model, ...) again")
-        expect(_is_int(step), "step", step, "the number of the optimizer step, 0 = first")
+        is_step = is_number(step, int)
+        expect(is_step, "step", step, "the number of the optimizer step, 0 = first")
         last = math.inf if self.total_steps is None else self.total_steps - 1
         expect(0 <= step <= last, "step", step, f"0..{last} (total_steps={self.total_steps})")
         vtc, t = self.vtc, share_done(step, self.total_steps)
         self.keep = keep_at(t, vtc.keep, vtc.schedule, vtc.dense_tail)
         t = share_done(step, self.total_steps, self.lds.clock, self.steps_per_epoch)
-        self.skipper.begin_step(step, t, self.warn_once)
+        self.skipper.begin_step(step, t)
         self.step, self._must_be_sparse = step, False
         self._hooks.begin_step(step, self.keep)
 
@@ -136,7 +156,7 @@ class Scheme:
         and no forward of it was sparse."""
         if not self._must_be_sparse or self._hooks.realised.micro_batches:
             return
-        self._must_be_sparse = False  # said once
+        self._must_be_sparse = False
         text = (
             f"no forward of step {self.step} was sparse: none in training mode with gradients went "
             f"through the language model of this {type(self.model).__name__}. Is another model "
@@ -175,16 +195,18 @@ class Scheme:
         self.check_step()
         self.skipper.measured.gradients(self.skipper.layers)
 
-    def warn_once(self, text: str) -> None:
-        """Log a warning, the same one only once."""
-        if text not in self._warned:
-            log.warning("sts: %s", text)
-        self._warned.add(text)
-
-    def attach(self) -> None:
-        """Hang the scheme on its model."""
+    def attach(self) -> "Scheme":
+        """Hang the scheme on its model, with the weights of a VTC kind that has any."""
+        kind = kind_of(self.vtc.kind)
+        if isclass(kind):
+            weight = self.model.get_input_embeddings().weight
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(keyed_seed(self.seed, WEIGHTS))
+                self.model.add_module(WEIGHTS, kind(weight.shape[1]).to(weight))
         self._hooks.attach()
         vars(self.model)[SCHEME] = self  # a plain attribute, no part of the model
+        self.attached = True
+        return self
 
     def detach(self) -> None:
         """Let go of the model."""
@@ -194,15 +216,23 @@ class Scheme:
         del vars(self.model)[SCHEME]
 
 
-def _check_effect(vtc: VTC, lds: LDS) -> None:
-    """Raise ValueError for a kind or policy that is set to do nothing."""
+def _check_arguments(
+    model: object, vtc: object, lds: object, seed: object, dense_step: object
+) -> None:
+    """Raise ValueError for a wrong argument, and for a kind or policy that is set to do nothing."""
+    shown = [type(x).__name__ if isinstance(x, nn.Module) else x for x in (vtc, lds)]
+    expect(isinstance(vtc, VTC), "vtc", shown[0], "a VTC(...), before the LDS(...)")
+    expect(isinstance(lds, LDS), "lds", shown[1], "an LDS(...), after the VTC(...)")
+    expect(is_number(seed, int), "seed", seed, "a whole number")
+    expect(isinstance(model, nn.Module), "model", type(model).__name__, "a model of transformers")
+    expect(dense_step in DENSE_STEP, "dense_step", dense_step, f"one of {DENSE_STEP}")
     acts = vtc.kind == "none" or vtc.keep < 1
     expect(acts, "VTC.keep", vtc.keep, f"less than 1: VTC.kind={vtc.kind!r} does nothing else")
     acts = lds.policy == "none" or lds.rate > 0
     expect(acts, "LDS.rate", lds.rate, f"more than 0: LDS.policy={lds.policy!r} does nothing")
 
 
-def _check_model(model: PreTrainedModel, vtc: VTC, lds: LDS) -> None:
+def _check_type(model: PreTrainedModel, vtc: VTC, lds: LDS) -> None:
     """Raise ValueError for a half of the scheme that this type of model can't have."""
     name = model.config.model_type
     is_carried = name not in NO_VTC or vtc.keep == 1
@@ -217,11 +247,10 @@ def _check_model(model: PreTrainedModel, vtc: VTC, lds: LDS) -> None:
 def model_in(model: nn.Module) -> nn.Module:
     """The model itself in what PEFT, DDP, torch.compile or DeepSpeed made of it."""
     while True:
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
-        elif isinstance(
-            inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module
-        ):
+        elif isinstance(inner, nn.Module):
             model = inner
         else:
             return model
@@ -260,65 +289,9 @@ def sparsify(
         ValueError: The model can't be carried, can't have these settings, or has a scheme; or
             `total_steps` or `steps_per_epoch` is missing where a schedule or clock needs it.
     """
-    vtc, lds = VTC() if vtc is None else vtc, LDS() if lds is None else lds
-    _check_kinds(vtc, lds)
-    for name, value in (("total_steps", total_steps), ("steps_per_epoch", steps_per_epoch)):
-        expect(value is None or _is_int(value), name, value, "a number of optimizer steps")
-    expect(
-        (total_steps is None and not (vtc.timed or lds.timed)) or (total_steps or 0) > 0,
-        "total_steps",
-        total_steps,
-        "the number of optimizer steps of the stage (schedules and dense_tail are shares of it)",
-    )
-    expect(
-        lds.clock == "steps" or (steps_per_epoch or 0) > 0,
-        "steps_per_epoch",
-        steps_per_epoch,
-        f"the number of optimizer steps of an epoch, for LDS.clock={lds.clock!r}",
-    )
-    scheme = attach(model, vtc, lds, total_steps, seed, dense_step)
-    scheme.steps_per_epoch = steps_per_epoch
-    return scheme
-
-
-def _check_kinds(vtc: object, lds: object) -> None:
-    vtc, lds = (type(x).__name__ if isinstance(x, nn.Module) else x for x in (vtc, lds))
-    expect(isinstance(vtc, VTC), "vtc", vtc, "a VTC(...), before the LDS(...)")
-    expect(isinstance(lds, LDS), "lds", lds, "an LDS(...), after the VTC(...)")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def attach(
-    model: nn.Module, vtc: VTC, lds: LDS, total_steps: int | None, seed: int, dense_step: str
-) -> Scheme:
-    """`sparsify` for callers that set the scheme's total_steps and steps_per_epoch themselves,
-    before the first step."""
-    _check_kinds(vtc, lds)
-    expect(_is_int(seed), "seed", seed, "a whole number")
-    expect(isinstance(model, nn.Module), "model", type(model).__name__, "a model of transformers")
-    wrapped, model = model, model_in(model)
-    if SCHEME in vars(model):
-        raise ValueError(
-            f"{type(model).__name__} has a scheme already: call unsparsify(model) before a second "
-            "sparsify"
-        )
-    scheme = Scheme(model, vtc, lds, total_steps, seed, dense_step)
-    kind = kind_of(vtc.kind)
-    if isclass(kind):
-        accepted = (
-            f"the model itself: VTC kind {vtc.kind!r} has weights of its own, so sparsify before "
-            "wrapping it"
-        )
-        expect(wrapped is model, "model", type(wrapped).__name__, accepted)
-        weight = model.get_input_embeddings().weight
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_seed(seed, WEIGHTS))
-            model.add_module(WEIGHTS, kind(weight.shape[1]).to(weight))
-    scheme.attach()
-    return scheme
+    scheme = Scheme(model, vtc, lds, seed, dense_step)
+    scheme.set_stage(total_steps, steps_per_epoch)
+    return scheme.attach()
 
 
 def unsparsify(model: nn.Module) -> None:

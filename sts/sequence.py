@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens of a row, V visual tokens in the batch, M places of a flattened batch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +68,21 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, _flat(x, index)).unflatten(0, index.shape)
 
 
+def write_rows(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """x [B, T, D] with `values` [B, k, D] at the places `index` [B, k] of each row."""
+    return write_places(x.flatten(0, 1), _flat(x, index), values.flatten(0, 1)).view_as(x)
+
+
+def _flat(x: Tensor, index: Tensor) -> Tensor:
+    rows = torch.arange(len(index), device=index.device)[:, None]
+    return (rows * x.shape[1] + index).flatten()
+
+
+def write_places(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """x [M, ...] with `values` [k, ...] at the places `index` [k]."""
+    return _IndexCopy.apply(x, index, values.to(x.dtype))
+
+
 class _IndexCopy(torch.autograd.Function):
     """`index_copy` along the first axis.
 
@@ -85,32 +99,9 @@ class _IndexCopy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (index,) = ctx.saved_tensors
-        return (
-            grad.index_fill(0, index, 0) if ctx.needs_input_grad[0] else None,
-            None,
-            grad.index_select(0, index) if ctx.needs_input_grad[2] else None,
-        )
-
-
-def write_places(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """x [M, ...] with `values` [k, ...] at the places `index` [k]."""
-    return _IndexCopy.apply(x, index, values)
-
-
-def write_rows(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """x [B, T, D] with `values` [B, k, D] at the places `index` [B, k] of each row."""
-    return write_places(x.flatten(0, 1), _flat(x, index), values.flatten(0, 1)).view_as(x)
-
-
-def _flat(x: Tensor, index: Tensor) -> Tensor:
-    rows = torch.arange(len(index), device=index.device)[:, None]
-    return (rows * x.shape[1] + index).flatten()
-
-
-def write_features(target: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`target` [M, C] with `values` [..., C] at `places` [...]."""
-    values = values.reshape(-1, target.shape[1]).to(target.dtype)
-    return write_places(target, places.flatten(), values)
+        of_x = grad.index_fill(0, index, 0) if ctx.needs_input_grad[0] else None
+        of_values = grad.index_select(0, index) if ctx.needs_input_grad[2] else None
+        return of_x, None, of_values
 
 
 def run_lengths(where: Tensor) -> Tensor:
@@ -118,14 +109,6 @@ def run_lengths(where: Tensor) -> Tensor:
     flat = torch.nn.functional.pad(where, (1, 1)).int().flatten()  # a run ends with its row
     steps = flat.diff()
     return (steps == -1).nonzero()[:, 0] - (steps == 1).nonzero()[:, 0]
-
-
-def last_kept(keep: Tensor) -> Tensor:
-    """For every place [B, T] the index, among the kept places, of the last one up to it.
-
-    Of the first one where none was kept before.
-    """
-    return (keep.cumsum(1) - 1).clamp(min=0)
 
 
 def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,14 +124,11 @@ def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """Split the tokens of images into patches [images, N] and the newlines to keep [images, n].
+    """Split the tokens [images, grid.tokens] of images into patches [images, N] and the newlines
+    to keep [images, n].
 
-    One newline stays for every row that pooling would leave: that of the middle row of its cell.
-
-    Args:
-        grid: Of the images.
-        index: Their tokens, [images, grid.tokens].
-        keep: The keep ratio.
+    One newline stays for every row that pooling to the keep ratio would leave: that of the middle
+    row of its cell.
     """
     if not grid.newline:
         return index, index[:, :0]
@@ -166,13 +146,19 @@ def queries_and_keys(mask: Tensor, index: Tensor) -> Tensor:
     return mask.take_along_dim(index[:, None, None, :], 3)
 
 
+def tensor_mask(mask: object, method: str) -> Tensor:
+    """The mask, if it is a tensor; else raise a ValueError that names what needs one."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(WRONG_ATTENTION.format(method, type(mask).__name__))
+    return mask
+
+
 def shorten_mask(mask: object, order: Tensor, real: Tensor) -> Tensor:
     """A mask [B, T] or [B, 1, T, T] at the places `order` [B, T'].
 
     `real` [B, T'] says which of these are no padding, see `pack`.
     """
-    if not isinstance(mask, Tensor):
-        raise ValueError(WRONG_ATTENTION.format("VTC", type(mask).__name__))
+    mask = tensor_mask(mask, "VTC")
     if mask.ndim == 2:
         return real.to(mask.dtype)
     expect(mask.ndim == 4, "attention_mask.shape", list(mask.shape), "[batch, tokens], or 4-D")
@@ -187,9 +173,8 @@ def position_ids(kwargs: dict[str, Any]) -> Tensor:
     if positions is None:
         positions = torch.arange(shape[1], device=kwargs["inputs_embeds"].device)[None]
     is_right = positions.ndim in (2, 3) and positions.shape[-1] == shape[1]
-    expect(
-        is_right, "position_ids.shape", list(positions.shape), f"{list(shape)}, or 3-D for M-RoPE"
-    )
+    accepted = f"{list(shape)}, or 3-D for M-RoPE"
+    expect(is_right, "position_ids.shape", list(positions.shape), accepted)
     return positions.expand(*positions.shape[:-2], *shape)
 
 
@@ -222,49 +207,38 @@ def take_tokens(name: str, value: Any, index: Tensor, length: int) -> Any:
     return take(value, index)
 
 
-# ---- a decoder layer's arguments for some of the tokens, or of the rows --------------------------
+# ---- a decoder layer's arguments for some of the tokens, or of the rows. They are (tuples of)
+# position_embeddings [..., B or 1, T, head_dim], position_ids [..., B or 1, T], attention_mask
+# [B or 1, T] or [B or 1, 1, T, T], and others.
+
+AXIS_OF_ROWS = {"position_embeddings": -3, "position_ids": -2, "attention_mask": 0}
 
 
 def token_argument(name: str, value: Any, index: Tensor, length: int) -> Any:
     """A decoder layer's argument for the tokens `index` [B, k] of each row of `length` tokens."""
     if isinstance(value, dict):
         return {key: token_argument(name, x, index, length) for key, x in value.items()}
-    if name == "position_embeddings":  # tensors [..., B or 1, T, head_dim]
-        return _map(lambda x: positions_at(x.movedim(-1, 0), index).movedim(0, -1), value)
-    if name == "position_ids" and value is not None:  # [..., B or 1, T]
-        return positions_at(value, index)
-    if name == "attention_mask" and value is not None:
-        value = _tensor_mask(value, "tokens")
-        return positions_at(value, index) if value.ndim == 2 else queries_and_keys(value, index)
-    return take_tokens(f"{name}.shape of a decoder layer", value, index, length)
+    if value is None or name not in AXIS_OF_ROWS:
+        return take_tokens(f"{name}.shape of a decoder layer", value, index, length)
+    if isinstance(value, tuple):
+        return tuple(token_argument(name, x, index, length) for x in value)
+    if name == "position_embeddings":
+        return positions_at(value.movedim(-1, 0), index).movedim(0, -1)
+    if name == "attention_mask" and tensor_mask(value, "LDS unit 'tokens'").ndim == 4:
+        return queries_and_keys(value, index)
+    return positions_at(value, index)
 
 
 def row_argument(name: str, value: Any, rows: Tensor, batch: int) -> Any:
     """A decoder layer's argument for the rows [k] of a batch of `batch` rows."""
     if isinstance(value, dict):
         return {key: row_argument(name, x, rows, batch) for key, x in value.items()}
-    if name == "position_embeddings":  # tensors [..., B or 1, T, head_dim]
-        return _map(lambda x: _take_rows(x, -3, rows), value)
-    if name == "position_ids" and value is not None:  # [..., B or 1, T]
-        return _take_rows(value, -2, rows)
-    if name == "attention_mask" and value is not None:  # [B or 1, T] or [B or 1, 1, T, T]
-        return _take_rows(_tensor_mask(value, "samples"), 0, rows)
-    has_rows = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
-    return value.index_select(0, rows) if has_rows else value
-
-
-def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply a function to a tensor, or to each tensor of a tuple."""
+    if value is None or name not in AXIS_OF_ROWS:
+        has_rows = isinstance(value, Tensor) and value.ndim > 1 and len(value) == batch
+        return value.index_select(0, rows) if has_rows else value
     if isinstance(value, tuple):
-        return tuple(function(x) for x in value)
-    return None if value is None else function(value)
-
-
-def _take_rows(x: Tensor, dim: int, rows: Tensor) -> Tensor:
-    return x if x.shape[dim] == 1 else x.index_select(dim, rows)
-
-
-def _tensor_mask(mask: object, unit: str) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise ValueError(WRONG_ATTENTION.format(f"LDS unit {unit!r}", type(mask).__name__))
-    return mask
+        return tuple(row_argument(name, x, rows, batch) for x in value)
+    if name == "attention_mask":
+        tensor_mask(value, "LDS unit 'samples'")
+    axis = AXIS_OF_ROWS[name]
+    return value if value.shape[axis] == 1 else value.index_select(axis, rows)

@@ -39,8 +39,8 @@ class Unit(NamedTuple):
         shares: The shares of a layer's work (decision.SHARES) that are below 1 where it is skipped.
         drawn_by_step: Each share is on or off for a whole step; else a part of it is skipped, drawn
             anew in each micro-batch.
-        replacement: (layer, decision.LayerDecision) -> what is called instead of the layer, or
-            None; a function or "module:name".
+        replacement: (layer, decision.LayerDecision) -> what is called instead of a layer that may
+            be skipped, or None; a function or "module:name".
         hooks: (layer, LayerDecision) -> handles of hooks that stay for the step, also while
             checkpointing computes activations again; a function or "module:name".
         draws: The draws that the unit can take.
@@ -59,18 +59,12 @@ class Unit(NamedTuple):
 
 UNITS: dict[str, Unit] = {
     # the paper's: the layer for the whole batch
-    "layer": Unit(("rows",), True, replacement="sts.lds.units:skip_layer", rescales=True),
+    "layer": Unit(("rows",), True, "sts.lds.units:skip_layer", rescales=True),
     # a share of the samples: torchtune's layer dropout, DINOv2's efficient stochastic depth
-    "samples": Unit(
-        ("rows",), False, replacement="sts.lds.units:skip_rows", rescales=True, trains_all=True
-    ),
+    "samples": Unit(("rows",), False, "sts.lds.units:SomeRows", rescales=True, trains_all=True),
     # a share of each sample's tokens: random-LTD (arXiv 2211.11586)
     "tokens": Unit(
-        ("tokens",),
-        False,
-        replacement="sts.lds.units:skip_tokens",
-        draws=("fixed_count",),
-        trains_all=True,
+        ("tokens",), False, "sts.lds.units:SomeTokens", draws=("fixed_count",), trains_all=True
     ),
     # the backward of attention and MLP, drawn apart: DropBP (arXiv 2402.17812)
     "backward": Unit(
@@ -104,9 +98,8 @@ def _register(name: str) -> None:
     parts = [part for part in _TABLES if hasattr(module, part)]
     expect(bool(parts), f"sts/lds/{name}.py", parts, f"one or more of {', '.join(_TABLES)}")
     for part in parts:
-        is_taken = name in _TABLES[part]
-        accepted = "a file name that is no known name"
-        expect(not is_taken, f"sts/lds/{name}.py: {part}", name, accepted)
+        is_free = name not in _TABLES[part]
+        expect(is_free, f"sts/lds/{name}.py: {part}", name, "a file name that is no known name")
         _TABLES[part][name] = getattr(module, part)
 
 

@@ -32,8 +32,13 @@ class Decision:
     chances: tuple[float, ...]
     off: frozenset[tuple[int, str]] = frozenset()
 
+    @property
+    def layers(self) -> frozenset[int]:
+        """The layers (0 = first) of which something is off for the whole step."""
+        return frozenset(layer for layer, _ in self.off)
+
     def of(self, layer: int) -> frozenset[str]:
-        """The shares of a layer that are off this step."""
+        """The shares of a layer that are off for the whole step."""
         return frozenset(share for index, share in self.off if index == layer)
 
 
@@ -92,30 +97,23 @@ def decide(
 
     At least one layer runs, and so does every layer in `always`.
     """
-    unit = UNITS[lds.unit]
-    probabilities = tuple(
-        0.0 if layer in always else chance
-        for layer, chance in enumerate(chances(lds, num_layers, t, measured))
-    )
-    if not (unit.drawn_by_step and any(probabilities)):
-        return Decision(probabilities)
+    shares, everywhere = UNITS[lds.unit].shares, enumerate(chances(lds, num_layers, t, measured))
+    by_layer = tuple(0.0 if layer in always else chance for layer, chance in everywhere)
+    if not (UNITS[lds.unit].drawn_by_step and any(by_layer)):
+        return Decision(by_layer)
     free = range(lds.protect_first, num_layers - lds.protect_last)
-    pieces = [(layer, share) for layer in free for share in unit.shares]
-    drawn = DRAWS[lds.draw](
-        [probabilities[layer] for layer, _ in pieces], keyed_generator(seed, step, "layers")
-    )
-    if len(drawn) == num_layers * len(unit.shares):
-        drawn.remove(min(drawn, key=lambda i: probabilities[pieces[i][0]]))
-    return Decision(probabilities, frozenset(pieces[i] for i in drawn))
+    pieces = [(layer, share) for layer in free for share in shares]
+    generator = keyed_generator(seed, step, "layers")
+    drawn = DRAWS[lds.draw]([by_layer[layer] for layer, _ in pieces], generator)
+    if len(drawn) == num_layers * len(shares):
+        drawn.remove(min(drawn, key=lambda i: by_layer[pieces[i][0]]))
+    return Decision(by_layer, frozenset(pieces[i] for i in drawn))
 
 
 def expected_work(lds: LDS, num_layers: int, t: float) -> list[dict[str, float]]:
     """The mean work of every layer at t before anything was measured, [num_layers]."""
-    shares = UNITS[lds.unit].shares
-    return [
-        {share: 1 - chance for share in shares} if chance else {}
-        for chance in chances(lds, num_layers, t)
-    ]
+    by_layer = chances(lds, num_layers, t)
+    return [dict.fromkeys(UNITS[lds.unit].shares, 1 - p) if p else {} for p in by_layer]
 
 
 def skipped_share(lds: LDS, work: Sequence[Work]) -> list[float]:

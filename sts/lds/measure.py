@@ -14,11 +14,6 @@ from sts.lds.parts import Depth, unmeasured
 class Measured:
     """The moving average of what a depth measures of every layer.
 
-    Args:
-        depth: What measures.
-        layers: The number of decoder layers.
-        ema: The memory of the moving average, in [0, 1).
-
     Attributes:
         average: Of every layer, [layers]; infinite before its first measurement.
         awaits_gradients: Whether `gradients` has to be called before the next step.
@@ -26,14 +21,10 @@ class Measured:
 
     def __init__(self, depth: Depth, layers: int, ema: float) -> None:
         self._depth, self._ema = depth, ema
+        self.is_needed = bool(depth.of_forward or depth.of_gradients)
         self.average = unmeasured(layers)
-        self._sums = torch.zeros(2, layers)  # sum and count since the last `fold`
         self.awaits_gradients = False
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether the depth measures anything."""
-        return bool(self._depth.of_forward or self._depth.of_gradients)
+        self._sums = torch.zeros(2, layers)  # sum and count since the last `fold`
 
     def fold(self, device: torch.device) -> None:
         """Add what the last step measured, averaged over ranks, to the moving averages.
@@ -73,17 +64,17 @@ class Measured:
     def _forward(
         self, index: int, mask_of: Callable, layer: nn.Module, args: tuple, output: Tensor
     ) -> None:
-        measurement = self._depth.of_forward(args[0], output, mask_of(index))
-        self._sums[:, index] += measurement.to(self._sums.device)
+        self._add(index, self._depth.of_forward(args[0], output, mask_of(index)))
 
     def gradients(self, layers: Sequence[nn.Module]) -> None:
         """Measure the gradients of every layer that has any."""
         self.awaits_gradients = False
-        if self._depth.of_gradients:
-            for index, layer in enumerate(layers):
-                if any(p.grad is not None for p in layer.parameters()):
-                    measurement = self._depth.of_gradients(layer)
-                    self._sums[:, index] += measurement.to(self._sums)
+        for index, layer in enumerate(layers if self._depth.of_gradients else ()):
+            if any(p.grad is not None for p in layer.parameters()):
+                self._add(index, self._depth.of_gradients(layer))
+
+    def _add(self, index: int, measurement: Tensor) -> None:
+        self._sums[:, index] += measurement.to(self._sums)
 
     def state_dict(self) -> dict[str, list]:
         """The averages, and the sums of this rank since the last `fold`."""

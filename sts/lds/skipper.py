@@ -1,15 +1,16 @@
 """LDS on the decoder layers of one model: one decision a step, which every forward of it obeys."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from sts.architectures import Architecture
 from sts.checks import expect
 from sts.draws import keyed_torch_generator
 from sts.lds import DEPTHS, UNITS, resolve
-from sts.lds.decision import Decision, LayerDecision, decide
+from sts.lds.decision import Decision, LayerDecision, Work, decide
 from sts.lds.distributed import prepare_skipped_layers
 from sts.lds.measure import Measured
 from sts.lds.parts import LDS
@@ -26,16 +27,15 @@ class Skipper:
     """
 
     def __init__(
-        self, lds: LDS, language_model: nn.Module, architecture: Architecture, seed: int
+        self, lds: LDS, model: PreTrainedModel, architecture: Architecture, seed: int
     ) -> None:
         self.lds, self.unit, self.seed = lds, UNITS[lds.unit], seed
-        self._language_model, self._architecture = language_model, architecture
+        self.language_model = model.get_submodule(architecture.language_model)
+        self._architecture = architecture
         lds.check_layers(len(self.layers))
         if lds.rate:
             self._check_unit()
-        self._always = frozenset(
-            i for i, layer in enumerate(self.layers) if architecture.always(layer)
-        )
+        self._always = {i for i, layer in enumerate(self.layers) if architecture.always(layer)}
         self.measured = Measured(DEPTHS[lds.depth], len(self.layers), lds.ema)
         self.decision = Decision((0.0,) * len(self.layers))
         self._step = 0
@@ -45,27 +45,19 @@ class Skipper:
     def _check_unit(self) -> None:
         """Raise ValueError for a unit that the model's layers can't have."""
         is_possible = self._architecture.partial or self.unit.drawn_by_step
-        accepted = (
-            "a unit of whole layers: those of this model share what they compute of all tokens"
-        )
-        expect(is_possible, "LDS.unit", self.lds.unit, accepted)
-        for layer in self.layers if "mlp_backward" in self.unit.shares else ():
-            sublayers = (self._architecture.attention, self._architecture.mlp)
-            has_both = all(any(hasattr(layer, name) for name in names) for names in sublayers)
+        accepted = "a unit of whole layers: those of this model share what they compute of all "
+        expect(is_possible, "LDS.unit", self.lds.unit, accepted + "tokens")
+        for index, layer in enumerate(self.layers if "mlp_backward" in self.unit.shares else ()):
             accepted = f"another: {type(layer).__name__} has no attention and MLP of its own"
+            has_both = all(self._sublayers(index).values())
             expect(has_both, "LDS.unit", self.lds.unit, accepted)
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        return getattr(self._language_model, self._architecture.layers)
+        return getattr(self.language_model, self._architecture.layers)
 
-    @property
-    def skipped(self) -> frozenset[int]:
-        """The layers (0 = first) of which something is off for the whole step."""
-        return frozenset(layer for layer, _ in self.decision.off)
-
-    def begin_step(self, step: int, t: float, warn: Callable[[str], None]) -> None:
+    def begin_step(self, step: int, t: float) -> None:
         """Decide for optimizer step `step`, at t of the stage. Collective for a measured depth."""
         if self.measured.is_needed:
             self.measured.fold(next(self.layers.parameters()).device)
@@ -78,11 +70,11 @@ class Skipper:
         if self.unit.hooks:
             show_hooks_to_compile()
             hook_layer = resolve(self.unit.hooks)
-            self._hooked = {i: self.decision_of(i) for i in sorted(self.skipped)}
+            self._hooked = {i: self.decision_of(i) for i in sorted(self.decision.layers)}
             for i, decision in self._hooked.items():
                 self._hooks += hook_layer(self.layers[i], decision)
         if self.decision.off:
-            prepare_skipped_layers(self.layers, self.skipped, warn)
+            prepare_skipped_layers(self.layers, self.decision.layers)
 
     def remove_hooks(self) -> None:
         """Remove the hooks of the step."""
@@ -90,9 +82,14 @@ class Skipper:
             handle.remove()
         self._hooks, self._hooked = [], {}
 
-    def _sublayer(self, layer: int, names: Sequence[str]) -> str:
-        """The first of the names that is an attribute of a layer."""
-        return next((name for name in names if hasattr(self.layers[layer], name)), "")
+    def _sublayers(self, layer: int) -> dict[str, str]:
+        """Share -> the attribute of a layer whose backward it is; empty where there is none."""
+
+        def first_of(names: tuple[str, ...]) -> str:
+            return next((name for name in names if hasattr(self.layers[layer], name)), "")
+
+        attention, mlp = self._architecture.attention, self._architecture.mlp
+        return {"attention_backward": first_of(attention), "mlp_backward": first_of(mlp)}
 
     def decision_of(self, layer: int, micro_batch: int = 0) -> LayerDecision:
         """What the decision of the step means for a layer, in a micro-batch."""
@@ -104,10 +101,7 @@ class Skipper:
             rescale=self.lds.rescale,
             generator=partial(keyed_torch_generator, *key),
             returned=self._architecture.returned,
-            sublayers={
-                "attention_backward": self._sublayer(layer, self._architecture.attention),
-                "mlp_backward": self._sublayer(layer, self._architecture.mlp),
-            },
+            sublayers=self._sublayers(layer),
         )
 
     def drop_zero_gradients(self) -> None:
@@ -117,7 +111,7 @@ class Skipper:
         the parameters.
         """
         for index, share in self.decision.off:
-            sublayer = self.decision_of(index).sublayers.get(share, "")
+            sublayer = self._sublayers(index).get(share, "")
             for parameter in self.layers[index].get_submodule(sublayer).parameters():
                 if parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None
@@ -126,39 +120,36 @@ class Skipper:
         """What is called instead of a layer in this micro-batch, by layer."""
         for decision in self._hooked.values():
             decision.skipped.clear()
-        if self.unit.replacement is None or not any(self.decision.chances):
+        if self.unit.replacement is None:
             return {}
         replace = resolve(self.unit.replacement)
         by_layer = {
-            i: replace(layer, self.decision_of(i, micro_batch))
-            for i, layer in enumerate(self.layers)
+            i: replace(self.layers[i], self.decision_of(i, micro_batch))
+            for i, chance in enumerate(self.decision.chances)
+            if chance
         }
         return {i: replacement for i, replacement in by_layer.items() if replacement is not None}
 
     def measuring_hooks(self, batch: Batch, replacements: Mapping[int, Replacement]) -> Iterator:
         """The hooks on the layers of a forward by which a measured depth measures."""
-        if not self.measured.is_needed:
-            return iter(())
 
         def mask_of(layer: int) -> Tensor:
             return replacements[layer].select(batch.mask) if layer in replacements else batch.mask
 
         return self.measured.hooks(self.layers, mask_of)
 
-    def work(self, replacements: Mapping[int, Replacement]) -> dict[int, dict[str, float]]:
+    def work(self, replacements: Mapping[int, Replacement]) -> dict[int, Work]:
         """The work of those layers that did less than all of it, in the forward that is done.
 
         Raises:
             RuntimeError: The model's loop did not call the replacement of a layer.
         """
-        uncalled = [
-            layer for layer, replacement in replacements.items() if replacement.work is None
-        ]
+        work = {layer: replacement.work for layer, replacement in replacements.items()}
+        uncalled = [layer for layer, shares in work.items() if shares is None]
         if uncalled:
             raise RuntimeError(
-                f"{type(self._language_model).__name__} did not call its layers {uncalled} out of "
+                f"{type(self.language_model).__name__} did not call its layers {uncalled} out of "
                 f"`{self._architecture.layers}`, so LDS could not skip them"
             )
-        if replacements:
-            return {layer: replacement.work for layer, replacement in replacements.items()}
-        return {layer: dict.fromkeys(each.skipped, 0.0) for layer, each in self._hooked.items()}
+        hooked = {i: dict.fromkeys(each.skipped, 0.0) for i, each in self._hooked.items()}
+        return work or hooked

@@ -6,7 +6,7 @@ way. Shapes: B rows of a micro-batch, T tokens of a row, D model width.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -23,45 +23,46 @@ class Replacement:
     """Is called instead of a decoder layer; attributes that it doesn't define are the layer's.
 
     Attributes:
-        work: The shares below 1 of the layer's work that the last call did; None: no call yet.
+        work: The shares below 1 of the layer's work that the call did; None: no call yet.
+        select: The entries of a mask [B, T] for those tokens that the layer saw in the call.
     """
 
     def __init__(self, layer: nn.Module, decision: LayerDecision) -> None:
         self._layer, self._decision = layer, decision
         self.work: dict[str, float] | None = None
+        self.select: Callable[[Tensor], Tensor] = lambda mask: mask
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
-    def select(self, mask: Tensor) -> Tensor:
-        """The entries of a mask [B, T] for those tokens that the layer saw in the last call."""
-        return mask
+    def _run(self, hidden: Tensor, argument: Callable, args: tuple, kwargs: dict) -> Tensor:
+        """The layer's output for a part of its input, with arguments for that part.
+
+        Transformers collects no hidden states in this call, which sees some tokens only.
+        """
+        args = [argument("an argument", value) for value in args]
+        kwargs = {name: argument(name, value) for name, value in kwargs.items()}
+        token = output_capturing._active_collector.set(None)
+        try:
+            return self._layer(hidden, *args, **kwargs)
+        finally:
+            output_capturing._active_collector.reset(token)
+
+    def _record(self, before: Tensor, after: Tensor) -> Tensor:
+        """`after`, shown to the hooks by which transformers collects hidden states [B, T, D] of all
+        tokens, if they were asked for."""
+        for hook in self._layer._forward_hooks.values():
+            if getattr(hook, "__module__", None) == output_capturing.__name__:
+                hook(self._layer, (before,), after)
+        return after
 
 
-@contextmanager
-def unrecorded() -> Iterator[None]:
-    """A call in which transformers collects no hidden states: the layer sees some tokens only."""
-    token = output_capturing._active_collector.set(None)
-    try:
-        yield
-    finally:
-        output_capturing._active_collector.reset(token)
-
-
-def record(layer: nn.Module, before: Tensor, after: Tensor) -> None:
-    """Show the hidden states [B, T, D] of all tokens to the hooks by which transformers collects
-    them, if they were asked for."""
-    for hook in layer._forward_hooks.values():
-        if getattr(hook, "__module__", None) == output_capturing.__name__:
-            hook(layer, (before,), after)
-
-
-class Identity(Replacement):
-    """Skips the layer: the hidden state [B, T, D] passes unchanged."""
+class Skipped(Replacement):
+    """The hidden state [B, T, D] passes unchanged."""
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.work = {"rows": 0.0}
-        record(self._layer, hidden, hidden)
+        self._record(hidden, hidden)
         return self._decision.returned(hidden, kwargs) if self._decision.returned else hidden
 
 
@@ -80,52 +81,32 @@ class SomeRows(Replacement):
     With `rescale`, what the layer adds is multiplied by rows / kept rows, as in DINOv2.
     """
 
-    _rows: Tensor | None = None  # [k], or None: all
-
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch = len(hidden)
-        rows = kept_rows(batch, self._decision)
-        self._rows = rows = rows.to(hidden.device) if len(rows) < batch else None
-        if rows is None:
+        rows = kept_rows(batch, self._decision).to(hidden.device)
+        if len(rows) == batch:
             self.work = {}
             return self._layer(hidden, *args, **kwargs)
-        self.work = {"rows": len(rows) / batch}
-        args = [row_argument("", value, rows, batch) for value in args]
-        kwargs = {name: row_argument(name, value, rows, batch) for name, value in kwargs.items()}
+        self.work, self.select = {"rows": len(rows) / batch}, lambda mask: mask[rows]
         kept = hidden.index_select(0, rows)
-        with unrecorded():
-            out = self._layer(kept, *args, **kwargs)
+        out = self._run(kept, partial(row_argument, rows=rows, batch=batch), args, kwargs)
         if self._decision.rescale:
             out = kept + (out - kept) * (batch / len(rows))
-        after = write_places(hidden, rows, out)
-        record(self._layer, hidden, after)
-        return after
-
-    def select(self, mask: Tensor) -> Tensor:
-        return mask if self._rows is None else mask[self._rows]
+        return self._record(hidden, write_places(hidden, rows, out))
 
 
 class SomeTokens(Replacement):
     """The layer gets some tokens of each row, in their order; the others pass unchanged."""
-
-    _tokens: Tensor | None = None  # [B, k]
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows, length = hidden.shape[:2]
         count = max(1, length - round(self._decision.chance * length))
         draws = torch.rand(rows, length, generator=self._decision.generator())
         kept = draws.topk(count, dim=1).indices.sort(dim=1).values.to(hidden.device)
-        self._tokens, self.work = kept, {"tokens": count / length}
-        args = [token_argument("an argument", value, kept, length) for value in args]
-        kwargs = {name: token_argument(name, value, kept, length) for name, value in kwargs.items()}
-        with unrecorded():
-            out = self._layer(take(hidden, kept), *args, **kwargs)
-        after = write_rows(hidden, kept, out)
-        record(self._layer, hidden, after)
-        return after
-
-    def select(self, mask: Tensor) -> Tensor:
-        return mask if self._tokens is None else mask.gather(1, self._tokens)
+        self.work, self.select = {"tokens": count / length}, lambda mask: mask.gather(1, kept)
+        argument = partial(token_argument, index=kept, length=length)
+        out = self._run(take(hidden, kept), argument, args, kwargs)
+        return self._record(hidden, write_rows(hidden, kept, out))
 
 
 def kept_rows(rows: int, decision: LayerDecision) -> Tensor:
@@ -143,29 +124,16 @@ def kept_rows(rows: int, decision: LayerDecision) -> Tensor:
     return draws[:-1].topk(count).indices.sort().values
 
 
-# ---- the units: (layer, decision) -> a replacement of the layer or None, or handles of hooks -----
-
-
 def skip_layer(layer: nn.Module, decision: LayerDecision) -> Replacement | None:
-    """Skip the layer for the whole batch, for this step."""
+    """The unit `layer`: skips the layer for the whole batch, for this step."""
     if decision.off:
-        return Identity(layer, decision)
-    is_rescaled = decision.rescale and 0 < decision.chance < 1
+        return Skipped(layer, decision)
+    is_rescaled = decision.rescale and decision.chance < 1
     return Rescaled(layer, decision) if is_rescaled else None
 
 
-def skip_rows(layer: nn.Module, decision: LayerDecision) -> Replacement | None:
-    """Skip the layer for a share of the samples."""
-    return SomeRows(layer, decision) if decision.chance else None
-
-
-def skip_tokens(layer: nn.Module, decision: LayerDecision) -> Replacement | None:
-    """Skip the layer for a share of each sample's tokens."""
-    return SomeTokens(layer, decision) if decision.chance else None
-
-
 def skip_backward(layer: nn.Module, decision: LayerDecision) -> list:
-    """Skip the backward of attention or MLP: what they add is a constant to it.
+    """The unit `backward`: what attention or MLP adds is a constant to the backward.
 
     The graph that they recorded is freed at once. A norm that follows them still gets a gradient.
     """
@@ -186,9 +154,6 @@ def _detach(
     if isinstance(output, tuple):
         return tuple(x.detach() if isinstance(x, Tensor) else x for x in output)
     return output.detach()
-
-
-# ---- replacements in the model's loop ------------------------------------------------------------
 
 
 class _Layers(nn.ModuleList):

@@ -650,8 +650,6 @@ def test_a_layer_that_is_off_is_the_identity_and_without_rescaling_one_that_runs
     off = make(layer := Adds(), part_of(0.5, off={"rows"}))
     assert off(hidden) is hidden and off.work == {"rows": 0.0} and not hasattr(layer, "seen")
     assert make(layer, part_of(0.5)) is None
-    for unit in ("samples", "tokens"):  # protected: no replacement at all
-        assert resolve(UNITS[unit].replacement)(layer, part_of(0.0)) is None
 
 
 # ---- measured depths ---------------------------------------------------------------------------

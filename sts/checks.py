@@ -1,10 +1,6 @@
-"""What a value may be, and how one that is not accepted is refused: name, value, what is accepted.
+"""What a value may be, and how another is refused: by name, value and what is accepted."""
 
-`Names`, `Interval`, `Layers` and `Flag` say what a setting accepts: `accepts(value)` checks it,
-`str()` words it and `schema()` is its JSON schema.
-"""
-
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,65 +25,42 @@ def is_number(value: object, kind: Any = int | float) -> bool:
 
 
 @dataclass(frozen=True)
-class Names:
+class Rule:
+    """What a setting accepts: the check of a value, words for it, and its JSON schema."""
+
+    accepts: Callable[[object], bool]
+    text: Callable[[], str]
+    schema: Callable[[], dict[str, Any]]
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+def one_of(table: Collection[str]) -> Rule:
     """One of the names of a table, also of those that are entered later."""
-
-    table: Collection[str]
-
-    def accepts(self, value: object) -> bool:
-        return isinstance(value, str) and value in self.table
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(self.table)}"
-
-    def schema(self) -> dict[str, Any]:
-        return {"enum": [*self.table]}
+    return Rule(
+        lambda value: isinstance(value, str) and value in table,
+        lambda: f"one of {', '.join(table)}",
+        lambda: {"enum": [*table]},
+    )
 
 
-@dataclass(frozen=True)
-class Interval:
+def interval(low: float, high: float, excluded: tuple[float, ...] = ()) -> Rule:
     """A number from `low` to `high`; `excluded` are the ends that are not accepted."""
-
-    low: float
-    high: float
-    excluded: tuple[float, ...] = ()
-
-    def accepts(self, value: object) -> bool:
-        is_within = is_number(value) and self.low <= value <= self.high
-        return is_within and value not in self.excluded
-
-    def __str__(self) -> str:
-        left = "(" if self.low in self.excluded else "["
-        right = ")" if self.high in self.excluded else "]"
-        return f"a number in {left}{self.low}, {self.high}{right}"
-
-    def schema(self) -> dict[str, Any]:
-        low = "exclusiveMinimum" if self.low in self.excluded else "minimum"
-        high = "exclusiveMaximum" if self.high in self.excluded else "maximum"
-        return {"type": "number", low: self.low, high: self.high}
+    left, least = ("(", "exclusiveMinimum") if low in excluded else ("[", "minimum")
+    right, most = (")", "exclusiveMaximum") if high in excluded else ("]", "maximum")
+    return Rule(
+        lambda value: is_number(value) and low <= value <= high and value not in excluded,
+        lambda: f"a number in {left}{low}, {high}{right}",
+        lambda: {"type": "number", least: low, most: high},
+    )
 
 
-class Layers:
-    """A number of decoder layers."""
-
-    def accepts(self, value: object) -> bool:
-        return is_number(value, int) and value >= 0
-
-    def __str__(self) -> str:
-        return "0 or more layers"
-
-    def schema(self) -> dict[str, Any]:
-        return {"type": "integer", "minimum": 0}
-
-
-class Flag:
-    """Yes or no."""
-
-    def accepts(self, value: object) -> bool:
-        return isinstance(value, bool)
-
-    def __str__(self) -> str:
-        return "true or false"
-
-    def schema(self) -> dict[str, Any]:
-        return {"type": "boolean"}
+LAYERS = Rule(
+    lambda value: is_number(value, int) and value >= 0,
+    lambda: "0 or more layers",
+    lambda: {"type": "integer", "minimum": 0},
+)
+FLAG = Rule(
+    lambda value: isinstance(value, bool), lambda: "true or false", lambda: {"type": "boolean"}
+)

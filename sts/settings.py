@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, fields
 from inspect import cleandoc
 from typing import Any
 
-from sts.checks import Flag, Interval, Layers, Names, expect
+from sts.checks import FLAG, LAYERS, expect, interval, one_of
 from sts.lds import DEPTHS, DRAWS, POLICIES, UNITS
 from sts.schedule import SCHEDULES
 from sts.vtc import KINDS
 
 IGNORE_INDEX = -100  # label that is no target, as in torch's cross entropy
-SHARE = Interval(0, 1)
+SHARE = interval(0, 1)
 
 
 def setting(default: Any, accepted: Any, help: str, *, neutral: bool = False) -> Any:
@@ -25,7 +25,7 @@ def setting(default: Any, accepted: Any, help: str, *, neutral: bool = False) ->
 
     Args:
         default: Its value if it is not set; None: that of the policy.
-        accepted: What it may be: Names, Interval, Layers or Flag of sts/checks.py.
+        accepted: What it may be: a Rule of sts/checks.py.
         help: What it does, in a sentence.
         neutral: At its default the setting does nothing. There it is no part of what a result
             depends on, so that a new setting changes no result.
@@ -36,14 +36,10 @@ def setting(default: Any, accepted: Any, help: str, *, neutral: bool = False) ->
 
 def _with_args(kind: type) -> type:
     """Add to the docstring of VTC or LDS what its settings say of themselves."""
-    lines = [f"    {f.name}: {f.metadata['help']}. {_accepted(f)}." for f in fields(kind)]
+    about = [(f.name, f.metadata["help"], str(f.metadata["accepted"])) for f in fields(kind)]
+    lines = [f"    {name}: {help}; {accepted}." for name, help, accepted in about]
     kind.__doc__ = "\n".join([cleandoc(kind.__doc__), "", "Args:", *lines])
     return kind
-
-
-def _accepted(setting: Any) -> str:
-    text = str(setting.metadata["accepted"])
-    return text[0].upper() + text[1:]
 
 
 class _Settings:
@@ -70,16 +66,16 @@ class VTC(_Settings):
     """Visual token compression of one stage."""
 
     # fmt: off
-    kind: str = setting("none", Names(KINDS), "How tokens are chosen or merged: sts/vtc")
-    keep: float = setting(1.0, Interval(0, 1, excluded=(0,)),
+    kind: str = setting("none", one_of(KINDS), "How tokens are chosen or merged: sts/vtc")
+    keep: float = setting(1.0, interval(0, 1, excluded=(0,)),
         "Share of the visual tokens that reaches the language model")
-    schedule: str = setting("constant", Names(SCHEDULES),
+    schedule: str = setting("constant", one_of(SCHEDULES),
         "S(t); at t the share 1 - (1 - keep) S(t) is kept", neutral=True)
     dense_tail: float = setting(0.0, SHARE, "Last share of the stage with all tokens", neutral=True)
-    positions: str = setting("keep", Names(("keep", "mean")),
+    positions: str = setting("keep", one_of(("keep", "mean")),
         "Position ids of the outputs: those of the tokens they stand at (keep), or what the kind "
         "makes of all tokens' (mean)", neutral=True)
-    text: str = setting("all", Names(("all", "prompt")),
+    text: str = setting("all", one_of(("all", "prompt")),
         "For kinds that look at text: all of the sample's, or its prompt alone (no answer tokens)",
         neutral=True)
     # fmt: on
@@ -100,38 +96,37 @@ class LDS(_Settings):
     """
 
     # fmt: off
-    policy: str = setting("none", Names(POLICIES), "A choice of the parts below: sts/lds")
-    rate: float = setting(0.0, SHARE, "The paper's alpha; every chance p_l must be one")
-    schedule: str | None = setting(None, Names(SCHEDULES), "S(t), over the stage")
-    depth: str | None = setting(None, Names(DEPTHS), "D(l), over the layers that are not protected")
-    draw: str | None = setting(None, Names(DRAWS), "How layers are drawn by their chances")
-    unit: str | None = setting(None, Names(UNITS), "What is skipped")
-    epsilon: float = setting(0.0, Interval(-1, 1),
+    policy: str = setting("none", one_of(POLICIES), "A choice of the parts below: sts/lds")
+    rate: float = setting(0.0, SHARE, "The paper's alpha; no chance p_l may be above 1")
+    schedule: str | None = setting(None, one_of(SCHEDULES), "S(t), over the stage")
+    depth: str | None = setting(None, one_of(DEPTHS), "D(l), over layers that are not protected")
+    draw: str | None = setting(None, one_of(DRAWS), "How layers are drawn by their chances")
+    unit: str | None = setting(None, one_of(UNITS), "What is skipped")
+    epsilon: float = setting(0.0, interval(-1, 1),
         "Of depth `slope`: how much more deep layers are skipped; no policy sets it, and at 0 all "
         "layers are alike", neutral=True)
-    protect_first: int | None = setting(None, Layers(), "First layers, which always run")
-    protect_last: int | None = setting(None, Layers(), "Last layers, which always run")
+    protect_first: int | None = setting(None, LAYERS, "First layers, which always run")
+    protect_last: int | None = setting(None, LAYERS, "Last layers, which always run")
     dense_tail: float = setting(0.0, SHARE, "Last share of the stage with all layers", neutral=True)
-    clock: str = setting("steps", Names(("steps", "epochs")),
+    clock: str = setting("steps", one_of(("steps", "epochs")),
         "t moves with optimizer steps or with whole epochs", neutral=True)
-    rescale: bool = setting(False, Flag(),
+    rescale: bool = setting(False, FLAG,
         "What a layer adds is divided by 1 - p_l where it is not skipped", neutral=True)
     explore: float = setting(0.1, SHARE,
         "Of a measured depth: the share of skipping that is uniform")
-    ema: float = setting(0.9, Interval(0, 1, excluded=(1,)),
+    ema: float = setting(0.9, interval(0, 1, excluded=(1,)),
         "Of a measured depth: memory of the moving average")
     # fmt: on
 
     def __post_init__(self) -> None:
-        policies = Names(POLICIES)
+        policies = one_of(POLICIES)
         expect(policies.accepts(self.policy), "LDS.policy", self.policy, str(policies))
-        policy = POLICIES[self.policy]
-        for part in policy._fields:
+        for part, value in POLICIES[self.policy]._asdict().items():
             if getattr(self, part) is None:
-                object.__setattr__(self, part, getattr(policy, part))
+                object.__setattr__(self, part, value)
         self._check_each()
         unit = UNITS[self.unit]
-        accepted = f"{Names(unit.draws)} for unit {self.unit!r}"
+        accepted = f"{one_of(unit.draws)} for unit {self.unit!r}"
         expect(self.draw in unit.draws, "LDS.draw", self.draw, accepted)
         names = ", ".join(name for name, unit in UNITS.items() if unit.rescales)
         accepted = f"false for unit {self.unit!r}; units: {names}"
@@ -152,35 +147,27 @@ class LDS(_Settings):
             expect(value <= num_layers, f"LDS.{name}", value, f"at most {num_layers} layers")
         if not self.rate:
             return
-        free = num_layers - self.protect_first - self.protect_last
-        expect(
-            free > 0,
-            "LDS.protect_first + protect_last",
-            self.protect_first + self.protect_last,
-            f"fewer than the {num_layers} layers of the model (or rate=0)",
-        )
+        protected = self.protect_first + self.protect_last
+        free = num_layers - protected
+        accepted = f"fewer than the {num_layers} layers of the model (or rate=0)"
+        expect(free > 0, "LDS.protect_first + protect_last", protected, accepted)
         self._check_chances(free)
-        mean = sum(DEPTHS[self.depth].weights(free, self, range(free)))
-        most = (num_layers - 1) / mean if mean else 1.0
-        expect(
-            UNITS[self.unit].trains_all or self.rate <= most + 1e-9,
-            "LDS.rate",
-            self.rate,
-            f"at most {_down(most)}, so that one of {num_layers} layers always runs",
-        )
+        total = sum(DEPTHS[self.depth].weights(free, self, range(free)))
+        most = (num_layers - 1) / total if total else 1.0
+        is_possible = UNITS[self.unit].trains_all or self.rate <= most + 1e-9
+        accepted = f"at most {_down(most)}, so that one of {num_layers} layers always runs"
+        expect(is_possible, "LDS.rate", self.rate, accepted)
 
     def _check_chances(self, layers: int) -> None:
         """Raise ValueError for a chance above 1, at the most uneven measurement there is."""
         largest = max(DEPTHS[self.depth].weights(layers, self, range(layers)))
         likeliest = self.rate * largest
-        expect(
-            likeliest <= 1 + 1e-9,
-            "LDS.rate",
-            self.rate,
+        accepted = (
             f"at most {_down(1 / max(largest, 1))}: with depth={self.depth!r} and "
             f"epsilon={self.epsilon} the likeliest layer would be skipped with probability "
-            f"{likeliest:.3g}",
+            f"{likeliest:.3g}"
         )
+        expect(likeliest <= 1 + 1e-9, "LDS.rate", self.rate, accepted)
 
     def formula(self, num_layers: int) -> str:
         """p_l(t) with its values, in words, for a language model of `num_layers` layers."""

@@ -2,10 +2,9 @@
 
 Most image-text-to-text models have the common shape and need no entry: `_lookup.py` finds base
 model, language model and decoder layers, `_base.py` the grids of their images, and `_parts.py` the
-vision tower and the projector. A file without a leading underscore holds what a family has
+vision tower and the projector. A file without a leading underscore holds what some types have
 otherwise: `ARCHITECTURES`, whose keys are `model.config.model_type` of the class with the language
 head. REFUSED says which types can't be carried, and why.
-tests/library/test_breadth.py runs over all types that transformers has.
 """
 
 from sts.architectures._base import Architecture, ClassAttention, Grid

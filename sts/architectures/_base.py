@@ -72,13 +72,6 @@ def never(layer: nn.Module) -> bool:
 # videos, in the order in which their tokens stand in the batch. runs: the lengths of the runs of
 # placeholders, [runs]; a run is an image, or some of an image's tiles.
 
-
-def grids_by_runs(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
-    """A square where a run of placeholders is one, else a sequence; for models of unknown grids."""
-    sides = [(length, round(length**0.5)) for length in runs.tolist()]
-    return [Grid(side, side) if side**2 == length else Grid(1, length) for length, side in sides]
-
-
 # What processors call the sizes of each image, [images, 2 or 3]: (frames,) rows and columns, in
 # patches or in pixels
 SIZES = {
@@ -101,7 +94,8 @@ def grids_by_sizes(sizes: Tensor, tokens: int) -> list[Grid]:
 
 def _grids_of(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Of `image` or `video`, where an entry doesn't say: by the sizes that the processor gave if
-    they explain the number of tokens, else by runs of placeholders."""
+    they explain the number of tokens, else a square where a run of placeholders is one, else a
+    sequence."""
     tokens = int(runs.sum())
     for name in SIZES[medium]:
         if inputs.get(name) is not None:
@@ -112,7 +106,8 @@ def _grids_of(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor)
     if frames is not None and frames.ndim == 5 and tokens % frames.shape[:2].numel() == 0:
         count = frames.shape[:2].numel()  # [videos, frames, channels, height, width]
         runs = torch.full((count,), tokens // count)
-    return grids_by_runs(model, inputs, runs)
+    sides = [(length, round(length**0.5)) for length in runs.tolist()]
+    return [Grid(side, side) if side**2 == length else Grid(1, length) for length, side in sides]
 
 
 image_grids, video_grids = partial(_grids_of, "image"), partial(_grids_of, "video")
@@ -121,8 +116,7 @@ image_grids, video_grids = partial(_grids_of, "image"), partial(_grids_of, "vide
 def square_tiles(side_of: Callable[[Any], int]) -> Grids:
     """The grids of tiles of side x side tokens, as many as there are placeholders for.
 
-    Args:
-        side_of: The model's configuration -> side.
+    side_of: The model's configuration -> side.
     """
     return partial(_square_tiles, side_of)  # not a closure: a model with a scheme can be pickled
 
@@ -136,11 +130,9 @@ def _square_tiles(
 
 def vit_side(config: Any) -> int:
     """Patches along a side of a square image."""
-    return _first(config.vision_config.image_size) // _first(config.vision_config.patch_size)
-
-
-def _first(size: int | list[int]) -> int:
-    return size if isinstance(size, int) else size[0]
+    sizes = (config.vision_config.image_size, config.vision_config.patch_size)
+    image, patch = (size if isinstance(size, int) else size[0] for size in sizes)
+    return image // patch
 
 
 @dataclass(frozen=True)

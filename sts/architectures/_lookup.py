@@ -10,20 +10,11 @@ from torch import nn
 from sts.architectures._base import Architecture
 from sts.architectures._refused import REFUSED
 
-
-def _families() -> list[dict[str, Architecture]]:
-    """The entries of each family's file in this folder."""
-    package = __name__.rpartition(".")[0]
-    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    return [
-        import_module(f"{package}.{name}").ARCHITECTURES
-        for name in names
-        if not name.startswith("_")
-    ]
-
-
 ARCHITECTURES: dict[str, Architecture] = {
-    name: entry for family in _families() for name, entry in family.items()
+    name: entry
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)])
+    if not module.name.startswith("_")
+    for name, entry in import_module(f"sts.architectures.{module.name}").ARCHITECTURES.items()
 }
 
 
@@ -36,14 +27,14 @@ def architecture_of(model: nn.Module) -> Architecture:
     """
     config = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
+    shown = f"{type(model).__name__} (model_type={name!r})"
     if name in REFUSED:
-        raise ValueError(f"{_name(model)} can't be trained with STS: {REFUSED[name]}")
-    head = head_of(model)
+        raise ValueError(f"{shown} can't be trained with STS: {REFUSED[name]}")
     has_vision = name in ARCHITECTURES or getattr(config, "vision_config", None) is not None
-    if head is None or not has_vision:
+    if head_of(model) is None or not has_vision:
         raise ValueError(
-            f"{_name(model)} is not an image-text-to-text model with a language head. Pass the "
-            "one that has it (of AutoModelForImageTextToText)"
+            f"{shown} is not an image-text-to-text model with a language head. Pass the one that "
+            "has it (of AutoModelForImageTextToText)"
         )
     entry = ARCHITECTURES.get(name, Architecture())
     base = (model.base_model_prefix or "") if entry.base is None else entry.base
@@ -51,18 +42,13 @@ def architecture_of(model: nn.Module) -> Architecture:
     layers = entry.layers or _layers_of(model, language_model)
     if entry.base is None and not language_model.startswith(f"{base}."):
         base = ""
-    if not layers or (base and not _has(model, base)):
+    if not layers or not _has(model, base):
         raise ValueError(
-            f"{_name(model)}: no list of decoder layers where most models have one. Add an entry: "
+            f"{shown}: no list of decoder layers where most models have one. Add an entry: "
             f"sts.architectures.ARCHITECTURES[{name!r}] = Architecture(base=..., "
             "language_model=..., layers=...), paths in the model (sts/architectures/_base.py)"
         )
     return replace(entry, base=base, language_model=language_model, layers=layers)
-
-
-def _name(model: nn.Module) -> str:
-    name = getattr(getattr(model, "config", None), "model_type", None)
-    return f"{type(model).__name__} (model_type={name!r})"
 
 
 def head_of(model: nn.Module) -> nn.Module | None:

@@ -24,9 +24,6 @@ def part_finder(model: PreTrainedModel) -> Callable[[str], str]:
 
     The head belongs to the language model, and what is in neither it nor the tower is the
     projector: LLaVA-NeXT's `image_newline`, for one.
-
-    Raises:
-        ValueError: `architecture_of` does not know its way in the model.
     """
     head = head_of(model)
     heads = [name for name, module in model.named_modules() if module is head]
@@ -80,12 +77,12 @@ def projector_of(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _outermost(
-    model: PreTrainedModel, is_wanted: Callable[[str, nn.Module], bool]
+    model: PreTrainedModel, condition: Callable[[str, nn.Module], bool]
 ) -> dict[str, nn.Module]:
-    """Path -> module that is wanted and lies in no other that is."""
+    """Path -> module that meets the condition and lies in no other that does."""
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         is_inside = any(path.startswith(f"{outer}.") for outer in modules)
-        if not is_inside and is_wanted(path, module):
+        if not is_inside and condition(path, module):
             modules[path] = module
     return modules

@@ -1,7 +1,5 @@
 """LLaVA and its kin: square images, images of any size (Pixtral 12B), or tiles of them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,7 +11,6 @@ from sts.architectures._base import (
     Grid,
     Inputs,
     class_token_error,
-    square_tiles,
     vit_side,
 )
 
@@ -29,22 +26,16 @@ def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float)
         [tokens, 1] of each image.
     """
     config, sizes = model.config, inputs["image_sizes"]
+    size_of_tile = (config.image_grid_pinpoints, config.vision_config.image_size)
     counts = [
-        image_size_to_num_patches(
-            image_size=size,
-            grid_pinpoints=config.image_grid_pinpoints,
-            patch_size=config.vision_config.image_size,
-        )
-        if is_tiled
-        else 1
+        image_size_to_num_patches(size, *size_of_tile) if is_tiled else 1
         for size, is_tiled in zip(sizes, _are_tiled(inputs), strict=True)
     ]
-    extra = {}
     if hasattr(config, "vision_aspect_ratio"):
         ratio = inputs.get("vision_aspect_ratio")  # None: as the config says
-        extra["vision_aspect_ratio"] = ratio or config.vision_aspect_ratio
+        extra = {"vision_aspect_ratio": ratio or config.vision_aspect_ratio}
     else:
-        extra["vision_feature_select_strategy"] = "full"  # only for a warning
+        extra = {"vision_feature_select_strategy": "full"}  # only for a warning
     if len(tiles) != sum(counts):
         tiles = tiles[:1].expand(sum(counts), -1, -1)
     packed, _ = model.model.pack_image_features(
@@ -101,23 +92,15 @@ def _pooled_frames(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list
     return ([Grid(side, side)] * frames + [Grid(1, 0, newline=True)]) * videos
 
 
-def _side(config: Any) -> int:
-    return vit_side(config) // config.downsample_factor
-
-
 _LLAVA = Architecture(class_attention=_clip_attention)
-_TILES = Architecture(grids=square_tiles(_side))
+_ANYRES = Architecture(
+    grids=_anyres_grids, class_attention=_clip_attention, token_scores=_anyres_scores
+)
 
 ARCHITECTURES = {
     "llava": _LLAVA,
     "vipllava": _LLAVA,
-    "llava_next": Architecture(
-        grids=_anyres_grids, class_attention=_clip_attention, token_scores=_anyres_scores
-    ),
-    "llava_next_video": Architecture(
-        grids=_anyres_grids, class_attention=_clip_attention, token_scores=_anyres_scores
-    ),
+    "llava_next": _ANYRES,
+    "llava_next_video": _ANYRES,
     "llava_onevision": Architecture(grids=_anyres_grids, video_grids=_pooled_frames),
-    "aya_vision": _TILES,
-    "cohere2_vision": _TILES,
 }

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sts.architectures._base import (
@@ -11,8 +11,6 @@ from sts.architectures._base import (
     Grid,
     Inputs,
     grids_by_sizes,
-    square_tiles,
-    vit_side,
 )
 
 
@@ -45,8 +43,9 @@ def _as_many_tiles(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list
     return [Grid(side, side)] * tiles
 
 
-def _side(config: Any) -> int:
-    return vit_side(config) // config.vision_config.scale_factor
+def _is_read(layer: nn.Module) -> bool:
+    """Whether later layers read this one's keys and values."""
+    return bool(getattr(layer.self_attn, "store_full_length_kv", False))
 
 
 def _with_indices(hidden: Tensor, kwargs: dict[str, Any]) -> tuple:
@@ -59,12 +58,13 @@ ARCHITECTURES = {
     "hunyuan_vl": Architecture(grids=_between_two),
     "molmo2": Architecture(grids=_overview_and_crops),
     "perception_lm": Architecture(grids=_as_many_tiles),
-    "granite_docling": Architecture(grids=square_tiles(_side)),
     # no vision tower: patches are embedded as they are
     "fuyu": Architecture(),
     # their outer models merge the images and call a language model with a head of its own
     "llama4": Architecture(language_model="language_model.model"),
     "nemotron_h_omni": Architecture(),
+    "gemma3n": Architecture(always=_is_read, partial=False),
+    "gemma4": Architecture(always=_is_read, partial=False),
     # a layer returns more than the hidden state
     "glm5_next": Architecture(returned=_with_indices, partial=False),
     "mistral_large4": Architecture(returned=_with_indices, partial=False),

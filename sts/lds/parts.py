@@ -18,13 +18,12 @@ class Depth(NamedTuple):
     """D(l) and what it measures.
 
     Attributes:
-        weights: D(l) of the layers, [layers].
+        weights: D(l) of the layers, [layers]; of a measured depth by the moving average of
+            sum / count over the steps.
         text: The formula, with {epsilon}, {layers} and {last} = layers - 1.
         of_forward: (before [B, T, D], after [B, T, D], mask [B, T] or None) -> (sum, count), [2],
             after each forward of a layer.
         of_gradients: (layer) -> (sum, count), [2], once a step, after its backward passes.
-
-    `weights` gets the moving average of sum / count over the steps.
     """
 
     weights: Callable[[int, LDS, Sequence[float]], list[float]]

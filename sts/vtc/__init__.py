@@ -83,10 +83,11 @@ def discover(folders: Iterable[str]) -> dict[str, str]:
     """
     modules = [module.name for module in pkgutil.iter_modules(folders)]
     kinds = [name for name in modules if name not in FAMILIES and not name.startswith("_")]
+    taken = {"none"}.union(*FAMILIES.values())
     for name in kinds:
-        is_taken = name == "none" or any(name in family for family in FAMILIES.values())
-        expect(not is_taken, "kind", name, f"another name for sts/vtc/{name}.py: this one is taken")
-    return dict(zip(kinds, kinds, strict=True))
+        accepted = f"another name for sts/vtc/{name}.py: this one is taken"
+        expect(name not in taken, "kind", name, accepted)
+    return {name: name for name in kinds}
 
 
 # Name -> the module here that holds it, or the kind itself.
@@ -97,19 +98,29 @@ KINDS: dict[str, str | Callable[..., Outputs]] = {
 }
 
 
+def _entry(name: str) -> str | Callable[..., Outputs]:
+    expect(name in KINDS, "kind", name, f"one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
 def kind_of(name: str) -> Callable[..., Outputs] | type:
     """The kind called `name`: a function, or a class with weights of its own.
 
     Raises:
         ValueError: The name is unknown, or its file doesn't hold it.
     """
-    expect(name in KINDS, "kind", name, f"one of {', '.join(KINDS)}")
-    kind = KINDS[name]
+    kind = _entry(name)
     if isinstance(kind, str):
         module = import_module(f"{__name__}.{kind}")
         expect(hasattr(module, name), "kind", name, f"a function of that name in {module.__file__}")
         kind = getattr(module, name)
     return kind
+
+
+def source_of(name: str) -> Path | None:
+    """The file of a kind; None for `none` and for a kind that was put into KINDS."""
+    kind = _entry(name)
+    return Path(find_spec(f"{__name__}.{kind}").origin) if isinstance(kind, str) else None
 
 
 def wants(kind: str | Callable) -> frozenset[str]:
@@ -125,13 +136,6 @@ def wants(kind: str | Callable) -> frozenset[str]:
     accepted = f"only (tokens, keep) and names of {', '.join(INPUTS)}"
     expect(set(names) <= set(INPUTS), f"inputs of kind {_name(kind)!r}", names, accepted)
     return frozenset(names)
-
-
-def source_of(name: str) -> Path | None:
-    """The file of a kind; None for `none` and for a kind that was put into KINDS."""
-    expect(name in KINDS, "kind", name, f"one of {', '.join(KINDS)}")
-    kind = KINDS[name]
-    return Path(find_spec(f"{__name__}.{kind}").origin) if isinstance(kind, str) else None
 
 
 def compress(
@@ -152,10 +156,7 @@ def compress(
         tokens: [B, N, D].
         keep: The keep ratio, in (0, 1]; 1 returns `tokens` itself.
         grid: (height, width) of the tokens, N = height * width.
-        scores: [B, N]; this and what follows only where the kind wants it, see INPUTS.
-        text: [B, T, D].
-        text_mask: [B, T], bool.
-        generator: Of random numbers.
+        scores: See INPUTS; so are the others, each needed only where the kind wants it.
 
     Returns:
         The outputs [B, k, D], 1 <= k <= N, and where they come from.
@@ -164,31 +165,25 @@ def compress(
         ValueError: The kind is unknown, an argument is missing or has another shape, or the kind
             doesn't return what Outputs says.
     """
-    function = kind_of(kind) if isinstance(kind, str) else kind
-    is_class = isinstance(function, type)
-    expect(
-        not is_class, "kind", kind, "an instance of the class, which has weights: made with (dim)"
-    )
+    function, name = kind_of(kind) if isinstance(kind, str) else kind, _name(kind)
+    accepted = "an instance of the class, which has weights: made with (dim)"
+    expect(not isinstance(function, type), "kind", kind, accepted)
     expect(0 < keep <= 1, "keep", keep, "a number in (0, 1]")
-    expect(
-        tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1],
-        "grid",
-        tuple(grid),
-        f"height * width = tokens of [batch, tokens, dim] = {list(tokens.shape)}",
-    )
+    is_grid = tokens.ndim == 3 and grid[0] * grid[1] == tokens.shape[1]
+    accepted = f"height * width = tokens of [batch, tokens, dim] = {list(tokens.shape)}"
+    expect(is_grid, "grid", tuple(grid), accepted)
     if keep == 1 or function is none:
         return tokens, none(tokens, keep)
     names = wants(kind)
     tensors = {"scores": scores, "text": text, "text_mask": text_mask}
-    _check_inputs(_name(kind), names, tokens, tensors | {"generator": generator})
-    inputs = {name: None if x is None else x.to(tokens.device) for name, x in tensors.items()}
+    _check_inputs(name, names, tokens, tensors | {"generator": generator})
+    inputs = {key: None if x is None else x.to(tokens.device) for key, x in tensors.items()}
     inputs |= {"grid": grid, "generator": generator}
-    outputs = function(tokens, keep, **{name: inputs[name] for name in names})
-    _check_outputs(_name(kind), tokens, outputs)
+    outputs = function(tokens, keep, **{key: inputs[key] for key in names})
+    _check_outputs(name, tokens, outputs)
     compressed = outputs.apply(tokens) if outputs.tokens is None else outputs.tokens
-    expected = [*outputs.positions.shape, tokens.shape[2]]
-    shape = list(compressed.shape)
-    expect(shape == expected, f"outputs of kind {_name(kind)!r}", shape, f"{expected}")
+    expected, shape = [*outputs.positions.shape, tokens.shape[2]], list(compressed.shape)
+    expect(shape == expected, f"outputs of kind {name!r}", shape, f"{expected}")
     return compressed, outputs
 
 
@@ -208,10 +203,9 @@ def _check_inputs(name: str, names: frozenset[str], tokens: Tensor, inputs: dict
         "text_mask": ("[batch, text tokens]", [batch, count]),
     }
     for key, (axes, expected) in shapes.items():
-        if key in names:
-            shape = None if inputs[key] is None else list(inputs[key].shape)
-            accepted = f"{axes} = {expected} for kind {name!r}"
-            expect(shape == expected, f"{key}.shape", shape, accepted)
+        shape = None if inputs[key] is None else list(inputs[key].shape)
+        is_right = shape == expected or key not in names
+        expect(is_right, f"{key}.shape", shape, f"{axes} = {expected} for kind {name!r}")
     if "text_mask" in names:
         dtype = str(inputs["text_mask"].dtype)
         expect(dtype == "torch.bool", "text_mask.dtype", dtype, "torch.bool: where text is")
@@ -227,14 +221,13 @@ def _check_outputs(name: str, tokens: Tensor, outputs: Outputs) -> None:
     expect(isinstance(outputs, Outputs), f"outputs of kind {name!r}", returned, "sts.vtc.Outputs")
     positions, real = outputs.positions, outputs.real
     layout = [str(positions.dtype), *positions.shape]
-    is_right = (
-        layout[:2] == ["torch.int64", batch] and len(layout) == 3 and 1 <= layout[2] <= length
-    )
+    is_right = layout[:2] == ["torch.int64", batch] and positions.ndim == 2
+    is_right = is_right and 1 <= positions.shape[1] <= length
     expect(is_right, f"positions of kind {name!r}", layout, f"long, [{batch}, 1..{length}]")
     if positions.device.type == "cpu":  # anywhere else it would wait for the device
         low, high = int(positions.min()), int(positions.max())
-        accepted = f"within 0..{length - 1}"
-        expect(0 <= low <= high < length, f"positions of kind {name!r}", (low, high), accepted)
+        is_right, accepted = 0 <= low <= high < length, f"within 0..{length - 1}"
+        expect(is_right, f"positions of kind {name!r}", (low, high), accepted)
     if real is not None:
         layout, accepted = [str(real.dtype), *real.shape], ["torch.bool", *positions.shape]
         expect(layout == accepted, f"real of kind {name!r}", layout, f"{accepted}")

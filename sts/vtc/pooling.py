@@ -72,11 +72,7 @@ def pixel_shuffle(tokens: Tensor, keep: float, *, grid: tuple[int, int]) -> Outp
     channels. The cells are those of `avgpool2d`.
     """
     cells = pooled_grid(*grid, keep)
-
-    def apply(x: Tensor) -> Tensor:
-        return _Shuffled.apply(x, grid, cells)
-
-    return Outputs(_centres(tokens, grid, cells), apply)
+    return Outputs(_centres(tokens, grid, cells), lambda x: _Shuffled.apply(x, grid, cells))
 
 
 class _Shuffled(torch.autograd.Function):

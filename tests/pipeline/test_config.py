@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, create_model
 
 from sts import LDS, STS_LDS, STS_VTC, VTC
-from sts.checks import Interval
+from sts.checks import interval
 from sts.pipeline.config import (
     ALWAYS,
     BACKBONE,
@@ -538,7 +538,7 @@ def test_a_new_key_at_its_neutral_value_changes_no_identity_and_a_changed_defaul
 
 @dataclass(frozen=True)
 class MoreVTC(VTC):
-    temperature: float = setting(1.0, Interval(0, 2), "Heat", neutral=True)
+    temperature: float = setting(1.0, interval(0, 2), "Heat", neutral=True)
 
 
 def test_so_does_a_new_setting_of_the_library():

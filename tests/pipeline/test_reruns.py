@@ -65,7 +65,7 @@ def new_knobs(project: Path) -> None:
     steps, blind = "    steps: Count\n", "    blind: Share = 0.25\n"
     edit(config / "stages.py", steps, "    ema: " + knob.format("float", steps))
     edit(config / "blocks.py", blind, "    noise: " + knob.format("Share", blind))
-    heat = '    heat: float = setting(1.0, Interval(0, 2), "Heat", neutral=True)\n'
+    heat = '    heat: float = setting(1.0, interval(0, 2), "Heat", neutral=True)\n'
     edit(library, "    keep: float = ", f"{heat}    keep: float = ")
 
 
@@ -94,7 +94,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "kind": ("a new VTC kind and a new LDS policy, a file each", new_kind),
     "other formula": (
         "a formula of a kind, an architecture or a data set that no run uses",
-        formula("vtc/merging.py", "architectures/gemma.py", "pipeline/data/sets/nlvr.py"),
+        formula("vtc/merging.py", "architectures/tiles.py", "pipeline/data/sets/nlvr.py"),
     ),
     "used formula": ("the formula of a VTC kind that some runs use", formula("vtc/sampling.py")),
     "lds": ("a formula of LDS", formula("lds/units.py")),

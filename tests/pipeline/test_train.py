@@ -198,9 +198,7 @@ def test_all_that_a_training_imports_is_followed_or_a_file_of_another_choice():
     every = {"vtc": {"kind": "random", "keep": 0.5}, "lds": {"policy": "sts", "rate": 0.6}}
     followed = set(follows.training(config(**every).stages["align"]))
     other = {"__init__.py", "block_influence.py"}  # packages; a depth that this one doesn't use
-    families = {
-        CODE / "architectures" / f"{n}.py" for n in ("gemma", "idefics", "internvl", "others")
-    }
+    families = {CODE / "architectures" / f"{name}.py" for name in ("others", "tiles")}
     missed = {file for file in files - followed - families if file.name not in other}
     assert files and not [file for file in missed if not follows.looks_on(file)]
 
@@ -209,7 +207,7 @@ def test_a_training_follows_the_rooms_that_act_and_the_file_of_its_kind():
     def rooms(**stage) -> set[str]:
         files = {file.name for file in follows.training(config(**stage).stages["align"])}
         assert {"train.py", "step.py", "sequence.py", "scheme.py", "llava.py"} < files
-        assert not files & {"history.py", "tracking.py", "scenes.py", "config.py", "gemma.py"}
+        assert not files & {"history.py", "tracking.py", "scenes.py", "config.py", "tiles.py"}
         return files & {
             "compression.py",
             "sampling.py",

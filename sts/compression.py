@@ -41,41 +41,26 @@ FEATURES = ("mm_encoder_outputs", "image_embeds", "image_features")  # instead o
 
 @dataclass
 class FullSequence:
-    """The sequence at its full length, while compressed tokens are written to it. M = B * T.
+    """The sequence at its full length, while compressed tokens are written to it. M = B * T."""
 
-    Attributes:
-        embeddings: [M, D].
-        positions: Position ids of each axis, [M, axes].
-        features: Keyword -> what is added to the visual tokens in later layers, each [V, D].
-        keep: The text, and the tokens that compressed ones were written to, [M].
-    """
-
-    embeddings: Tensor
-    positions: Tensor
-    features: dict[str, list[Tensor]]
-    keep: Tensor
+    embeddings: Tensor  # [M, D]
+    positions: Tensor  # ids of each axis, [M, axes]
+    features: dict[str, list[Tensor]]  # keyword -> what later layers add to visual tokens, [V, D]
+    keep: Tensor  # the text, and the tokens that compressed ones were written to, [M]
 
 
 @dataclass
 class Compression:
-    """VTC of one micro-batch.
-
-    Attributes:
-        kind: What compresses, a function or a module with weights.
-        keep: The share of the visual tokens that is kept now.
-        generator: Of a kind that draws.
-        attention: The class attention, where the kind wants scores.
-        recorded: Its `queries` and `keys` of this micro-batch, [tiles, 1 + N, width].
-    """
+    """VTC of one micro-batch."""
 
     model: PreTrainedModel
     architecture: Architecture
     vtc: VTC
-    kind: Callable | nn.Module
-    keep: float
+    kind: Callable | nn.Module  # what compresses; a module if it has weights
+    keep: float  # the share of the visual tokens that is kept now
     generator: torch.Generator
-    attention: ClassAttention | None = None
-    recorded: dict[str, Tensor] = field(default_factory=dict)
+    attention: ClassAttention | None = None  # where the kind wants scores
+    recorded: dict[str, Tensor] = field(default_factory=dict)  # its queries and keys
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -90,7 +75,7 @@ class Compression:
             yield
 
     def _record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        self.recorded[name] = output.detach()
+        self.recorded[name] = output.detach()  # [tiles, 1 + N, width]
 
     def __call__(self, batch: Batch, kwargs: dict[str, Any], count: int) -> tuple[dict, Tensor]:
         """Shorten the visual tokens at the language model.

@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sts.checks import expect
-
 
 class Schedule(NamedTuple):
     """S(t) in [0, 1] for t in [0, 1], and the formula as text."""
@@ -38,14 +36,7 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def strength(t: float, schedule: str, dense_tail: float = 0.0) -> float:
-    """S(t) in [0, 1]; 0 in the last `dense_tail` share of the stage.
-
-    Raises:
-        ValueError: An unknown schedule, or a share outside [0, 1].
-    """
-    expect(0 <= t <= 1, "t", t, "a number in [0, 1]")
-    expect(schedule in SCHEDULES, "schedule", schedule, f"one of {', '.join(SCHEDULES)}")
-    expect(0 <= dense_tail <= 1, "dense_tail", dense_tail, "a number in [0, 1]")
+    """S(t) in [0, 1]; 0 in the last `dense_tail` share of the stage."""
     if dense_tail > 0 and t >= 1 - dense_tail - 1e-9:  # 1 - 0.9 is a hair more than 0.1
         return 0.0
     return SCHEDULES[schedule].at(t)
@@ -53,7 +44,6 @@ def strength(t: float, schedule: str, dense_tail: float = 0.0) -> float:
 
 def keep_at(t: float, keep: float, schedule: str, dense_tail: float = 0.0) -> float:
     """The share of the visual tokens that is kept at t, in (0, 1]: 1 - (1 - keep) S(t)."""
-    expect(0 < keep <= 1, "keep", keep, "a number in (0, 1]")
     return 1 - (1 - keep) * strength(t, schedule, dense_tail)
 
 

@@ -34,14 +34,7 @@ DENSE_STEP = ("error", "warn")
 
 
 class Scheme:
-    """What `sparsify` puts onto a model. `begin_step` decides, forwards of that step follow.
-
-    Attributes:
-        step: The optimizer step of the latest decision; None before the first.
-        keep: The share of the visual tokens that this step keeps.
-        skipper: LDS on this model.
-        attached: Whether the scheme is on its model.
-    """
+    """What `sparsify` puts onto a model. `begin_step` decides, forwards of that step follow."""
 
     def __init__(
         self, model: nn.Module, vtc: VTC | None, lds: LDS | None, seed: int, dense_step: str
@@ -61,8 +54,8 @@ class Scheme:
         self.vtc, self.lds, self.seed, self.dense_step = vtc, lds, seed, dense_step
         self.total_steps: int | None = None
         self.steps_per_epoch: int | None = None
-        self.step: int | None = None
-        self.keep = 1.0
+        self.step: int | None = None  # of the latest decision
+        self.keep = 1.0  # the share of the visual tokens that this step keeps
         self.attached = False
         self._must_be_sparse = False  # the step, and nothing was said about it yet
         architecture = architecture_of(self.model)

@@ -22,22 +22,14 @@ WRONG_ATTENTION = (
 
 @dataclass
 class Batch:
-    """A micro-batch on its way through the model.
+    """A micro-batch on its way through the model."""
 
-    Attributes:
-        inputs: Keywords of the outer forward.
-        media: Medium -> where its placeholders stand, [B, T].
-        visual: Where placeholders of any medium stand, [B, T].
-        mask: Which tokens of the language model's sequence are no padding; [B, T], and [B, T']
-            after VTC has shortened the sequence.
-        shows: For each of the T places the token of the shortened sequence whose hidden state it
-            gets afterwards, [B, T]; None: the sequence was not shortened.
-    """
-
-    inputs: dict[str, Any]
-    media: dict[str, Tensor]
-    visual: Tensor
-    mask: Tensor
+    inputs: dict[str, Any]  # keywords of the outer forward
+    media: dict[str, Tensor]  # medium -> where its placeholders stand, [B, T]
+    visual: Tensor  # where placeholders of any medium stand, [B, T]
+    mask: Tensor  # which tokens of the language model's sequence, shortened or not, are no padding
+    # for each of the T places the token of the shortened sequence whose hidden state it gets
+    # afterwards, [B, T]; None: the sequence was not shortened
     shows: Tensor | None = None
 
 

@@ -26,18 +26,36 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def backward(model, batch):
+def backward(model, batch, **more):
+    """The loss of a batch and all gradients."""
     model.zero_grad()
-    loss = model(**batch).loss
+    loss = model(**batch, **more).loss
     loss.backward()
     return loss.detach(), gradients(model)
 
 
-def assert_same(found, expected):
-    torch.testing.assert_close(found[0], expected[0], **CLOSE)
-    assert found[1].keys() == expected[1].keys()
-    for name, grad in expected[1].items():
-        torch.testing.assert_close(found[1][name], grad, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+def assert_same(result, expected, **tolerance):
+    """That two results of `backward` are the same."""
+    (loss, grads), (expected_loss, expected_grads) = result, expected
+    tolerance = tolerance or CLOSE
+    torch.testing.assert_close(loss, expected_loss, **tolerance)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        message = lambda m, name=name: f"{name}: {m}"  # noqa: E731
+        torch.testing.assert_close(grads[name], grad, **tolerance, msg=message)
+
+
+def influence(before, after, mask=None) -> tuple[float, int]:
+    """Sum of 1 - cosine, and their number, over the real ones of at most 64 evenly spaced tokens of
+    each row."""
+    total, count = 0.0, 0
+    for row in range(len(before)):
+        for t in range(0, before.shape[1], math.ceil(before.shape[1] / 64)):
+            if mask is None or mask[row][t]:
+                x, y = before[row, t].double(), after[row, t].double()
+                total += 1 - float(x @ y / x.norm() / y.norm())
+                count += 1
+    return total, count
 
 
 def of_language_model(model, batch):
@@ -79,10 +97,9 @@ Choice = Callable[[int, int, Tensor, Tensor], list[tuple[list[int], int]]]
 
 def cells(size: int, count: int) -> list[range]:
     """The indices of each adaptive pooling cell."""
-    edges = [
-        (math.floor(i * size / count), math.ceil((i + 1) * size / count)) for i in range(count)
+    return [
+        range(math.floor(i * size / count), math.ceil((i + 1) * size / count)) for i in range(count)
     ]
-    return [range(start, end) for start, end in edges]
 
 
 def middle(cell: range) -> int:

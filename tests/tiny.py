@@ -6,6 +6,7 @@
 A row is a list of token ids and images; an image is one of the names in `case.images`.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -85,9 +86,13 @@ def text(config: type, **more) -> hf.PreTrainedConfig:
     return config(**settings | more)
 
 
+def alternating(first: str, second: str) -> list[str]:
+    return [first, second] * (LAYERS // 2)
+
+
 def sliding(config: type, **more) -> hf.PreTrainedConfig:
     """A decoder of which every second layer sees the last 8 tokens only."""
-    layers = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+    layers = alternating("sliding_attention", "full_attention")
     return text(config, sliding_window=8, layer_types=layers, **more)
 
 
@@ -109,11 +114,11 @@ def vit(config: type, size: int | list[int] = 16, patch: int | list[int] = PATCH
     )
 
 
-def builder(model: type, config: type, vision: Callable, language: Callable, **more) -> Callable:
+def builder(model: Callable, config: Callable, vision, language, **more) -> Callable:
     def build(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
         torch.manual_seed(0)
-        token = {"image_token_id": IMAGE}
-        made = model(config(vision_config=vision(), text_config=language(), **token, **more))
+        parts = copy.deepcopy({"vision_config": vision, "text_config": language, **more})
+        made = model(config(image_token_id=IMAGE, **parts))
         with torch.no_grad():  # initial weights are so small that layers do next to nothing
             for parameter in made.parameters():
                 if parameter.ndim > 1 and parameter.any():
@@ -125,15 +130,28 @@ def builder(model: type, config: type, vision: Callable, language: Callable, **m
     return build
 
 
-def typed(name: str, vision: Callable, language: Callable, **more) -> Callable:
+def typed(name: str, vision, language, **more) -> Callable:
     """Of the classes that transformers calls `name`."""
     model, config = getattr(hf, f"{name}ForConditionalGeneration"), getattr(hf, f"{name}Config")
     return builder(model, config, vision, language, **more)
 
 
-def flat(pixels: Callable[[int], torch.Tensor]) -> Callable:
-    """Pixel inputs of models that take all images of a batch in one tensor."""
-    return lambda names: {"pixel_values": pixels(sum(map(len, names)))}
+def case(
+    name: str,
+    vision,
+    language,
+    images: dict[str, list[tuple[int, int, bool]]],
+    inputs: Callable,
+    of_ids: Callable = lambda ids, attended, visual: {},
+    **more,
+) -> Case:
+    """Of the classes that transformers calls `name`; see Case."""
+    return Case(typed(name, vision, language, **more), images, inputs, of_ids)
+
+
+def flat(*shape: int) -> Callable:
+    """Pixel inputs of models that take all images of a batch in one tensor [images, *shape]."""
+    return lambda names: {"pixel_values": noise(sum(map(len, names)), *shape)}
 
 
 def tiled(sizes: dict[str, tuple[int, int]], tiles: dict[str, int]) -> Callable:
@@ -147,6 +165,14 @@ def tiled(sizes: dict[str, tuple[int, int]], tiles: dict[str, int]) -> Callable:
         }
 
     return inputs
+
+
+def sam(config: type, **more):
+    """SAM's tower: windows of 4 x 4 patches but in one layer, which sees all."""
+    sizes = {"image_size": 64, "hidden_size": 16, "mlp_dim": 32, "num_hidden_layers": 3}
+    sizes |= {"output_channels": 8, "window_size": 4, "global_attn_indexes": [1]}
+    sizes |= {"initializer_range": 0.02}  # 1e-10 by default, which leaves nothing of the image
+    return config(patch_size=PATCH, num_attention_heads=2, **sizes | more)
 
 
 def by_row(names: list[list[str]]) -> dict:
@@ -190,7 +216,10 @@ def sized(sizes: dict[str, tuple[int, int]]) -> Callable:
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 NEXT_SIZES = {"big": (24, 32), "small": (32, 16)}  # the first is padded to 32 x 32 and cut again
 NEXT_TILES = {"big": 5, "small": 3}
-NEXT_GRIDS = {"big": [(4, 4, False), (6, 8, True)], "small": [(4, 4, False), (8, 4, True)]}
+NEXT = {
+    "images": {"big": [(4, 4, False), (6, 8, True)], "small": [(4, 4, False), (8, 4, True)]},
+    "inputs": tiled(NEXT_SIZES, NEXT_TILES),
+}
 QWEN_GRIDS = {"big": (8, 12), "small": (4, 8)}  # in patches; 2 x 2 of them are a token
 QWEN = {
     "images": {"big": [(4, 6, False)], "small": [(2, 4, False)]},
@@ -200,6 +229,7 @@ QWEN = {
 SQUARE = {"big": [(4, 4, False)], "small": [(4, 4, False)]}
 FEW = {"big": [(3, 4, False)], "small": [(2, 2, False)]}
 # What several decoders and towers have alike
+EAGER = {"experts_implementation": "eager"}  # PyTorch's grouped product has no float64
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 FIRST_DENSE = {"mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1)}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
@@ -207,132 +237,101 @@ LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
 LINEAR |= {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
 SWA = {"swa_num_attention_heads": 3, "swa_num_key_value_heads": 1, "swa_head_dim": 8}
 WINDOWED = {"out_hidden_size": 24, "window_size": 16, "fullatt_block_indexes": [1]}
-MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {**ROPE, "mrope_section": [1, 1, 2]}
 QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2}
+VISION = {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32}
+QWEN3_VISION = {**VISION, "out_hidden_size": 24, "num_position_embeddings": 16}
+DEEPSTACK_VISION = {**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]}
 
 
-def llava(name: str, **more) -> Callable:
-    return typed(name, lambda: vit(hf.CLIPVisionConfig), lambda: text(hf.LlamaConfig), **more)
+def llava(name: str, images: dict, inputs: Callable, **more) -> Case:
+    return case(name, vit(hf.CLIPVisionConfig), text(hf.LlamaConfig), images, inputs, **more)
 
 
 def idefics(name: str) -> Case:
-    vision = getattr(hf, f"{name}VisionConfig")
-    build = typed(
-        name, lambda: vit(vision, 32).to_dict(), lambda: text(hf.LlamaConfig), scale_factor=2
-    )
-    return Case(build, SQUARE, by_row)
+    vision = vit(getattr(hf, f"{name}VisionConfig"), 32).to_dict()
+    return case(name, vision, text(hf.LlamaConfig), SQUARE, by_row, scale_factor=2)
 
 
 CASES = {
-    "llava": Case(llava("Llava", image_seq_length=16), SQUARE, flat(lambda n: noise(n, 3, 16, 16))),
-    "pixtral": Case(  # a LLaVA with a tower that takes any size
-        typed(
-            "Llava",
-            lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
-            lambda: text(hf.MistralConfig),
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-        ),
+    "llava": llava("Llava", SQUARE, flat(3, 16, 16), image_seq_length=16),
+    "pixtral": case(  # a LLaVA with a tower that takes any size
+        "Llava",
+        vit(hf.PixtralVisionConfig, 64, head_dim=8),
+        text(hf.MistralConfig),
         FEW,
         sized({"big": (12, 16), "small": (8, 8)}),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
     ),
-    "vipllava": Case(
-        llava("VipLlava", image_seq_length=16, vision_feature_layers=[-2, 1]),
+    "vipllava": llava(
+        "VipLlava", SQUARE, flat(3, 16, 16), image_seq_length=16, vision_feature_layers=[-2, 1]
+    ),
+    "llava_next": llava("LlavaNext", **NEXT, image_grid_pinpoints=PINPOINTS),
+    "llava_onevision": case(
+        "LlavaOnevision",
+        vit(hf.SiglipVisionConfig),
+        text(hf.Qwen2Config),
+        **NEXT,
+        image_grid_pinpoints=PINPOINTS,
+        video_token_id=61,
+    ),
+    "qwen2_vl": case(
+        "Qwen2VL",
+        {**QWEN_VISION, "embed_dim": 16, "hidden_size": 24},
+        text(hf.Qwen2VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
+        **QWEN,
+    ),
+    "qwen2_5_vl": case(
+        "Qwen2_5_VL",
+        VISION | WINDOWED,
+        text(hf.Qwen2_5_VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
+        **QWEN,
+    ),
+    "qwen3_vl": case(
+        "Qwen3VL",
+        DEEPSTACK_VISION,
+        text(hf.Qwen3VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
+        **QWEN,
+    ),
+    "internvl": case(
+        "InternVL",
+        vit(hf.InternVLVisionConfig, [32, 32], [PATCH, PATCH]),
+        text(hf.Qwen2Config),
         SQUARE,
-        flat(lambda n: noise(n, 3, 16, 16)),
-    ),
-    "llava_next": Case(
-        llava("LlavaNext", image_grid_pinpoints=PINPOINTS),
-        NEXT_GRIDS,
-        tiled(NEXT_SIZES, NEXT_TILES),
-    ),
-    "llava_onevision": Case(
-        typed(
-            "LlavaOnevision",
-            lambda: vit(hf.SiglipVisionConfig),
-            lambda: text(hf.Qwen2Config),
-            image_grid_pinpoints=PINPOINTS,
-            video_token_id=61,
-        ),
-        NEXT_GRIDS,
-        tiled(NEXT_SIZES, NEXT_TILES),
-    ),
-    "qwen2_vl": Case(
-        typed(
-            "Qwen2VL",
-            lambda: {**QWEN_VISION, "embed_dim": 16, "hidden_size": 24},
-            lambda: text(hf.Qwen2VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
-        ),
-        **QWEN,
-    ),
-    "qwen2_5_vl": Case(
-        typed(
-            "Qwen2_5_VL",
-            lambda: {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32, **WINDOWED},
-            lambda: text(hf.Qwen2_5_VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
-        ),
-        **QWEN,
-    ),
-    "qwen3_vl": Case(
-        typed(
-            "Qwen3VL",
-            lambda: {
-                **QWEN_VISION,
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "out_hidden_size": 24,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0, 1],
-            },
-            lambda: text(hf.Qwen3VLTextConfig, rope_parameters=dict(MROPE)).to_dict(),
-        ),
-        **QWEN,
-    ),
-    "internvl": Case(
-        typed(
-            "InternVL",
-            lambda: vit(hf.InternVLVisionConfig, [32, 32], [PATCH, PATCH]),
-            lambda: text(hf.Qwen2Config),
-            image_seq_length=16,
-        ),
-        SQUARE,
-        flat(lambda n: noise(n, 3, 32, 32)),
+        flat(3, 32, 32),
+        image_seq_length=16,
     ),
     "idefics3": idefics("Idefics3"),
     "smolvlm": idefics("SmolVLM"),
-    "paligemma": Case(
-        typed(
-            "PaliGemma",
-            lambda: vit(hf.SiglipVisionConfig, projection_dim=24),
-            lambda: text(hf.GemmaConfig),
-            projection_dim=24,
-        ),
+    "paligemma": case(
+        "PaliGemma",
+        vit(hf.SiglipVisionConfig, projection_dim=24),
+        text(hf.GemmaConfig),
         SQUARE,
-        flat(lambda n: noise(n, 3, 16, 16)),
+        flat(3, 16, 16),
         lambda ids, attended, visual: {  # 1 from the first answer token on
             "token_type_ids": (attended.flip(1).cumsum(1).flip(1) <= ANSWER).long() * attended
         },
+        projection_dim=24,
     ),
-    "gemma3": Case(
-        typed(
-            "Gemma3",
-            lambda: vit(hf.SiglipVisionConfig, 32),
-            lambda: sliding(hf.Gemma3TextConfig),
-            mm_tokens_per_image=16,
-        ),
+    "gemma3": case(
+        "Gemma3",
+        vit(hf.SiglipVisionConfig, 32),
+        sliding(hf.Gemma3TextConfig),
         SQUARE,
-        flat(lambda n: noise(n, 3, 32, 32)),
+        flat(3, 32, 32),
         lambda ids, attended, visual: {"token_type_ids": visual.long()},
+        mm_tokens_per_image=16,
     ),
-    "mistral3": Case(
-        typed(
-            "Mistral3",
-            lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
-            lambda: text(hf.MistralConfig),
-            spatial_merge_size=2,
-            vision_feature_layer=-1,
-        ),
+    "mistral3": case(
+        "Mistral3",
+        vit(hf.PixtralVisionConfig, 64, head_dim=8),
+        text(hf.MistralConfig),
         FEW,
         sized({"big": (24, 32), "small": (16, 16)}),
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
     ),
 }

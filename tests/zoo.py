@@ -63,11 +63,11 @@ HEAD = """# Architectures
 
 Of all {all} image-text-to-text types of transformers {version}, {carried} are carried, {both} of them with both
 VTC and LDS; {refused} are refused with the reason. `PYTHONPATH=. python tests/zoo.py` writes this page, and
-`tests/library/test_breadth.py` checks it. That file tests every carried type with tiny random weights of its real
-class: the loss and every gradient of VTC and LDS against the sequence shortened by hand and the model without
-those layers, of unit `samples` against each row through its own layers, and of an idle scheme against the model
-itself. Units `tokens` and `backward` are run on all types, and compared with a reference on the 14 types of
-`tests/library/test_architectures.py`. No full-size weights were at hand.
+`tests/library/test_breadth.py` checks it. That file and `tests/library/test_architectures.py` (14 types) test every
+carried type with tiny random weights of its real class: the loss and every gradient of VTC and LDS against the
+sequence shortened by hand and the model without those layers, of unit `samples` against each row through its own
+layers, and of an idle scheme against the model itself. Units `tokens` and `backward` are run on all types, and
+compared with a reference on the 14. No full-size weights were at hand.
 
 The grids of images are found (by the sizes that the processor gives, else by runs of placeholders: a square, or
 a sequence) or given by an entry in `sts/architectures/`.

@@ -5,26 +5,24 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from tiny import (
+    EAGER,
     FEW,
-    NEXT_GRIDS,
-    NEXT_SIZES,
+    NEXT,
     NEXT_TILES,
     PATCH,
     PINPOINTS,
     SQUARE,
-    Case,
+    case,
     flat,
     llava,
     noise,
+    sam,
     sized,
     sliding,
     text,
     tiled,
-    typed,
     vit,
 )
-
-EAGER = {"experts_implementation": "eager"}  # PyTorch's grouped product has no float64
 
 
 def counted(tiles: dict[str, int], size: int) -> Callable:
@@ -37,27 +35,6 @@ def counted(tiles: dict[str, int], size: int) -> Callable:
 def siglip(size: int):
     """Without the pooling head, which no multimodal model uses."""
     return vit(hf.SiglipVisionConfig, size, vision_use_head=False)
-
-
-def cohere2():
-    return sliding(hf.Cohere2Config)
-
-
-def sam(config: type, **more):
-    """SAM's tower: windows of 4 x 4 of its 16 x 16 patches but in one layer, which sees all."""
-    return config(
-        image_size=64,
-        patch_size=PATCH,
-        hidden_size=16,
-        mlp_dim=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        output_channels=8,
-        window_size=4,
-        global_attn_indexes=[1],
-        initializer_range=0.02,  # 1e-10 by default, which leaves nothing of the image
-        **more,
-    )
 
 
 def masked(seen: dict[str, int]) -> Callable:
@@ -89,197 +66,168 @@ COHERE = {
 }
 
 CASES = {
-    "aya_vision": Case(typed("AyaVision", lambda: siglip(24), cohere2), **COHERE),
-    "cohere2_vision": Case(
-        typed("Cohere2Vision", lambda: siglip(24), cohere2, alignment_intermediate_size=48),
+    "aya_vision": case("AyaVision", siglip(24), sliding(hf.Cohere2Config), **COHERE),
+    "cohere2_vision": case(
+        "Cohere2Vision",
+        siglip(24),
+        sliding(hf.Cohere2Config),
         **COHERE,
+        alignment_intermediate_size=48,
     ),
-    "got_ocr2": Case(  # 16 x 16 patches, then two convolutions of stride 2
-        typed(
-            "GotOcr2",
-            lambda: sam(type(hf.GotOcr2Config().vision_config)),
-            lambda: text(hf.Qwen2Config),
-            image_seq_length=16,
-        ),
+    "got_ocr2": case(  # 16 x 16 patches, then two convolutions of stride 2
+        "GotOcr2",
+        sam(type(hf.GotOcr2Config().vision_config)),
+        text(hf.Qwen2Config),
         SQUARE,
-        flat(lambda n: noise(n, 3, 64, 64)),
+        flat(3, 64, 64),
+        image_seq_length=16,
     ),
-    "fast_vlm": Case(  # its own tower is timm's FastViT; this one is convolutional as well
-        typed(
-            "FastVlm",
-            lambda: hf.ConvNextConfig(
-                patch_size=PATCH,
-                num_stages=2,
-                hidden_sizes=[8, 16],
-                depths=[1, 1],
-                layer_scale_init_value=1.0,
-                hidden_size=16,  # what the projector takes
-            ),
-            lambda: text(hf.Qwen2Config),
-            image_seq_length=12,
+    "fast_vlm": case(  # its own tower is timm's FastViT; this one is convolutional as well
+        "FastVlm",
+        hf.ConvNextConfig(
+            patch_size=PATCH,
+            num_stages=2,
+            hidden_sizes=[8, 16],
+            depths=[1, 1],
+            layer_scale_init_value=1.0,
+            hidden_size=16,  # what the projector takes
         ),
-        {"big": [(3, 4, False)], "small": [(3, 4, False)]},  # 6 x 8 patches, halved
-        flat(lambda n: noise(n, 3, 24, 32)),
+        text(hf.Qwen2Config),
+        {"big": [(3, 4, False)], "small": [(3, 4, False)]},
+        flat(3, 24, 32),
+        image_seq_length=12,
     ),
-    "deepseek_vl": Case(
-        typed("DeepseekVL", lambda: siglip(16), lambda: text(hf.LlamaConfig)),
+    "deepseek_vl": case("DeepseekVL", siglip(16), text(hf.LlamaConfig), SQUARE, flat(3, 16, 16)),
+    "janus": case(  # its VQ model and generation head only make images, and get no gradient
+        "Janus",
+        {
+            "image_size": 16,
+            "patch_size": PATCH,
+            "hidden_size": 16,
+            "mlp_ratio": 2.0,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "projection_dim": 24,
+            "num_image_tokens": 16,
+        },
+        text(hf.LlamaConfig),
         SQUARE,
-        flat(lambda n: noise(n, 3, 16, 16)),
+        flat(3, 16, 16),
+        vq_config={
+            "embed_dim": 8,
+            "num_embeddings": 16,
+            "latent_channels": 8,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "projection_dim": 24,
+            "image_token_embed_dim": 24,
+        },
     ),
-    "janus": Case(  # its VQ model and generation head only make images, and get no gradient
-        typed(
-            "Janus",
-            lambda: {
-                "image_size": 16,
-                "patch_size": PATCH,
-                "hidden_size": 16,
-                "mlp_ratio": 2.0,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-                "projection_dim": 24,
-                "num_image_tokens": 16,
-            },
-            lambda: text(hf.LlamaConfig),
-            vq_config={
-                "embed_dim": 8,
-                "num_embeddings": 16,
-                "latent_channels": 8,
-                "base_channels": 32,
-                "channel_multiplier": [1, 1],
-                "num_res_blocks": 1,
-                "projection_dim": 24,
-                "image_token_embed_dim": 24,
-            },
-        ),
-        SQUARE,
-        flat(lambda n: noise(n, 3, 16, 16)),
+    "llava_next_video": llava(
+        "LlavaNextVideo", **NEXT, image_grid_pinpoints=PINPOINTS, video_token_id=61
     ),
-    "llava_next_video": Case(
-        llava("LlavaNextVideo", image_grid_pinpoints=PINPOINTS, video_token_id=61),
-        NEXT_GRIDS,
-        tiled(NEXT_SIZES, NEXT_TILES),
-    ),
-    "lighton_ocr": Case(
-        typed(
-            "LightOnOcr",
-            lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
-            lambda: text(hf.Qwen3Config),
-        ),
+    "lighton_ocr": case(
+        "LightOnOcr",
+        vit(hf.PixtralVisionConfig, 64, head_dim=8),
+        text(hf.Qwen3Config),
         FEW,
         sized({"big": (24, 32), "small": (16, 16)}),
     ),
-    "perception_lm": Case(  # its own tower is timm's; a thumbnail and two tiles of every image
-        typed(
-            "PerceptionLM",
-            lambda: vit(hf.CLIPVisionConfig, model_args={"embed_dim": 16}),
-            lambda: text(hf.LlamaConfig),
-            projector_pooling_ratio=2,
-            video_token_id=61,
-        ),
+    "perception_lm": case(  # its own tower is timm's; a thumbnail and two tiles of every image
+        "PerceptionLM",
+        vit(hf.CLIPVisionConfig, model_args={"embed_dim": 16}),
+        text(hf.LlamaConfig),
         {"big": [(2, 2, False)] * 3, "small": [(2, 2, False)] * 3},
-        flat(lambda n: noise(n, 3, 3, 16, 16)),
+        flat(3, 3, 16, 16),
+        projector_pooling_ratio=2,
+        video_token_id=61,
     ),
-    "aria": Case(  # 6 queries of a resampler for an image of 16 patches
-        typed(
-            "Aria",
-            lambda: vit(hf.Idefics3VisionConfig),
-            lambda: text(
-                hf.AriaTextConfig, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1
-            ),
-            projector_patch_to_query_dict={16: 6},
-            **EAGER,
-        ),
+    "aria": case(  # 6 queries of a resampler for an image of 16 patches
+        "Aria",
+        vit(hf.Idefics3VisionConfig),
+        text(hf.AriaTextConfig, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
         {"big": [(1, 6, False)], "small": [(1, 6, False)]},
         masked({"big": 16, "small": 8}),
+        projector_patch_to_query_dict={16: 6},
+        **EAGER,
     ),
-    "video_llava": Case(  # the tower of videos is another than that of images
-        llava("VideoLlava", image_seq_length=16, video_token_id=61),
-        SQUARE,
-        flat(lambda n: noise(n, 3, 16, 16)),
+    "video_llava": llava(  # the tower of videos is another than that of images
+        "VideoLlava", SQUARE, flat(3, 16, 16), image_seq_length=16, video_token_id=61
     ),
     # No visual token in the input, but added before layers 0, 1 and 2. A head of its Q-former
     # is 64 wide. 16 x 16 pixels are 4 x 4 patches, one query for 2 x 2 of them.
-    "granite4_vision": Case(
-        typed(
-            "Granite4Vision",
-            lambda: hf.CLIPVisionConfig(
-                image_size=16,
-                patch_size=PATCH,
-                hidden_size=64,
-                intermediate_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=2,
-            ),
-            lambda: text(
-                type(hf.Granite4VisionConfig().text_config),
-                embedding_multiplier=2.0,
-                residual_multiplier=0.5,
-                attention_multiplier=0.35,
-                logits_scaling=2.0,
-            ),
-            qformer_config={
-                "num_hidden_layers": 1,
-                "intermediate_size": 64,
-                "cross_attention_frequency": 1,
-                "use_qformer_text_input": False,
-                "hidden_dropout_prob": 0.0,
-                "attention_probs_dropout_prob": 0.0,
-            },
-            projector_dropout=0.0,
-            downsample_rate="1/2",
-            deepstack_layer_map=[[-2, 0]],
-            spatial_target_layers=[1, 2],
-            image_grid_pinpoints=PINPOINTS,
+    "granite4_vision": case(
+        "Granite4Vision",
+        hf.CLIPVisionConfig(
+            image_size=16,
+            patch_size=PATCH,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+        ),
+        text(
+            type(hf.Granite4VisionConfig().text_config),
+            embedding_multiplier=2.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.35,
+            logits_scaling=2.0,
         ),
         {"big": [(2, 2, False), (4, 4, True)], "small": [(2, 2, False), (4, 2, True)]},
         tiled({"big": (32, 32), "small": (32, 16)}, NEXT_TILES),
+        qformer_config={
+            "num_hidden_layers": 1,
+            "intermediate_size": 64,
+            "cross_attention_frequency": 1,
+            "use_qformer_text_input": False,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        projector_dropout=0.0,
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0]],
+        spatial_target_layers=[1, 2],
+        image_grid_pinpoints=PINPOINTS,
     ),
-    "qianfan_ocr": Case(
-        typed(
-            "QianfanOCR",
-            lambda: vit(
-                hf.QianfanOCRVisionConfig, [32, 32], [PATCH, PATCH], drop_path_rate=0.0
-            ).to_dict(),
-            lambda: text(hf.Qwen3Config),
-            image_seq_length=16,
-        ),
+    "qianfan_ocr": case(
+        "QianfanOCR",
+        vit(hf.QianfanOCRVisionConfig, [32, 32], [PATCH, PATCH], drop_path_rate=0.0).to_dict(),
+        text(hf.Qwen3Config),
         SQUARE,
-        flat(lambda n: noise(n, 3, 32, 32)),
+        flat(3, 32, 32),
+        image_seq_length=16,
     ),
     # Experts but in its first layer, two layers without positions. A query sees the 8 tokens
     # that score highest; with few heads scores tie at 0, and padding decides which come first.
-    "mistral_large4": Case(
-        typed(
-            "MistralLarge4",
-            lambda: vit(hf.PixtralVisionConfig, 64, head_dim=8),
-            lambda: text(
-                hf.MistralLarge4TextConfig,
-                num_key_value_heads=3,
-                moe_intermediate_size=24,
-                n_routed_experts=4,
-                num_experts_per_tok=2,
-                kv_lora_rank=8,
-                qk_rope_head_dim=4,
-                qk_nope_head_dim=4,
-                v_head_dim=8,
-                index_topk=8,
-                index_head_dim=8,
-                index_n_heads=16,
-                no_rope_layers=[1, 0, 1, 0],
-            ),
-            **EAGER,
+    "mistral_large4": case(
+        "MistralLarge4",
+        vit(hf.PixtralVisionConfig, 64, head_dim=8),
+        text(
+            hf.MistralLarge4TextConfig,
+            num_key_value_heads=3,
+            moe_intermediate_size=24,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            kv_lora_rank=8,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=4,
+            v_head_dim=8,
+            index_topk=8,
+            index_head_dim=8,
+            index_n_heads=16,
+            no_rope_layers=[1, 0, 1, 0],
         ),
         FEW,
         sized({"big": (24, 32), "small": (16, 16)}),
+        **EAGER,
     ),
-    "deepseek_vl_hybrid": Case(  # SAM's 16 x 16 patches become 4 x 4 and join SigLIP's
-        typed(
-            "DeepseekVLHybrid",
-            lambda: siglip(16),
-            lambda: text(hf.LlamaConfig),
-            high_res_vision_config=sam(hf.SamVisionConfig).to_dict(),
-        ),
+    "deepseek_vl_hybrid": case(  # SAM's 16 x 16 patches become 4 x 4 and join SigLIP's
+        "DeepseekVLHybrid",
+        siglip(16),
+        text(hf.LlamaConfig),
         SQUARE,
         two_sizes,
+        high_res_vision_config=sam(hf.SamVisionConfig).to_dict(),
     ),
 }

@@ -5,56 +5,45 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from tiny import (
+    EAGER,
     EXPERTS,
     FEW,
+    FIRST_DENSE,
     IMAGE,
-    LAYERS,
-    PAD,
     PATCH,
-    SQUARE,
     VOCAB,
     Case,
+    alternating,
     builder,
+    case,
     flat,
     noise,
+    sam,
     sized,
     text,
-    typed,
     vit,
 )
 
 QUERIES = {"big": [(1, 6, False)], "small": [(1, 6, False)]}  # of a Q-Former: no grid
 
 
-def discrete(config: type, tokens: dict[str, int]) -> Callable:
+def discrete(vision_config, text_config, image_token_id: int) -> hf.PreTrainedConfig:
     """Images are words of the vocabulary: the map takes the place of image_token_id."""
-
-    def made(vision_config, text_config, image_token_id: int) -> hf.PreTrainedConfig:
-        words = {"<image>": image_token_id, **tokens}
-        if config is hf.ChameleonConfig:  # its decoder has no configuration of its own
-            return config(**text_config | {"vq_config": vision_config, "vocabulary_map": words})
-        return config(text_config=text_config, vq_config=vision_config, vocabulary_map=words)
-
-    return made
+    words = {f"<|visual token {i:06}|>": 40 + i for i in range(8)}
+    words |= {"<image>": image_token_id, "<|extra_200|>": 50}
+    return hf.Emu3Config(text_config=text_config, vq_config=vision_config, vocabulary_map=words)
 
 
-def opt() -> hf.PreTrainedConfig:
-    return hf.OPTConfig(
-        hidden_size=24,
-        word_embed_proj_dim=24,
-        ffn_dim=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=3,
-        vocab_size=VOCAB,
-        max_position_embeddings=128,
-        dropout=0.0,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+OPT = text(
+    hf.OPTConfig,
+    word_embed_proj_dim=24,
+    ffn_dim=48,
+    max_position_embeddings=128,
+    dropout=0.0,
+)
 
 
-def qformer(name: str, language: Callable, **more) -> Callable:
+def qformer(name: str, language: hf.PreTrainedConfig, *inputs, **more) -> Case:
     """The vision tower's own initial range is 1e-10."""
     query = getattr(hf, f"{name}QFormerConfig")(
         vocab_size=VOCAB,
@@ -65,10 +54,11 @@ def qformer(name: str, language: Callable, **more) -> Callable:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return typed(
+    return case(
         name,
-        lambda: vit(getattr(hf, f"{name}VisionConfig"), initializer_range=0.02).to_dict(),
-        lambda: language().to_dict(),
+        vit(getattr(hf, f"{name}VisionConfig"), initializer_range=0.02).to_dict(),
+        language.to_dict(),
+        *inputs,
         qformer_config=query.to_dict(),
         num_query_tokens=6,
         **more,
@@ -96,71 +86,18 @@ def always(inputs: Callable) -> Callable:
     return lambda ids, attended, visual: {} if visual.any() else inputs([["big"]])
 
 
-def kosmos(name: str, vision: Callable) -> Callable:
-    return typed(
-        name,
-        lambda: vision(getattr(hf, f"{name}VisionConfig")).to_dict(),
-        lambda: text(
-            getattr(hf, f"{name}TextConfig"), ffn_dim=48, dropout=0.0, attention_dropout=0.0
-        ).to_dict(),
-        latent_query_num=6,
-    )
-
-
-def kosmos_build(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
-    """Kosmos-2 makes its mask in the default dtype, where the least number of float64 overflows."""
-    made = kosmos("Kosmos2", vit)(dtype)
-    decoder = made.text_model.model
-    prepare = decoder._prepare_decoder_attention_mask
-
-    def prepared(*args) -> torch.Tensor:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return prepare(*args)
-        finally:
-            torch.set_default_dtype(before)
-
-    decoder._prepare_decoder_attention_mask = prepared
-    return made
-
-
-def flattened(names: list[list[str]]) -> dict:
-    """[images, 12, row + column + channels] of patches; the rest of 12 is zeros."""
-    pixels = noise(sum(map(len, names)), 12, 2 + 3 * PATCH * PATCH)
-    for image, name in zip(pixels, [name for row in names for name in row], strict=True):
-        height, width = {"big": (3, 4), "small": (2, 2)}[name]
-        image[height * width :] = 0
-        places = torch.cartesian_prod(torch.arange(height), torch.arange(width)) + 1
-        image[: height * width, :2] = places.to(image.dtype)
-    return {"flattened_patches": pixels}
-
-
-EAGER = {"experts_implementation": "eager"}  # PyTorch's grouped product has no float64
-SPARSE = ["dense", *["sparse"] * (LAYERS - 1)]
 SEPARATOR = (1, 0, True)  # a placeholder that is no patch, after an image's views
 CROPS = {"big": (1, 2), "small": (0, 0)}  # rows and columns of the local views
 
 
 def moe(config: type, **more) -> hf.PreTrainedConfig:
-    return text(config, mlp_layer_types=SPARSE, n_routed_experts=4, **EXPERTS, **more)
+    return text(config, **FIRST_DENSE, n_routed_experts=4, **EXPERTS, **more)
 
 
-def sam(config: type, size: int) -> hf.PreTrainedConfig:
-    """A convolution of stride 4 follows the patches. Its own initial range is 1e-10."""
-    return config(
-        image_size=size,
-        patch_size=PATCH,
-        hidden_size=16,
-        mlp_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        output_channels=16,
-        downsample_channels=[16, 16],
-        window_size=4,
-        global_attn_indexes=[1],
-        initializer_range=0.02,
-    )
+def deepseek_sam(config: type, size: int) -> dict:
+    """A convolution of stride 4 follows the patches."""
+    more = {"num_hidden_layers": 2, "output_channels": 16, "downsample_channels": [16, 16]}
+    return sam(config, image_size=size, **more).to_dict()
 
 
 def views(size: int, local: int, number: Callable = list) -> Callable:
@@ -229,7 +166,7 @@ def nemotron_build(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
     made = builder(
         hf.NemotronH_Omni_Reasoning_V3,
         hf.NemotronH_Omni_Reasoning_V3_Config,
-        lambda: hf.RadioConfig(
+        hf.RadioConfig(
             hidden_size=16,
             num_hidden_layers=2,
             num_attention_heads=2,
@@ -241,7 +178,7 @@ def nemotron_build(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
             num_registers=1,
             video_temporal_patch_size=2,
         ),
-        lambda: text(
+        text(
             hf.NemotronHConfig,
             layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
             ssm_state_size=8,
@@ -262,40 +199,17 @@ def nemotron_build(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
     return made
 
 
-BLIP_PIXELS = flat(lambda n: noise(n, 3, 16, 16))
+BLIP_PIXELS = flat(3, 16, 16)
 
 CASES = {
-    # No gradient reaches the tokenizer of images (argmax): visual tokens train `embed_tokens`.
-    # The decoder is the base model itself, which also embeds: no module takes inputs_embeds only.
-    "chameleon": Case(
-        builder(
-            hf.ChameleonForConditionalGeneration,
-            discrete(hf.ChameleonConfig, {f"IMGIMG{'ABCDEFGH'[i]}Z": 40 + i for i in range(8)}),
-            lambda: {
-                "embed_dim": 8,
-                "num_embeddings": 8,
-                "latent_channels": 8,
-                "resolution": 16,
-                "base_channels": 32,  # GroupNorm of 32 groups
-                "channel_multiplier": [1, 1, 1],
-                "num_res_blocks": 1,
-            },
-            lambda: text(dict),
-        ),
-        SQUARE,
-        flat(lambda n: noise(n, 3, 16, 16)),
-    ),
-    # No gradient reaches the tokenizer here either. Images of a batch are padded to the largest and
-    # its convolutions and GroupNorm read the padding: a row alone gives the batch's loss if its
-    # pixels keep the padding of the batch.
+    # No gradient reaches the tokenizer of images (argmax). Images of a batch are padded to the
+    # largest and its convolutions and GroupNorm read the padding: a row alone gives the batch's
+    # loss if its pixels keep the padding of the batch.
     "emu3": Case(
         builder(
             hf.Emu3ForConditionalGeneration,
-            discrete(
-                hf.Emu3Config,
-                {f"<|visual token {i:06}|>": 40 + i for i in range(8)} | {"<|extra_200|>": 50},
-            ),
-            lambda: {
+            discrete,
+            {
                 "codebook_size": 8,
                 "embed_dim": 4,
                 "latent_channels": 4,
@@ -305,24 +219,21 @@ CASES = {
                 "num_res_blocks": 0,  # they hold the BatchNorm that mixes a batch's images
                 "hidden_size": 32,
             },
-            lambda: text(hf.Emu3TextConfig, attention_dropout=0.0).to_dict(),
+            text(hf.Emu3TextConfig, attention_dropout=0.0).to_dict(),
         ),
         {"big": [(3, 4, True)], "small": [(2, 2, True)]},
         sized({"big": (12, 16), "small": (8, 8)}),
     ),
-    "blip-2": Case(qformer("Blip2", opt), QUERIES, BLIP_PIXELS, always(BLIP_PIXELS)),
-    "instructblip": Case(
-        qformer("InstructBlip", lambda: text(hf.LlamaConfig)),
-        QUERIES,
-        instructed,
-        always(instructed),
+    "blip-2": qformer("Blip2", OPT, QUERIES, BLIP_PIXELS, always(BLIP_PIXELS)),
+    "instructblip": qformer(
+        "InstructBlip", text(hf.LlamaConfig), QUERIES, instructed, always(instructed)
     ),
     "deepseek_ocr2": Case(
         builder(
             few_queries,
             hf.DeepseekOcr2Config,
-            lambda: {
-                "sam_config": sam(hf.DeepseekOcr2SamVisionConfig, 32).to_dict(),
+            {
+                "sam_config": deepseek_sam(hf.DeepseekOcr2SamVisionConfig, 32),
                 "encoder_config": {
                     "hidden_size": 16,
                     "intermediate_size": 32,
@@ -331,116 +242,84 @@ CASES = {
                     "num_key_value_heads": 1,
                 },
             },
-            lambda: moe(hf.DeepseekOcr2TextConfig, n_shared_experts=1).to_dict(),
+            moe(hf.DeepseekOcr2TextConfig, n_shared_experts=1).to_dict(),
             **EAGER,
         ),
         {"big": [(1, 6, False)] * 3 + [SEPARATOR], "small": [(1, 6, False), SEPARATOR]},
         views(32, 32, torch.tensor),
     ),
-    "unlimited_ocr": Case(
-        typed(
-            "UnlimitedOcr",
-            lambda: {
-                "sam_config": sam(hf.UnlimitedOcrSamVisionConfig, 48).to_dict(),
-                "encoder_config": vit(hf.UnlimitedOcrVisionEncoderConfig, 12).to_dict(),
-            },
-            lambda: moe(
-                hf.UnlimitedOcrTextConfig,
-                n_shared_experts=1,
-                sliding_window=8,
-                layer_types=["reference_sliding_attention", "full_attention"] * (LAYERS // 2),
-            ).to_dict(),
-            **EAGER,
-        ),
+    "unlimited_ocr": case(
+        "UnlimitedOcr",
+        {
+            "sam_config": deepseek_sam(hf.UnlimitedOcrSamVisionConfig, 48),
+            "encoder_config": vit(hf.UnlimitedOcrVisionEncoderConfig, 12).to_dict(),
+        },
+        moe(
+            hf.UnlimitedOcrTextConfig,
+            n_shared_experts=1,
+            sliding_window=8,
+            layer_types=alternating("reference_sliding_attention", "full_attention"),
+        ).to_dict(),
         {  # the local views as one grid, then the global one
             "big": [(2, 4, True), (3, 3, True), SEPARATOR],
             "small": [(3, 3, True), SEPARATOR],
         },
         unlimited,
+        **EAGER,
     ),
-    "step3p7": Case(
-        typed(
-            "Step3p7",
-            lambda: vit(hf.Step3p7VisionConfig, 48, mlp_ratio=2.0).to_dict(),
-            lambda: moe(
-                hf.Step3p7TextConfig,
-                sliding_window=8,
-                layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
-                share_expert_dim=16,
-                num_sliding_attention_heads=2,
-            ).to_dict(),
-        ),
+    "step3p7": case(
+        "Step3p7",
+        vit(hf.Step3p7VisionConfig, 48, mlp_ratio=2.0).to_dict(),
+        moe(
+            hf.Step3p7TextConfig,
+            sliding_window=8,
+            layer_types=alternating("sliding_attention", "full_attention"),
+            share_expert_dim=16,
+            num_sliding_attention_heads=2,
+        ).to_dict(),
         {"big": [(2, 2, False)] * 2 + [(3, 3, False)], "small": [(3, 3, False)]},
         views(48, 32, torch.tensor),
     ),
-    "molmo2": Case(  # image_token_id is image_patch_id
-        typed(
-            "Molmo2",
-            lambda: vit(
-                hf.Molmo2VisionConfig,
-                [16, 16],
-                num_key_value_heads=2,
-                head_dim=8,
-                initializer_range=0.035,  # or what is added to embeddings is next to nothing
-            ).to_dict(),
-            lambda: text(
-                hf.Molmo2TextConfig,
-                additional_vocab_size=4,
-                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-                rope_scaling_layers=[1, 3],
-            ).to_dict(),
-            adapter_config={
-                "vision_feature_layer": [-1, 0],
-                "hidden_size": 16,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "intermediate_size": 32,
-                "text_hidden_size": 24,
-                "initializer_range": 0.035,
-            },
-        ),
+    "molmo2": case(  # image_token_id is image_patch_id
+        "Molmo2",
+        vit(
+            hf.Molmo2VisionConfig,
+            [16, 16],
+            num_key_value_heads=2,
+            head_dim=8,
+            initializer_range=0.035,  # or what is added to embeddings is next to nothing
+        ).to_dict(),
+        text(
+            hf.Molmo2TextConfig,
+            additional_vocab_size=4,
+            rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+            rope_scaling_layers=[1, 3],
+        ).to_dict(),
         {  # the whole image small, then large
             "big": [(2, 2, False), (2, 4, False)],
             "small": [(2, 2, False), (2, 2, False)],
         },
         molmo,
         lambda ids, attended, visual: {"mm_token_type_ids": visual.long()},
+        adapter_config={
+            "vision_feature_layer": [-1, 0],
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": 32,
+            "text_hidden_size": 24,
+            "initializer_range": 0.035,
+        },
     ),
     "nemotron_h_omni": Case(nemotron_build, FEW, nemotron),
     # A video of two frames as image: there is no other input. image_token_id is video_token_id.
-    "instructblipvideo": Case(
-        qformer("InstructBlipVideo", lambda: text(hf.LlamaConfig), video_token_index=IMAGE),
+    "instructblipvideo": qformer(
+        "InstructBlipVideo",
+        text(hf.LlamaConfig),
         {"big": [(1, 6, False)] * 2, "small": [(1, 6, False)] * 2},
         filmed,
         always(filmed),
-    ),
-    # Kosmos knows no placeholder id, only a mask of places, and merges within its decoder.
-    "kosmos-2": Case(
-        kosmos_build,
-        QUERIES,
-        BLIP_PIXELS,
-        lambda ids, attended, visual: (
-            {"image_embeds_position_mask": visual.long()}
-            | ({} if visual.any() else {"image_embeds": noise(0, 6, 24)})  # or it asks for pixels
-        ),
-    ),
-    "kosmos-2.5": Case(
-        kosmos(
-            "Kosmos2_5",
-            lambda config: config(
-                hidden_size=16,
-                patch_embed_hidden_size=3 * PATCH * PATCH,
-                intermediate_size=32,
-                head_dim=8,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_num_patches=16,
-            ),
-        ),
-        QUERIES,
-        flattened,
-        lambda ids, attended, visual: {"image_embeds_position_mask": visual.long()},
+        video_token_index=IMAGE,
     ),
 }
-ENCODER_DECODER = "Visual tokens are the encoder's; the decoder reads them by cross-attention"

@@ -5,47 +5,39 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from tiny import (
+    DEEPSTACK_VISION,
+    EAGER,
     EXPERTS,
     LATENT,
     LINEAR,
     MROPE,
     PATCH,
     QWEN,
+    QWEN3_VISION,
     QWEN_GRIDS,
-    QWEN_VISION,
+    ROPE,
+    VISION,
     Case,
+    alternating,
     noise,
     text,
     typed,
 )
 
-VISION = {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 24}
-QWEN3_VISION = {**VISION, "num_position_embeddings": 16}
-DEEPSTACK_VISION = {**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]}
-GLM_VISION = {**VISION, "image_size": 16}  # 4 x 4 position embeddings, interpolated
+# 4 x 4 position embeddings, interpolated
+GLM_VISION = {**VISION, "out_hidden_size": 24, "image_size": 16}
 # rotary embedding on half of a head; the published models have it on a quarter or a half
 HALF = {"head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 0.5}}
 
 
-def alternating(first: str, second: str) -> list[str]:
-    return [first, second, first, second]
-
-
-def build(name: str, vision: Callable, text_config: str, more: dict, **outer) -> Callable:
-    return typed(
-        name,
-        vision,
-        lambda: text(
-            getattr(hf, text_config), **{"rope_parameters": dict(MROPE), **more}
-        ).to_dict(),
-        experts_implementation="eager",  # PyTorch's grouped product of experts has no float64
-        **outer,
-    )
+def build(name: str, vision: dict, text_config: str, more: dict, **outer) -> Callable:
+    language = text(getattr(hf, text_config), **{"rope_parameters": dict(MROPE), **more})
+    return typed(name, vision, language.to_dict(), **EAGER, **outer)
 
 
 def qwen(name: str, vision: dict, text_config: str, **more) -> Case:
     """A type whose pixel inputs and placeholders are Qwen2-VL's."""
-    return Case(build(name, lambda: dict(vision), text_config, more), **QWEN)
+    return Case(build(name, vision, text_config, more), **QWEN)
 
 
 def flattened(names: list[list[str]]) -> dict:
@@ -101,7 +93,7 @@ CASES = {
     "cosmos3_edge": Case(
         build(
             "Cosmos3Edge",
-            lambda: {
+            {
                 "hidden_size": 16,
                 "intermediate_size": 32,
                 "num_hidden_layers": 2,
@@ -120,15 +112,16 @@ CASES = {
     "exaone4_5": Case(  # plain positions: neither the model nor its processor has token types
         build(
             "Exaone4_5_",
-            lambda: {
+            {
                 **VISION,
+                "out_hidden_size": 24,
                 "num_key_value_heads": 1,
                 "window_size": 16,
                 "fullatt_block_indexes": [1],
             },
             "Exaone4Config",
             {
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                "rope_parameters": dict(ROPE),
                 "sliding_window": 8,
                 "layer_types": alternating("sliding_attention", "full_attention"),
             },
@@ -167,7 +160,7 @@ CASES = {
     "glm5_next": Case(
         build(
             "Glm5Next",
-            lambda: {**GLM_VISION, "projection_intermediate_size": 32},
+            {**GLM_VISION, "projection_intermediate_size": 32},
             "Glm5NextTextConfig",
             {
                 **EXPERTS,

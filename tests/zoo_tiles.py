@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 import transformers as hf
 from tiny import (
+    EAGER,
     FEW,
-    LAYERS,
     LINEAR,
     MROPE,
     PAD,
@@ -16,7 +16,9 @@ from tiny import (
     SQUARE,
     VOCAB,
     Case,
+    alternating,
     builder,
+    case,
     flat,
     noise,
     sliding,
@@ -70,7 +72,7 @@ def fuyu_inputs(names: list[list[str]]) -> dict:
 def llama4(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
     build = typed(
         "Llama4",
-        lambda: hf.Llama4VisionConfig(
+        hf.Llama4VisionConfig(
             image_size=32,
             patch_size=PATCH,
             hidden_size=16,
@@ -81,7 +83,7 @@ def llama4(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
             projector_input_dim=32,
             projector_output_dim=32,
         ),
-        lambda: text(
+        text(
             hf.Llama4TextConfig,
             intermediate_size_mlp=48,
             num_local_experts=4,
@@ -134,8 +136,8 @@ def gemma3n(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
     build = builder(
         hf.Gemma3nForConditionalGeneration,
         config,
-        lambda: tower,
-        lambda: sliding(
+        tower,
+        sliding(
             hf.Gemma3nTextConfig,
             vocab_size_per_layer_input=56,
             hidden_size_per_layer_input=8,
@@ -199,7 +201,6 @@ GEMMA4_TOKENS = {
     "video_token_id": 61,
     "audio_token_id": 62,
 }
-EAGER = {"experts_implementation": "eager"}  # PyTorch's grouped product has no float64
 
 
 def minicpm(
@@ -220,13 +221,13 @@ def minicpm(
 
     build = typed(
         name,
-        lambda: vit(getattr(hf, f"{name}VisionConfig"), 32),
-        lambda: text(
+        vit(getattr(hf, f"{name}VisionConfig"), 32),
+        text(
             hf.Qwen3_5TextConfig,
             head_dim=16,
             rope_parameters={**MROPE, "partial_rotary_factor": 0.5},
             **LINEAR,
-            layer_types=["linear_attention", "full_attention"] * (LAYERS // 2),
+            layer_types=alternating("linear_attention", "full_attention"),
         ),
         insert_layer_id=0,
         video_token_id=61,
@@ -241,135 +242,125 @@ def types(ids: torch.Tensor, attended: torch.Tensor, visual: torch.Tensor) -> di
 
 
 CASES = {
-    "idefics2": Case(  # a resampler: 6 queries an image, whatever its size
-        typed(
-            "Idefics2",
-            lambda: vit(hf.Idefics2VisionConfig).to_dict(),
-            lambda: text(hf.MistralConfig),
-            perceiver_config={
-                "hidden_size": 24,
-                "resampler_n_latents": 6,
-                "resampler_depth": 2,
-                "resampler_n_heads": 2,
-                "resampler_head_dim": 8,
-                "num_key_value_heads": 1,
-            },
-        ),
+    "idefics2": case(  # a resampler: 6 queries an image, whatever its size
+        "Idefics2",
+        vit(hf.Idefics2VisionConfig).to_dict(),
+        text(hf.MistralConfig),
         {"big": [(1, 6, False)], "small": [(1, 6, False)]},
         padded({"big": (12, 16), "small": (8, 8)}),
+        perceiver_config={
+            "hidden_size": 24,
+            "resampler_n_latents": 6,
+            "resampler_depth": 2,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 1,
+        },
     ),
-    "lfm2_vl": Case(  # 2 x 2 patches are a token
-        typed(
-            "Lfm2Vl",
-            lambda: hf.Siglip2VisionConfig(
-                patch_size=PATCH,
-                num_patches=16,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=3,
-                num_attention_heads=2,
-                vision_use_head=False,
-            ),
-            lambda: text(
-                hf.Lfm2Config,
-                block_auto_adjust_ff_dim=False,
-                layer_types=["conv", "full_attention"] * (LAYERS // 2),
-            ),
-            projector_hidden_size=32,
-            downsample_factor=2,
+    "lfm2_vl": case(  # 2 x 2 patches are a token
+        "Lfm2Vl",
+        hf.Siglip2VisionConfig(
+            patch_size=PATCH,
+            num_patches=16,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            vision_use_head=False,
+        ),
+        text(
+            hf.Lfm2Config,
+            block_auto_adjust_ff_dim=False,
+            layer_types=alternating("conv", "full_attention"),
         ),
         FEW,
         naflex({"big": (6, 8), "small": (4, 4)}),
+        projector_hidden_size=32,
+        downsample_factor=2,
     ),
-    "ovis2": Case(  # 2 x 2 patches are a token, a mixture of 27 visual words
-        typed(
-            "Ovis2",
-            lambda: vit(
-                hf.Ovis2VisionConfig,
-                32,
-                vocab_size=32,
-                hidden_stride=2,
-                num_visual_indicator_tokens=5,
-            ),
-            lambda: text(hf.Qwen2Config),
-            hidden_size=24,
-            vocab_size=VOCAB,
-            visual_indicator_token_ids=[55, 56, 57, 58, 59],
+    "ovis2": case(  # 2 x 2 patches are a token, a mixture of 27 visual words
+        "Ovis2",
+        vit(
+            hf.Ovis2VisionConfig,
+            32,
+            vocab_size=32,
+            hidden_stride=2,
+            num_visual_indicator_tokens=5,
         ),
+        text(hf.Qwen2Config),
         SQUARE,
-        flat(lambda n: noise(n, 3, 32, 32)),
+        flat(3, 32, 32),
+        hidden_size=24,
+        vocab_size=VOCAB,
+        visual_indicator_token_ids=[55, 56, 57, 58, 59],
     ),
     "fuyu": Case(  # no tower: a linear layer on the pixels of a patch
         builder(
             hf.FuyuForCausalLM,
             lambda vision_config, **more: hf.FuyuConfig(**more),
-            lambda: None,
-            lambda: text(hf.PersimmonConfig),
+            None,
+            text(hf.PersimmonConfig),
             patch_size=PATCH,
         ),
         {name: [(*grid, False)] for name, grid in FUYU_GRIDS.items()},
         fuyu_inputs,
     ),
     "llama4": Case(  # in turn, a dense layer on chunks of 8 tokens and one of experts on all tokens
-        llama4, SQUARE, flat(lambda n: noise(n, 3, 32, 32))
+        llama4, SQUARE, flat(3, 32, 32)
     ),
     # the last two layers take the keys and values of the first two, which must therefore run
-    "gemma3n": Case(gemma3n, SQUARE, flat(lambda n: noise(n, 3, 32, 32))),
+    "gemma3n": Case(gemma3n, SQUARE, flat(3, 32, 32)),
     # every kind of Gemma 4 in one: per-layer inputs, keys and values shared as above, experts,
     # and the tokens of an image see each other in the sliding layers
-    "gemma4": Case(
-        typed(
-            "Gemma4",
-            lambda: hf.Gemma4VisionConfig(
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                head_dim=8,
-                patch_size=PATCH,
-                pooling_kernel_size=2,
-                position_embedding_size=16,
-            ),
-            lambda: sliding(
-                hf.Gemma4TextConfig,
-                global_head_dim=16,
-                num_global_key_value_heads=1,
-                attention_k_eq_v=True,
-                use_bidirectional_attention="vision",
-                vocab_size_per_layer_input=VOCAB,
-                hidden_size_per_layer_input=8,
-                num_kv_shared_layers=2,
-                enable_moe_block=True,
-                num_experts=4,
-                top_k_experts=2,
-                moe_intermediate_size=16,
-            ),
-            **GEMMA4_TOKENS,
-            **EAGER,
+    "gemma4": case(
+        "Gemma4",
+        hf.Gemma4VisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            patch_size=PATCH,
+            pooling_kernel_size=2,
+            position_embedding_size=16,
+        ),
+        sliding(
+            hf.Gemma4TextConfig,
+            global_head_dim=16,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            use_bidirectional_attention="vision",
+            vocab_size_per_layer_input=VOCAB,
+            hidden_size_per_layer_input=8,
+            num_kv_shared_layers=2,
+            enable_moe_block=True,
+            num_experts=4,
+            top_k_experts=2,
+            moe_intermediate_size=16,
         ),
         FEW,
         placed({"big": (6, 8), "small": (4, 4)}),
         types,
+        **GEMMA4_TOKENS,
+        **EAGER,
     ),
-    "granite_docling": Case(  # an image is one or two square tiles, 2 x 2 patches a token
-        typed(
-            "GraniteDocling",
-            lambda: vit(
-                hf.GraniteDoclingVisionConfig,
-                24,
-                out_hidden_size=24,
-                scale_factor=2,
-                deepstack_visual_indexes=[0, 1],
-                use_fine_route=False,
-            ),
-            lambda: text(
-                hf.GraniteDoclingTextConfig,
-                embedding_multiplier=2.0,
-                logits_scaling=0.5,
-                residual_multiplier=0.7,
-                attention_multiplier=0.35,
-            ),
+    "granite_docling": case(  # an image is one or two square tiles, 2 x 2 patches a token
+        "GraniteDocling",
+        vit(
+            hf.GraniteDoclingVisionConfig,
+            24,
+            out_hidden_size=24,
+            scale_factor=2,
+            deepstack_visual_indexes=[0, 1],
+            use_fine_route=False,
+        ),
+        text(
+            hf.GraniteDoclingTextConfig,
+            embedding_multiplier=2.0,
+            logits_scaling=0.5,
+            residual_multiplier=0.7,
+            attention_multiplier=0.35,
         ),
         {"big": [(3, 3, False)] * 2, "small": [(3, 3, False)]},
         tiles({"big": 2, "small": 1}),
@@ -378,22 +369,20 @@ CASES = {
     # layers leave out padding, on whichever side.
     "minicpmv4_6": minicpm("MiniCPMV4_6", {"big": (12, 16), "small": (8, 8)}),
     "minicpm_ocr": minicpm("MiniCPMOcr", {"big": (6, 8), "small": (4, 4)}),
-    "gemma4_unified": Case(  # no tower: a few layers on the pixels of a patch
-        typed(
-            "Gemma4Unified",
-            lambda: hf.Gemma4UnifiedVisionConfig(
-                patch_size=PATCH // 2,
-                pooling_kernel_size=2,
-                mm_embed_dim=16,
-                mm_posemb_size=16,
-                output_proj_dims=16,
-            ),
-            lambda: sliding(hf.Gemma4UnifiedTextConfig, global_head_dim=16),
-            **GEMMA4_TOKENS,
+    "gemma4_unified": case(  # no tower: a few layers on the pixels of a patch
+        "Gemma4Unified",
+        hf.Gemma4UnifiedVisionConfig(
+            patch_size=PATCH // 2,
+            pooling_kernel_size=2,
+            mm_embed_dim=16,
+            mm_posemb_size=16,
+            output_proj_dims=16,
         ),
+        sliding(hf.Gemma4UnifiedTextConfig, global_head_dim=16),
         FEW,
         placed({"big": (3, 4), "small": (2, 2)}),
         types,
+        **GEMMA4_TOKENS,
     ),
     # The tokens around an image have their place on its canvas; here there are none of the ids of
     # its markers, so that the text before an image stands for one.

@@ -11,17 +11,11 @@ from transformers import PreTrainedModel
 
 
 class Grid(NamedTuple):
-    """A rectangle of visual tokens, row by row.
-
-    Attributes:
-        height: Rows.
-        width: Patches of a row; 0: the rows hold nothing but newlines.
-        newline: Every row ends in one more token, which is no patch.
-    """
+    """A rectangle of visual tokens, row by row."""
 
     height: int
-    width: int
-    newline: bool = False
+    width: int  # patches of a row; 0: the rows hold nothing but newlines
+    newline: bool = False  # every row ends in one more token, which is no patch
 
     @property
     def tokens(self) -> int:
@@ -33,16 +27,10 @@ Grids = Callable[[PreTrainedModel, Inputs, Tensor], list[Grid]]
 
 
 class ClassAttention(NamedTuple):
-    """The vision attention whose class token (the first) rates the patches.
+    """The vision attention whose class token (the first) rates the patches."""
 
-    Attributes:
-        module: Has `head_dim` and `scale`.
-        queries: Name of its submodule that gives them, [tiles, 1 + patches, width].
-        keys: The same for the keys.
-    """
-
-    module: nn.Module
-    queries: str = "q_proj"
+    module: nn.Module  # has `head_dim` and `scale`
+    queries: str = "q_proj"  # its submodule that gives them, [tiles, 1 + patches, width]
     keys: str = "k_proj"
 
 

@@ -22,15 +22,10 @@ Work = Mapping[str, float]  # of a layer: share -> value, for the shares below 1
 
 @dataclass(frozen=True)
 class Decision:
-    """What is skipped in one step.
+    """What is skipped in one step."""
 
-    Attributes:
-        chances: p_l of every layer, [layers].
-        off: The (layer, share) that are off for the whole step.
-    """
-
-    chances: tuple[float, ...]
-    off: frozenset[tuple[int, str]] = frozenset()
+    chances: tuple[float, ...]  # p_l of every layer
+    off: frozenset[tuple[int, str]] = frozenset()  # (layer, share), for the whole step
 
     @property
     def layers(self) -> frozenset[int]:
@@ -46,25 +41,17 @@ class Decision:
 class LayerDecision:
     """What the decision means for one layer, in one micro-batch where the unit draws anew in each.
 
-    Attributes:
-        chance: p_l.
-        off: The shares that are off for the whole step.
-        draw: A key of DRAWS.
-        rescale: See sts.settings.LDS.
-        generator: () -> a torch.Generator of this layer and micro-batch.
-        sublayers: Share -> name of the layer's module whose backward it is.
-        returned: See Architecture.
-        skipped: The shares that hooks skipped in the forward under way; the hooks note them here.
+    chance, draw and rescale are those of sts.settings.LDS, `returned` is that of Architecture.
     """
 
     chance: float
-    off: frozenset[str]
+    off: frozenset[str]  # the shares that are off for the whole step
     draw: str
     rescale: bool
-    generator: Callable[[], Any]
-    sublayers: Mapping[str, str] = field(default_factory=dict)
+    generator: Callable[[], Any]  # -> a torch.Generator of this layer and micro-batch
+    sublayers: Mapping[str, str] = field(default_factory=dict)  # share -> module of the layer
     returned: Callable[[Any, dict[str, Any]], Any] | None = None
-    skipped: set[str] = field(default_factory=set)
+    skipped: set[str] = field(default_factory=set)  # the shares that hooks skipped in the forward
 
 
 def chances(

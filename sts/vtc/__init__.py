@@ -24,7 +24,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sts.checks import expect
 
@@ -39,13 +39,13 @@ FAMILIES: dict[str, tuple[str, ...]] = {  # module here -> its kinds
     "merging": ("cls_merge", "bipartite"),
 }
 
-# What a kind may name:
-#   grid        (height, width) of the tokens
-#   scores      [B, N], the attention that the vision tower's class token pays to each token
-#   text        [B, T, D], the embeddings of the sample's text
-#   text_mask   [B, T], which of them are text and not padding
-#   generator   of random numbers
-INPUTS = ("grid", "scores", "text", "text_mask", "generator")
+INPUTS = {  # what a kind may name
+    "grid": "(height, width) of the tokens",
+    "scores": "[batch, tokens], the attention that the vision tower's class token pays to each",
+    "text": "[batch, text tokens, dim], the embeddings of the sample's text",
+    "text_mask": "[batch, text tokens], bool, which of them are text and not padding",
+    "generator": "a torch.Generator",
+}
 
 
 class Outputs(NamedTuple):
@@ -134,7 +134,7 @@ def wants(kind: str | Callable) -> frozenset[str]:
     first = 3 if isinstance(function, type) else 2  # a class has self before tokens, keep
     names = list(signature(forward).parameters)[first:]
     accepted = f"only (tokens, keep) and names of {', '.join(INPUTS)}"
-    expect(set(names) <= set(INPUTS), f"inputs of kind {_name(kind)!r}", names, accepted)
+    expect(INPUTS.keys() >= set(names), f"inputs of kind {_name(kind)!r}", names, accepted)
     return frozenset(names)
 
 
@@ -162,8 +162,8 @@ def compress(
         The outputs [B, k, D], 1 <= k <= N, and where they come from.
 
     Raises:
-        ValueError: The kind is unknown, an argument is missing or has another shape, or the kind
-            doesn't return what Outputs says.
+        ValueError: The kind is unknown, an argument that it wants is missing, or it doesn't return
+            what Outputs says.
     """
     function, name = kind_of(kind) if isinstance(kind, str) else kind, _name(kind)
     accepted = "an instance of the class, which has weights: made with (dim)"
@@ -174,12 +174,13 @@ def compress(
     expect(is_grid, "grid", tuple(grid), accepted)
     if keep == 1 or function is none:
         return tokens, none(tokens, keep)
-    names = wants(kind)
-    tensors = {"scores": scores, "text": text, "text_mask": text_mask}
-    _check_inputs(name, names, tokens, tensors | {"generator": generator})
-    inputs = {key: None if x is None else x.to(tokens.device) for key, x in tensors.items()}
-    inputs |= {"grid": grid, "generator": generator}
-    outputs = function(tokens, keep, **{key: inputs[key] for key in names})
+    inputs = {"grid": grid, "scores": scores, "text": text, "text_mask": text_mask}
+    inputs |= {"generator": generator}
+    inputs = {key: inputs[key] for key in sorted(wants(kind))}
+    for key, value in inputs.items():
+        expect(value is not None, key, value, f"{INPUTS[key]}, for kind {name!r}")
+        inputs[key] = value.to(tokens.device) if hasattr(value, "to") else value
+    outputs = function(tokens, keep, **inputs)
     _check_outputs(name, tokens, outputs)
     compressed = outputs.apply(tokens) if outputs.tokens is None else outputs.tokens
     expected, shape = [*outputs.positions.shape, tokens.shape[2]], list(compressed.shape)
@@ -189,29 +190,6 @@ def compress(
 
 def _name(kind: str | Callable) -> str:
     return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
-
-
-def _check_inputs(name: str, names: frozenset[str], tokens: Tensor, inputs: dict[str, Any]) -> None:
-    """Raise a ValueError for an input that a kind wants and that is missing or misshapen."""
-    batch, length, dim = tokens.shape
-    texts = ((inputs["text"], 3), (inputs["text_mask"], 2))
-    counts = [x.shape[1] for x, axes in texts if x is not None and x.ndim == axes]
-    count = counts[0] if counts else "T"
-    shapes = {
-        "scores": ("[batch, tokens]", [batch, length]),
-        "text": ("[batch, text tokens, dim]", [batch, count, dim]),
-        "text_mask": ("[batch, text tokens]", [batch, count]),
-    }
-    for key, (axes, expected) in shapes.items():
-        shape = None if inputs[key] is None else list(inputs[key].shape)
-        is_right = shape == expected or key not in names
-        expect(is_right, f"{key}.shape", shape, f"{axes} = {expected} for kind {name!r}")
-    if "text_mask" in names:
-        dtype = str(inputs["text_mask"].dtype)
-        expect(dtype == "torch.bool", "text_mask.dtype", dtype, "torch.bool: where text is")
-    if "generator" in names:
-        accepted = f"a torch.Generator for kind {name!r}"
-        expect(inputs["generator"] is not None, "generator", None, accepted)
 
 
 def _check_outputs(name: str, tokens: Tensor, outputs: Outputs) -> None:

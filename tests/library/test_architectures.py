@@ -2,7 +2,6 @@
 hand, row by row: a sequence that was shortened here, and layers that do nothing.
 """
 
-import math
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from by_hand import (
     backward,
     by_hand,
     decoder_layers,
+    influence,
     of_language_model,
     pooled,
     positive,
@@ -297,18 +297,6 @@ class Watch:
         return found
 
 
-def influence_by_hand(before, after, real) -> float:
-    """Mean of 1 - cosine over the real ones of at most 64 evenly spaced tokens of each row."""
-    stride = math.ceil(before.shape[1] / 64)
-    values = [
-        1 - float(x @ y / x.norm() / y.norm())
-        for row in range(len(before))
-        for t, (x, y) in enumerate(zip(before[row], after[row], strict=True))
-        if t % stride == 0 and real[row][t]
-    ]
-    return sum(values) / len(values)
-
-
 @EVERY
 @pytest.mark.parametrize("vtc", [None, VTC("avgpool2d", keep=KEEP)], ids=["all tokens", "vtc"])
 def test_skipped_layers_might_as_well_not_be_there(name, vtc):
@@ -450,7 +438,8 @@ def test_influence_is_that_of_what_each_layer_saw(name, unit):
             mine = [
                 [real[row][t] for t in places] for row, places in enumerate(watch.tokens()[index])
             ]
-        expected.append(influence_by_hand(before, after, mine))
+        total, count = influence(before, after, mine)
+        expected.append(total / count)
     scheme.begin_step(1)
     assert scheme.skipper.measured.average == pytest.approx(expected, rel=1e-4)
 

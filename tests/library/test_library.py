@@ -219,28 +219,32 @@ def test_a_trainer_shows_gradients_to_a_policy_that_looks_at_them(tmp_path, monk
     assert looked == [True] * 2 * 6  # of the two layers that ran, in each of six steps
 
 
-@pytest.mark.parametrize("first", ["sparsify", "peft"])
-def test_lora_on_top(first):
+@pytest.mark.parametrize(
+    ("order", "task"),
+    [("sparsify first", "CAUSAL_LM"), ("peft first", None), ("sparsify the wrapped", "CAUSAL_LM")],
+)
+def test_lora_on_top(order, task):
     model, batch = tiny()
-    lora = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj)")
+    lora = LoraConfig(r=4, task_type=task, target_modules=r".*language_model.*(q_proj|v_proj)")
     reference = copy.deepcopy(model)
-    if first == "sparsify":
+    if order == "sparsify first":
         scheme = sparsify(model, VISUAL, HALF)
         wrapped = get_peft_model(model, lora)
     else:
         wrapped = get_peft_model(model, lora)
-        scheme = sparsify(wrapped.get_base_model(), VISUAL, HALF)
+        scheme = sparsify(wrapped if "wrapped" in order else wrapped.get_base_model(), VISUAL, HALF)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
     wrapped.train()
     for step in range(4):
         scheme.begin_step(step)
         wrapped(**batch).loss.backward()
+        assert scheme.metrics()["layers_run"] == 2 and scheme.metrics()["keep_ratio"] == 0.25
         for name, parameter in wrapped.named_parameters():
             trained = "lora_" in name and not any(f"layers.{i}." in name for i in scheme.skipped)
             assert (parameter.grad is not None) == trained, name
         optimizer.step()
         optimizer.zero_grad()
-    unsparsify(wrapped.get_base_model())
+    unsparsify(wrapped)
     merged = wrapped.eval().merge_and_unload()
     assert list(merged.state_dict()) == list(reference.state_dict())
     assert not torch.equal(merged(**batch).logits, reference.eval()(**batch).logits)

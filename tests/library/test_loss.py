@@ -6,30 +6,21 @@ import pytest
 import torch
 import transformers as hf
 from by_hand import CLOSE, KEEP, assert_same, backward, by_hand, pooled
-from tiny import CASES, LAYERS, PAD, SQUARE, Case, builder, flat, noise, text, vit
+from tiny import CASES, LAYERS, PAD, SQUARE, case, flat, sliding, vit
 from torch.nn import functional as F
 from zoo import ZOO
 
 from sts import LDS, VTC, sparsify, unsparsify
 
 ROWS = [[3, "big", 5, "small", 6, 7, 8], [9, 10, 11, 12], ["small", 14, 15, 16]]
-PALIGEMMA_2 = Case(
-    builder(
-        hf.PaliGemmaForConditionalGeneration,
-        hf.PaliGemmaConfig,
-        lambda: vit(hf.SiglipVisionConfig, projection_dim=24),
-        lambda: text(
-            hf.Gemma2Config,
-            final_logit_softcapping=0.5,
-            sliding_window=8,
-            layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2),
-            query_pre_attn_scalar=8,
-        ),
-        projection_dim=24,
-    ),
+PALIGEMMA_2 = case(
+    "PaliGemma",
+    vit(hf.SiglipVisionConfig, projection_dim=24),
+    sliding(hf.Gemma2Config, final_logit_softcapping=0.5, query_pre_attn_scalar=8),
     SQUARE,
-    flat(lambda n: noise(n, 3, 16, 16)),
+    flat(3, 16, 16),
     CASES["paligemma"].of_ids,
+    projection_dim=24,
 )
 MOE = ("qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "ernie4_5_vl_moe", "qwen3_omni_moe_thinker")
 

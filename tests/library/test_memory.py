@@ -3,22 +3,19 @@
 import pytest
 import torch
 import transformers as hf
-from tiny import Case, builder, flat, noise, text, vit
+from tiny import case, flat, text, vit
 from torch.autograd.graph import saved_tensors_hooks
 
 from sts import LDS, VTC, sparsify, unsparsify
 from sts.vtc import FAMILIES
 
-CASE = Case(
-    builder(
-        hf.LlavaForConditionalGeneration,
-        hf.LlavaConfig,
-        lambda: vit(hf.CLIPVisionConfig, 32),
-        lambda: text(hf.LlamaConfig, hidden_size=96, head_dim=32, intermediate_size=192),
-        image_seq_length=64,
-    ),
+CASE = case(
+    "Llava",
+    vit(hf.CLIPVisionConfig, 32),
+    text(hf.LlamaConfig, hidden_size=96, head_dim=32, intermediate_size=192),
     {"big": [(8, 8, False)]},
-    flat(lambda n: noise(n, 3, 32, 32)),
+    flat(3, 32, 32),
+    image_seq_length=64,
 )
 ROWS = [["big", *range(5, 25)], ["big", *range(5, 20)], ["big", *range(5, 25)], ["big", 7, 8, 9]]
 SETTINGS = {

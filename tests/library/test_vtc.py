@@ -164,28 +164,10 @@ def test_gradients_reach_the_tokens(kind):
         ({"keep": 0.0}, r"keep=0.0.*\(0, 1\]"),
         ({"keep": 1.5}, r"keep=1.5.*\(0, 1\]"),
         ({"grid": (3, 3)}, r"grid=\(3, 3\).*\[2, 16, 3\]"),
-        ({"kind": "cls_topk"}, r"scores.shape=None.*\[2, 16\]"),
-        ({"kind": "cls_topk", "scores": torch.rand(2, 9)}, r"scores.shape=\[2, 9\].*\[2, 16\]"),
-        ({"kind": "random"}, "generator=None.*torch.Generator"),
-        ({"kind": "text_guided"}, r"text.shape=None.*\[2, 'T', 3\] for kind 'text_guided'"),
-        ({"kind": "text_guided", "text": torch.rand(2, 5, 4)}, r"text.shape=.*\[2, 5, 3\]"),
-        ({"kind": "text_guided", "text": torch.rand(2, 3)}, r"text.shape=\[2, 3\].*'T', 3\]"),
-        (
-            {"kind": "text_guided_max", "text": torch.rand(2, 5, 3)},
-            r"text_mask.shape=None.*\[2, 5\] for kind 'text_guided_max'",
-        ),
-        (
-            {
-                "kind": "text_guided",
-                "text": torch.rand(2, 5, 3),
-                "text_mask": torch.ones(2, 4, dtype=torch.bool),
-            },
-            r"text_mask.shape=\[2, 4\].*\[2, 5\]",
-        ),
-        (
-            {"kind": "text_guided", "text": torch.rand(2, 5, 3), "text_mask": torch.ones(2, 5)},
-            "text_mask.dtype='torch.float32'.*bool",
-        ),
+        ({"kind": "cls_topk"}, r"scores=None: expected \[batch, tokens\].* kind 'cls_topk'"),
+        ({"kind": "random"}, "generator=None.*torch.Generator, for kind 'random'"),
+        ({"kind": "text_guided"}, r"text=None.*\[batch, text tokens, dim\].*'text_guided'"),
+        ({"kind": "text_guided_max", "text": torch.rand(2, 5, 3)}, "text_mask=None.*bool"),
     ],
 )
 def test_bad_input_names_argument_value_and_what_is_accepted(arguments, named):

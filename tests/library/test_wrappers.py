@@ -12,22 +12,16 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processors import tiny_processor
-from tiny import CASES, LAYERS
+from tiny import LAYERS
 from torch.nn import functional as F
+from trainers import VISUAL, tiny
 from transformers import Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
-from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
+from sts import LDS, SparseCallback, sparsify, unsparsify
 from sts.scheme import SCHEME
 
-ROWS = [["big", 5, 6, 7, 8], ["big", 9, 10, 11, 12]]
-VISUAL = VTC("uniform", keep=0.25)
 HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
-
-
-def tiny(name="smolvlm"):
-    model, batch = CASES[name].build(torch.float32), CASES[name].batch(ROWS)
-    return model, batch | {"pixel_values": batch["pixel_values"].float()}
 
 
 def samples(batch, times=4):
@@ -107,7 +101,7 @@ def sft(model, batch, folder, callbacks=(), **more):
 
 @pytest.mark.parametrize("order", ["callback first", "callback without a model", "callback last"])
 def test_trl(order, tmp_path):
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     expected = in_a_loop(copy.deepcopy(model), batch)
     calls = Calls(model)
     if order == "callback first":
@@ -125,35 +119,13 @@ def test_trl(order, tmp_path):
 
 
 def test_trl_on_top_of_lora(tmp_path):
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     calls = Calls(model)
     lora = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=r".*text_model.*(q_proj|v_proj)")
     trainer = sft(get_peft_model(model, lora), batch, tmp_path)
     trainer.add_callback(SparseCallback(None, VISUAL, HALF))
     trainer.train()
     assert calls.are_sparse(4)
-
-
-@pytest.mark.parametrize("order", ["sparsify first", "peft first", "sparsify the wrapped"])
-@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
-def test_lora_with_a_task_type(order, task):
-    model, batch = tiny()
-    lora = LoraConfig(r=4, task_type=task, target_modules=r".*text_model.*(q_proj|v_proj)")
-    calls = Calls(model)
-    if order == "sparsify first":
-        scheme = sparsify(model, VISUAL, HALF)
-        wrapped = get_peft_model(model, lora)
-    else:
-        wrapped = get_peft_model(model, lora)
-        scheme = sparsify(wrapped if "wrapped" in order else wrapped.get_base_model(), VISUAL, HALF)
-    wrapped.train()
-    for step in range(3):
-        scheme.begin_step(step)
-        wrapped(**batch).loss.backward()
-        assert scheme.metrics()["layers_run"] == 2
-    assert calls.are_sparse(3)
-    unsparsify(wrapped)
-    assert SCHEME not in vars(model)
 
 
 def test_lds_alone_with_soft_prompts():
@@ -188,7 +160,7 @@ def test_vtc_finds_the_placeholders_of_inputs_embeds():
 @pytest.mark.parametrize("first", ["sparsify", "accelerate"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(first, precision):
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     AcceleratorState._reset_state(True)  # other tests leave theirs behind
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
     calls = Calls(model)
@@ -249,7 +221,7 @@ def plain(model, batch, folder, callbacks=(), **more):
 
 
 def test_a_trainer_has_the_losses_of_a_loop(tmp_path):
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     expected = in_a_loop(copy.deepcopy(model), batch)
     calls = Calls(model)
     trainer = plain(model, batch, tmp_path, [SparseCallback(model, VISUAL, HALF)])
@@ -259,7 +231,7 @@ def test_a_trainer_has_the_losses_of_a_loop(tmp_path):
 
 def test_label_smoothing(tmp_path):
     """No labels reach the forward: the Trainer smooths the logits of all tokens."""
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     calls, reference = Calls(model), copy.deepcopy(model)
     smooth = {"label_smoothing_factor": 0.2, "max_steps": 1}
     trainer = plain(model, batch, tmp_path, [SparseCallback(model, VISUAL, HALF)], **smooth)
@@ -275,7 +247,7 @@ def test_label_smoothing(tmp_path):
 
 
 def test_a_second_train_is_sparse_too(tmp_path):
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     calls = Calls(model)
     trainer = plain(model, batch, tmp_path, [SparseCallback(model, VISUAL, HALF)])
     trainer.train()
@@ -284,10 +256,10 @@ def test_a_second_train_is_sparse_too(tmp_path):
 
 
 def test_model_init_makes_the_model_that_is_sparse(tmp_path):
-    made, batch = [], tiny()[1]
+    made, batch = [], tiny("smolvlm")[1]
 
     def init():
-        made.append(tiny()[0])
+        made.append(tiny("smolvlm")[0])
         made[-1].calls = Calls(made[-1])
         return made[-1]
 
@@ -305,8 +277,8 @@ def test_model_init_makes_the_model_that_is_sparse(tmp_path):
 
 
 def test_a_callback_on_another_model_is_an_error(tmp_path):
-    model, batch = tiny()
-    other = tiny()[0]
+    model, batch = tiny("smolvlm")
+    other = tiny("smolvlm")[0]
     trainer = plain(model, batch, tmp_path, [SparseCallback(other, VISUAL, HALF)])
     with pytest.raises(ValueError, match="this Trainer does not train"):
         trainer.train()
@@ -317,7 +289,7 @@ def test_a_trainer_that_restores_callbacks_goes_on_as_if_it_had_not_stopped(tmp_
     keys = {"save_strategy": "steps", "save_steps": 2}
 
     def trained(folder: Path, **resume):
-        model, batch = tiny()
+        model, batch = tiny("smolvlm")
         restore = {"restore_callback_states_from_checkpoint": bool(resume)}
         callbacks = [SparseCallback(model, VISUAL, lds, seed=5)]
         trainer = plain(model, batch, folder, callbacks, **keys, **restore)
@@ -334,7 +306,7 @@ def test_a_trainer_that_restores_callbacks_goes_on_as_if_it_had_not_stopped(tmp_
 
 
 def test_a_step_without_a_sparse_forward_is_an_error_or_a_warning(caplog):
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     for setting in ((VISUAL, None), (None, HALF)):
         scheme = sparsify(model, *setting)
         scheme.begin_step(0)
@@ -359,7 +331,7 @@ def test_a_step_without_a_sparse_forward_is_an_error_or_a_warning(caplog):
 
 
 def test_what_replaces_the_forward_later_is_sparse_all_the_same():
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     labels = batch.pop("labels")
     scheme = sparsify(model, VISUAL, HALF)
 
@@ -379,7 +351,7 @@ def test_what_replaces_the_forward_later_is_sparse_all_the_same():
 
 
 def test_metrics_count_what_was_called_and_nothing_else():
-    model, batch = tiny()
+    model, batch = tiny("smolvlm")
     scheme = sparsify(model, VISUAL, HALF)
     scheme.begin_step(0)
     assert scheme.metrics()["tokens"] == scheme.metrics()["visual_tokens"] == 0

@@ -6,6 +6,7 @@ states before the targets as a batch of one row. A probe decides once whether it
 """
 
 import logging
+import math
 from inspect import signature
 from typing import Any
 
@@ -94,8 +95,8 @@ def needs_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any]
             full, _ = loss_of(hidden, labels=labels)
             changed, _ = loss_of(other, labels=labels)
             answers, has_more = loss_of(hidden[places][None], **answer_keywords(labels, *places))
-            is_same = _is_near(full, changed, 1e-6) and _is_near(full, answers, rounding)
-            if has_more or not is_same:
+            is_same = math.isclose(full, changed, rel_tol=1e-6)
+            if has_more or not is_same or not math.isclose(full, answers, rel_tol=rounding):
                 return False
         return True
 
@@ -112,7 +113,3 @@ def _is_of_no_batch(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.ndim == 0
     return value is None or isinstance(value, int | float | str)
-
-
-def _is_near(a: float, b: float, relative: float) -> bool:
-    return abs(a - b) <= relative * abs(a)

@@ -9,6 +9,7 @@ A row is a list of token ids and images; an image is one of the names in `case.i
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers as hf
@@ -154,17 +155,19 @@ def flat(*shape: int) -> Callable:
     return lambda names: {"pixel_values": noise(sum(map(len, names)), *shape)}
 
 
+def of_images(values: dict[str, Any], make: Callable[[list], dict]) -> Callable:
+    """Pixel inputs that `make` makes of a value of each of the batch's images."""
+    return lambda names: make([values[name] for row in names for name in row])
+
+
 def tiled(sizes: dict[str, tuple[int, int]], tiles: dict[str, int]) -> Callable:
     """LLaVA-NeXT's: [images, tiles, 3, 16, 16] and each image's pixels."""
 
-    def inputs(names: list[list[str]]) -> dict:
-        every = [name for row in names for name in row]
-        return {
-            "pixel_values": noise(len(every), max(tiles.values()), 3, 16, 16),
-            "image_sizes": torch.tensor([sizes[name] for name in every]),
-        }
+    def inputs(every: list) -> dict:
+        pixels = noise(len(every), max(tiles.values()), 3, 16, 16)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(every)}
 
-    return inputs
+    return of_images(sizes, inputs)
 
 
 def sam(config: type, **more):
@@ -184,33 +187,26 @@ def by_row(names: list[list[str]]) -> dict:
     return {"pixel_values": pixels}
 
 
-def patches(grids: dict[str, tuple[int, int]]) -> Callable:
-    """Qwen's: [patches of all images, channels], and (frames, rows, columns) of each image."""
+def patches(grids: dict[str, tuple[int, int]], *shape: int) -> Callable:
+    """Patches of all images, each of a shape, and (frames, rows, columns) of each image."""
 
-    def inputs(names: list[list[str]]) -> dict:
-        every = [grids[name] for row in names for name in row]
-        total = sum(h * w for h, w in every)
-        return {
-            "pixel_values": noise(total, 3 * 2 * PATCH * PATCH),
-            "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
-        }
+    def inputs(every: list) -> dict:
+        pixels = noise(sum(h * w for h, w in every), *shape)
+        thw = torch.tensor([(1, h, w) for h, w in every])
+        return {"pixel_values": pixels, "image_grid_thw": thw}
 
-    return inputs
+    return of_images(grids, inputs)
 
 
 def sized(sizes: dict[str, tuple[int, int]]) -> Callable:
     """Pixtral's: [images, 3, height, width] of the largest, and each image's pixels."""
 
-    def inputs(names: list[list[str]]) -> dict:
-        every = [sizes[name] for row in names for name in row]
-        return {
-            "pixel_values": noise(
-                len(every), 3, max(h for h, _ in every), max(w for _, w in every)
-            ),
-            "image_sizes": torch.tensor(every),
-        }
+    def inputs(every: list) -> dict:
+        height, width = map(max, zip(*every, strict=True))
+        pixels = noise(len(every), 3, height, width)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor(every)}
 
-    return inputs
+    return of_images(sizes, inputs)
 
 
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
@@ -223,7 +219,7 @@ NEXT = {
 QWEN_GRIDS = {"big": (8, 12), "small": (4, 8)}  # in patches; 2 x 2 of them are a token
 QWEN = {
     "images": {"big": [(4, 6, False)], "small": [(2, 4, False)]},
-    "inputs": patches(QWEN_GRIDS),
+    "inputs": patches(QWEN_GRIDS, 3 * 2 * PATCH * PATCH),
     "of_ids": lambda ids, attended, visual: {"mm_token_type_ids": visual.long()},
 }
 SQUARE = {"big": [(4, 4, False)], "small": [(4, 4, False)]}

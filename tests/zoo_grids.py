@@ -24,7 +24,7 @@ from tiny import (
     alternating,
     builder,
     case,
-    noise,
+    patches,
     sliding,
     text,
     tower,
@@ -59,18 +59,8 @@ OMNI = {
 }
 
 
-def grids(*shape: int, **more: Callable) -> Callable:
-    """Patches of all images, each of a shape, and (frames, rows, columns) of each image."""
-
-    def inputs(names: list[list[str]]) -> dict:
-        every = [QWEN_GRIDS[name] for row in names for name in row]
-        return {
-            "pixel_values": noise(sum(h * w for h, w in every), *shape),
-            "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
-            **{name: of_images(len(every)) for name, of_images in more.items()},
-        }
-
-    return inputs
+def grids(*shape: int) -> Callable:
+    return patches(QWEN_GRIDS, *shape)
 
 
 def inkling2(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
@@ -99,17 +89,8 @@ def inkling2(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
     return made
 
 
-def few(*shape: int, grid: bool) -> Callable:
-    """Inkling's: pixels of each token, the channels last, and each image's rows and columns."""
-
-    def inputs(names: list[list[str]]) -> dict:
-        every = [FEW[name][0][:2] for row in names for name in row]
-        pixels = {"pixel_values": noise(sum(h * w for h, w in every), *shape)}
-        return pixels | (
-            {"image_grid_thw": torch.tensor([(1, h, w) for h, w in every])} if grid else {}
-        )
-
-    return inputs
+# Inkling's: pixels of each token, the channels last
+FEW_GRIDS = {"big": (3, 4), "small": (2, 2)}
 
 
 CASES = {
@@ -126,7 +107,10 @@ CASES = {
         tower(hf.VideoLlama3VisionConfig),
         text(hf.Qwen2Config),
         MERGED,
-        grids(3 * PATCH * PATCH, image_merge_sizes=lambda n: torch.full((n,), 2)),
+        lambda names: (
+            grids(3 * PATCH * PATCH)(names)
+            | {"image_merge_sizes": torch.full((sum(map(len, names)),), 2)}
+        ),
         video_token_id=61,
     ),
     "ernie4_5_vl_moe": case(  # a dense layer, then experts for text and others for images
@@ -293,7 +277,7 @@ CASES = {
     ),
     # Convolutions in every layer; every second layer begins a block of residuals. Much is computed
     # in float32 whatever the weights are.
-    "inkling2": Case(inkling2, FEW, few(2 * PATCH, 2 * PATCH, 3, grid=True)),
+    "inkling2": Case(inkling2, FEW, patches(FEW_GRIDS, 2 * PATCH, 2 * PATCH, 3)),
     # Convolutions in every layer, half of which attend to 8 tokens. Tokens are patches row by row,
     # but nothing in a batch says how many make a row: one row.
     "inkling_mm_model": case(
@@ -308,7 +292,7 @@ CASES = {
             **FIRST_DENSE,
         ),
         {name: [(1, h * w, False)] for name, [(h, w, _)] in FEW.items()},
-        few(2, 2, 2, 3, grid=False),
+        lambda names: {"pixel_values": patches(FEW_GRIDS, 2, 2, 2, 3)(names)["pixel_values"]},
         audio_config={"n_mel_bins": 4, "mel_vocab_size": 8},
         audio_token_id=62,
         **EAGER,

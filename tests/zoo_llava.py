@@ -16,6 +16,7 @@ from tiny import (
     flat,
     llava,
     noise,
+    of_images,
     sam,
     sized,
     sliding,
@@ -23,13 +24,6 @@ from tiny import (
     tiled,
     vit,
 )
-
-
-def counted(tiles: dict[str, int], size: int) -> Callable:
-    """All tiles of all images in one tensor, [tiles, 3, size, size]."""
-    return lambda names: {
-        "pixel_values": noise(sum(tiles[name] for row in names for name in row), 3, size, size)
-    }
 
 
 def siglip(size: int):
@@ -40,14 +34,12 @@ def siglip(size: int):
 def masked(seen: dict[str, int]) -> Callable:
     """Aria's: images of 16 x 16 pixels of which only the first rows may be seen."""
 
-    def inputs(names: list[list[str]]) -> dict:
-        every = [name for row in names for name in row]
-        mask = torch.zeros(len(every), 16, 16, dtype=torch.long)
-        for image, name in zip(mask, every, strict=True):
-            image[: seen[name]] = 1
+    def inputs(every: list[int]) -> dict:
+        mask = torch.arange(16) < torch.tensor(every)[:, None]
+        mask = mask.long()[..., None].repeat(1, 1, 16)
         return {"pixel_values": noise(len(every), 3, 16, 16), "pixel_mask": mask}
 
-    return inputs
+    return of_images(seen, inputs)
 
 
 def two_sizes(names: list[list[str]]) -> dict:
@@ -62,7 +54,9 @@ def two_sizes(names: list[list[str]]) -> dict:
 # 24 x 24 pixels are 6 x 6 patches, and 2 x 2 of them a token; one image is cut into two tiles
 COHERE = {
     "images": {"big": [(3, 3, False)] * 2, "small": [(3, 3, False)]},
-    "inputs": counted({"big": 2, "small": 1}, 24),
+    "inputs": of_images(
+        {"big": 2, "small": 1}, lambda counts: {"pixel_values": noise(sum(counts), 3, 24, 24)}
+    ),
 }
 
 CASES = {

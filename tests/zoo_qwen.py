@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 import transformers as hf
 from tiny import (
     DEEPSTACK_VISION,
@@ -19,7 +18,7 @@ from tiny import (
     VISION,
     Case,
     alternating,
-    noise,
+    patches,
     text,
     typed,
 )
@@ -38,15 +37,6 @@ def build(name: str, vision: dict, text_config: str, more: dict, **outer) -> Cal
 def qwen(name: str, vision: dict, text_config: str, **more) -> Case:
     """A type whose pixel inputs and placeholders are Qwen2-VL's."""
     return Case(build(name, vision, text_config, more), **QWEN)
-
-
-def flattened(names: list[list[str]]) -> dict:
-    """Cosmos 3 Edge's: as Qwen's, but a patch has one frame only."""
-    every = [QWEN_GRIDS[name] for row in names for name in row]
-    return {
-        "pixel_values": noise(sum(h * w for h, w in every), PATCH * PATCH * 3),
-        "image_grid_thw": torch.tensor([(1, h, w) for h, w in every]),
-    }
 
 
 CASES = {
@@ -107,7 +97,7 @@ CASES = {
             {"rope_parameters": dict(MROPE)},
             projector_hidden_size=32,
         ),
-        **{**QWEN, "inputs": flattened},
+        **{**QWEN, "inputs": patches(QWEN_GRIDS, PATCH * PATCH * 3)},
     ),
     "exaone4_5": Case(  # plain positions: neither the model nor its processor has token types
         build(

@@ -21,6 +21,7 @@ from tiny import (
     case,
     flat,
     noise,
+    of_images,
     sliding,
     text,
     typed,
@@ -47,8 +48,7 @@ def padded(sizes: dict[str, tuple[int, int]]) -> Callable:
 def naflex(grids: dict[str, tuple[int, int]]) -> Callable:
     """SigLIP 2's: [images, patches of the largest, channels], its mask, and (rows, columns)."""
 
-    def inputs(names: list[list[str]]) -> dict:
-        every = [grids[name] for row in names for name in row]
+    def inputs(every: list) -> dict:
         lengths = torch.tensor([h * w for h, w in every])
         mask = torch.arange(lengths.max()) < lengths[:, None]
         return {
@@ -57,16 +57,15 @@ def naflex(grids: dict[str, tuple[int, int]]) -> Callable:
             "pixel_attention_mask": mask.long(),
         }
 
-    return inputs
+    return of_images(grids, inputs)
 
 
 FUYU_GRIDS = {"big": (3, 4), "small": (2, 2)}
 
 
-def fuyu_inputs(names: list[list[str]]) -> dict:
+def fuyu_inputs(every: list) -> dict:
     """The patches of all images of the batch one after the other, as one row's."""
-    total = sum(h * w for row in names for h, w in (FUYU_GRIDS[name] for name in row))
-    return {"pixel_values": noise(1, total, 3 * PATCH * PATCH)}
+    return {"pixel_values": noise(1, sum(h * w for h, w in every), 3 * PATCH * PATCH)}
 
 
 def llama4(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
@@ -167,8 +166,7 @@ def gemma3n(dtype: torch.dtype = torch.float64) -> hf.PreTrainedModel:
 def placed(grids: dict[str, tuple[int, int]]) -> Callable:
     """Gemma 4's: [images, patches of the largest, channels], and (x, y) of each or (-1, -1)."""
 
-    def inputs(names: list[list[str]]) -> dict:
-        every = [grids[name] for row in names for name in row]
+    def inputs(every: list) -> dict:
         most = max(h * w for h, w in every)
         places = torch.full((len(every), most, 2), -1)
         for image, (h, w) in zip(places, every, strict=True):
@@ -178,7 +176,7 @@ def placed(grids: dict[str, tuple[int, int]]) -> Callable:
             "image_position_ids": places,
         }
 
-    return inputs
+    return of_images(grids, inputs)
 
 
 def tiles(counts: dict[str, int]) -> Callable:
@@ -211,13 +209,10 @@ def minicpm(
 ) -> Case:
     """MiniCPM-V's, on Qwen 3.5; grids in patches."""
 
-    def inputs(names: list[list[str]]) -> dict:
-        every = [grids[name] for row in names for name in row]
+    def inputs(every: list) -> dict:
         total = sum(h * w for h, w in every)  # the patches of all images, side by side
-        return {
-            "pixel_values": noise(1, 3, PATCH, PATCH * total),
-            "target_sizes": torch.tensor(every),
-        }
+        pixels = noise(1, 3, PATCH, PATCH * total)
+        return {"pixel_values": pixels, "target_sizes": torch.tensor(every)}
 
     build = typed(
         name,
@@ -234,7 +229,7 @@ def minicpm(
         **more,
     )
     grid = {"big": [(3, 4, False)], "small": [(2, 2, False)]}
-    return Case(build, grid, inputs, of_ids)
+    return Case(build, grid, of_images(grids, inputs), of_ids)
 
 
 def types(ids: torch.Tensor, attended: torch.Tensor, visual: torch.Tensor) -> dict:
@@ -303,7 +298,7 @@ CASES = {
             patch_size=PATCH,
         ),
         {name: [(*grid, False)] for name, grid in FUYU_GRIDS.items()},
-        fuyu_inputs,
+        of_images(FUYU_GRIDS, fuyu_inputs),
     ),
     "llama4": Case(  # in turn, a dense layer on chunks of 8 tokens and one of experts on all tokens
         llama4, SQUARE, flat(3, 32, 32)

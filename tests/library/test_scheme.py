@@ -623,29 +623,6 @@ def test_global_random_streams_do_not_move(lds):
 # --- bad input -------------------------------------------------------------------------------
 
 
-def without(batch, *keys, **more):
-    return {key: value for key, value in batch.items() if key not in keys} | more
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda b: without(b, "pixel_values"), "32 image placeholders.*no images.*pixel_values"),
-        (lambda b: without(b, pixel_values=b["pixel_values"][:1]), "match|placeholders"),
-        (
-            lambda b: without(b, position_ids=torch.arange(3)[None]),
-            r"position_ids.shape=\[1, 3\].*\[2, 20\]",
-        ),
-        (lambda b: without(b, attention_mask=torch.ones(2, 3)), r"attention_mask.shape=\[2, 3\]"),
-    ],
-)
-def test_bad_batches_are_errors(change, named):
-    model = build()
-    begun(model, CLASS_TOKEN)
-    with pytest.raises((ValueError, RuntimeError), match=named):
-        model(**change(CASE.batch(ONE_IMAGE)))
-
-
 def test_grids_that_are_not_the_visual_tokens_are_an_error(monkeypatch):
     tiles = replace(ARCHITECTURES["llava"], grids=square_tiles(lambda config: 4))
     monkeypatch.setitem(ARCHITECTURES, "llava", tiles)
@@ -660,10 +637,3 @@ def test_visual_tokens_of_no_known_grid_are_a_sequence():
     scheme = begun(model, VTC("avgpool1d", keep=0.25))
     model(**batch, vision_feature_select_strategy="full").loss.backward()
     assert scheme.metrics()["visual_tokens"] == 4
-
-
-def test_state_of_another_model_is_an_error():
-    scheme = sparsify(build())
-    state = scheme.state_dict() | {"average": [0.1] * 3}
-    with pytest.raises(ValueError, match=r"layers in state=3.*4"):
-        scheme.load_state_dict(state)

@@ -74,6 +74,12 @@ BATCHES = {
     ): r"attention_mask.shape=\[2, 3\]: expected \[2, 20\]",
     lambda: forward(lambda b: {"pixel_values": None}, SOME): r"32 image placeholders.*no images",
     lambda: forward(
+        lambda b: {"pixel_values": b["pixel_values"][:1]}, SOME
+    ): r"Image features and image tokens do not match|placeholders",
+    lambda: forward(
+        lambda b: {"position_ids": torch.arange(3)[None]}, SOME
+    ): r"position_ids.shape=\[1, 3\]: expected \[2, 20\]",
+    lambda: forward(
         lambda b: {"labels": None}, VTC("text_guided", 0.25, text="prompt")
     ): r"labels=None: expected labels, for VTC.text='prompt'",
 }

@@ -260,7 +260,10 @@ class Compression:
                 "pass pixel_values rather than precomputed features"
             )
         scores = class_attention(self.recorded["queries"], self.recorded["keys"], self.attention)
-        scores = self.architecture.token_scores(self.model, batch.inputs, scores)
+        token_scores = self.architecture.token_scores
+        scores = (
+            token_scores(self.model, batch.inputs, scores) if token_scores else scores.flatten()
+        )
         expect(len(scores) == count, "image placeholders", count, f"one of {len(scores)} patches")
         return scores
 

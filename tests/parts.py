@@ -65,18 +65,18 @@ def joined(
 ) -> Path:
     """Backbone manifest of untrained parts in a folder; `more` of the model's settings."""
     torch.manual_seed(0)
-    kind, model, images = TOWERS[tower]
-    seen = kind(**SIZES, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH)
-    for one in (model(seen), images()):
-        one.save_pretrained(folder / "vision")
+    config, model, images = TOWERS[tower]
+    vision = config(**SIZES, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH)
+    model(vision).save_pretrained(folder / "vision")
+    images().save_pretrained(folder / "vision")
     tokenizer = llama_tokenizer(texts, legacy)
-    kind, model = LANGUAGES[language]
-    said = kind(
+    config, model = LANGUAGES[language]
+    decoder = config(
         **SIZES, vocab_size=len(tokenizer), num_hidden_layers=2, num_key_value_heads=2,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    for one in (model(said), tokenizer):
-        one.save_pretrained(folder / "language")
+    model(decoder).save_pretrained(folder / "language")
+    tokenizer.save_pretrained(folder / "language")
     file = folder / "language" / "tokenizer_config.json"  # where transformers forgets to say it
     file.write_text(json.dumps(json.loads(file.read_text()) | {"legacy": legacy}))
     parts = {name: str(folder / name) for name in ("vision", "language")}

@@ -47,15 +47,6 @@ def no_class_attention(model: PreTrainedModel) -> ClassAttention:
     raise class_token_error(getattr(base, "vision_tower", base))
 
 
-def patch_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Tensor:
-    """The token scores [V] where each patch is a visual token: scores [tiles, patches] in order."""
-    return scores.flatten()
-
-
-def never(layer: nn.Module) -> bool:
-    return False
-
-
 # ---- grids: (outer model, outer inputs, runs) -> the grids of the images, or of the frames of the
 # videos, in the order in which their tokens stand in the batch. runs: the lengths of the runs of
 # placeholders, [runs]; a run is an image, or some of an image's tiles.
@@ -101,17 +92,13 @@ def _grids_of(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor)
 image_grids, video_grids = partial(_grids_of, "image"), partial(_grids_of, "video")
 
 
-def square_tiles(side_of: Callable[[Any], int]) -> Grids:
-    """The grids of tiles of side x side tokens, as many as there are placeholders for.
+def square_tiles(
+    side_of: Callable[[Any], int], model: PreTrainedModel, inputs: Inputs, runs: Tensor
+) -> list[Grid]:
+    """Tiles of side x side tokens, as many as there are placeholders for.
 
     side_of: The model's configuration -> side.
     """
-    return partial(_square_tiles, side_of)  # not a closure: a model with a scheme can be pickled
-
-
-def _square_tiles(
-    side_of: Callable[[Any], int], model: PreTrainedModel, inputs: Inputs, runs: Tensor
-) -> list[Grid]:
     side = side_of(model.config)
     return [Grid(side, side)] * (int(runs.sum()) // (side * side))
 
@@ -136,7 +123,7 @@ class Architecture:
         class_attention: Outer model -> the attention that rates patches; raises ValueError without
             one.
         token_scores: (outer model, outer inputs, scores [tiles, patches]) -> a score per visual
-            token, [V].
+            token, [V]; None: each patch is one.
         base: The model without head; its first output is the last hidden state [batch, tokens,
             dim]. Empty where the outer model calls its language model itself.
         language_model: Takes inputs_embeds, attention_mask and position_ids by keyword.
@@ -146,21 +133,21 @@ class Architecture:
         mlp: The same for its MLP.
         returned: (hidden state, the layer's keywords) -> what a skipped layer returns, where that
             is a tuple, of which the hidden state is the first.
-        always: Layer -> whether it always runs, since others read what it stores.
+        always: Layer -> whether it always runs, since others read what it stores; None: no layer.
         partial: Whether a layer can run on some of the samples or tokens.
     """
 
     grids: Grids = image_grids
     video_grids: Grids = video_grids
     class_attention: Callable[[PreTrainedModel], ClassAttention] = no_class_attention
-    token_scores: Callable[[PreTrainedModel, Inputs, Tensor], Tensor] = patch_scores
+    token_scores: Callable[[PreTrainedModel, Inputs, Tensor], Tensor] | None = None
     base: str | None = None
     language_model: str | None = None
     layers: str | None = None
     attention: tuple[str, ...] = ("self_attn", "linear_attn", "conv")
     mlp: tuple[str, ...] = ("mlp", "feed_forward")
     returned: Callable[[Tensor, dict[str, Any]], Any] | None = None
-    always: Callable[[nn.Module], bool] = never
+    always: Callable[[nn.Module], bool] | None = None
     partial: bool = True
 
     @property

@@ -1,5 +1,6 @@
 """Images that are one or several square tiles; most make one token of several patches."""
 
+from functools import partial  # no closure: a model with a scheme can be pickled
 from typing import Any
 
 from torch import Tensor
@@ -48,19 +49,19 @@ def _internvl_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> 
     return F.avg_pool2d(scores.unflatten(1, (1, side, side)), merged).flatten()
 
 
-_IDEFICS = Architecture(grids=square_tiles(_idefics_side))
-_COHERE = Architecture(grids=square_tiles(_cohere_side))
+_IDEFICS = Architecture(grids=partial(square_tiles, _idefics_side))
+_COHERE = Architecture(grids=partial(square_tiles, _cohere_side))
 
 ARCHITECTURES = {
-    "paligemma": Architecture(grids=square_tiles(vit_side)),
-    "gemma3": Architecture(grids=square_tiles(_gemma3_side)),
+    "paligemma": Architecture(grids=partial(square_tiles, vit_side)),
+    "gemma3": Architecture(grids=partial(square_tiles, _gemma3_side)),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
     "aya_vision": _COHERE,
     "cohere2_vision": _COHERE,
-    "granite_docling": Architecture(grids=square_tiles(_granite_side)),
+    "granite_docling": Architecture(grids=partial(square_tiles, _granite_side)),
     "internvl": Architecture(
-        grids=square_tiles(_internvl_side),
+        grids=partial(square_tiles, _internvl_side),
         class_attention=_internvl_attention,
         token_scores=_internvl_scores,
     ),

@@ -35,7 +35,8 @@ class Skipper:
         lds.check_layers(len(self.layers))
         if lds.rate:
             self._check_unit()
-        self._always = {i for i, layer in enumerate(self.layers) if architecture.always(layer)}
+        always = architecture.always
+        self._always = {i for i, layer in enumerate(self.layers) if always and always(layer)}
         self.measured = Measured(DEPTHS[lds.depth], len(self.layers), lds.ema)
         self.decision = Decision((0.0,) * len(self.layers))
         self._step = 0

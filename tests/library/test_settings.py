@@ -11,9 +11,7 @@ import pytest
 
 from sts import LDS, VTC
 from sts.checks import NotAccepted
-from sts.lds import DEPTHS, POLICIES, UNITS
-from sts.schedule import SCHEDULES
-from sts.vtc import KINDS
+from sts.lds import DEPTHS, POLICIES
 
 ROOT = Path(__file__).parents[2]
 SHARE, OPEN = "a number in [0, 1]", "a number in (0, 1]"
@@ -248,36 +246,27 @@ def test_the_formula_names_the_papers_values():
 # ---- no torch ----------------------------------------------------------------------------------
 
 
-def test_settings_need_neither_torch_nor_pydantic():
-    code = f"""
+WITHOUT_TORCH = """
 import sys
 
 for name in ("torch", "transformers", "pydantic", "numpy"):
     sys.modules[name] = None
-from sts.settings import LDS, VTC
-from sts import LDS as same
+from sts import LDS, VTC
+from sts.lds import POLICIES
 from sts.lds.decision import decide, expected_work
+from sts.vtc import KINDS
 
-assert same is LDS
-for policy in {sorted(POLICIES)}:
+for policy in POLICIES:
     lds = LDS(policy, rate=0.0 if policy == "none" else 0.5)
-    lds.check_layers(8)
-    lds.formula(8)
-    decide(lds, 8, 0.5, 0, 0)
-    expected_work(lds, 8, 0.5)
-for unit in {sorted(UNITS)}:
-    LDS("random_ltd", unit=unit)
-for depth in {sorted(DEPTHS)}:
-    LDS("sts", depth=depth)
-for schedule in {sorted(SCHEDULES)}:
-    LDS("sts", schedule=schedule), VTC(schedule=schedule)
-for kind in {sorted(KINDS)}:
+    lds.check_layers(8), lds.formula(8), decide(lds, 8, 0.5, 0, 0), expected_work(lds, 8, 0.5)
+for kind in KINDS:
     VTC(kind)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
+
+
+def test_settings_need_neither_torch_nor_pydantic():
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
+        check=True,
     )
-    assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@ layers that they call are counted from outside, and the loss is the one of a pla
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processors import tiny_processor
 from tiny import LAYERS
 from torch.nn import functional as F
-from trainers import VISUAL, tiny
+from trainers import USUAL, VISUAL, samples, tiny, trainer_of
 from transformers import Trainer, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
@@ -22,10 +23,6 @@ from sts import LDS, SparseCallback, sparsify, unsparsify
 from sts.scheme import SCHEME
 
 HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
-
-
-def samples(batch, times=4):
-    return [{name: value[i] for name, value in batch.items()} for i in (0, 1)] * times
 
 
 class Calls:
@@ -60,24 +57,15 @@ def in_a_loop(model, batch, steps=4, scheme=None):
     return losses
 
 
-def settings(kind, folder, **more):
-    usual = {
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "remove_unused_columns": False,
-        "bf16": False,
-        "gradient_checkpointing": False,
-    }
-    return kind(str(folder), **usual | more)
+LOOP = {  # as in_a_loop
+    "max_steps": 4,
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "save_strategy": "no",
+    "remove_unused_columns": False,
+}
 
 
 def losses_of(trainer):
@@ -85,11 +73,18 @@ def losses_of(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
+SFT = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+}
+
+
 def sft(model, batch, folder, callbacks=(), **more):
     """TRL's, which replaces the model's forward by one with a loss of its own."""
     return SFTTrainer(
         model,
-        settings(SFTConfig, folder, dataset_kwargs={"skip_prepare_dataset": True}, **more),
+        SFTConfig(str(folder), **USUAL | LOOP | SFT | more),
         data_collator=default_data_collator,
         train_dataset=Dataset.from_list(
             [{k: v.tolist() for k, v in sample.items()} for sample in samples(batch)]
@@ -210,14 +205,7 @@ def test_liger(first, monkeypatch):
 # ---- a Trainer -----------------------------------------------------------------------------------
 
 
-def plain(model, batch, folder, callbacks=(), **more):
-    return Trainer(
-        model,
-        settings(TrainingArguments, folder, **more),
-        default_data_collator,
-        train_dataset=samples(batch),
-        callbacks=list(callbacks),
-    )
+plain = partial(trainer_of, **LOOP)
 
 
 def test_a_trainer_has_the_losses_of_a_loop(tmp_path):
@@ -263,10 +251,9 @@ def test_model_init_makes_the_model_that_is_sparse(tmp_path):
         made[-1].calls = Calls(made[-1])
         return made[-1]
 
-    arguments = settings(TrainingArguments, tmp_path)
     trainer = Trainer(
         None,
-        arguments,
+        TrainingArguments(str(tmp_path), **USUAL | LOOP),
         default_data_collator,
         train_dataset=samples(batch),
         model_init=init,

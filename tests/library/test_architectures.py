@@ -191,20 +191,20 @@ def test_class_attention_scores_follow_the_tokens_of_tiles():
     model, batch = case.build(), case.batch([["big", 5, 6, 7]])
     entry = architecture_of(model)
     tiles = torch.arange(5 * 16, dtype=torch.float64).view(5, 16)
-    found = entry.token_scores(model, batch, tiles)
-    assert len(found) == case.tokens("big")
-    assert found[:16].tolist() == list(range(16))
+    result = entry.token_scores(model, batch, tiles)
+    assert len(result) == case.tokens("big")
+    assert result[:16].tolist() == list(range(16))
     # the whole of 8 x 8 patches lies in 2 x 2 tiles; the picture is 24 x 32, so 6 rows remain
     whole = tiles[1:].view(2, 2, 4, 4).permute(0, 2, 1, 3).reshape(8, 8)[1:7]
-    rows = found[16:].view(6, 9)
+    rows = result[16:].view(6, 9)
     assert torch.equal(rows[:, :8], whole)
 
     case = CASES["internvl"]
     model = case.build()
     places = torch.arange(64, dtype=torch.float64).view(1, 64)
-    found = architecture_of(model).token_scores(model, {}, places)
+    result = architecture_of(model).token_scores(model, {}, places)
     expected = F.avg_pool2d(places.view(1, 1, 8, 8), 2).flatten()
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llava_next", "mistral3"])
@@ -264,7 +264,7 @@ class Watch:
     def rows(self) -> list[list[int]]:
         """Which rows each layer saw, found again by what they held where text is (between layers
         Qwen3-VL adds features where images are)."""
-        state, found = list(self.start), []
+        state, result = list(self.start), []
         for index in range(LAYERS):
             seen, _, after = self.calls[index]
             mine = []
@@ -277,12 +277,12 @@ class Watch:
                 mine.append(row)
             for row, vectors in zip(mine, after, strict=True):
                 state[row] = vectors
-            found.append(mine)
-        return found
+            result.append(mine)
+        return result
 
     def tokens(self) -> list[list[list[int]]]:
         """Which tokens of each row each layer saw, found again by their values."""
-        state, found = self.start.clone(), []
+        state, result = self.start.clone(), []
         for index in range(LAYERS):
             seen, _, after = self.calls[index]
             mine = [
@@ -293,8 +293,8 @@ class Watch:
             ]
             for row, places in enumerate(mine):
                 state[row, places] = after[row]
-            found.append(mine)
-        return found
+            result.append(mine)
+        return result
 
 
 @EVERY
@@ -318,7 +318,7 @@ def test_each_sample_goes_through_its_own_layers_alone(name, implementation, dra
     watch, (_, dense) = Watch(model, batch), backward(model, batch)
     scheme = sparsify(model, lds=LDS("layerdrop", rate=0.5, unit="samples", draw=draw), seed=4)
     scheme.begin_step(0)
-    found, seen = backward(model, batch), watch.rows()
+    result, seen = backward(model, batch), watch.rows()
     assert len(set(map(tuple, seen))) > 2 and all(len(rows) for rows in seen)
     if draw == "fixed_count":
         assert [len(rows) for rows in seen] == [2] * LAYERS
@@ -327,8 +327,8 @@ def test_each_sample_goes_through_its_own_layers_alone(name, implementation, dra
     off = [[i for i in range(LAYERS) if row not in seen[i]] for row in range(4)]
     expected = by_hand(model, case, rows, batch, off=off)
     model.train()
-    assert found[1].keys() == dense.keys()  # every layer is trained
-    assert_same(found, expected)
+    assert result[1].keys() == dense.keys()  # every layer is trained
+    assert_same(result, expected)
     for checkpointing in CHECKPOINTING:
         model.activation_checkpointing_enable(checkpointing)
         scheme.begin_step(0)
@@ -378,8 +378,8 @@ def test_dropbp_changes_no_output_and_cuts_attention_and_mlp_apart(name):
     scheme, ways = sparsify(model, lds=LDS("dropbp", rate=0.4), seed=1), set()
     for step in (0, 1, 2):
         scheme.begin_step(step)
-        found = backward(model, batch)
-        torch.testing.assert_close(found[0], plain, **CLOSE)
+        result = backward(model, batch)
+        torch.testing.assert_close(result[0], plain, **CLOSE)
         constant = []
         for index in range(LAYERS):
             off = scheme.decision.of(index)
@@ -392,7 +392,7 @@ def test_dropbp_changes_no_output_and_cuts_attention_and_mlp_apart(name):
                     assert all(p.grad is None for p in cut.parameters())
         with detached(constant):
             expected = backward(reference, batch)
-        assert_same(found, expected)
+        assert_same(result, expected)
     assert {frozenset({"attention_backward"}), frozenset({"mlp_backward"}), frozenset()} <= ways
     assert scheme.decision.off
     for checkpointing in CHECKPOINTING:

@@ -63,16 +63,16 @@ def test_a_part_of_a_layer_is_that_part_or_refused(name, unit):
         return
     scheme = sparsify(model, lds=lds, seed=4)
     scheme.begin_step(0)
-    found, work = backward(model, batch), scheme.metrics()["work"]
+    result, work = backward(model, batch), scheme.metrics()["work"]
     share = {"samples": "rows", "tokens": "tokens"}[unit]
-    assert torch.isfinite(found[0]) and all(share in of_layer for of_layer in work)
+    assert torch.isfinite(result[0]) and all(share in of_layer for of_layer in work)
     if unit == "tokens":
         return
     decisions = map(scheme.skipper.decision_of, range(LAYERS))  # as drawn in this micro-batch
     kept = [kept_rows(3, decision).tolist() for decision in decisions]
     off = [[layer for layer in range(LAYERS) if row not in kept[layer]] for row in range(3)]
     model.eval()
-    assert_same(found, by_hand(model, case, ROWS, batch, off=off))
+    assert_same(result, by_hand(model, case, ROWS, batch, off=off))
 
 
 @FOR_LDS

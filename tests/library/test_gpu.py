@@ -42,8 +42,8 @@ def test_a_sparse_step_is_that_of_the_cpu(name, kind, unit):
         scheme.begin_step(3)
         loss, gradients = backward(model, on_gpu(batch))
         assert scheme.metrics() == counted
-    found = loss.cpu(), {name: gradient.cpu() for name, gradient in gradients.items()}
-    assert_same(found, expected)
+    result = loss.cpu(), {name: gradient.cpu() for name, gradient in gradients.items()}
+    assert_same(result, expected)
 
 
 def wide_llava():

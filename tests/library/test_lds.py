@@ -86,9 +86,9 @@ def test_schedules_go_one_way_and_stay_within_0_and_1(schedule, t, later):
 def test_a_dense_tail_is_exactly_the_last_steps(schedule, total, data):
     dense = 1 if data is None else data.draw(st.integers(0, total))
     for step in range(total):
-        found = strength(step / total, schedule, dense / total)
+        result = strength(step / total, schedule, dense / total)
         without = strength(step / total, schedule)
-        assert found == (0 if step >= total - dense else without)
+        assert result == (0 if step >= total - dense else without)
 
 
 def test_vtc_keeps_less_the_stronger_the_schedule():
@@ -124,12 +124,12 @@ def depth_by_hand(depth, layers, lds, measured):
     if depth == "exponential":
         return [2 ** (n / (layers - 1)) - 1 for n in range(layers)]
     assert depth == "block_influence"
-    found = []
+    result = []
     for mine in measured:
         places = [i + 1 for i, x in enumerate(sorted(measured, reverse=True)) if x == mine]
         rank = sum(places) / len(places)
-        found.append(lds.explore + (1 - lds.explore) * 2 * rank / (layers + 1))
-    return found
+        result.append(lds.explore + (1 - lds.explore) * 2 * rank / (layers + 1))
+    return result
 
 
 def weights(depth, layers, measured=None, **more):
@@ -139,8 +139,8 @@ def weights(depth, layers, measured=None, **more):
 
 def test_slope_is_the_papers_depth_based_adjustment():
     expected = [0.5, 9 / 14, 11 / 14, 13 / 14, 15 / 14, 17 / 14, 19 / 14, 1.5]
-    found = weights("slope", 8, epsilon=0.5)
-    assert found == pytest.approx(expected) and sum(found) / 8 == pytest.approx(1)
+    result = weights("slope", 8, epsilon=0.5)
+    assert result == pytest.approx(expected) and sum(result) / 8 == pytest.approx(1)
     assert weights("slope", 3, epsilon=1) == [0, 1, 2]
     assert weights("slope", 3, epsilon=-0.5) == [1.5, 1, 0.5]
     assert weights("slope", 5) == [1] * 5
@@ -167,8 +167,8 @@ def test_block_influence_skips_least_influence_most_and_explores():
 
 
 def test_block_influence_gives_ties_their_mean_rank():
-    found = weights("block_influence", 3, [0.1, 0.1, 0.5], explore=0)
-    assert found == pytest.approx([2 * rank / 4 for rank in (2.5, 2.5, 1)])
+    result = weights("block_influence", 3, [0.1, 0.1, 0.5], explore=0)
+    assert result == pytest.approx([2 * rank / 4 for rank in (2.5, 2.5, 1)])
     assert weights("block_influence", 4, [0.2] * 4, explore=0) == pytest.approx([1] * 4)
 
 
@@ -180,8 +180,8 @@ def test_block_influence_is_uniform_before_any_measurement():
 
 
 def test_block_influence_runs_what_was_never_measured():
-    found = weights("block_influence", 4, [0.1, math.inf, 0.2, 0.3], explore=0)
-    assert found[1] == min(found) < min(found[0], *found[2:])
+    result = weights("block_influence", 4, [0.1, math.inf, 0.2, 0.3], explore=0)
+    assert result[1] == min(result) < min(result[0], *result[2:])
 
 
 def test_a_depth_that_nothing_measures_ignores_what_was_measured():
@@ -214,8 +214,8 @@ def test_pld_is_progressive_layer_dropping():
     theta, gamma = 0.5, 0.001
     for step in (0, 100, 1000, 4999):  # of 5,000
         expected = [n / 6 * (1 - theta) * (1 - math.exp(-gamma * step)) for n in range(1, 7)]
-        found = chances(LDS("pld", rate=1 - theta), 6, step / 5000)
-        assert found == pytest.approx(expected, abs=1e-12)
+        result = chances(LDS("pld", rate=1 - theta), 6, step / 5000)
+        assert result == pytest.approx(expected, abs=1e-12)
     assert chances(LDS("pld", rate=0.5), 2, 0.2) == pytest.approx([0.158030139707, 0.316060279414])
 
 
@@ -229,8 +229,8 @@ def test_layerskip_rises_exponentially_with_depth_and_leaves_out_samples():
 
 @pytest.mark.parametrize("policy", ["random_ltd", "block_influence"])
 def test_these_protect_the_first_and_the_last_layer(policy):
-    found = chances(LDS(policy, rate=0.4), 5, 0.5)
-    assert found == pytest.approx([0, 0.4, 0.4, 0.4, 0])
+    result = chances(LDS(policy, rate=0.4), 5, 0.5)
+    assert result == pytest.approx([0, 0.4, 0.4, 0.4, 0])
 
 
 def test_over_the_layers_after_a_protected_one_the_first_of_them_is_layer_0():
@@ -255,8 +255,8 @@ def test_the_formula_in_words_is_what_is_computed(schedule, depth):
     text = re.fullmatch(r"p_l\(t\) = (.*), l = 0 \.\. 5 for layers 1 \.\. 6 .*", lds.formula(9))
     for t in (0, 0.3, 0.8):
         expected = [computed(text[1], t=t, l=layer) for layer in range(6)]
-        found = chances(lds, 9, t)
-        assert found == pytest.approx([0, *expected, 0, 0], abs=1e-12)
+        result = chances(lds, 9, t)
+        assert result == pytest.approx([0, *expected, 0, 0], abs=1e-12)
 
 
 # ---- decisions ---------------------------------------------------------------------------------
@@ -287,15 +287,15 @@ def test_every_layer_is_off_as_often_as_the_formula_says(depth, draw, unit):
     )
     free = 8 - first - last
     inner = depth_by_hand(depth, free, lds, MEASURED[first : 8 - last])
-    asked = [0.0] * first + [0.5 * 0.75 * weight for weight in inner] + [0.0] * last
+    by_formula = [0.0] * first + [0.5 * 0.75 * weight for weight in inner] + [0.0] * last
     decisions = drawn(lds, t=0.25, measured=MEASURED)
-    for layer, chance in enumerate(asked):
+    for layer, chance in enumerate(by_formula):
         assert all(d.chances[layer] == pytest.approx(chance) for d in decisions[:3])
         for share in UNITS[unit].shares:
             frequency = sum((layer, share) in d.off for d in decisions) / STEPS
             assert frequency == pytest.approx(chance, abs=sigmas(chance, STEPS))
     counts = [len(d.off) for d in decisions]
-    pieces = [chance for chance in asked for _ in UNITS[unit].shares]
+    pieces = [chance for chance in by_formula for _ in UNITS[unit].shares]
     mean, variance = sum(pieces), sum(p * (1 - p) for p in pieces)
     assert sum(counts) / STEPS == pytest.approx(mean, abs=5 * math.sqrt(variance / STEPS))
     if draw == "fixed_count":
@@ -306,10 +306,10 @@ def test_every_layer_is_off_as_often_as_the_formula_says(depth, draw, unit):
 
 def test_switches_of_an_independent_draw_know_nothing_of_each_other():
     decisions = drawn(LDS("sts", rate=0.5, epsilon=0.5), layers=6)
-    asked = [0.25 + 0.1 * layer for layer in range(6)]  # 0.5 (1 + 0.5 (2 l - 5) / 5)
+    by_formula = [0.25 + 0.1 * layer for layer in range(6)]  # 0.5 (1 + 0.5 (2 l - 5) / 5)
     for one in range(6):
         for other in range(one):
-            both = asked[one] * asked[other]
+            both = by_formula[one] * by_formula[other]
             frequency = sum({one, other} <= {i for i, _ in d.off} for d in decisions) / STEPS
             assert frequency == pytest.approx(both, abs=sigmas(both, STEPS))
 
@@ -323,11 +323,11 @@ def test_all_sets_of_a_size_are_possible(policy, sets):
 def test_where_all_layers_would_be_off_the_one_with_the_smallest_chance_runs():
     """The paper's setting on a small decoder: that costs the first layer some of its chance."""
     lds = LDS("sts", rate=0.85, epsilon=0.1)
-    asked = [0.85 * (0.9 + 0.2 * n / 7) for n in range(8)]
+    by_formula = [0.85 * (0.9 + 0.2 * n / 7) for n in range(8)]
     decisions = drawn(lds)
     assert max(len(d.off) for d in decisions) == 7
-    for layer, chance in enumerate(asked):
-        chance -= math.prod(asked) if layer == 0 else 0
+    for layer, chance in enumerate(by_formula):
+        chance -= math.prod(by_formula) if layer == 0 else 0
         frequency = sum((layer, "rows") in d.off for d in decisions) / STEPS
         assert frequency == pytest.approx(chance, abs=sigmas(chance, STEPS))
 
@@ -385,8 +385,8 @@ def test_protected_layers_run_and_one_layer_always_runs(
 @pytest.mark.parametrize("draw", DRAWS)
 def test_draws_obey_certain_chances(draw):
     for seed in range(200):
-        found = DRAWS[draw]([0.0, 1.0, 0.5, 1.0, 0.0], keyed_generator(seed))
-        assert {1, 3} <= found <= {1, 2, 3}
+        result = DRAWS[draw]([0.0, 1.0, 0.5, 1.0, 0.0], keyed_generator(seed))
+        assert {1, 3} <= result <= {1, 2, 3}
         assert DRAWS[draw]([0.0] * 5, keyed_generator(seed)) == set()
         assert DRAWS[draw]([1.0] * 5, keyed_generator(seed)) == set(range(5))
 
@@ -507,9 +507,9 @@ def test_at_least_one_row_is_kept_and_rows_ascend(rows, chance, draw, seed):
     kept = kept_rows(rows, part_of(chance, draw, seed)).tolist()
     assert kept == sorted(set(kept)) and set(kept) <= set(range(rows)) and kept
     if draw == "fixed_count":
-        asked = chance * rows
-        assert max(1, rows - math.ceil(asked + 1e-6)) <= len(kept)
-        assert len(kept) <= max(1, rows - math.floor(asked - 1e-6))
+        by_formula = chance * rows
+        assert max(1, rows - math.ceil(by_formula + 1e-6)) <= len(kept)
+        assert len(kept) <= max(1, rows - math.floor(by_formula - 1e-6))
 
 
 @pytest.mark.parametrize("draw", DRAWS)
@@ -635,9 +635,9 @@ def test_block_influence_is_measured_as_defined(length, masked):
     mask[1, : length // 2] = False
     mask = mask if masked else None
     expected, count = influence(before, after, mask)
-    found = block_influence(before.requires_grad_(), after, mask)
-    assert found.tolist() == pytest.approx([expected, count], rel=1e-5)
-    assert not found.requires_grad
+    result = block_influence(before.requires_grad_(), after, mask)
+    assert result.tolist() == pytest.approx([expected, count], rel=1e-5)
+    assert not result.requires_grad
 
 
 def test_a_measured_depth_is_a_moving_average_of_each_steps_mean():

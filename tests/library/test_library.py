@@ -104,30 +104,30 @@ class Steps(TrainerCallback):
     """What the scheme says at the end of each optimizer step."""
 
     def __init__(self, scheme: Scheme) -> None:
-        self.scheme, self.found = scheme, []
+        self.scheme, self.result = scheme, []
 
     def on_step_end(self, *args, **kwargs) -> None:
-        self.found.append(self.scheme.metrics() | {"off": self.scheme.skipped})
+        self.result.append(self.scheme.metrics() | {"off": self.scheme.skipped})
 
 
 def steps_of(trainer: Trainer) -> list[dict]:
     steps = Steps(scheme_of(trainer))
     trainer.add_callback(steps)
     trainer.train()
-    return steps.found
+    return steps.result
 
 
 def resumed_like_the_whole(folder: Path, lds: LDS, vtc: VTC = VISUAL) -> Trainer:
-    whole = trainer_for(folder / "whole", lds, vtc)
-    whole.train()
+    uninterrupted = trainer_for(folder / "whole", lds, vtc)
+    uninterrupted.train()
     again = trainer_for(folder / "again", lds, vtc)
     again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-3"))
-    for (name, expected), found in zip(
-        whole.model.state_dict().items(), again.model.state_dict().values(), strict=True
+    for (name, expected), result in zip(
+        uninterrupted.model.state_dict().items(), again.model.state_dict().values(), strict=True
     ):
-        assert torch.equal(found, expected), name
-    assert SCHEME not in vars(whole.model)  # given back at the end
-    return whole
+        assert torch.equal(result, expected), name
+    assert SCHEME not in vars(uninterrupted.model)  # given back at the end
+    return uninterrupted
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def resumed_like_the_whole(folder: Path, lds: LDS, vtc: VTC = VISUAL) -> Trainer
     ids=lambda lds: lds.policy,
 )
 def test_a_resumed_trainer_goes_on_as_if_it_had_not_stopped(lds, tmp_path):
-    whole = resumed_like_the_whole(tmp_path, lds)
-    logged = [row for row in whole.state.log_history if "sts_keep_ratio" in row]
+    uninterrupted = resumed_like_the_whole(tmp_path, lds)
+    logged = [row for row in uninterrupted.state.log_history if "sts_keep_ratio" in row]
     assert len(logged) == 6 and {row["sts_keep_ratio"] for row in logged} == {0.25}
 
 
@@ -169,26 +169,26 @@ def test_in_a_trainer_the_stage_is_as_long_as_its_training(tmp_path):
     ran = [0] * 4
     for index, layer in enumerate(trainer.model.model.text_model.layers):
         layer.register_forward_pre_hook(lambda *_, i=index: ran.__setitem__(i, ran[i] + 1))
-    found = steps_of(trainer)
-    assert len(found) == 8
-    for step, metrics in enumerate(found):
+    result = steps_of(trainer)
+    assert len(result) == 8
+    for step, metrics in enumerate(result):
         t = step / 8
         expected = [0.6 * (1 - t) ** 2 * (1 + 0.5 * (2 * i - 3) / 3) for i in range(4)]
         assert metrics["asked"] == pytest.approx(expected)
         assert metrics["layers_run"] == 4 - len(metrics["off"])
         assert metrics["skipped"] == [float(i in metrics["off"]) for i in range(4)]
-    assert [8 - n for n in ran] == [sum(i in one["off"] for one in found) for i in range(4)]
+    assert [8 - n for n in ran] == [sum(i in one["off"] for one in result) for i in range(4)]
     assert sum(ran) < 8 * 4
     logged = [row["sts_layers_run"] for row in trainer.state.log_history if "loss" in row]
-    assert logged == [one["layers_run"] for one in found]
+    assert logged == [one["layers_run"] for one in result]
 
 
 def test_in_a_trainer_the_clock_may_go_by_epochs(tmp_path):
     lds = LDS("sts", rate=0.6, clock="epochs")  # 9 batches an epoch are 5 steps, the last a half
     settings = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
-    found = steps_of(trainer_for(tmp_path, lds, save_strategy="no", **settings))
-    asked = [one["asked"][0] for one in found]
-    assert asked == pytest.approx([0.6 * (1 - step // 5 / 3) ** 2 for step in range(15)])
+    result = steps_of(trainer_for(tmp_path, lds, save_strategy="no", **settings))
+    by_formula = [one["asked"][0] for one in result]
+    assert by_formula == pytest.approx([0.6 * (1 - step // 5 / 3) ** 2 for step in range(15)])
 
 
 def test_a_trainer_accumulates_under_one_decision(tmp_path):
@@ -267,7 +267,7 @@ def test_compiled_models_train_alike(compiled, vtc, lds):
     def gradients(compiled: str | None) -> list[list[float]]:
         torch.compiler.reset()
         model, batch = tiny()
-        scheme, found = sparsify(model, vtc, lds, seed=2), []
+        scheme, result = sparsify(model, vtc, lds, seed=2), []
         runner = torch.compile(model, backend="aot_eager") if compiled == "whole" else model
         layers = model.model.language_model.layers
         if compiled == "layers":
@@ -276,14 +276,14 @@ def test_compiled_models_train_alike(compiled, vtc, lds):
         for step in range(3):
             scheme.begin_step(step)
             runner(**batch).loss.backward()
-            found.append([p.grad is None or p.grad.norm().item() for p in layers.parameters()])
+            result.append([p.grad is None or p.grad.norm().item() for p in layers.parameters()])
             model.zero_grad()
-        return found
+        return result
 
-    for step, (found, expected) in enumerate(
+    for step, (result, expected) in enumerate(
         zip(gradients(compiled), gradients(None), strict=True)
     ):
-        assert found == pytest.approx(expected, rel=1e-4), step
+        assert result == pytest.approx(expected, rel=1e-4), step
 
 
 def test_a_pickled_model_keeps_its_scheme():

@@ -75,14 +75,14 @@ def test_no_setting_holds_more_than_the_plain_model(dtype, frozen, checkpointing
         model.lm_head.requires_grad_(False)
     if checkpointing:
         model.activation_checkpointing_enable(checkpointing)
-    plain, found = held(model, batch), {}
+    plain, result = held(model, batch), {}
     with sparsify(model) as scheme:  # the probe of the forward comes once
         scheme.begin_step(0)
         held(model, batch)
     for name, setting in SETTINGS.items():
         scheme = sparsify(model, *setting, seed=1)
         scheme.begin_step(1)
-        found[name] = held(model, batch) / plain
+        result[name] = held(model, batch) / plain
         unsparsify(model)
-    assert {name: share for name, share in found.items() if share > 1} == {}
-    assert found["uniform 0.5"] < 0.75 and found["layer"] < 0.9
+    assert {name: share for name, share in result.items() if share > 1} == {}
+    assert result["uniform 0.5"] < 0.75 and result["layer"] < 0.9

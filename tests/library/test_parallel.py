@@ -38,32 +38,32 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_does(mode, alone, tmp_path):
-    found = train(mode, 2, tmp_path)
-    assert len({tuple(step) for step in found["skips"]}) == 4  # all sets of the middle two layers
-    assert found["skips"] == alone["skips"] and found["same_on_all"]
-    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-    assert found["grad_where_not_skipped_alone"] and found["ran_only_what_was_not_skipped"]
+    result = train(mode, 2, tmp_path)
+    assert len({tuple(step) for step in result["skips"]}) == 4  # all sets of the middle two layers
+    assert result["skips"] == alone["skips"] and result["same_on_all"]
+    assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert result["grad_where_not_skipped_alone"] and result["ran_only_what_was_not_skipped"]
     if mode == "ddp":
-        assert "skipped layers are not computed, but" in found["stderr"]
+        assert "skipped layers are not computed, but" in result["stderr"]
     else:  # a skipped layer's weights are neither gathered nor its gradients scattered
-        (fewer, skipped), (dense, none) = found["gathers"]["skipping"], found["gathers"]["dense"]
+        (fewer, skipped), (dense, none) = result["gathers"]["skipping"], result["gathers"]["dense"]
         assert none == 0 and fewer == dense - 3 * skipped
-        assert "skipped layers are not computed, but" not in found["stderr"]
+        assert "skipped layers are not computed, but" not in result["stderr"]
 
 
 def test_with_samples_every_layer_is_trained_in_every_step_and_ddp_need_not_look(tmp_path):
-    alone, found = train("alone_samples", 1, tmp_path), train("ddp_samples", 2, tmp_path)
-    assert found["skips"] == alone["skips"] and found["same_on_all"]
-    assert {share for step in found["skips"] for share in step} == {0.0, 0.5}
-    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-    assert found["grad_where_not_skipped_alone"] and found["ran_only_what_was_not_skipped"]
-    assert "skipped layers are not computed, but" not in found["stderr"]
+    alone, result = train("alone_samples", 1, tmp_path), train("ddp_samples", 2, tmp_path)
+    assert result["skips"] == alone["skips"] and result["same_on_all"]
+    assert {share for step in result["skips"] for share in step} == {0.0, 0.5}
+    assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert result["grad_where_not_skipped_alone"] and result["ran_only_what_was_not_skipped"]
+    assert "skipped layers are not computed, but" not in result["stderr"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_as_one_process_does(stage, alone, tmp_path):
     pytest.importorskip("deepspeed", reason="not in the lock; see docs/library.md")
-    found = train(f"zero{stage}", 2, tmp_path)
-    assert found["skips"] == alone["skips"] and found["same_on_all"]
-    assert found["losses"] == pytest.approx(alone["losses"], rel=1e-2)
-    assert found["ran_only_what_was_not_skipped"]
+    result = train(f"zero{stage}", 2, tmp_path)
+    assert result["skips"] == alone["skips"] and result["same_on_all"]
+    assert result["losses"] == pytest.approx(alone["losses"], rel=1e-2)
+    assert result["ran_only_what_was_not_skipped"]

@@ -76,7 +76,7 @@ def test_careless_labels_keep_their_scale(num_items):
     batch["labels"] = batch["input_ids"].clone()
     extra = {} if num_items is None else {"num_items_in_batch": num_items}
     scheme = begun(model, VTC("uniform", keep=0.25))
-    found = backward(model, batch, **extra)
+    result = backward(model, batch, **extra)
     assert scheme.metrics()["answer_tokens"] == 19
     unsparsify(model)
 
@@ -103,7 +103,7 @@ def test_careless_labels_keep_their_scale(num_items):
             losses.append(-scores[batch["labels"][row, target]])
     loss = torch.stack(losses).sum() / (num_items or len(losses))
     loss.backward()
-    assert_same(found, (loss.detach(), gradients(model)))
+    assert_same(result, (loss.detach(), gradients(model)))
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_random_tokens_differ_by_step_and_micro_batch_and_repeat(vtc, lds):
     def losses(seed):
         model = build()
         scheme = sparsify(model, vtc, lds, seed=seed)
-        found = []
+        result = []
         for step in (0, 1):
             scheme.begin_step(step)
-            torch.manual_seed(len(found))  # the global stream plays no part
-            found += [model(**CASE.batch(ONE_IMAGE)).loss.item() for _ in range(2)]
-        return found
+            torch.manual_seed(len(result))  # the global stream plays no part
+            result += [model(**CASE.batch(ONE_IMAGE)).loss.item() for _ in range(2)]
+        return result
 
     assert losses(0) == losses(0) != losses(1)
     assert len(set(losses(0))) == 4
@@ -200,10 +200,10 @@ def test_the_loss_is_the_sum_over_num_items_as_in_the_plain_model(num_items):
 
 def test_mean_loss_over_accumulated_micro_batches_with_num_items():
     model = build()
-    whole = CASE.batch(MIXED)
+    full = CASE.batch(MIXED)
     begun(model, POOLED)
-    expected = backward(model, whole, num_items_in_batch=6)
-    parts, images = [CASE.batch([row]) for row in MIXED], iter(whole["pixel_values"])
+    expected = backward(model, full, num_items_in_batch=6)
+    parts, images = [CASE.batch([row]) for row in MIXED], iter(full["pixel_values"])
     for row, part in zip(MIXED, parts, strict=True):
         if row.count("big"):
             part["pixel_values"] = torch.stack([next(images) for _ in range(row.count("big"))])
@@ -273,7 +273,7 @@ def test_rescaling_divides_what_a_layer_adds_by_its_chance_to_run():
     chances = [0.5 * (1 + 0.5 * (2 * i - 3) / 3) for i in range(LAYERS)]
     assert list(scheme.decision.chances) == pytest.approx(chances)
     assert 0 < len(scheme.skipped) < LAYERS
-    found = backward(model, row)
+    result = backward(model, row)
     unsparsify(model)
 
     def rescaled(real, chance, hidden, *args, **kwargs):
@@ -284,7 +284,7 @@ def test_rescaling_divides_what_a_layer_adds_by_its_chance_to_run():
         if index in scheme.skipped:
             layer.forward = lambda hidden, *args, **kwargs: hidden
     begun(model)
-    assert_same(found, backward(model, row))
+    assert_same(result, backward(model, row))
 
 
 @EVERY_UNIT
@@ -361,11 +361,11 @@ def test_the_papers_scheme_follows_its_formula_over_the_stage():
 def test_with_the_clock_in_epochs_chances_move_once_an_epoch():
     lds = LDS("sts", rate=0.6, clock="epochs")
     scheme = sparsify(build(), lds=lds, total_steps=12, steps_per_epoch=4)
-    asked = []
+    by_formula = []
     for step in range(12):
         scheme.decide(step)
-        asked.append(scheme.metrics()["asked"][0])
-    assert asked == pytest.approx([0.6 * (1 - step // 4 / 3) ** 2 for step in range(12)])
+        by_formula.append(scheme.metrics()["asked"][0])
+    assert by_formula == pytest.approx([0.6 * (1 - step // 4 / 3) ** 2 for step in range(12)])
 
 
 # --- what is counted -------------------------------------------------------------------------
@@ -423,8 +423,8 @@ def train_rank(rank, store, results):
         skipped.append(scheme.skipped)
         loss, grads = backward(parallel, CASE.batch([ONE_IMAGE[rank]]))
     average = scheme.skipper.measured.average
-    found = {"skipped": skipped, "average": average, "grads": grads, "loss": loss}
-    torch.save(found, f"{results}/{rank}.pt")
+    result = {"skipped": skipped, "average": average, "grads": grads, "loss": loss}
+    torch.save(result, f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -445,8 +445,8 @@ def test_two_processes_measure_and_decide_alike_and_train_as_one(tmp_path):
             (model(**batch).loss / 2).backward()
     assert scheme.skipper.measured.average == pytest.approx(first["average"], rel=1e-5)
     expected = {f"module.{name}": grad for name, grad in gradients(model).items()}
-    for found in (first, second):
-        assert_same((found["loss"], found["grads"]), (found["loss"], expected))
+    for result in (first, second):
+        assert_same((result["loss"], result["grads"]), (result["loss"], expected))
 
 
 # --- off means off ---------------------------------------------------------------------------
@@ -473,8 +473,8 @@ def test_eval_and_training_afterwards_are_bit_identical(lds):
     model.train(), plain.train()
     unsparsify(model)
     assert hook_count(model) == hooks and set(vars(model)) == attributes
-    found, expected = backward(model, batch), backward(plain, batch)
-    assert_same(found, expected, rtol=0, atol=0)
+    result, expected = backward(model, batch), backward(plain, batch)
+    assert_same(result, expected, rtol=0, atol=0)
     assert not scheme.attached
 
 

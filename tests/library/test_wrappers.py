@@ -223,7 +223,7 @@ def test_label_smoothing(tmp_path):
     calls, reference = Calls(model), copy.deepcopy(model)
     smooth = {"label_smoothing_factor": 0.2, "max_steps": 1}
     trainer = plain(model, batch, tmp_path, [SparseCallback(model, VISUAL, HALF)], **smooth)
-    found = losses_of(trainer)
+    result = losses_of(trainer)
     assert calls.are_sparse(1)
     scheme = sparsify(reference, VISUAL, HALF, total_steps=1)
     scheme.begin_step(0)
@@ -231,7 +231,7 @@ def test_label_smoothing(tmp_path):
     scores = reference(**batch).logits.log_softmax(-1)
     where = labels != -100  # the Trainer of transformers 5.23 does not shift them for such a class
     picked = -scores[where].gather(1, labels[where][:, None]).mean()
-    assert found == pytest.approx([0.8 * picked.item() - 0.2 * scores[where].mean().item()])
+    assert result == pytest.approx([0.8 * picked.item() - 0.2 * scores[where].mean().item()])
 
 
 def test_a_second_train_is_sparse_too(tmp_path):
@@ -284,9 +284,9 @@ def test_a_trainer_that_restores_callbacks_goes_on_as_if_it_had_not_stopped(tmp_
         assert SCHEME not in vars(trainer.model)
         return trainer.model.state_dict()
 
-    whole = trained(tmp_path / "whole")
+    uninterrupted = trained(tmp_path / "whole")
     again = trained(tmp_path / "again", resume_from_checkpoint=tmp_path / "whole/checkpoint-2")
-    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert all(torch.equal(again[name], value) for name, value in uninterrupted.items())
 
 
 # ---- a step that is not sparse -------------------------------------------------------------------

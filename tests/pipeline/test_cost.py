@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from configs import RECIPE
@@ -144,12 +145,11 @@ def sparse(model, setting):
 
 CASES = [  # shape, trains, setting, attention, checkpointing
     *(("wide", trains, "dense", "sdpa", True) for trains in TRAINED),
-    *(("wide", trains, "dense", "eager", False) for trains in ("align", "all", "lora")),
-    *(("long", trains, "vtc and lds", "sdpa", True) for trains in TRAINED),
-    *(("deep", trains, setting, "sdpa", checkpointing) for trains in ("align", "instruct")
-      for setting, checkpointing in zip(SETTINGS, [False, True] * 4, strict=False)),
-    *(("siglip", trains, "vtc and lds", "sdpa", False) for trains in ("align", "all")),
-]  # fmt: skip
+    *(("long", trains, "vtc and lds", "sdpa", False) for trains in TRAINED),
+    *(("deep", "instruct", setting, "sdpa", i % 2 == 0) for i, setting in enumerate(SETTINGS)),
+    *(("wide", trains, "dense", "eager", False) for trains in ("all", "lora")),
+    ("siglip", "all", "vtc and lds", "sdpa", True),
+]
 
 
 @pytest.mark.parametrize(("name", "trains", "setting", "attention", "checkpointing"), CASES)
@@ -163,11 +163,9 @@ def test_flops_agree_with_torch(name, trains, setting, attention, checkpointing)
 MODULES = {"pictures": ("model.vision_tower", "model.multi_modal_projector"), "head": ("lm_head",)}
 
 
-@pytest.mark.parametrize("trains", ["align", "all", "lora and projector"])
-def test_every_part_has_its_own_flops(trains):
-    trained = tiny_llava("wide", trains)
-    scheme = sparse(trained.model, "dense")
-    counter, row = trained.step(scheme)
+def test_every_part_has_its_own_flops():
+    trained = tiny_llava("wide", "lora and projector")
+    counter, row = trained.step(sparse(trained.model, "dense"))
     by_module = counter.get_flop_counts()
     expected = {
         part: sum(
@@ -230,59 +228,40 @@ def test_vtc_and_lds_save_what_they_leave_out():
 # ---- by hand ------------------------------------------------------------------------------------
 
 
-def count_known(name, trains, text=50, answers=10):
-    """On `meta`."""
-    config, block = known(name), block_of(trains)
-    batch = made_up_batch(config, 1, text, answers)
-    return cost.count(config, batch, partial(train_parts, stage=block, seed=0))
-
-
 @pytest.fixture(scope="module")
 def llava_7b():
-    return {trains: count_known("llava-1.5-7b", trains) for trains in ("align", "instruct")}
+    """Counted on `meta`."""
+    config = known("llava-1.5-7b")
+    batch = made_up_batch(config, 1, text=50, answer=10)
+    return {
+        trains: cost.count(config, batch, partial(train_parts, stage=block_of(trains), seed=0))
+        for trains in ("align", "instruct")
+    }
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("trains", ["align", "instruct"])
-def test_llava_7b_by_hand(llava_7b, trains):
+def test_llava_7b_by_hand(llava_7b, trains, checkpointing):
     """Every product of CLIP-L, the projector and Vicuna-7B, written out."""
     wide, tokens, answers, patches = 4096, 626, 10, 577
-    weights = 4 * wide**2 + 3 * wide * 11008
+    down = wide * 11008  # the last product of a layer, before which checkpointing stops
+    weights = 4 * wide**2 + 3 * down
     scores = 4 * tokens**2 * wide
     tower = 24 * (2 * patches * 12 * 1024**2 + 4 * patches**2 * 1024)
     tower += 2 * 576 * 3 * 14**2 * 1024  # patch embedding
     first, second = 2 * 576 * 1024 * wide, 2 * 576 * wide**2
     products = 3 if trains == "instruct" else 2  # forward, gradient of inputs and of weights
-    found = llava_7b[trains].step(
-        samples=1, tokens=tokens, answer_tokens=answers, patches=patches, pairs=patches**2
-    )
-    assert found == {
+    layer = products * 2 * tokens * weights + 3.5 * scores
+    layer += checkpointing * (2 * tokens * (weights - down) + scores)
+    flops = llava_7b[trains].step(
+        samples=1, tokens=tokens, answer_tokens=answers, patches=patches, pairs=patches**2,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+    assert flops == {
         "pictures": pytest.approx(tower + 2 * first + 3 * second),
-        "decoder": pytest.approx(32 * (products * 2 * tokens * weights + 3.5 * scores)),
+        "decoder": pytest.approx(32 * layer),
         "head": pytest.approx(products * 2 * answers * wide * 32064),
     }
-
-
-# pictures, decoder, head, by formulas of LLaVA alone that earlier results were made with
-RECORDED = [
-    ("align", False, True, [11075628269568 + 1961726312448, 41996314321920, 130283470848]),
-    ("instruct", True, True, [11075628269568 + 1961726312448, 76825213516800, 195425206272]),
-]
-SHARES = [
-    {"rows": 0.5},
-    {"tokens": 0.25},
-    {"attention_backward": 0.0},
-    {"mlp_backward": 0.5, "attention_backward": 0.25},
-    {},
-]
-
-
-@pytest.mark.parametrize(("trains", "checkpointing", "lean", "flops"), RECORDED)
-def test_flops_of_llava_are_what_they_always_were(llava_7b, trains, checkpointing, lean, flops):
-    found = llava_7b[trains].step(
-        samples=32, tokens=17.25 + 61.5, answer_tokens=7.75, patches=29 * 577, pairs=29 * 577**2,
-        checkpointing=checkpointing, work=[SHARES[layer % 5] for layer in range(32)],
-    )  # fmt: skip
-    assert list(found.values()) == pytest.approx(flops, rel=1e-3)
 
 
 def test_parameters_are_those_of_the_model(llava_7b):
@@ -332,8 +311,7 @@ def member(name, trains, checkpointing=False, more=()):
 
 
 STEPS = [
-    ("all", "dense", True),
-    ("instruct", "vtc and lds", False),
+    ("all", "vtc and lds", True),
     ("lora and projector", "backward", True),
     ("align", "tokens", False),
 ]
@@ -342,7 +320,7 @@ STEPS = [
 @pytest.mark.parametrize(
     ("name", "case"),
     [
-        pytest.param(name, case, marks=() if name in EVERYDAY and case < 2 else pytest.mark.slow)
+        pytest.param(name, case, marks=() if name in EVERYDAY and case == 0 else pytest.mark.slow)
         for name in FAMILIES
         for case in range(len(STEPS))
     ],
@@ -364,12 +342,11 @@ def test_flops_of_a_type_called_rough_are_within_a_tenth(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [0, 1])
 @pytest.mark.parametrize("name", OTHERS)
-def test_flops_of_every_other_type_agree_with_torch(name, case):
-    trains, setting, checkpointing = STEPS[case]
-    trained = member(name, trains, checkpointing)
-    counter, row = trained.step(sparse(trained.model, "layer" if name in NO_VTC else setting))
+def test_flops_of_every_other_type_agree_with_torch(name):
+    trained = member(name, "all", checkpointing=True)
+    setting = "layer" if name in NO_VTC else "vtc and lds"
+    counter, row = trained.step(sparse(trained.model, setting))
     assert row["flops"] == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -387,7 +364,7 @@ def test_a_row_of_the_history_is_of_all_micro_batches(name):
 def test_weights_need_no_values(name, monkeypatch):
     real = member(name, "all").counts
     monkeypatch.setattr(cost, "SMALL", 0)
-    assert member(name, "all").counts == real
+    np.testing.assert_equal(vars(member(name, "all").counts), vars(real))
 
 
 def test_counting_disturbs_nothing():
@@ -431,31 +408,30 @@ def stored_by(model, batch):
     return sum(size for size, _ in stored.values())
 
 
-@pytest.mark.parametrize("trains", TRAINED)
-@pytest.mark.parametrize("name", ["long", "wide"])
-def test_activations_are_near_what_autograd_stores(name, trains):
-    trained = tiny_llava(name, trains)
+def stored_and_foreseen(trained):
+    """Bytes of activations by torch, and by step_memory."""
     scheme = sparse(trained.model, "dense")
     total = stored_by(trained.model, trained.batches[0])
     metrics = scheme.metrics()
+    block = trained.block.model_copy(update={"batch_size": len(trained.batches[0]["input_ids"])})
     memory = step_memory(
-        trained.counts, trained.block, metrics["tokens"], metrics["answer_tokens"], on_gpu=True
+        trained.counts, block, metrics["tokens"], metrics["answer_tokens"], on_gpu=True
     )
-    assert 0.7 < memory["activations"] / total < 1.3
+    return total, memory["activations"]
+
+
+@pytest.mark.parametrize("trains", TRAINED)
+@pytest.mark.parametrize("name", ["long", "wide"])
+def test_activations_are_near_what_autograd_stores(name, trains):
+    total, foreseen = stored_and_foreseen(tiny_llava(name, trains))
+    assert 0.7 < foreseen / total < 1.3
 
 
 @pytest.mark.parametrize("trains", ["instruct", "all"])
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_memory_of_a_family_is_within_half_and_twice(name, trains):
-    trained = member(name, trains)
-    scheme = sparse(trained.model, "dense")
-    total = stored_by(trained.model, trained.batches[0])
-    metrics = scheme.metrics()
-    block = trained.block.model_copy(update={"batch_size": len(ROWS)})
-    memory = step_memory(
-        trained.counts, block, metrics["tokens"], metrics["answer_tokens"], on_gpu=True
-    )
-    assert 0.5 < memory["activations"] / total < 2
+    total, foreseen = stored_and_foreseen(member(name, trains))
+    assert 0.5 < foreseen / total < 2
 
 
 def test_checkpointing_and_freezing_need_less_memory():

@@ -12,23 +12,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from sts.architectures import architecture_of, decoder_layers_of, head_of, part_finder
-from sts.pipeline.cost.counting import (
-    AROUND,
-    ATTENTION,
-    HEAD,
-    MLP,
-    PICTURES,
-    TOWER,
-    TowerWatch,
-    record,
-)
+from sts.pipeline.cost import counting
+from sts.pipeline.cost.counting import ATTENTION, FORWARD, MLP, RECOMPUTED, TowerWatch, record
 
 LONGER = 64  # tokens between the two lengths; a multiple of the chunks of linear attentions
 SMALL = 5_000_000  # weights below which real ones are faster than none
@@ -39,52 +33,9 @@ FUSED_BACKWARD = 1.25
 WEIGHTS_OF = {"vision_tower": "vision", "projector": "projector"}
 WEIGHTS = ("vision", "projector", "decoder", "head")
 
+Cost = np.ndarray  # FLOPs [forward, backward, recomputed by checkpointing] x [a token, a pair]
+
 log = logging.getLogger(__name__)
-
-
-class Growth(NamedTuple):
-    """linear * n + square * n**2, for n tokens."""
-
-    linear: float = 0.0
-    square: float = 0.0
-
-    def at(self, tokens: float, pairs: float | None = None) -> float:
-        """The value at so many tokens; pairs: of them that see each other, where not all do."""
-        return self.linear * tokens + self.square * (tokens**2 if pairs is None else pairs)
-
-    def fused(self, is_fused: bool) -> "Growth":
-        """Of a backward, with or without fused attention."""
-        return self._replace(square=self.square * FUSED_BACKWARD) if is_fused else self
-
-
-class Both(NamedTuple):
-    """Of a forward and of its backward."""
-
-    forward: Growth
-    backward: Growth
-
-    def at(self, tokens: float, pairs: float | None, fused_attention: bool) -> float:
-        """The sum at so many tokens."""
-        return self.forward.at(tokens, pairs) + self.backward.fused(fused_attention).at(
-            tokens, pairs
-        )
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a decoder layer costs, by tokens.
-
-    Attributes:
-        forward, attention, mlp, recomputed: FLOPs of the forward, of the backward of its two
-            sublayers, and of what checkpointing computes once more.
-        stored: Bytes that the backward needs, in float32.
-    """
-
-    forward: Growth
-    attention: Growth
-    mlp: Growth
-    recomputed: Growth
-    stored: Growth
 
 
 @dataclass(frozen=True)
@@ -92,32 +43,30 @@ class Counts:
     """What a sample costs a model as a stage trains it.
 
     Attributes:
-        layers: Of the decoder.
-        around: FLOPs of the language model outside its layers and head, by tokens.
-        head: FLOPs of logits, by tokens that have some.
-        pictures: FLOPs of vision tower and projector, by patches and pairs (`TowerWatch`).
-        pictures_recomputed: FLOPs of them that checkpointing computes once more, by the same.
-        tower_stored: Bytes that the backward of each layer of the tower needs, by the same.
+        layers: Of the decoder, (attention, MLP) each, by tokens.
+        around: The language model outside its layers and head, by tokens.
+        head: Logits, by tokens that have some.
+        pictures: Vision tower and projector, by patches and pairs (`TowerWatch`).
         patches, pairs, visual_tokens: Of the sample that was counted; visual tokens of the decoder.
         parameters: Numbers of weights: vision, projector, decoder (its layers, with adapters), head
             (embeddings, last norm, output head).
         trained: Numbers of those that are trained.
-        widths: Channels of decoder and tower.
+        width, tower_width: Channels of a token and of a patch.
         vocab: Rows of the output head.
     """
 
-    layers: tuple[Layer, ...]
-    around: Both
-    head: Both
-    pictures: Both
-    pictures_recomputed: Growth
-    tower_stored: tuple[Growth, ...]
+    layers: Sequence[tuple[Cost, Cost]]
+    around: Cost
+    head: Cost
+    pictures: Cost
     patches: float
     pairs: float
     visual_tokens: float
     parameters: Mapping[str, int]
     trained: Mapping[str, int]
-    widths: tuple[int, int]
+    width: int
+    tower_width: int
+    tower_layers: int
     vocab: int
 
     def step(
@@ -151,41 +100,37 @@ class Counts:
         work = [{}] * len(self.layers) if work is None else work
         if len(work) != len(self.layers):
             raise ValueError(f"work of {len(work)} layers: the model has {len(self.layers)}")
-        decoder = self.around.at(tokens, None, fused_attention)
-        for layer, shares in zip(self.layers, work, strict=True):
-            decoder += _layer_flops(layer, shares, tokens, checkpointing, fused_attention)
-        pictures = self.pictures.at(patches, pairs, fused_attention)
+
+        def flops(cost: Cost, count: float, pairs: float, backward: float, again: float) -> float:
+            of_pairs = FUSED_BACKWARD if fused_attention else 1.0
+            shares = np.array([[1, 1], [backward, of_pairs * backward], [again, again]])
+            return float((shares * cost * (count, pairs)).sum())
+
+        decoder = flops(self.around, tokens, tokens**2, 1, 0)
+        for sublayers, shares in zip(self.layers, work, strict=True):
+            count = tokens * shares.get("tokens", 1.0)
+            backward = [shares.get(f"{name}_backward", 1.0) for name in (ATTENTION, MLP)]
+            # a layer of which nothing needs a gradient is not computed again
+            again = checkpointing * (1 - (1 - backward[0]) * (1 - backward[1]))
+            decoder += shares.get("rows", 1.0) * sum(
+                flops(cost, count, count**2, share, again)
+                for cost, share in zip(sublayers, backward, strict=True)
+            )
         return {
-            "pictures": pictures + checkpointing * self.pictures_recomputed.at(patches, pairs),
+            "pictures": flops(self.pictures, patches, pairs, 1, checkpointing),
             "decoder": samples * decoder,
-            "head": samples * self.head.at(answer_tokens, None, fused_attention),
+            "head": samples * flops(self.head, answer_tokens, answer_tokens**2, 1, 0),
         }
 
     def forward(self, tokens: float, answer_tokens: float) -> float:
         """FLOPs of a sample's forward alone, with the pictures of the sample that was counted."""
-        parts = (self.around.forward, *(layer.forward for layer in self.layers))
-        decoder = sum(part.at(tokens) for part in parts)
-        pictures = self.pictures.forward.at(self.patches, self.pairs)
-        return pictures + decoder + self.head.forward.at(answer_tokens)
-
-
-def _layer_flops(
-    layer: Layer,
-    shares: Mapping[str, float],
-    tokens: float,
-    checkpointing: bool,
-    fused_attention: bool,
-) -> float:
-    """FLOPs of a decoder layer and a sample."""
-    tokens *= shares.get("tokens", 1.0)
-    attention = shares.get("attention_backward", 1.0)
-    mlp = shares.get("mlp_backward", 1.0)
-    flops = layer.forward.at(tokens)
-    flops += attention * layer.attention.fused(fused_attention).at(tokens)
-    flops += mlp * layer.mlp.at(tokens)
-    if checkpointing:  # a layer of which nothing needs a gradient is not computed again
-        flops += (1 - (1 - attention) * (1 - mlp)) * layer.recomputed.at(tokens)
-    return shares.get("rows", 1.0) * flops
+        decoder = self.around + np.sum(self.layers, (0, 1))
+        parts = [
+            decoder[FORWARD] * (tokens, tokens**2),
+            self.pictures[FORWARD] * (self.patches, self.pairs),
+            self.head[FORWARD] * (answer_tokens, answer_tokens**2),
+        ]
+        return float(np.sum(parts))
 
 
 def count(
@@ -210,6 +155,7 @@ def count(
         with torch.device(device):
             return AutoModelForImageTextToText.from_config(deepcopy(config), dtype=torch.float32)
 
+    batch = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, dict(batch))
     with torch.random.fork_rng(devices=[]):
         model = build("meta")
         if model.num_parameters() < SMALL:
@@ -217,12 +163,14 @@ def count(
         model.set_experts_implementation("batched_mm")  # others look at what routers say
         with torch.device(model.device):
             prepare(model)
-    try:
-        return _counted(model, batch)
-    except Exception as error:  # whatever a model's code does where weights have no values
-        name = config.model_type
-        log.warning("FLOPs of pictures are a rough figure for model_type %r (%s)", name, error)
-        return _roughly_counted(model, batch)
+        try:
+            return _counted(model, batch)
+        except Exception as error:  # whatever a model's code does where weights have no values
+            log.warning(
+                "FLOPs of pictures are a rough figure for model_type %r (%s)",
+                config.model_type, error,
+            )  # fmt: skip
+            return _roughly_counted(model, batch)
 
 
 def _counted(model: PreTrainedModel, batch: Mapping[str, Any]) -> Counts:
@@ -232,43 +180,38 @@ def _counted(model: PreTrainedModel, batch: Mapping[str, Any]) -> Counts:
     runs = [record(model, _stretched(batch, tokens)) for tokens in lengths]
     patches, pairs = (total / rows / len(runs) for total in watch.read())
 
-    def growth(name: str, *places: tuple[str, int]) -> Growth:
-        """Of a row, by tokens of the decoder: what the runs say at `places`."""
-        totals = [sum(getattr(run, name)[place].sum() for place in places) for run in runs]
-        rates = [total / rows / tokens for total, tokens in zip(totals, lengths, strict=True)]
-        square = float(rates[1] - rates[0]) / LONGER
-        return Growth(float(rates[0]) - square * lengths[0], square)
-
-    def seen(name: str, *places: tuple[str, int]) -> Growth:
-        """Of a row, by what the vision tower sees: what the first run says at `places`."""
-        linear, square = (
-            float(sum(getattr(runs[0], name)[place][i] for place in places)) / rows for i in (0, 1)
+    def by_tokens(place: counting.Place) -> Cost:
+        """What both runs say of a place: a line in tokens, times tokens."""
+        short, long = (
+            run[place].sum(1) / rows / tokens for run, tokens in zip(runs, lengths, strict=True)
         )
-        return Growth(linear / patches if patches else 0.0, square / pairs if pairs else 0.0)
+        of_pair = (long - short) / LONGER
+        return np.stack([short - of_pair * lengths[0], of_pair], 1)
 
-    tower = [(TOWER, i) for i in range(len(watch.layers))]
-    pictures = [(PICTURES, 0), *tower]
+    layers = [
+        (by_tokens((ATTENTION, i)), by_tokens((MLP, i)))
+        for i in range(len(decoder_layers_of(model)))
+    ]
+    for attention, _ in layers:  # checkpointing goes on to the MLP
+        attention[RECOMPUTED] = attention[FORWARD]
+    run = runs[0]
+    of_tower = [cost for (name, _), cost in run.items() if name == counting.TOWER]
+    for cost in of_tower:
+        cost[RECOMPUTED] *= cost[counting.BACKWARD].any()  # else nothing needs its output
+    projector = run[counting.PICTURES]
+    projector[RECOMPUTED] = 0
+    pictures = (projector + sum(of_tower)) / rows
     return Counts(
-        layers=tuple(
-            Layer(
-                forward=growth("forward", (ATTENTION, i), (MLP, i)),
-                attention=growth("backward", (ATTENTION, i)),
-                mlp=growth("backward", (MLP, i)),
-                recomputed=growth("recomputed", (MLP, i)),
-                stored=growth("stored", (ATTENTION, i), (MLP, i)),
-            )
-            for i in range(len(decoder_layers_of(model)))
-        ),
-        around=Both(growth("forward", (AROUND, 0)), growth("backward", (AROUND, 0))),
-        head=Both(growth("forward", (HEAD, 0)), growth("backward", (HEAD, 0))),
-        pictures=Both(seen("forward", *pictures), seen("backward", *pictures)),
-        # a layer whose output nothing needs is not computed again
-        pictures_recomputed=seen("recomputed", *(p for p in pictures if runs[0].backward[p].any())),
-        tower_stored=tuple(seen("stored", place) for place in tower),
+        layers=layers,
+        around=by_tokens(counting.AROUND),
+        head=by_tokens(counting.HEAD),
+        pictures=pictures / (patches or 1, pairs or 1),
         patches=patches,
         pairs=pairs,
         visual_tokens=_placeholders(model, batch).sum().item() / rows,
-        widths=(model.get_input_embeddings().weight.shape[1], watch.width),
+        width=model.get_input_embeddings().weight.shape[1],
+        tower_width=watch.width,
+        tower_layers=watch.layers,
         vocab=head_of(model).weight.shape[0],
         **_parameters(model),
     )
@@ -306,7 +249,7 @@ def _roughly_counted(model: PreTrainedModel, batch: Mapping[str, Any]) -> Counts
         for numbers in (counts.parameters, counts.trained)
     )
     tokens = is_visual.sum().item() / len(is_visual)
-    pictures = Both(Growth(2.0 * weights), Growth(4.0 * trained))
+    pictures = np.array([[2.0 * weights, 0], [4.0 * trained, 0], [0, 0]])
     return replace(counts, pictures=pictures, patches=tokens, visual_tokens=tokens)
 
 

@@ -36,12 +36,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Knows what steps of a model cost.
-
-    Args:
-        model: As it is trained.
-        batch, prepare: See `count`.
-    """
+    """Knows what steps of a model cost, which is as it is trained; batch, prepare: see `count`."""
 
     def __init__(
         self,
@@ -77,48 +72,36 @@ def measure(
         and `flops_dense` of the same step without VTC and LDS.
     """
     realised, samples = scheme.metrics(), len(has_image)
-    seen = sum(len(batch["input_ids"]) for batch in batches)
-    patches, pairs = (total * samples / seen for total in meter.watch.read())
+    share = samples / sum(len(batch["input_ids"]) for batch in batches)
+    patches, pairs = (total * share for total in meter.watch.read())
     row = {
         "samples": samples,
         "images": sum(has_image),
-        "fused_attention": _is_fused(scheme.model),
-        "tokens": round(realised["tokens"] * samples),
-        "answer_tokens": round(realised["answer_tokens"] * samples),
+        "fused_attention": scheme.model.config.get_text_config()._attn_implementation != "eager",
+        **{name: round(realised.pop(name) * samples) for name in ("tokens", "answer_tokens")},
         "patches": patches,
         "pairs": pairs,
-        **{name: realised[name] for name in ("visual_tokens", "keep_ratio", "layers_run")},
-        **{name: realised[name] for name in ("asked", "skipped", "work")},
+        **realised,
     }
-    return row | {
-        "flops": row_flops(meter.counts, block, row),
-        "flops_dense": row_flops(meter.counts, block, _dense(row)),
-    }
-
-
-def _is_fused(model: PreTrainedModel) -> bool:
-    return model.config.get_text_config()._attn_implementation != "eager"
+    left_out = row["visual_tokens"] * (1 / row["keep_ratio"] - 1) * samples
+    dense = row | {"tokens": row["tokens"] + left_out, "work": None}
+    row["flops"], row["flops_dense"] = (
+        row_flops(meter.counts, block, each) for each in (row, dense)
+    )
+    return row
 
 
 def row_flops(counts: Counts, block: StageConfig, row: Mapping[str, Any]) -> float:
     """FLOPs of a step from what it realised (a row of the history)."""
+    of_sample = {name: row[name] / row["samples"] for name in ("tokens", "answer_tokens")}
+    of_batch = {name: row[name] for name in ("samples", "patches", "pairs", "work")}
     parts = counts.step(
-        samples=row["samples"],
-        tokens=row["tokens"] / row["samples"],
-        answer_tokens=row["answer_tokens"] / row["samples"],
-        patches=row["patches"],
-        pairs=row["pairs"],
-        work=row["work"],
+        **of_batch,
+        **of_sample,
         checkpointing=block.gradient_checkpointing,
         fused_attention=row["fused_attention"],
     )
     return sum(parts.values())
-
-
-def _dense(row: dict[str, Any]) -> dict[str, Any]:
-    """The row of the same step without VTC and LDS."""
-    added = row["visual_tokens"] * (1 / row["keep_ratio"] - 1) * row["samples"]
-    return row | {"tokens": row["tokens"] + added, "work": None}
 
 
 def with_speed(row: dict[str, Any]) -> dict[str, Any]:
@@ -137,17 +120,14 @@ def peak_memory_mb() -> float:
 def summary(folder: Path) -> dict[str, Any]:
     """What the manifest tells of finished weights."""
     history = read_history(folder)
-    steps, layers = len(history), len(history[0]["skipped"])
+    skipped = zip(*(row["skipped"] for row in history), strict=True)
     return {
         **read_json(folder / "done.json"),
-        "steps": steps,
+        "steps": len(history),
         **{name: sum(row[name] for row in history) for name in ("flops", "flops_dense")},
-        "final_loss": fmean(row["loss"] for row in history[-max(1, steps // 10) :]),
+        "final_loss": fmean(row["loss"] for row in history[-max(1, len(history) // 10) :]),
         "realised": {
-            "keep_ratio": fmean(row["keep_ratio"] for row in history),
-            "layers_run": fmean(row["layers_run"] for row in history),
-            "skipped_per_layer": [
-                sum(row["skipped"][layer] for row in history) for layer in range(layers)
-            ],
+            **{n: fmean(row[n] for row in history) for n in ("keep_ratio", "layers_run")},
+            "skipped_per_layer": list(map(sum, skipped)),
         },
     }

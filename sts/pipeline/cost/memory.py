@@ -3,14 +3,20 @@
 import logging
 import os
 
+import numpy as np
 import torch
 
 from sts.pipeline.config import StageConfig
+from sts.pipeline.cost.counting import BACKWARD, RECOMPUTED
 from sts.pipeline.cost.flops import Counts
 from sts.pipeline.run.device import attention_here, precision_here
 
 PROCESS_BYTES = 0.7e9  # torch, transformers and tracking in memory before any model
 FLOAT32 = 4.0  # bytes
+# Values that are kept for an output of a matrix product, and for one of its two gradients more;
+# fitted to what autograd keeps of LLaVA and of seven other types
+OF_OUTPUT, OF_GRADIENT = 1.2, 0.5
+HEAD_WIDTH = 64  # channels of an attention head
 
 log = logging.getLogger(__name__)
 
@@ -44,31 +50,32 @@ def step_memory(
     weights = counts.parameters
     outside = weights["projector"] + weights["head"]
     gathered = outside + 2 * weights["decoder"] / len(counts.layers)
-    values = (
-        block.batch_size / FLOAT32 * _stored(counts, tokens, block.gradient_checkpointing, is_fused)
-    )
-    logits = 3 * FLOAT32 * block.batch_size * answer_tokens * counts.vocab
+    values = _kept(counts, tokens, block.gradient_checkpointing, is_fused)
+    logits = 3 * FLOAT32 * answer_tokens * counts.vocab
     return {
         "process": PROCESS_BYTES,
         "weights": FLOAT32 * sum(weights.values()) / shards,
         "optimizer": 3 * FLOAT32 * sum(counts.trained.values()) / shards,
         "gathered": 2 * value_bytes * gathered if shards > 1 else 0.0,
-        "activations": value_bytes * values + logits,
+        "activations": block.batch_size * (value_bytes * values + logits),
     }
 
 
-def _stored(counts: Counts, tokens: float, checkpointing: bool, is_fused: bool) -> float:
-    """Bytes in float32 that the backward of a sample needs: of each layer all that autograd keeps,
-    or with checkpointing its input, and all of the largest. Fused attention keeps no scores."""
-    decoder = [layer.stored for layer in counts.layers]
+def _kept(counts: Counts, tokens: float, checkpointing: bool, is_fused: bool) -> float:
+    """Values that the backward of a sample needs: of each layer some for every output of a matrix
+    product, or with checkpointing its input, and all of one layer. Fused attention keeps no scores.
+    """
     total = 0.0
-    for stored, width, count, pairs in (
-        (decoder, counts.widths[0], tokens, tokens**2),
-        (counts.tower_stored, counts.widths[1], counts.patches, counts.pairs),
+    for cost, width, layers, number, pairs in (
+        (np.sum(counts.layers, (0, 1)), counts.width, len(counts.layers), tokens, tokens**2),
+        (counts.pictures, counts.tower_width, counts.tower_layers, counts.patches, counts.pairs),
     ):
-        each = [kept.at(count, 0.0 if is_fused else pairs) for kept in stored]
-        inputs = FLOAT32 * width * count * sum(kept > 0 for kept in each)
-        total += inputs + max(each, default=0.0) if checkpointing else sum(each)
+        if cost[RECOMPUTED].any():  # else nothing before it is trained
+            values = OF_OUTPUT * cost[RECOMPUTED, 0] + OF_GRADIENT * cost[BACKWARD, 0]
+            values *= number / (2 * width)  # FLOPs to outputs
+            if not is_fused:
+                values += 2 * layers * pairs * width / HEAD_WIDTH
+            total += layers * width * number + values / layers if checkpointing else values
     return total
 
 

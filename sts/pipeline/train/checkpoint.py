@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,11 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a key: only one training at a time works on it; another waits, and then the
-    weights are finished.
+    """Hold the lock of a folder of weights: only one training at a time works on it; another waits,
+    and then the weights are finished.
 
     The kernel gives the lock back when the process ends, however that is. Of several processes of
     one training the first holds it for all; none begins before.
-
-    Args:
-        folder: Of the weights.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock, seconds = FileLock(folder.with_suffix(".lock")), 0
@@ -71,20 +68,15 @@ def _acquired(lock: FileLock, seconds: float) -> bool:
 @contextmanager
 def sigterm_put_off() -> Iterator[Callable[[], bool]]:
     """SIGTERM, which a scheduler sends some seconds before it kills, does nothing at once: there is
-    time for a last checkpoint.
-
-    Yields:
-        The function that says whether it has come.
-    """
+    time for a last checkpoint. Yields the function that says whether it has come."""
     signals: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # Python gives signals to the main thread only
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    is_main = threading.current_thread() is threading.main_thread()  # no other gets signals
+    before = is_main and signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     try:
         yield lambda: bool(signals)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def save_state(
@@ -118,10 +110,12 @@ def save_state(
         wait()
         with warnings.catch_warnings(action="ignore"):  # that there is one process
             dcp.save(tensors(model, optimizer), checkpoint_id=part)
-        state = part / PROCESS.format(rank())
-        torch.save({"step": step, "scheme": scheme.state_dict(), **_draws()}, state)
-        shared = [part / ".metadata"] if rank() == 0 else []
-        files = [state, *shared, *sorted(part.glob(f"__{rank()}_*"))]
+        state = {"step": step, "scheme": scheme.state_dict(), "cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["gpu"] = torch.cuda.get_rng_state()
+        torch.save(state, part / PROCESS.format(rank()))
+        files = [part / PROCESS.format(rank()), *sorted(part.glob(f"__{rank()}_*"))]
+        files += [part / ".metadata"] if rank() == 0 else []
         hashes = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
         (part / SUMS.format(rank())).write_text(hashes)
         wait()
@@ -154,32 +148,20 @@ def load_state(
         The step to go on with.
     """
     for target in saved(folder):
-        if not everywhere(_unbroken(target)):
+        if not everywhere(_is_unbroken(target)):
             log.warning("%s: broken, the checkpoint before it is taken", target)
             continue
-        state = tensors(model, optimizer, _names(target))
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(state, checkpoint_id=target)
-        for name, parameter in model.named_parameters():
-            if name in state["optimizer"]:
-                optimizer.state[parameter] = state["optimizer"][name]
-        file = target / PROCESS.format(rank())
-        of_process = torch.load(
-            file if file.exists() else target / PROCESS.format(0), weights_only=True
-        )
-        scheme.load_state_dict(of_process["scheme"])
-        torch.set_rng_state(of_process["cpu"])
-        if "gpu" in of_process and torch.cuda.is_available():
-            torch.cuda.set_rng_state(of_process["gpu"])
-        log.info("going on from step %d: %s", of_process["step"], target)
-        return of_process["step"]
+            dcp.load(tensors(model, optimizer), checkpoint_id=target)
+        files = [target / PROCESS.format(number) for number in (rank(), 0)]
+        state = torch.load(next(filter(Path.exists, files)), weights_only=True)
+        scheme.load_state_dict(state["scheme"])
+        torch.set_rng_state(state["cpu"])
+        if "gpu" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["gpu"])
+        log.info("going on from step %d: %s", state["step"], target)
+        return state["step"]
     return 0
-
-
-def _draws() -> dict[str, torch.Tensor]:
-    """Where torch's generators stand, which dropout draws from."""
-    gpu = {"gpu": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **gpu}
 
 
 def saved(folder: Path) -> list[Path]:
@@ -187,68 +169,44 @@ def saved(folder: Path) -> list[Path]:
     return sorted((folder / "state").glob("[0-9]*[0-9]"), reverse=True)
 
 
-def tensors(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, names: Collection[str] | None = None
-) -> dict[str, dict]:
-    """The very tensors that are trained.
-
-    Args:
-        model, optimizer: What is trained.
-        names: Parameters that AdamW shall have a state of, zeros where it has none yet. Default:
-            those that it has one of; a layer that was always skipped has none.
-
-    Returns:
-        {"model": name -> trained weight, "optimizer": name -> AdamW's state of it}.
-    """
+def tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    """The very tensors that are trained: {"model": name -> weight, "optimizer": name -> AdamW's
+    state of it}. A weight that took no step yet, of a layer that was always skipped, gets the zeros
+    that AdamW would begin with."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if names is None:
-        names = [name for name, p in trained.items() if optimizer.state.get(p)]
+    for parameter in trained.values():
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                **{name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")},
+            }
     return {
         "model": {name: p.detach() for name, p in trained.items()},
-        "optimizer": {
-            name: optimizer.state.get(trained[name]) or _zeros(trained[name]) for name in names
-        },
+        "optimizer": {name: optimizer.state[p] for name, p in trained.items()},
     }
 
 
-def _zeros(parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """What AdamW (fused) holds of a parameter before its first step."""
-    return {
-        "step": torch.zeros((), device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter),
-        "exp_avg_sq": torch.zeros_like(parameter),
-    }
-
-
-def _names(target: Path) -> list[str]:
-    """Names of the parameters that a checkpoint has AdamW's state of."""
-    paths = dcp.FileSystemReader(target).read_metadata().planner_data.values()
-    return list(dict.fromkeys(path[1] for path in paths if path[0] == "optimizer"))
-
-
-def _unbroken(target: Path) -> bool:
+def _is_unbroken(target: Path) -> bool:
     """Whether the files of a checkpoint, of which every process looks at some, are as they were
     written."""
     try:
         lists = sorted(target.glob(SUMS.format("*")))
         lines = [line for file in lists for line in file.read_text().splitlines()]
         pairs = [line.split("  ") for line in lines[rank() :: world()]]
-        is_same = all(sha256_file(target / name) == expected for expected, name in pairs)
-        return is_same and bool(lines) and bool(_names(target))
+        return bool(lines) and all(sha256_file(target / name) == digest for digest, name in pairs)
     except Exception as error:  # whatever a broken file gives
         log.warning("%s: %r", target, error)
         return False
 
 
-def _sync(path: Path) -> None:
+def _sync(folder: Path) -> None:
     """Wait until a folder and the files in it are on the disk."""
-    for entry in (*path.glob("*"), path):
-        if entry.is_file() or entry == path:
-            handle = os.open(entry, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+    for path in (*filter(Path.is_file, folder.iterdir()), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def finish(folder: Path, model: PreTrainedModel, processor: Any, config: Config) -> None:

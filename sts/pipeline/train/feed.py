@@ -25,9 +25,13 @@ LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
 def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], list[int]]]:
     """The samples of a stage, and the function step -> indices of that step's global batch."""
     block = job.block
-    tokens = job.tokens / f"{tokens_key(job, processor)}.arrow"
-    files = split_files(job.data, block.split)
-    samples = Conversations(files, processor, block.max_length, block.template, tokens)
+    samples = Conversations(
+        split_files(job.data, block.split),
+        processor,
+        block.max_length,
+        block.template,
+        job.tokens / f"{tokens_key(job, processor)}.arrow",
+    )
     order = batch_order(
         samples.lengths,
         samples.has_image,
@@ -61,7 +65,7 @@ def my_pieces(
     accelerator: Accelerator,
     has_image: Sequence[bool] = (),
 ) -> list[list[int]]:
-    """This process's share of a global batch, as its micro-batches.
+    """This process's share of a global batch, as the indices of its micro-batches.
 
     A batch at the end of an epoch may be small: then there are fewer micro-batches, and a few
     samples come twice if the processes could not share them evenly. Where other processes see an
@@ -71,11 +75,7 @@ def my_pieces(
     Args:
         indices: Samples of the global batch.
         accumulation: Micro-batches of a process.
-        accelerator: Knows which process this is, and of how many.
         has_image: Of every sample.
-
-    Returns:
-        Indices of the samples of each micro-batch.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     even = indices + indices[: -len(indices) % world]
@@ -84,11 +84,11 @@ def my_pieces(
     pieces = [even[bounds[i] : bounds[i + 1]] for i in range(parts)]
     for first in range(0, parts if has_image else 0, world):
         at_once = pieces[first : first + world]
-        seen = [[index for index in piece if has_image[index]] for piece in at_once]
-        if any(seen) and not all(seen):
-            image = next(filter(None, seen))[0]
-            for piece, images in zip(at_once, seen, strict=True):
-                piece.extend([] if images else [~image])
+        images = [[index for index in piece if has_image[index]] for piece in at_once]
+        if any(images):
+            shown = next(filter(None, images))[0]
+            for piece, own in zip(at_once, images, strict=True):
+                piece.extend([] if own else [~shown])
     return pieces[rank::world]
 
 

@@ -19,7 +19,6 @@ class Job:
     Attributes:
         config: Resolved configuration of the run.
         ablation: Name of the run; no weight depends on it.
-        seed: Of the run.
         stage: Name of the stage, one of the configuration's.
         data: Manifests of the prepared data sets that the stage trains on.
         init: The backbone manifest for the first stage, else the manifest of the stage before.
@@ -50,14 +49,23 @@ class Job:
         return precision_here(self.block.precision)
 
     @cached_property
-    def attention(self) -> str:
-        """The attention that this machine trains with: `sdpa` or `eager`."""
-        return attention_here(self.block.precision)
-
-    @cached_property
     def key(self) -> str:
-        """Names the weights."""
-        return stage_key(self)
+        """16 hex digits of all that the weights depend on: settings, code, seed, precision, bytes
+        of the data and of the weights it starts from. The name of the run is not among them."""
+        start = read_json(self.init)
+        parts = [start.get("sha256"), start.get("vision_feature_layer")]  # of a backbone manifest
+        return sha256_json(
+            {
+                "stage": self.stage,
+                "settings": self.block.identity(),
+                "code": follows.code(*follows.training(self.block, self.config.model.family)),
+                "precision": self.precision,
+                "attention": attention_here(self.block.precision),
+                "seed": self.seed,
+                "data": [read_json(manifest)["sha256"] for manifest in self.data],
+                "init": start.get("weights_sha256") or parts,
+            }
+        )[:16]
 
     @property
     def folder(self) -> Path:
@@ -72,25 +80,6 @@ class Job:
     def seed_of(self, purpose: str) -> int:
         """The seed of what this stage draws for one purpose."""
         return derived_seed(self.seed, f"{self.stage}/{purpose}")
-
-
-def stage_key(job: Job) -> str:
-    """16 hex digits of all that the weights of a stage depend on: settings, code, seed, precision,
-    bytes of the data and of the weights it starts from. The name of the run is not among them."""
-    start = read_json(job.init)
-    parts = [start.get("sha256"), start.get("vision_feature_layer")]  # of a backbone manifest
-    return sha256_json(
-        {
-            "stage": job.stage,
-            "settings": job.block.identity(),
-            "code": follows.code(*follows.training(job.block, job.config.model.family)),
-            "precision": job.precision,
-            "attention": job.attention,
-            "seed": job.seed,
-            "data": [read_json(manifest)["sha256"] for manifest in job.data],
-            "init": start.get("weights_sha256") or parts,
-        }
-    )[:16]
 
 
 def derived_seed(seed: int, purpose: str) -> int:

@@ -32,16 +32,13 @@ TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 def join_parts(
     parts: dict[str, Any], seed: int
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Join the parts of a backbone manifest to a LLaVA in float32.
+    """Join the parts of a backbone manifest to a LLaVA in float32, and make its processor.
 
     Args:
-        parts: The manifest: `vision`, `language` and `processor` (a hub id or folder; no processor:
-            one is made of the parts'), and what else `write_manifest` puts there.
+        parts: The manifest: `vision`, `language` and `processor` (a hub id or folder, or none), and
+            what else `write_manifest` puts there.
         seed: Of the projector, and of the image token's embedding where the language model has no
             such token.
-
-    Returns:
-        The model and its processor.
     """
     vision = load_tower(parts["vision"], dtype=torch.float32)
     language = AutoModelForCausalLM.from_pretrained(parts["language"], dtype=torch.float32)
@@ -74,8 +71,8 @@ def tower_config(name: str, config: PreTrainedConfig | None = None) -> PreTraine
     """The configuration of a vision tower without what LLaVA doesn't read of it.
 
     Args:
-        name: A folder or hub id.
-        config: The tower's configuration, if it is known already.
+        name: A folder or hub id; any name with a `config`.
+        config: The tower's own; by default that of `name`.
 
     Raises:
         ValueError: The tower is none of TOWERS.
@@ -83,56 +80,48 @@ def tower_config(name: str, config: PreTrainedConfig | None = None) -> PreTraine
     if config is None:
         config = AutoConfig.from_pretrained(name)
         config = getattr(config, "vision_config", config)
+    kind = config.model_type
     accepted = f"a tower of {', '.join(TOWERS)}"
-    is_tower = config.model_type in TOWERS
-    expect(is_tower, "model.vision", f"{name} ({config.model_type})", accepted)
+    expect(kind in TOWERS, "model.vision", f"{name} ({kind})", accepted)
     if hasattr(config, "vision_use_head"):  # SigLIP's, which pools the patches
         config.vision_use_head = False
     return config
 
 
-def load_tower(name: str, **settings: Any) -> PreTrainedModel:
+def load_tower(name: str, **options: Any) -> PreTrainedModel:
     """The vision tower of a folder or the hub. Raises ValueError as `tower_config`."""
-    return AutoModel.from_pretrained(name, config=tower_config(name), **settings)
+    return AutoModel.from_pretrained(name, config=tower_config(name), **options)
 
 
 def _processor(
     parts: dict[str, Any], vision: PreTrainedModel, language: PreTrainedModel
 ) -> LlavaProcessor:
-    """The processor of a backbone manifest; the language model may learn an image token for it."""
+    """The processor of a backbone manifest. Where it names none, one of the parts' own, with an
+    image token in the tokenizer and the language model's embeddings."""
     if parts["processor"]:
         processor = LlavaProcessor.from_pretrained(parts["processor"])
-    else:
-        processor = _new_processor(parts, vision, language)
-    if "image_aspect_ratio" in parts:
         processor.image_processor = image_processor(parts)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(parts["language"], padding_side="left")
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if len(tokenizer) > language.config.vocab_size:  # some have rows to spare
+            language.resize_token_embeddings(len(tokenizer))
+        strategy = TOWERS[vision.config.model_type]
+        processor = LlavaProcessor(
+            image_processor=image_processor(parts),
+            tokenizer=tokenizer,
+            patch_size=vision.config.patch_size,
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=1 if strategy == "default" else 0,
+            chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
+        )
     if "template" in parts:
         processor.chat_template = V1
     return processor
-
-
-def _new_processor(
-    parts: dict[str, Any], vision: PreTrainedModel, language: PreTrainedModel
-) -> LlavaProcessor:
-    """A LLaVA processor of the parts' own image processor and tokenizer, which gets an image token
-    in the tokenizer and the language model's embeddings."""
-    tokenizer = AutoTokenizer.from_pretrained(parts["language"], padding_side="left")
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if len(tokenizer) > language.config.vocab_size:  # some have rows to spare
-        language.resize_token_embeddings(len(tokenizer))
-    strategy = TOWERS[vision.config.model_type]
-    return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(parts["vision"]),
-        tokenizer=tokenizer,
-        patch_size=vision.config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1 if strategy == "default" else 0,
-        chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
-    )
 
 
 def image_processor(parts: dict[str, Any]) -> Any:
@@ -141,9 +130,7 @@ def image_processor(parts: dict[str, Any]) -> Any:
     of_tower = AutoImageProcessor.from_pretrained(parts["processor"] or parts["vision"])
     if "image_aspect_ratio" not in parts:
         return of_tower
-    settings = of_tower.to_dict() | {
-        "do_pad": True,
-        "do_center_crop": bool(of_tower.do_center_crop),
-    }
-    del settings["image_processor_type"]
-    return LlavaImageProcessorPil(**settings)
+    values = of_tower.to_dict()
+    values |= {"do_pad": True, "do_center_crop": bool(of_tower.do_center_crop)}
+    del values["image_processor_type"]
+    return LlavaImageProcessorPil(**values)

@@ -39,14 +39,13 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
         ValueError: The language model has not as many layers as the configuration says, or the
             tower is none of TOWERS.
     """
-    if model.family == "whole" or model.backbone == "pretrained":
-        _check_layers(model)
-    if model.family == "joined" and model.backbone == "pretrained":
-        tower_config(model.vision)
     manifest: dict[str, Any]
     if model.family == "whole":
+        _check_layers(model.layers, model.checkpoint)
         manifest = {"checkpoint": model.checkpoint, "fresh": model.fresh}
     elif model.backbone == "pretrained":
+        _check_layers(model.layers, model.language)
+        tower_config(model.vision)
         manifest = {"vision": model.vision, "language": model.language, "processor": None}
     else:
         manifest = {name: str(folder / name) for name in ("vision", "language", "processor")}
@@ -66,12 +65,11 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
     return manifest
 
 
-def _check_layers(model: ModelConfig) -> None:
-    name = model.checkpoint if model.family == "whole" else model.language
+def _check_layers(expected: int, name: str) -> None:
     layers = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
-    if layers != model.layers:
+    if layers != expected:
         raise ValueError(
-            f"model.layers: {model.layers}, but {name} has {layers} decoder layers: set it to that"
+            f"model.layers: {expected}, but {name} has {layers} decoder layers: set it to that"
         )
 
 

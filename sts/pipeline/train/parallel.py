@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -23,9 +21,6 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from sts.architectures import decoder_layers_of, tower_layers_of
 from sts.pipeline.config import StageConfig
-from sts.pipeline.train.job import Job
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def rank() -> int:
@@ -65,8 +60,8 @@ def of_first(value: Any) -> Any:
     return values[0]
 
 
-def shards(block: StageConfig) -> bool:
-    """Whether the model of a stage is in shards: one process has it whole."""
+def is_sharded(block: StageConfig) -> bool:
+    """Whether the model of a stage is in shards."""
     return block.parallel == "fsdp2" and block.processes > 1
 
 
@@ -75,7 +70,7 @@ def load_shared(
 ) -> tuple[PreTrainedModel, Any]:
     """Model and processor as `load` gives them. If it is to be sharded the model of all processes
     but the first has shapes alone (device meta)."""
-    if not shards(block):
+    if not is_sharded(block):
         return load()
     model, processor = load() if rank() == 0 else (None, None)
     config, processor = of_first((model and model.config, processor))
@@ -83,14 +78,6 @@ def load_shared(
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     return model, processor
-
-
-def shared(accelerator: Accelerator, model: PreTrainedModel, job: Job) -> nn.Module:
-    """The model as the processes of a training train it together."""
-    if not shards(job.block):
-        return accelerator.prepare(model)
-    shard(model, accelerator.device, job.precision == "bf16")
-    return model
 
 
 def shard(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
@@ -120,7 +107,7 @@ def shard(model: PreTrainedModel, device: torch.device, bf16: bool) -> None:
     model.tie_weights()
 
 
-def gathered(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
-    """The whole weights of a sharded model, on the CPU of the first process; None on others."""
-    weights = get_model_state_dict(model, options=WHOLE)
-    return weights if rank() == 0 else None
+def gathered(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The whole weights of a sharded model, on the CPU of the first process; none on others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)

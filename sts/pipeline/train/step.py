@@ -35,10 +35,11 @@ def prepare_process(block: StageConfig) -> Accelerator:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
-    # skipped layers have no gradient, nor has what sees in a batch of text alone: without this,
-    # data-parallel processes would wait for them
-    sees = {"projector", "vision_tower"} & set(block.trains)
-    unused = bool(sees) or (block.skips and not UNITS[block.lds.unit].trains_all)
+    # skipped layers have no gradient, nor have tower and projector in a batch of text alone:
+    # without this, data-parallel processes would wait for them
+    unused = not {"projector", "vision_tower"}.isdisjoint(block.trains) or (
+        block.skips and not UNITS[block.lds.unit].trains_all
+    )
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     if accelerator.num_processes != block.processes:
@@ -57,7 +58,7 @@ def put_scheme(model: PreTrainedModel, block: StageConfig, samples: int, seed: i
     Args:
         model: Not yet shared among processes.
         block: The stage.
-        samples: An epoch has.
+        samples: Of an epoch.
         seed: Of the scheme's draws.
     """
     use_attention(model, attention_here(block.precision))
@@ -131,9 +132,8 @@ def optimizer_step(
     taken.
 
     Args:
-        accelerator, model, optimizer, scheme: What is trained, as this process holds it.
+        model: As this process holds it.
         batches: Micro-batches of this process, on its device.
-        block: The stage.
         factor: Share of the peak learning rates.
 
     Returns:
@@ -157,7 +157,7 @@ def optimizer_step(
     norm = accelerator.clip_grad_norm_(model.parameters(), block.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     loss = accelerator.reduce(total, "sum").item()
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         optimizer.step()
@@ -168,7 +168,7 @@ def optimizer_step(
 def check_finite(job: Job, step: int, loss: float, norm: float, factor: float) -> None:
     """Raise FloatingPointError, with what it may come from, for a loss or gradient norm that is not
     finite; factor: share of the peak learning rate."""
-    if math.isfinite(loss) and math.isfinite(norm):
+    if math.isfinite(loss + norm):
         return
     stage, block = job.stage, job.block
     bf16 = "; bf16 overflowed: try precision: fp32" if job.precision == "bf16" else ""

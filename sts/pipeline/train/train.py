@@ -51,16 +51,16 @@ from sts.pipeline.train.checkpoint import (
 )
 from sts.pipeline.train.feed import feed, load_data
 from sts.pipeline.train.job import Job, derived_seed
-from sts.pipeline.train.lora import merge_adapters, train_parts
+from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import build, load_whole
 from sts.pipeline.train.parallel import (
     anywhere,
     gathered,
+    is_sharded,
     load_shared,
     of_first,
     rank,
-    shards,
-    shared,
+    shard,
 )
 from sts.pipeline.train.step import (
     check_finite,
@@ -86,7 +86,9 @@ def train(job: Job) -> dict[str, Any]:
 
     Raises:
         FloatingPointError: Loss or gradient is not finite.
+        MemoryError: Weights and optimizer can't fit.
         OSError: A checkpoint can't be written; the one before is kept.
+        SystemExit: With status 143, after SIGTERM and a last checkpoint.
     """
     if job.block.processes > 1:  # which have their GPUs, and now can talk
         prepare_process(job.block)
@@ -166,9 +168,6 @@ def fit(job: Job, send: Callable[[], None], has_sigterm: Callable[[], bool]) -> 
         send: Is called after a checkpoint.
         has_sigterm: Whether SIGTERM has come to this process. Then a checkpoint is written after
             the step that is being taken.
-
-    Raises:
-        SystemExit: With status 143, after SIGTERM.
     """
     if job.precision != job.block.precision:
         log.warning(
@@ -179,34 +178,30 @@ def fit(job: Job, send: Callable[[], None], has_sigterm: Callable[[], bool]) -> 
     training = set_up(job)
     job.folder.mkdir(parents=True, exist_ok=True)
     first = load_state(job.folder, training.plain, training.optimizer, training.scheme)
-    history = open_history(job.folder, first) if rank() == 0 else None
-    take_steps(job, training, first, history, send, has_sigterm)
+    with open_history(job.folder, first) if rank() == 0 else contextlib.nullcontext() as history:
+        take_steps(job, training, first, history, send, has_sigterm)
     unsparsify(training.plain)
-    if history is not None:
-        history.close()
     write_weights(job, training)
 
 
 def set_up(job: Job) -> Training:
-    """The model at the start of a stage, with its scheme and optimizer, and its data.
-
-    Raises:
-        MemoryError: Weights and optimizer can't fit.
-    """
+    """The model at the start of a stage, with its scheme and optimizer, and its data."""
     block = job.block
     accelerator = prepare_process(block)
-    model, processor = load_shared(block, lambda: load(job))
-    adapters = train_parts(model, block, job.seed_of("lora"))
+    plain, processor = load_shared(block, lambda: load(job))
+    adapters = train_parts(plain, block, job.seed_of("lora"))
     samples, order = load_data(job, processor)
-    meter = Meter(model, example(samples, processor), partial(train_parts, stage=block, seed=0))
+    meter = Meter(plain, example(samples, processor), partial(train_parts, stage=block, seed=0))
     tokens = fmean(samples.lengths)
     check_memory(meter.counts, job.stage, block, tokens, tokens - meter.counts.visual_tokens)
-    scheme = put_scheme(model, block, len(samples), job.seed_of("scheme"))
+    scheme = put_scheme(plain, block, len(samples), job.seed_of("scheme"))
     torch.manual_seed(job.seed_of("dropout"))  # nothing else draws from it
-    together = shared(accelerator, model, job)
-    optimizer = accelerator.prepare(make_optimizer(model, block))
+    if is_sharded(block):
+        shard(plain, accelerator.device, job.precision == "bf16")
+    model = plain if is_sharded(block) else accelerator.prepare(plain)
+    optimizer = accelerator.prepare(make_optimizer(plain, block))
     return Training(
-        accelerator, processor, samples, order, meter, model, adapters, scheme, together, optimizer
+        accelerator, processor, samples, order, meter, plain, adapters, scheme, model, optimizer
     )
 
 
@@ -274,14 +269,13 @@ def take_steps(
 def write_weights(job: Job, training: Training) -> None:
     """Write what was trained as a plain checkpoint, from the first process."""
     model, adapters = training.plain, training.adapters
-    if shards(job.block):
-        weights = gathered(model)
-        if weights is not None:
+    weights = gathered(model) if is_sharded(job.block) else {}
+    if rank() == 0:
+        if weights:
             model, _ = load(job)
             adapters = train_parts(model, job.block, job.seed_of("lora"))
             model.load_state_dict(weights)
-    if rank() == 0:
         if adapters is not None:
-            merge_adapters(adapters)
+            adapters.merge_and_unload()
         finish(job.folder, model, training.processor, job.config)
     training.accelerator.wait_for_everyone()

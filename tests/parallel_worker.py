@@ -96,7 +96,7 @@ def main(mode: str, out: str, steps: int) -> None:
         result = {
             "losses": losses,
             "skips": skips,
-            "same_on_all": all(one == skips for one in all_skips),
+            "same_on_all": all(other == skips for other in all_skips),
             "grad_where_not_skipped_alone": kept,
             "ran_only_what_was_not_skipped": calls == expected,
         }
@@ -116,15 +116,15 @@ def gathers(runner: torch.nn.Module, scheme, mine: dict, steps: int) -> dict[str
     """Collectives of a step with some layers skipped, and of one (annealed) without."""
     from torch.distributed.tensor.debug import CommDebugMode
 
-    found = {}
+    collectives = {}
     for step in (int(0.85 * steps), steps - 1):
         scheme.begin_step(step)
         with CommDebugMode() as counted:
             runner(**mine).loss.backward()
         runner.zero_grad()
         name = "skipping" if scheme.skipped else "dense"
-        found[name] = [counted.get_total_counts(), len(scheme.skipped)]
-    return found
+        collectives[name] = [counted.get_total_counts(), len(scheme.skipped)]
+    return collectives
 
 
 def deepspeed_engine(model: torch.nn.Module, stage: int):

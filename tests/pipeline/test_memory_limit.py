@@ -64,11 +64,13 @@ def test_what_can_not_fit_is_refused_with_the_numbers_and_the_keys(paper, here):
     here(80 * GB)
     with pytest.raises(MemoryError) as refused:
         check(paper, parallel="ddp")
-    said = str(refused.value)
-    assert "stages.instruct: a process needs about" in said and "and has 80 GB" in said
-    assert "weights 28" in said and "optimizer 81" in said
-    assert "parallel: fsdp2" in said and "trains: lora" in said and "batch_size" in said
-    assert "gradient_checkpointing" not in said, "it is on"
+    text = str(refused.value)
+    for part in (
+        "stages.instruct: a process needs about", "and has 80 GB", "weights 28", "optimizer 81",
+        "parallel: fsdp2", "trains: lora", "batch_size",
+    ):  # fmt: skip
+        assert part in text
+    assert "gradient_checkpointing" not in text, "it is on"
 
 
 def test_activations_are_a_rough_figure_and_so_only_warned_of(paper, here, caplog):

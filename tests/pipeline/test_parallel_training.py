@@ -67,33 +67,33 @@ def several(tmp_path, prepared):
     def out_of(name, stage):
         return tmp_path / name / "runs" / "dense" / "seed0" / f"{stage}.json"
 
-    begun = []
+    processes = []
 
     def start(settings, stage, init, name, after=-1, data=prepared):
         number, out = settings.stage(stage).processes, out_of(name, stage)
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         arguments = [settings.model_dump_json(by_alias=True), stage, data, init, out, after]
-        begun.append(
+        processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", *torchrun, script, *map(str, arguments)],
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
-        return begun[-1]
+        return processes[-1]
 
     def call(settings, stage, init, name, after=-1, data=prepared):
         if settings.stage(stage).processes == 1:
             return train(Job(settings, "dense", 0, stage, [data], init, out_of(name, stage)))
-        began = start(settings, stage, init, name, after, data)
-        _, said = began.communicate(timeout=300)
-        assert (began.returncode == 0) == (after < 0), said[-3000:]
+        process = start(settings, stage, init, name, after, data)
+        _, errors = process.communicate(timeout=300)
+        assert (process.returncode == 0) == (after < 0), errors[-3000:]
         return json.loads(out_of(name, stage).read_text()) if after < 0 else None
 
     call.start = start
     yield call
-    for one in begun:
-        one.terminate()  # and the processes that it started
-        one.wait()
+    for process in processes:
+        process.terminate()  # and the processes that it started
+        process.wait()
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def weights(manifest: dict) -> dict[str, torch.Tensor]:
     return LlavaForConditionalGeneration.from_pretrained(manifest["weights"]).state_dict()
 
 
-def same_steps(one: dict, other: dict) -> None:
-    for a, b in zip(*(read_history(run["weights"]) for run in (one, other)), strict=True):
+def same_steps(first: dict, second: dict) -> None:
+    for a, b in zip(*(read_history(run["weights"]) for run in (first, second)), strict=True):
         assert a["skipped"] == b["skipped"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -133,10 +133,10 @@ def some_without_an_image(tmp_path) -> Path:
     """Manifest of eight conversations about an image and four without, of other lengths."""
     rows = []
     for number in range(12):
-        said = " ".join(["red"] * (number + 1))
-        shown = {"image": f"{number}.png"} if number < 8 else {}
-        mark = "<image>\n" if shown else ""
-        rows.append({"id": str(number), **shown, "conversations": turns(f"{mark}is it?", said)})
+        answer = " ".join(["red"] * (number + 1))
+        image = {"image": f"{number}.png"} if number < 8 else {}
+        mark = "<image>\n" if image else ""
+        rows.append({"id": str(number), **image, "conversations": turns(f"{mark}is it?", answer)})
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "own.json").write_text(json.dumps(rows))
     own = {"own": {"json": str(tmp_path / "own.json"), "images": str(tmp_path)}}
@@ -161,15 +161,12 @@ def test_processes_of_which_one_sees_no_image_take_the_steps_of_one(
     same_steps(alone, split)
 
 
-@pytest.mark.parametrize("stage", ["align", "instruct"])
-def test_shards_that_are_killed_go_on_to_the_same_weights(stage, backbone, aligned, several):
-    init = backbone if stage == "align" else aligned
+def test_shards_that_are_killed_go_on_to_the_same_weights(aligned, several):
     adapters = {"trains": ["projector", "lora"], "lora": {"rank": 2, "dropout": 0.5}}
-    more = adapters if stage == "instruct" else {}
-    settings = config(batch_size=2, processes=2, parallel="fsdp2", lds=HALF, **more)
-    straight = several(settings, stage, init, "straight")
-    several(settings, stage, init, "killed", after=3)
-    again = several(settings, stage, init, "killed")
+    settings = config(batch_size=2, processes=2, parallel="fsdp2", lds=HALF, **adapters)
+    straight = several(settings, "instruct", aligned, "straight")
+    several(settings, "instruct", aligned, "killed", after=3)
+    again = several(settings, "instruct", aligned, "killed")
     assert again["weights_sha256"] == straight["weights_sha256"]
 
 
@@ -193,15 +190,15 @@ def test_all_processes_wait_for_another_training_of_the_key_and_take_its_weights
     other = tmp_path / "second" / "weights" / made["key"]
     other.parent.mkdir(parents=True)
     with FileLock(other.with_suffix(".lock")):
-        began = several.start(settings, "instruct", aligned, "second")
-        for line in began.stderr:
+        process = several.start(settings, "instruct", aligned, "second")
+        for line in process.stderr:
             if "another training makes" in line:
                 break
         else:
             raise AssertionError("it did not wait")
         shutil.copytree(made["weights"], other)
-    _, said = began.communicate(timeout=300)
-    assert began.returncode == 0, said[-3000:]
-    assert said.count("is finished: reused") == 2, "one of each process"
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    assert errors.count("is finished: reused") == 2, "one of each process"
     again = json.loads((tmp_path / "second/runs/dense/seed0/instruct.json").read_text())
     assert again["weights_sha256"] == made["weights_sha256"]

@@ -87,8 +87,7 @@ class Counts:
             samples: In the batch.
             tokens: Of a sample that reach the decoder, padding included.
             answer_tokens: Of a sample, whose logits are computed.
-            patches: Of the batch, see `TowerWatch`.
-            pairs: Of the batch, see `TowerWatch`.
+            patches, pairs: Of the batch, see `TowerWatch`.
             work: Of each decoder layer the shares of its work that are less than 1
                 (sts/lds/decision.py, SHARES), [layers]; default: all layers do all of it.
             checkpointing: Whether layers are computed once more in the backward.
@@ -101,25 +100,27 @@ class Counts:
         if len(work) != len(self.layers):
             raise ValueError(f"work of {len(work)} layers: the model has {len(self.layers)}")
 
-        def flops(cost: Cost, count: float, pairs: float, backward: float, again: float) -> float:
-            of_pairs = FUSED_BACKWARD if fused_attention else 1.0
-            shares = np.array([[1, 1], [backward, of_pairs * backward], [again, again]])
-            return float((shares * cost * (count, pairs)).sum())
+        of_pairs = FUSED_BACKWARD if fused_attention else 1.0
 
-        decoder = flops(self.around, tokens, tokens**2, 1, 0)
-        for sublayers, shares in zip(self.layers, work, strict=True):
-            count = tokens * shares.get("tokens", 1.0)
-            backward = [shares.get(f"{name}_backward", 1.0) for name in (ATTENTION, MLP)]
+        def flops(
+            cost: Cost, n: float, pairs: float, *, backward: float = 1.0, again: float = 0.0
+        ) -> float:
+            shares = np.array([[1, 1], [backward, of_pairs * backward], [again, again]])
+            return float((shares * cost * (n, pairs)).sum())
+
+        decoder = flops(self.around, tokens, tokens**2)
+        for (attention, mlp), shares in zip(self.layers, work, strict=True):
+            n = tokens * shares.get("tokens", 1.0)
+            of_attention, of_mlp = (shares.get(f"{x}_backward", 1.0) for x in (ATTENTION, MLP))
             # a layer of which nothing needs a gradient is not computed again
-            again = checkpointing * (1 - (1 - backward[0]) * (1 - backward[1]))
-            decoder += shares.get("rows", 1.0) * sum(
-                flops(cost, count, count**2, share, again)
-                for cost, share in zip(sublayers, backward, strict=True)
-            )
+            again = checkpointing * (1 - (1 - of_attention) * (1 - of_mlp))
+            layer = flops(attention, n, n**2, backward=of_attention, again=again)
+            layer += flops(mlp, n, n**2, backward=of_mlp, again=again)
+            decoder += shares.get("rows", 1.0) * layer
         return {
-            "pictures": flops(self.pictures, patches, pairs, 1, checkpointing),
+            "pictures": flops(self.pictures, patches, pairs, again=checkpointing),
             "decoder": samples * decoder,
-            "head": samples * flops(self.head, answer_tokens, answer_tokens**2, 1, 0),
+            "head": samples * flops(self.head, answer_tokens, answer_tokens**2),
         }
 
     def forward(self, tokens: float, answer_tokens: float) -> float:

@@ -12,7 +12,6 @@ from sts.mini.pictures import (
     LETTERS,
     NUMBERS,
     ORDINALS,
-    PATCH,
     SHAPES,
     SIZES,
     WORDS,
@@ -28,6 +27,7 @@ from sts.mini.scenes import (
     RELATIONS,
     VERSION,
     caption_of,
+    place_of,
     rows,
 )
 
@@ -69,8 +69,7 @@ def drill(split: str, count: int, seed: int, turns: int = 6) -> Iterator[dict]:
         names = [f"{o['colour']} {o['shape']}" for o in scene["objects"]]
         for name, o in zip(names, scene["objects"], strict=True):
             if names.count(name) == 1:
-                place = f"r{o['cy'] // PATCH + 1} c{o['cx'] // PATCH + 1}"
-                qa[f"where is the {name}?"] = (f"where is the {name}?", place)
+                qa[f"where is the {name}?"] = (f"where is the {name}?", place_of(o))
         pairs = [list(qa.values())[i] for i in rng.permutation(len(qa))[:turns]]
         yield {
             "caption": caption_of(scene),

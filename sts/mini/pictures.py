@@ -11,6 +11,7 @@ chart     four coloured bars of height 1-5 over an axis
 
 import hashlib
 from collections.abc import Callable
+from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
@@ -44,20 +45,14 @@ HELD_OUT = {
     ("diamond", "red"), ("diamond", "cyan"), ("ring", "green"), ("ring", "purple"),
 }  # fmt: skip
 
-# Columns of the standard 5x7 font, least significant bit on top.
-FONT = {
-    letter: [int(column, 16) for column in columns.split()]
-    for letter, columns in {
-        "a": "7e 11 11 11 7e", "b": "7f 49 49 49 36", "c": "3e 41 41 41 22", "d": "7f 41 41 22 1c",
-        "e": "7f 49 49 49 41", "f": "7f 09 09 09 01", "g": "3e 41 49 49 7a", "h": "7f 08 08 08 7f",
-        "i": "00 41 7f 41 00", "j": "20 40 41 3f 01", "k": "7f 08 14 22 41", "l": "7f 40 40 40 40",
-        "m": "7f 02 0c 02 7f", "n": "7f 04 08 10 7f", "o": "3e 41 41 41 3e", "p": "7f 09 09 09 06",
-        "q": "3e 41 51 21 5e", "r": "7f 09 19 29 46", "s": "46 49 49 49 31", "t": "01 01 7f 01 01",
-        "u": "3f 40 40 40 3f", "v": "1f 20 40 20 1f", "w": "3f 40 38 40 3f", "x": "63 14 08 14 63",
-        "y": "07 08 70 08 07", "z": "61 51 49 45 43",
-    }.items()
-}  # fmt: skip
-LETTERS = list(FONT)
+LETTERS = list(ascii_lowercase)
+# columns of the standard 5x7 font, five a letter, least significant bit on top
+COLUMNS = bytes.fromhex("""
+7e1111117e 7f49494936 3e41414122 7f4141221c 7f49494941 7f09090901 3e4149497a 7f0808087f 00417f4100
+2040413f01 7f08142241 7f40404040 7f020c027f 7f0408107f 3e4141413e 7f09090906 3e4151215e 7f09192946
+4649494931 01017f0101 3f4040403f 1f2040201f 3f4038403f 6314081463 0708700807 6151494543
+""")
+FONT = {letter: COLUMNS[5 * i : 5 * i + 5] for i, letter in enumerate(LETTERS)}
 
 # Ground truth of a patch: one integer an attribute, 0 = not applicable (see `truth_of`).
 KINDS = [*SHAPES, "letter", "bar"]
@@ -86,15 +81,13 @@ def pick(rng: np.random.Generator, items: list) -> Any:
 
 def draw(kind: str, rng: np.random.Generator, composition: bool = False) -> Scene:
     """One scene of a kind. Held-out pairs appear only with `composition`, where they always do."""
-    if kind == "text":
-        return _draw_text(rng)
-    if kind == "chart":
-        return _draw_chart(rng)
+    if kind != "objects":
+        return {"text": _draw_text, "chart": _draw_chart}[kind](rng)
+    if not composition:
+        return _draw_objects(rng, is_trained)
     while True:
-        if not composition:
-            return _draw_objects(rng, lambda s, c: (s, c) not in HELD_OUT)
-        scene = _draw_objects(rng, lambda s, c: (s, c) in HELD_OUT or not rng.integers(3))
-        if any((o["shape"], o["colour"]) in HELD_OUT for o in scene["objects"]):
+        scene = _draw_objects(rng, lambda s, c: is_held_out(s, c) or not rng.integers(3))
+        if any(is_held_out(o["shape"], o["colour"]) for o in scene["objects"]):
             return scene
 
 
@@ -106,14 +99,16 @@ def is_held_out(shape: str, colour: str) -> bool:
     return (shape, colour) in HELD_OUT
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
-    """[72, 72, 3] int16: a dark tint, a slope across it, and noise."""
+def _background(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """[72, 72, 3] int16: a dark tint, a slope across it, and noise; and [72, 72] int8: the index of
+    the thing that each pixel shows, -1 for none."""
     tint = rng.integers(20, 85, size=3)
     slope = rng.integers(-24, 25, size=2)
     ramp = np.arange(SIZE)
     shade = (slope[0] * ramp[:, None] + slope[1] * ramp[None, :]) // SIZE
     noise = rng.integers(-8, 9, size=(SIZE, SIZE, 3))
-    return (tint + shade[..., None] + noise).astype(np.int16)
+    image = (tint + shade[..., None] + noise).astype(np.int16)
+    return image, np.full((SIZE, SIZE), -1, np.int8)
 
 
 def _mask(shape: str, cx: int, cy: int, r: int) -> np.ndarray:
@@ -148,9 +143,8 @@ def _objects(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -> l
     total = int(rng.integers(2, 6))
     theme = {}
     if rng.integers(4):
-        theme = (
-            {"shape": pick(rng, SHAPES)} if rng.integers(2) else {"colour": pick(rng, COLOUR_NAMES)}
-        )
+        name, values = ("shape", SHAPES) if rng.integers(2) else ("colour", COLOUR_NAMES)
+        theme = {name: pick(rng, values)}
     themed = int(rng.integers(2, total + 1)) if theme else 0
     placed: list[dict] = []
     for index in range(total):
@@ -167,22 +161,14 @@ def _objects(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -> l
         for _ in range(40):
             cx, cy = pick(rng, centres), pick(rng, centres)
             if all(max(abs(cx - o["cx"]), abs(cy - o["cy"])) > r + o["r"] + 1 for o in placed):
-                placed.append(
-                    {
-                        "shape": shape,
-                        "colour": colour,
-                        "size": SIZES[size],
-                        "cx": cx,
-                        "cy": cy,
-                        "r": r,
-                    }
-                )
+                thing = {"shape": shape, "colour": colour, "size": SIZES[size]}
+                placed.append(thing | {"cx": cx, "cy": cy, "r": r})
                 break
     return placed
 
 
 def _draw_objects(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -> Scene:
-    image, owner = _background(rng), np.full((SIZE, SIZE), -1, np.int8)
+    image, owner = _background(rng)
     objects = _objects(rng, allowed)
     for index, o in enumerate(objects):
         mask = _mask(o["shape"], o["cx"], o["cy"], o["r"])
@@ -192,7 +178,7 @@ def _draw_objects(rng: np.random.Generator, allowed: Callable[[str, str], bool])
 
 
 def _draw_text(rng: np.random.Generator) -> Scene:
-    image, owner = _background(rng), np.full((SIZE, SIZE), -1, np.int8)
+    image, owner = _background(rng)
     word, colour = pick(rng, WORDS), pick(rng, COLOUR_NAMES)
     left, top = int(rng.integers(2, SIZE - 36)), int(rng.integers(2, SIZE - 16))
     letters, ink = [], np.zeros((SIZE, SIZE), bool)
@@ -208,7 +194,7 @@ def _draw_text(rng: np.random.Generator) -> Scene:
 
 
 def _draw_chart(rng: np.random.Generator) -> Scene:
-    image, owner = _background(rng), np.full((SIZE, SIZE), -1, np.int8)
+    image, owner = _background(rng)
     base, left, unit = int(rng.integers(SIZE - 10, SIZE - 3)), int(rng.integers(4, SIZE - 54)), 10
     image[base : base + 2, left - 2 : left + 52] = 160
     image[base - 5 * unit - 2 : base, left - 3 : left - 1] = 160
@@ -224,15 +210,8 @@ def _draw_chart(rng: np.random.Generator) -> Scene:
         where[top:base, x : x + 9] = True
         _paint(rng, image, where, colour)
         owner[where] = index
-        bars.append(
-            {
-                "shape": "bar",
-                "colour": colour,
-                "height": NUMBERS[height],
-                "cx": x + 4,
-                "cy": base - 4,
-            }
-        )
+        bar = {"shape": "bar", "colour": colour, "height": NUMBERS[height]}
+        bars.append(bar | {"cx": x + 4, "cy": base - 4})
     return {"kind": "chart", "objects": bars, "image": image, "owner": owner}
 
 
@@ -242,9 +221,7 @@ def truth_of(scene: Scene) -> np.ndarray:
     A patch belongs to the thing that covers most of it (at least 1/8), or whose centre it holds;
     value v of attribute a means ATTRIBUTES[a][v - 1], 0 means none.
     """
-    blocks = (
-        scene["owner"].reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID**2, -1)
-    )
+    blocks = scene["owner"].reshape(GRID, PATCH, GRID, PATCH).swapaxes(1, 2).reshape(GRID**2, -1)
     truth = np.zeros((GRID**2, len(ATTRIBUTES)), np.uint8)
     for index, thing in enumerate(scene["objects"]):
         covered = (blocks == index).sum(1)
@@ -253,12 +230,11 @@ def truth_of(scene: Scene) -> np.ndarray:
             patches &= covered >= (blocks == other).sum(1)
         centre = (thing["cy"] // PATCH) * GRID + thing["cx"] // PATCH
         patches[centre] = True
-        named = {**thing, "kind": thing["shape"]}
-        row = [
-            values.index(named[name]) + 1 if name in named else 0
+        thing = {**thing, "kind": thing["shape"]}
+        truth[patches] = [
+            values.index(thing[name]) + 1 if name in thing else 0
             for name, values in ATTRIBUTES.items()
         ]
-        truth[patches] = row
         truth[centre, -1] = 1
     return truth
 

@@ -7,8 +7,10 @@ shape-colour pairs that no training row shows or names (`HELD_OUT`). Answers are
 each question form, so a guess from the question alone is near chance.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count as counter
+from itertools import cycle
 
 import numpy as np
 
@@ -42,20 +44,22 @@ COUNTED = {1: 4, 2: 3, 3: 9, 4: 20, 5: 0}
 Question = tuple[str, str, str]  # question, answer, form
 
 
+def place_of(thing: dict) -> str:
+    """The patch that a thing's centre lies in, in words."""
+    return f"r{thing['cy'] // PATCH + 1} c{thing['cx'] // PATCH + 1}"
+
+
 def caption_of(scene: Scene) -> str:
     """What a scene shows and where, in a sentence."""
-
-    def place(o: dict) -> str:
-        return f"at r{o['cy'] // PATCH + 1} c{o['cx'] // PATCH + 1}"
-
     things = scene["objects"]
     if scene["kind"] == "text":
-        letters, word = " ".join(scene["word"]), scene["word"]
-        return f"the {things[0]['colour']} word {letters} {place(things[0])} is {word}."
+        colour, letters, word = things[0]["colour"], " ".join(scene["word"]), scene["word"]
+        return f"the {colour} word {letters} at {place_of(things[0])} is {word}."
     if scene["kind"] == "chart":
         return "a chart with " + ", ".join(f"{o['colour']} {o['height']}" for o in things) + "."
     ordered = sorted(things, key=lambda o: (o["cy"] // PATCH, o["cx"] // PATCH))
-    return ", ".join(f"a {o['size']} {o['colour']} {o['shape']} {place(o)}" for o in ordered) + "."
+    names = [f"a {o['size']} {o['colour']} {o['shape']} at {place_of(o)}" for o in ordered]
+    return ", ".join(names) + "."
 
 
 def _existence(scene: Scene, rng: np.random.Generator, named: Callable) -> Question | None:
@@ -86,11 +90,10 @@ def _attribute(ask: str, give: str, text: str) -> Callable:
         answers: dict[str, set] = {}
         for o in scene["objects"]:
             answers.setdefault(o[ask], set()).add((o[give], named(o["shape"], o["colour"])))
-        pool = [
-            (key, next(iter(values))[0])
-            for key, values in sorted(answers.items())
-            if len(values) == 1 and next(iter(values))[1]
+        single = [
+            (key, *values.pop()) for key, values in sorted(answers.items()) if len(values) == 1
         ]
+        pool = [(key, answer) for key, answer, is_named in single if is_named]
         if not pool:
             return None
         key, answer = pick(rng, pool)
@@ -149,15 +152,30 @@ def _chart(scene: Scene, rng: np.random.Generator, named: Callable) -> Question:
 
 _colour = _attribute("shape", "colour", "what color is the {}?")
 _shape = _attribute("colour", "shape", "what shape is the {} object?")
-QUESTIONS: dict[str, tuple[str, list[Callable]]] = {
-    "existence": ("objects", [_existence]),
-    "colour": ("objects", [_colour]),
-    "shape": ("objects", [_shape]),
-    "counting": ("objects", [_counting]),
-    "relation": ("objects", [_relation]),
-    "text": ("text", [_text]),
-    "chart": ("chart", [_chart]),
-    "composition": ("objects", [_existence, _colour, _shape]),
+YES_NO = ["yes", "no"]
+HELD_SHAPES, HELD_COLOURS = (sorted(set(values)) for values in zip(*HELD_OUT, strict=True))
+# skill -> kind of its scenes, what makes its questions, the answers of each question form
+QUESTIONS: dict[str, tuple[str, list[Callable], dict[str, list[str]]]] = {
+    "existence": ("objects", [_existence], {"pair": YES_NO, "shape": YES_NO}),
+    "colour": ("objects", [_colour], {"colour": COLOUR_NAMES}),
+    "shape": ("objects", [_shape], {"shape": SHAPES}),
+    "counting": (
+        "objects",
+        [_counting],
+        {"shape": NUMBERS[1:5], "colour": NUMBERS[1:5], "all": NUMBERS[2:6]},
+    ),
+    "relation": ("objects", [_relation], {"side": RELATIONS}),
+    "text": ("text", [_text], {"word": sorted(WORDS), "letter": sorted(set("".join(WORDS)))}),
+    "chart": (
+        "chart",
+        [_chart],
+        {"highest": COLOUR_NAMES, "lowest": COLOUR_NAMES, "height": NUMBERS[1:]},
+    ),
+    "composition": (
+        "objects",
+        [_existence, _colour, _shape],
+        {"pair": YES_NO, "colour": HELD_COLOURS, "shape": HELD_SHAPES},
+    ),
 }
 SKILLS = list(QUESTIONS)
 # of the attempts at a question about objects; most of those at counting fail (see COUNTED)
@@ -182,12 +200,10 @@ def rows(split: str, count: int, seed: int, turns: int = 5) -> Iterator[dict]:
         for skill in skills:
             if len(qa) == turns:
                 break
-            made = pick(rng, QUESTIONS[skill][1])(scene, rng, is_trained)
-            if made:
+            if made := pick(rng, QUESTIONS[skill][1])(scene, rng, is_trained):
                 question, answer, form = made
-                qa.setdefault(
-                    question, {"question": question, "answer": answer, "skill": skill, "form": form}
-                )
+                turn = {"question": question, "answer": answer, "skill": skill, "form": form}
+                qa.setdefault(question, turn)
         yield {
             "id": f"{split}-{index:06d}",
             "image": pixels_of(scene),
@@ -197,54 +213,28 @@ def rows(split: str, count: int, seed: int, turns: int = 5) -> Iterator[dict]:
         }
 
 
-def benchmark(skill: str, count: int, seed: int) -> list[dict]:
+def benchmark(skill: str, count: int, seed: int) -> Iterator[dict]:
     """Test rows of one skill: {"id", "image": uint8 [72, 72, 3], "question", "answer", "form"}.
 
     One question a scene; forms take turns and, within a form, each answer comes equally often (up
-    to rounding). Raises ValueError for an unknown skill.
+    to rounding).
     """
-    if skill not in QUESTIONS:
-        raise ValueError(f"scenes has no benchmark {skill!r}; it has: {', '.join(SKILLS)}")
-    kind, makers = QUESTIONS[skill]
-    named = is_held_out if skill == "composition" else is_trained
-    answers = _answers(skill)
-    quota = {
-        (form, answer): 0 for form, words in answers.items() for answer in words
-    }  # how many are still wanted
-    for index in range(count):
-        form = list(answers)[index % len(answers)]
-        quota[form, answers[form][index // len(answers) % len(answers[form])]] += 1
-    test_rows: list[dict] = []
+    kind, makers, answers = QUESTIONS[skill]
+    is_composition = skill == "composition"
+    named = is_held_out if is_composition else is_trained
+    forms = zip(range(count), cycle(answers.items()), strict=False)
+    quota = Counter(  # how many are still to come
+        (form, words[index // len(answers) % len(words)]) for index, (form, words) in forms
+    )
     for attempt in counter():
-        if len(test_rows) == count:
-            break
+        if not quota.total():
+            return
         rng = generator(VERSION, seed, f"test-{skill}", attempt)
-        scene = draw(kind, rng, composition=skill == "composition")
+        scene = draw(kind, rng, is_composition)
         made = pick(rng, makers)(scene, rng, named)
-        if not made or not quota.get((made[2], made[1])):
+        if not made or not quota[made[2], made[1]]:
             continue
         question, answer, form = made
         quota[form, answer] -= 1
-        test_rows.append({
-            "id": f"{skill}-{attempt:06d}", "image": pixels_of(scene),
-            "question": question, "answer": answer, "form": form,
-        })  # fmt: skip
-    return test_rows
-
-
-def _answers(skill: str) -> dict[str, list[str]]:
-    """The answers of each question form of a skill."""
-    words = sorted(WORDS)
-    letters = sorted(set("".join(WORDS)))
-    held_shapes = sorted({s for s, _ in HELD_OUT})
-    held_colours = sorted({c for _, c in HELD_OUT})
-    return {
-        "existence": {"pair": ["yes", "no"], "shape": ["yes", "no"]},
-        "colour": {"colour": COLOUR_NAMES},
-        "shape": {"shape": SHAPES},
-        "counting": {"shape": NUMBERS[1:5], "colour": NUMBERS[1:5], "all": NUMBERS[2:6]},
-        "relation": {"side": RELATIONS},
-        "text": {"word": words, "letter": letters},
-        "chart": {"highest": COLOUR_NAMES, "lowest": COLOUR_NAMES, "height": NUMBERS[1:]},
-        "composition": {"pair": ["yes", "no"], "colour": held_colours, "shape": held_shapes},
-    }[skill]
+        row = {"id": f"{skill}-{attempt:06d}", "image": pixels_of(scene)}
+        yield row | {"question": question, "answer": answer, "form": form}

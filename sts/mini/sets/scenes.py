@@ -1,7 +1,5 @@
 """`scenes` as a data set: captions to align on, questions to instruct with, eight benchmarks."""
 
-from collections.abc import Iterator
-
 from sts.mini import scenes
 from sts.pipeline.config import DataConfig
 from sts.pipeline.data.registry import DataSet
@@ -12,15 +10,11 @@ TURNS = 9  # of a conversation: questions are few tokens beside the image
 
 def _rows(data: DataConfig, _: None) -> dict[str, Rows]:
     size, seed = data.scenes, data.scenes.seed
-    splits = {
-        "align": (size.align, map(_caption, scenes.rows("align", size.align, seed))),
-        "instruct": (
-            size.instruct,
-            map(_questions, scenes.rows("instruct", size.instruct, seed, TURNS)),
-        ),
-    }
+    captions = map(_caption, scenes.rows("align", size.align, seed))
+    questions = map(_questions, scenes.rows("instruct", size.instruct, seed, TURNS))
+    splits = {"align": (size.align, captions), "instruct": (size.instruct, questions)}
     for skill in scenes.SKILLS:
-        splits[f"test_{skill}"] = (size.test, _benchmark(skill, size.test, seed))
+        splits[f"test_{skill}"] = (size.test, scenes.benchmark(skill, size.test, seed))
     return splits
 
 
@@ -31,10 +25,6 @@ def _caption(row: dict) -> dict:
 def _questions(row: dict) -> dict:
     pairs = [(qa["question"], qa["answer"]) for qa in row["qa"]]
     return conversation(row["id"], row["image"], pairs)
-
-
-def _benchmark(skill: str, count: int, seed: int) -> Iterator[dict]:
-    yield from scenes.benchmark(skill, count, seed)  # drawn when the split is written, not before
 
 
 DATASET = DataSet(

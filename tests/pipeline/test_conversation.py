@@ -276,11 +276,11 @@ def test_text_alone_needs_no_image(kind, own):
 def test_a_cut_sample_is_the_beginning_of_the_whole(own):
     [sample] = tokenise(own, [LONG], [SHOWN])
     whole = expand(sample)
-    for length in range(sample["shown"], len(whole[0]) + 2):
+    for length in range(sample["images_end"], len(whole[0]) + 2):
         for shortened, full in zip(expand(cut(sample, length)), whole, strict=True):
             assert np.array_equal(shortened, full[:length])
-    assert np.isin(whole[0][sample["shown"] :], own.image_token_ids).sum() == 0
-    assert np.isin(whole[0][: sample["shown"]], own.image_token_ids).any()
+    assert np.isin(whole[0][sample["images_end"] :], own.image_token_ids).sum() == 0
+    assert np.isin(whole[0][: sample["images_end"]], own.image_token_ids).any()
 
 
 def test_placeholders_follow_the_size_of_an_image():

@@ -1,7 +1,7 @@
 """Prepared data as batches: tokens made once, all of it mapped, images decoded when asked for, a
 seeded order.
 
-    data = Conversations(split_files(manifests, "instruct"), processor, max_length=2048)
+    data = Conversations(split_files(manifests, "instruct"), processor, 2048, tokens)
     order = batch_order(data.lengths, data.has_image, batch_size=32, seed=0)
     batches = [order(t) for t in range(first, last)]
     DataLoader(data, batch_sampler=batches, collate_fn=partial(collate, processor))
@@ -12,10 +12,10 @@ one and needs no sampler state.
 
 import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,34 +30,19 @@ from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
 from sts.pipeline.data.rows import images_of
-from sts.pipeline.data.tokens import Size, cut, expand, tokenise
+from sts.pipeline.data.tokens import OF_TOKENS, Size, cut, expand, tokenise
 from sts.pipeline.files import read_json
 from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time
 IMAGES = ("image", "images")  # columns
-MADE = ("ids", "labels", "at", "counts")  # of `tokenise`, all int32
-TOKENS = pa.schema(
-    [(name, pa.list_(pa.int32())) for name in MADE]
-    + [("row", pa.int32()), ("length", pa.int32()), ("has_image", pa.bool_())]
-)
-KINDS = frozenset({"mm_token_type_ids", "token_type_ids"})  # 1 on placeholders of images
+TOKENS = pa.schema({
+    "ids": pa.list_(pa.int32()), "repeats": pa.list_(pa.int32()), "is_answer": pa.list_(pa.bool_()),
+    "row": pa.int32(), "length": pa.int32(), "has_image": pa.bool_(),
+})  # fmt: skip
+TYPE_IDS = frozenset({"mm_token_type_ids", "token_type_ids"})  # 1 on placeholders of images
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def made_once(file: Path) -> Iterator[Path | None]:
-    """Where to write a file that processes share, which gets its name when it is whole; None if it
-    is there. Others wait meanwhile."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if file.exists():
-            yield None
-        else:
-            part = file.with_suffix(".part")
-            yield part
-            part.replace(file)
 
 
 def split_files(manifests: Sequence[str | Path], split: str) -> list[Path]:
@@ -81,16 +66,16 @@ class Conversations(Dataset):
     """The rows of Arrow files as samples for `collate`; neither they nor their tokens are read into
     memory.
 
-    Tokens longer than `max_length` are cut; rows that then have no answer left are dropped, with a
-    warning.
+    Samples longer than `max_length` tokens are cut; rows that then have no answer left are dropped,
+    with a warning.
 
     Args:
         files: Arrow files of prepared splits.
         processor: of the model.
         max_length: tokens of a sample.
-        template: as in `tokenise`.
         tokens: file that holds, or gets, what the processor makes of these rows; processes that
             ask for it at once wait for the first.
+        template: as in `tokenise`.
 
     Attributes:
         lengths: tokens of each sample, the placeholders of its images included.
@@ -105,30 +90,25 @@ class Conversations(Dataset):
         files: Sequence[str | Path],
         processor: ProcessorMixin,
         max_length: int,
+        tokens: Path,
         template: str | None = None,
-        tokens: Path | None = None,
     ):
         rows = concatenate_datasets([Table.from_file(str(file)) for file in files])
-        make = partial(_write_tokens, rows, processor, max_length, template)
-        if tokens is None:
-            sink = pa.BufferOutputStream()
-            make(sink)
-            table = pa.BufferReader(sink.getvalue())
-        else:
-            with made_once(tokens) as part:
-                if part:
-                    with pa.OSFile(str(part), "wb") as sink:
-                        make(sink)
-            table = pa.memory_map(str(tokens))
-        self.samples = pa.ipc.open_file(table).read_all()
+        tokens.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(tokens.with_suffix(".lock")):
+            if not tokens.exists():
+                part = tokens.with_suffix(".part")
+                _write_tokens(rows, processor, max_length, template, part)
+                part.replace(tokens)
+        self.samples = pa.ipc.open_file(pa.memory_map(str(tokens))).read_all()
         self.lengths = self.samples["length"].to_pylist()
         self.has_image = self.samples["has_image"].to_pylist()
-        if len(self.samples) < len(rows):
+        if len(self) < len(rows):
             log.warning(
                 "%d of %d rows dropped: no answer within max_length %d",
-                len(rows) - len(self.samples), len(rows), max_length,
+                len(rows) - len(self), len(rows), max_length,
             )  # fmt: skip
-        self.images = rows.select_columns([n for n in IMAGES if n in rows.column_names])
+        self.images = rows.select_columns([name for name in IMAGES if name in rows.column_names])
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -136,51 +116,38 @@ class Conversations(Dataset):
     def __getitem__(self, index: int) -> dict:
         """{"input_ids", "labels": int32 [tokens], "images": PIL images in the order of their
         places}."""
-        sample = {name: self.samples[name][index].values.to_numpy() for name in MADE}
-        ids, labels = expand(sample)
+        cells = {name: self.samples[name][index].values for name in OF_TOKENS}
+        ids, labels = expand({name: cells[name].to_numpy(False) for name in OF_TOKENS})
         row = self.samples["row"][index].as_py()
         return {"input_ids": ids, "labels": labels, "images": images_of(self.images[row])}
 
 
 def _write_tokens(
-    rows: Table,
-    processor: ProcessorMixin,
-    max_length: int,
-    template: str | None,
-    sink: pa.NativeFile,
+    rows: Table, processor: ProcessorMixin, max_length: int, template: str | None, file: Path
 ) -> None:
     """Write what the processor makes of the texts and of the sizes of the images, as TOKENS."""
     encoded = rows.with_format("arrow")  # images as they are stored: not decoded for their size
-    with pa.ipc.new_file(sink, TOKENS) as writer:
+    with pa.ipc.new_file(file, TOKENS) as writer:
         for start in tqdm(range(0, len(rows), CHUNK), "tokenise", unit="k rows", disable=None):
             chunk = encoded[start : start + CHUNK]
-            sizes = [
-                [_size(image) for image in images_of(row)]
-                for row in _each(chunk.select([n for n in IMAGES if n in chunk.column_names]))
-            ]
-            conversations = chunk["conversations"].to_pylist()
-            tokenised = tokenise(processor, conversations, sizes, template)
-            made = []
-            for place, (sample, shown) in enumerate(zip(tokenised, sizes, strict=True)):
-                if sample["shown"] > max_length:
+            images = chunk.select([name for name in IMAGES if name in chunk.column_names])
+            # one row at a time: all encoded images of a chunk may be large
+            cells = (images_of(images.slice(row, 1).to_pylist()[0]) for row in range(len(chunk)))
+            sizes = [[_size(image) for image in of_row] for of_row in cells]
+            samples = tokenise(processor, chunk["conversations"].to_pylist(), sizes, template)
+            kept = []
+            for place, (sample, of_row) in enumerate(zip(samples, sizes, strict=True)):
+                if sample["images_end"] > max_length:
                     raise ValueError(
-                        f"max_length {max_length} doesn't hold the {sample['shown']} tokens up to "
-                        f"the end of the images of row {chunk['id'][place]} (height x width: "
-                        f"{', '.join(f'{h} x {w}' for h, w in shown)}): raise it"
+                        f"max_length {max_length} doesn't hold the {sample['images_end']} tokens "
+                        f"up to the end of the images of row {chunk['id'][place]} (height x width: "
+                        f"{', '.join(f'{h} x {w}' for h, w in of_row)}): raise it"
                     )
                 sample = cut(sample, max_length)
-                if (sample["labels"] == IGNORE_INDEX).all():
-                    continue
-                length = len(sample["ids"]) + int((sample["counts"] - 1).sum())
-                facts = {"row": start + place, "length": length, "has_image": bool(shown)}
-                made.append({name: sample[name] for name in MADE} | facts)
-            writer.write_batch(pa.RecordBatch.from_pylist(made, schema=TOKENS))
-
-
-def _each(table: pa.Table) -> Iterator[dict]:
-    """The rows of a table, one at a time: all encoded images of a chunk may be large."""
-    for row in range(len(table)):
-        yield {name: table[name][row].as_py() for name in table.column_names}
+                if sample["is_answer"].any():
+                    facts = {"row": start + place, "length": int(sample["repeats"].sum())}
+                    kept.append(sample | facts | {"has_image": bool(of_row)})
+            writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=TOKENS))
 
 
 def _size(image: dict) -> Size:
@@ -196,7 +163,7 @@ def _size(image: dict) -> Size:
 def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
     """Samples of `Conversations` as one batch, padded on the right.
 
-    Returns input_ids, attention_mask and labels, long [batch, tokens], the kinds of tokens if the
+    Returns input_ids, attention_mask and labels, long [batch, tokens], the types of tokens if the
     model asks for them, and, if any sample has an image, what the processor makes of the images in
     the order of the samples (pixel_values, image_sizes, image_grid_thw, ...).
     """
@@ -212,11 +179,13 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
         "attention_mask": stack([np.ones_like(row) for row in ids], 0),
         "labels": stack([sample["labels"] for sample in samples], IGNORE_INDEX),
     }
-    for name in _names(processor) & KINDS if processor.return_mm_token_type_ids else ():
-        kinds = processor.create_mm_token_type_ids([row.tolist() for row in ids])
-        batch[name] = stack([np.array(row) for row in kinds], 0)
+    names = _names(processor)
+    for name in names & TYPE_IDS if processor.return_mm_token_type_ids else ():
+        types = processor.create_mm_token_type_ids([row.tolist() for row in ids])
+        batch[name] = stack([np.array(row) for row in types], 0)
     if images := [sample["images"] for sample in samples if sample["images"]]:
-        batch |= pixels(processor, images)
+        made = _image_step(processor)(images)
+        batch |= {name: made[name] for name in made if name in names}
     return BatchFeature(batch)
 
 
@@ -226,15 +195,8 @@ def example(samples: Conversations, processor: ProcessorMixin) -> BatchFeature:
     return collate(processor, [samples[index]])
 
 
-def pixels(processor: ProcessorMixin, images: list[list[Image.Image]]) -> dict[str, torch.Tensor]:
-    """What the processor gives a model for the images of each sample: pixel_values and, of some,
-    image_sizes, image_grid_thw, pixel_attention_mask, ..."""
-    made, names = _step(processor)(images), _names(processor)
-    return {name: made[name] for name in made if name in names}
-
-
 @lru_cache(maxsize=8)
-def _step(processor: ProcessorMixin) -> Callable[[list[list[Image.Image]]], dict]:
+def _image_step(processor: ProcessorMixin) -> Callable[[list[list[Image.Image]]], dict]:
     """What of the processor's call turns images into tensors; the rest makes text, which takes as
     long again."""
     settings = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
@@ -251,28 +213,20 @@ def _names(processor: ProcessorMixin) -> frozenset[str]:
 
 
 def batch_order(
-    lengths: Sequence[int],
-    has_image: Sequence[bool],
-    batch_size: int,
-    seed: int,
-    group_by_length: bool = True,
-    sorted_batches: int = 50,
+    lengths: Sequence[int], has_image: Sequence[bool], batch_size: int, seed: int, **grouping: Any
 ) -> Callable[[int], list[int]]:
-    """The function step -> indices of that step's batch, over as many epochs as are asked for.
+    """The function step -> indices of that step's batch, over as many epochs as are asked for;
+    `grouping` as in `batch_indices`.
 
     Raises ValueError if there are no samples.
     """
     if not len(lengths):
         raise ValueError("no samples to make batches of")
-
-    @lru_cache(maxsize=2)
-    def epoch(number: int) -> list[list[int]]:
-        return batch_indices(
-            lengths, has_image, batch_size, seed, number, group_by_length, sorted_batches
-        )
-
-    size = len(epoch(0))  # the same in every epoch
-    return lambda step: epoch(step // size)[step % size]
+    of_epoch = lru_cache(maxsize=2)(
+        partial(batch_indices, lengths, has_image, batch_size, seed, **grouping)
+    )
+    size = len(of_epoch(0))  # the same in every epoch
+    return lambda step: of_epoch(step // size)[step % size]
 
 
 def batch_indices(

@@ -13,7 +13,7 @@ asks for it ends, and ends with the token that ends the turn. So no text of a us
 import re
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache, partial
-from itertools import accumulate, takewhile
+from itertools import accumulate, chain, count, pairwise, takewhile
 
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
@@ -42,8 +42,8 @@ def messages(conversation: Sequence[dict]) -> list[Message]:
 def content_of(text: str) -> Content:
     """The content of a text, with None where an <image> stands; without the spaces at its ends, and
     without texts of spaces alone."""
-    pieces = [piece for words in text.split(IMAGE_TOKEN) for piece in (words, None)][:-1]
-    content = [piece for piece in pieces if piece is None or piece.strip()]
+    pieces = [piece for piece in re.split(f"({IMAGE_TOKEN})", text) if piece.strip()]
+    content = [None if piece == IMAGE_TOKEN else piece for piece in pieces]
     places = [place for place, piece in enumerate(content) if piece is not None]
     if not places:
         return (*content, "")
@@ -53,17 +53,9 @@ def content_of(text: str) -> Content:
 
 
 def render(processor: ProcessorMixin, chat: Sequence[Message], ask: bool = False) -> str:
-    """The text of messages in the processor's chat template, with one mark an image.
-
-    The token at the beginning that the tokenizer writes itself is left out.
-
-    Args:
-        processor: of the model.
-        chat: the messages.
-        ask: write the text up to where the model's next answer begins.
-
-    Raises:
-        ValueError: there is no chat template, or it shows no image.
+    """The text of messages in the processor's chat template, with one mark an image; with `ask`, up
+    to where the model's next answer begins. The token at the beginning that the tokenizer writes
+    itself is left out. Raises ValueError if there is no chat template, or it shows no image.
     """
     return _writer(processor, template_of(processor))(chat, ask)
 
@@ -118,15 +110,13 @@ def _write(
     for role, content in chat:
         if role == "assistant":
             content = (*content[:-1], content[-1] + end)
-        if role in lists:
-            written = [
-                {"type": "image"} if piece is None else {"type": "text", "text": piece}
-                for piece in content
-            ]
-        else:
-            mark = f"{processor.image_token}\n"
-            written = "".join(mark if piece is None else piece for piece in content)
-        turns.append({"role": role, "content": written})
+        parts = [
+            {"type": "image"} if piece is None else {"type": "text", "text": piece}
+            for piece in content
+        ]
+        mark = f"{processor.image_token}\n"
+        joined = "".join(mark if piece is None else piece for piece in content)
+        turns.append({"role": role, "content": parts if role in lists else joined})
     text = processor.apply_chat_template(turns, template, add_generation_prompt=ask)
     return text.removeprefix(_begin(processor))
 
@@ -163,13 +153,22 @@ def answers(processor: ProcessorMixin, chat: Sequence[Message]) -> tuple[str, Sp
             is asked with is not what stands before its answer.
     """
     text = render(processor, chat)
-    shape = tuple((role, tuple(piece is None for piece in content)) for role, content in chat)
-    if layout := _layout(processor, template_of(processor), shape):
-        texts = [piece for _, content in chat for piece in content if piece is not None]
-        filled, spans = layout(texts)
-        if filled == text:
-            return text, spans
-    return text, _spans(processor, chat)  # the template does more with a text than write it
+    texts = [piece for _, content in chat for piece in content if piece is not None]
+    marks = map(MARK.format, count())
+    blank = tuple(
+        (role, tuple(None if piece is None else next(marks) for piece in content))
+        for role, content in chat
+    )
+    marked, spans = _layout(processor, template_of(processor), blank)
+
+    def fill(part: str) -> str:
+        return MARKED.sub(lambda match: texts[int(match[1])], part)
+
+    if fill(marked) != text:  # the template does more with a text than write it
+        return text, _spans(processor, chat)
+    bounds = [0, *chain.from_iterable(spans)]
+    places = accumulate(len(fill(marked[first:last])) for first, last in pairwise(bounds))
+    return text, list(zip(places, places, strict=True))
 
 
 def plain(processor: ProcessorMixin, chat: Sequence[Message]) -> tuple[str, Spans]:
@@ -188,9 +187,9 @@ def plain(processor: ProcessorMixin, chat: Sequence[Message]) -> tuple[str, Span
             f"{str(chat)[:200]}...; leave it out of the stage, or their data set"
         )
     (_, question), (_, caption) = chat
-    marks = processor.image_token * question.count(None)
-    text = f"{marks} {''.join(filter(None, caption))}\n"
-    return text, [(len(marks), len(text))]
+    images = processor.image_token * question.count(None)
+    text = f"{images} {''.join(filter(None, caption))}\n"
+    return text, [(len(images), len(text))]
 
 
 # What a stage's `template` may say: how a conversation becomes a text with answers in it
@@ -198,37 +197,10 @@ WRITERS: dict[str | None, Callable[..., tuple[str, Spans]]] = {None: answers, "p
 
 
 @lru_cache(maxsize=1024)
-def _layout(processor: ProcessorMixin, template: str, shape: tuple) -> Callable | None:
-    """The function texts -> (text, spans) of conversations with as many turns, texts and images;
-    None if the template leaves a text out or repeats it."""
-    count, chat = 0, []
-    for role, images in shape:
-        content = []
-        for is_image in images:
-            content.append(None if is_image else MARK.format(count))
-            count += not is_image
-        chat.append((role, tuple(content)))
-    spans = _spans(processor, chat)
-    literal, *rest = MARKED.split(marked := render(processor, chat))
-    order, literals = [int(number) for number in rest[::2]], [literal, *rest[1::2]]
-    if sorted(order) != list(range(count)):
-        return None
-    ends = [match.end() for match in MARKED.finditer(marked)]
-    lengths = [len(MARK.format(number)) for number in order]
-    before = [[sum(end <= place for end in ends) for place in span] for span in spans]
-
-    def fill(texts: Sequence[str]) -> tuple[str, Spans]:
-        ordered = [texts[number] for number in order]
-        pairs = zip(literals, [*ordered, ""], strict=True)
-        filled = "".join(piece for pair in pairs for piece in pair)
-        grown = (len(text) - length for text, length in zip(ordered, lengths, strict=True))
-        shifts = [0, *accumulate(grown)]
-        return filled, [
-            (first + shifts[a], last + shifts[b])
-            for (first, last), (a, b) in zip(spans, before, strict=True)
-        ]
-
-    return fill
+def _layout(processor: ProcessorMixin, _: str, chat: Sequence[Message]) -> tuple[str, Spans]:
+    """The text of a conversation of marks in the processor's template, and where its answers lie.
+    Rendering is slow, and many conversations have as many turns and images."""
+    return render(processor, chat), _spans(processor, chat)
 
 
 def _spans(processor: ProcessorMixin, chat: Sequence[Message]) -> Spans:
@@ -245,21 +217,16 @@ def _spans(processor: ProcessorMixin, chat: Sequence[Message]) -> Spans:
         # the header of a turn may hold more than the prompt (an empty thought) or less (its tag)
         begin = min(prompt, before, key=len)
         first, last = len(begin), len(text) - len(after)
-        if not (
-            prompt.startswith(begin)
-            and before.startswith(begin)
-            and text.startswith(begin)
-            and text.endswith(after)
-            and first <= last
-        ):
+        same_begin = all(other.startswith(begin) for other in (prompt, before, text))
+        if not (same_begin and text.endswith(after) and first <= last):
             raise ValueError(
                 f"the chat template of the {type(processor).__name__} writes turn {place} of this "
                 "conversation otherwise when turns come after it, so its answer can't be told from "
                 "what it was asked with: split the conversation into one for each answer, or set "
                 f"processor.chat_template to one that doesn't. The text is {text[:200]!r}..."
             )
-        pairs = zip(after, as_last, strict=False)
-        common = "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(after, as_last, strict=False))
+        common = "".join(letter for letter, _ in pairs)
         spans.append((first, last + len(_end(processor, common))))
     return spans
 

@@ -1,4 +1,4 @@
-"""The tokens of conversations, with labels on the answers only and a run of placeholders as one.
+"""The tokens of conversations, with a run of the same placeholder as one, and which are answers.
 
 They are those that the processor gives for the rendered text and images of those sizes; a model's
 first use compares them (`_check`).
@@ -25,6 +25,7 @@ from sts.pipeline.data.rows import IMAGE_TOKEN
 from sts.settings import IGNORE_INDEX
 
 Size = tuple[int, int]  # height and width of an image in pixels
+OF_TOKENS = ("ids", "repeats", "is_answer")  # entries of a sample that are [tokens]
 
 
 def tokenise(
@@ -32,7 +33,7 @@ def tokenise(
     conversations: Sequence[Sequence[dict]],
     sizes: Sequence[Sequence[Size]],
     template: str | None = None,
-) -> list[dict[str, np.ndarray | int]]:
+) -> list[dict]:
     """The tokens of LLaVA conversations that have images of these sizes.
 
     Args:
@@ -43,11 +44,10 @@ def tokenise(
 
     Returns:
         Of each conversation
-        ids, labels: int32 [tokens], where a run of the same placeholder is one token. A label is
-            the id itself on tokens of an answer and its end, else IGNORE_INDEX.
-        at, counts: int32 [placeholders], where they are and how many tokens each stands for
-            (`expand`).
-        shown: how many of the expanded tokens there are up to the end of the last image.
+        ids: int32 [tokens], where a run of the same placeholder is one token.
+        repeats: int32 [tokens], how many tokens each stands for (`expand`).
+        is_answer: bool [tokens], whether a token is of an answer or its end.
+        images_end: how many of the expanded tokens there are up to the end of the last image.
 
     Raises:
         ValueError: a conversation doesn't show as many images as it has, or the processor doesn't
@@ -65,8 +65,8 @@ def _check(processor: ProcessorMixin, template: str) -> None:
         question = f"{IMAGE_TOKEN * len(sizes)}\nwhat?"
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "this"}]
         [sample] = _tokenise(processor, [turns], [sizes], answers)
-        text, images = render(processor, messages(turns)), [_blank(size) for size in sizes]
-        [expected] = processor(images=[images], text=[text])["input_ids"]
+        text = render(processor, messages(turns))
+        [expected] = processor(images=[_blank(sizes)], text=[text])["input_ids"]
         if not np.array_equal(expand(sample)[0], expected):
             raise ValueError(
                 f"the {type(processor).__name__} writes other tokens than those of its chat "
@@ -74,9 +74,8 @@ def _check(processor: ProcessorMixin, template: str) -> None:
             )
 
 
-def _blank(size: Size) -> Image.Image:
-    height, width = size
-    return Image.new("RGB", (width, height))
+def _blank(sizes: Sequence[Size]) -> list[Image.Image]:
+    return [Image.new("RGB", (width, height)) for height, width in sizes]
 
 
 def _tokenise(
@@ -84,9 +83,9 @@ def _tokenise(
     conversations: Sequence[Sequence[dict]],
     sizes: Sequence[Sequence[Size]],
     write: Callable[..., tuple[str, Spans]],
-) -> list[dict[str, np.ndarray | int]]:
+) -> list[dict]:
     written = [
-        _show(processor, *write(processor, messages(conversation)), images)
+        _with_placeholders(processor, *write(processor, messages(conversation)), images)
         for conversation, images in zip(conversations, sizes, strict=True)
     ]
     encoded = processor.tokenizer(
@@ -96,51 +95,53 @@ def _tokenise(
         return_attention_mask=False,
     )
     samples = []
-    for (text, spans, counts, shown), ids, offsets in zip(
+    for (text, spans, counts, images_end), ids, offsets in zip(
         written, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
-        ids, counts = np.array(ids, np.int32), np.array(counts, np.int32)
-        at = np.flatnonzero(np.isin(ids, placeholder_ids(processor)))
-        if len(at) != len(counts):
+        ids = np.array(ids, np.int32)
+        is_placeholder = np.isin(ids, placeholder_ids(processor))
+        if is_placeholder.sum() != len(counts):
             raise ValueError(f"the tokenizer takes placeholders of images apart: {text[:200]!r}")
+        repeats = np.ones(len(ids), np.int32)
+        repeats[is_placeholder] = counts
         begin, end = np.array(offsets).reshape(-1, 2).T
         # a token belongs to an answer if they share a character
-        answered = np.zeros(len(ids), bool)
+        is_answer = np.zeros(len(ids), bool)
         for first, last in spans:
-            answered |= (begin < last) & (end > first)
-        labels = np.where(answered, ids, IGNORE_INDEX).astype(np.int32)
-        sample = {"ids": ids, "labels": labels, "at": at.astype(np.int32), "counts": counts}
-        before = 1 + np.flatnonzero((begin < shown) & (end > begin)).max(initial=-1)
-        samples.append(sample | {"shown": int(_repeats(sample)[:before].sum())})
+            is_answer |= (begin < last) & (end > first)
+        before = 1 + np.flatnonzero((begin < images_end) & (end > begin)).max(initial=-1)
+        sample = {"ids": ids, "repeats": repeats, "is_answer": is_answer}
+        samples.append(sample | {"images_end": int(repeats[:before].sum())})
     return samples
 
 
-def _show(
+def _with_placeholders(
     processor: ProcessorMixin, text: str, spans: Spans, sizes: Sequence[Size]
-) -> tuple[str, np.ndarray, list[int], int]:
-    """A rendered text with what the processor writes for its images: (text, spans moved, counts,
-    where the last image ends)."""
-    mark = re.escape(processor.image_token)
-    places = np.array([match.span() for match in re.finditer(mark, text)], int).reshape(-1, 2)
-    if len(places) != len(sizes):
+) -> tuple[str, Spans, list[int], int]:
+    """A rendered text with what the processor writes for its images, where its answers are now, how
+    many tokens each placeholder stands for, and where the last image ends."""
+    marks = text.count(processor.image_token)
+    if marks != len(sizes):
         raise ValueError(
-            f"the conversation has {len(places)} {processor.image_token} but {len(sizes)} images: "
+            f"the conversation has {marks} {processor.image_token} but {len(sizes)} images: "
             f"{text[:200]!r}"
         )
-    single, pieces, counts, last = _single(processor), [], [], 0
-    for (first, end), (written, runs) in zip(
-        places, placeholders(processor, tuple(sizes)), strict=True
-    ):
-        counts += [1] * len(single.findall(text, last, first)) + list(runs)
-        pieces += [text[last:first], written]
-        last = end
-    shown = sum(map(len, pieces))
-    counts += [1] * len(single.findall(text, last))
-    grown = [len(written) for written in pieces[1::2]] - (places[:, 1] - places[:, 0])
-    moved = [0, *grown.cumsum()]
-    spans = np.array(spans, int).reshape(-1, 2)
-    spans = spans + np.take(moved, np.searchsorted(places[:, 1], spans, side="right"))
-    return "".join([*pieces, text[last:]]), spans, counts, shown
+    images = placeholders(processor, tuple(sizes))
+    [text], [replaced] = processor.get_text_with_replacements([text], [text for text, _ in images])
+    ends = [(0, 0), *((image["span"][1], image["new_span"][1]) for image in replaced)]
+
+    def moved(place: int) -> int:
+        old, new = max(end for end in ends if end[0] <= place)
+        return place - old + new
+
+    spans = [(moved(first), moved(last)) for first, last in spans]
+    of_images = [range(*image["new_span"]) for image in replaced]
+    runs = iter([count for _, counts in images for count in counts])
+    counts = [
+        next(runs) if any(match.start() in image for image in of_images) else 1
+        for match in _single(processor).finditer(text)
+    ]
+    return text, spans, counts, ends[-1][1]
 
 
 @lru_cache(maxsize=2**16)
@@ -150,29 +151,27 @@ def placeholders(
     """What the processor writes for each image of a sample, with one in the place of a run of the
     same placeholder, and how many each stands for. Some write less for one of several images.
 
-    Raises:
-        ValueError: the processor doesn't say it.
+    Raises ValueError if the processor doesn't say it.
     """
     if not sizes:
         return []
-    images, marks = [_blank(size) for size in sizes], processor.image_token * len(sizes)
+    marks = processor.image_token * len(sizes)
     try:
-        made = processor(images=[images], text=[marks], return_text_replacement_offsets=True)
-        [replacements] = made["text_replacement_offsets"]
+        written = processor(
+            images=[_blank(sizes)], text=[marks], return_text_replacement_offsets=True
+        )
+        [replaced] = written["text_replacement_offsets"]
     except (KeyError, NotImplementedError) as error:
         raise ValueError(
             f"the {type(processor).__name__} doesn't say what it writes for an image: transformers "
             "has no replace_image_token for it"
         ) from error
     runs = re.compile(rf"({_single(processor).pattern})\1*")
-    texts = [item["replacement"] for item in replacements]
-    return [
-        (
-            runs.sub(r"\1", text),
-            tuple(len(run.group()) // len(run[1]) for run in runs.finditer(text)),
-        )
-        for text in texts
-    ]
+    images = []
+    for text in (image["replacement"] for image in replaced):
+        counts = (len(run.group()) // len(run[1]) for run in runs.finditer(text))
+        images.append((runs.sub(r"\1", text), tuple(counts)))
+    return images
 
 
 @lru_cache(maxsize=8)
@@ -187,23 +186,14 @@ def _single(processor: ProcessorMixin) -> re.Pattern:
     return re.compile("|".join(map(re.escape, tokens)))
 
 
-def cut(sample: dict, length: int) -> dict[str, np.ndarray | int]:
+def cut(sample: dict, length: int) -> dict:
     """A sample of `tokenise` without what comes after `length` expanded tokens; no image does."""
-    kept = np.searchsorted(_repeats(sample).cumsum(), length, side="right")
-    images = np.searchsorted(sample["at"], kept)
-    return sample | {
-        **{name: sample[name][:kept] for name in ("ids", "labels")},
-        **{name: sample[name][:images] for name in ("at", "counts")},
-    }
+    kept = np.searchsorted(sample["repeats"].cumsum(), length, side="right")
+    return sample | {name: sample[name][:kept] for name in OF_TOKENS}
 
 
 def expand(sample: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels [tokens] of a sample of `tokenise`, with every placeholder."""
-    repeats = _repeats(sample)
-    return np.repeat(sample["ids"], repeats), np.repeat(sample["labels"], repeats)
-
-
-def _repeats(sample: dict) -> np.ndarray:
-    repeats = np.ones(len(sample["ids"]), np.int32)
-    repeats[sample["at"]] = sample["counts"]
-    return repeats
+    """Ids and labels, int32 [tokens], of a sample of `tokenise`, with every placeholder. A label is
+    the id itself on tokens of an answer, else IGNORE_INDEX."""
+    ids, is_answer = (np.repeat(sample[name], sample["repeats"]) for name in ("ids", "is_answer"))
+    return ids, np.where(is_answer, ids, IGNORE_INDEX).astype(np.int32)

@@ -25,20 +25,16 @@ LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
 def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], list[int]]]:
     """The samples of a stage, and the function step -> indices of that step's global batch."""
     block = job.block
-    samples = Conversations(
-        split_files(job.data, block.split),
-        processor,
-        block.max_length,
-        block.template,
-        job.tokens / f"{tokens_key(job, processor)}.arrow",
-    )
+    tokens = job.tokens / f"{tokens_key(job, processor)}.arrow"
+    files = split_files(job.data, block.split)
+    samples = Conversations(files, processor, block.max_length, tokens, block.template)
     order = batch_order(
         samples.lengths,
         samples.has_image,
         block.global_batch,
         job.seed_of("order"),
-        block.group_by_length,
-        block.sorted_batches,
+        group_by_length=block.group_by_length,
+        sorted_batches=block.sorted_batches,
     )
     return samples, order
 

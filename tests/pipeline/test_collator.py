@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from cases import turns
+from own_sets import config, samples_of
 from PIL import ExifTags, Image
 from processors import PROCESSORS, model_of
 from transformers import ProcessorMixin
 
-from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
 from sts.pipeline.data.collator import Conversations, collate, split_files
 from sts.pipeline.data.conversation import messages, render
 from sts.pipeline.data.prepare import prepare
@@ -47,9 +47,8 @@ def prepared(rows: list[dict], images: Path, out: Path) -> list[Path]:
     """The Arrow file of rows of a user's own."""
     out.mkdir(exist_ok=True)
     (out / "own.json").write_text(json.dumps(rows))
-    own = {"custom": {"own": {"json": str(out / "own.json"), "images": str(images)}}}
-    config = validate(deep_merge(load_yaml(MINI), {"data": own}), "test.yaml")
-    manifest = prepare(config, "own", out / "manifest.json")
+    own = {"json": str(out / "own.json"), "images": str(images)}
+    manifest = prepare(config(custom={"own": own}), "own", out / "manifest.json")
     assert manifest["bad_rows"] == {}
     return split_files([out / "manifest.json"], "instruct")
 
@@ -71,7 +70,7 @@ def processor(kind) -> ProcessorMixin:
 
 @pytest.fixture(scope="module")
 def data(files, processor) -> Conversations:
-    return Conversations(files, processor, 2048)
+    return samples_of(files, processor)
 
 
 def test_a_batch_is_what_the_processor_gives_for_texts_and_images(processor, data, folder):
@@ -117,7 +116,7 @@ def test_lengths_are_known_before_an_image_is_decoded(processor, files, data, mo
     with pytest.raises(TypeError):
         data[0]
     # the sizes are known by now, and so is what the processor writes for them
-    assert Conversations(files, processor, 2048).lengths == data.lengths
+    assert samples_of(files, processor).lengths == data.lengths
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +129,7 @@ def test_a_turned_photo_has_the_size_that_it_is_shown_in(qwen, folder, tmp_path)
     exif[ExifTags.Base.Orientation] = 6  # a quarter turn
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 16)).save(tmp_path / "images" / "a.png", "JPEG", exif=exif)
-    data = Conversations(prepared(ROWS[:1], tmp_path / "images", tmp_path / "own"), qwen, 2048)
+    data = samples_of(prepared(ROWS[:1], tmp_path / "images", tmp_path / "own"), qwen)
     assert data[0]["images"][0].size == (16, 64)
     [grid] = collate(qwen, [data[0]])["image_grid_thw"].tolist()
     assert grid == [1, 16, 4]  # patches of 4 pixels
@@ -139,7 +138,7 @@ def test_a_turned_photo_has_the_size_that_it_is_shown_in(qwen, folder, tmp_path)
 
 def test_sets_with_one_image_a_row_and_with_several_are_mixed(qwen, folder, files, tmp_path):
     single = prepared(ROWS[:2], folder, tmp_path / "own")
-    data = Conversations([*single, *files], qwen, 2048)
+    data = samples_of([*single, *files], qwen)
     assert len(data) == 2 + len(ROWS)
     shown = [[image.size for image in data[index]["images"]] for index in range(len(data))]
     a, b, c = SIZES.values()
@@ -147,19 +146,19 @@ def test_sets_with_one_image_a_row_and_with_several_are_mixed(qwen, folder, file
 
 
 def test_a_cut_leaves_images_and_an_answer_or_is_refused(qwen, files, caplog):
-    whole = Conversations(files, qwen, 2048)
+    whole = samples_of(files, qwen)
     longest = max(whole.lengths)
     row = whole.lengths.index(longest)
-    data = Conversations(files, qwen, longest - 1)
+    data = samples_of(files, qwen, longest - 1)
     assert np.array_equal(data[row]["input_ids"], whole[row]["input_ids"][:-1])
     assert (data.lengths[row], data.has_image) == (longest - 1, whole.has_image)
     is_image = whole[2]["input_ids"] == qwen.image_token_id
     end = int(np.flatnonzero(is_image)[-1]) + 1
-    Conversations(files, qwen, end)
+    samples_of(files, qwen, end)
     assert f"max_length {end}" in caplog.text  # some row has no answer left
     message = (
         rf"max_length {end - 1} doesn't hold the {end} tokens up to the end of the images of row "
         r"two \(height x width: 16 x 24, 60 x 40\): raise it"
     )
     with pytest.raises(ValueError, match=message):
-        Conversations(files, qwen, end - 1)
+        samples_of(files, qwen, end - 1)

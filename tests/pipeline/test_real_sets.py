@@ -13,9 +13,10 @@ import pytest
 from asking import picture, write_parquet
 from cases import turns
 from hub_server import COMMIT, Hub, hub, image, sha256, zipped
+from own_sets import config, rows_of, write
 from processors import tiny_processor
 
-from sts.pipeline.config import MINI, ConfigError, deep_merge, load_yaml, validate
+from sts.pipeline.config import ConfigError
 from sts.pipeline.data import collator, llava
 from sts.pipeline.data.hub import turns as hub_turns
 from sts.pipeline.data.llava import objects
@@ -76,21 +77,6 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def no_mirror(monkeypatch):
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
-
-
-def config(**data):
-    return validate(deep_merge(load_yaml(MINI), {"data": data}), "test.yaml")
-
-
-def rows_of(manifest: Path, split: str) -> datasets.Dataset:
-    return datasets.Dataset.from_file(str(manifest.parent / f"{split}.arrow"))
-
-
-def write(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
 
 
 def inner(prefix: str) -> dict[str, bytes]:

@@ -28,27 +28,14 @@ class File:
     into: str = "."
     """Folder, below that of the set, that it lies or is unpacked in."""
     kept_as: str = ""
-    """What of it lies in a folder that the user has; its own name by default."""
+    """What of it lies there in a folder that the user has; its own name by default."""
     gigabytes: float = 0.0
     """Its size, as the hub lists it or a copy of it; for the estimate."""
 
     @property
-    def name(self) -> str:
-        """Its name at the source."""
-        return PurePosixPath(self.url).name
-
-    @property
-    def of_hub(self) -> tuple[str, str] | None:
-        """(data set, file in it), if it is of the hub."""
-        if "://" in self.url:
-            return None
-        owner, name, path = self.url.split("/", 2)
-        return f"{owner}/{name}", path
-
-    @property
     def place(self) -> str:
         """Where it lies, or what is unpacked of it, below the folder of the set."""
-        return self.kept_as or str(PurePosixPath(self.into) / self.name)
+        return str(PurePosixPath(self.into) / (self.kept_as or PurePosixPath(self.url).name))
 
 
 def fetched_bytes(files: Sequence[File]) -> float:
@@ -101,50 +88,47 @@ def folder_of(
 
 def _fetch(file: File, folder: Path, note: Path) -> None:
     """Fetch a file, compare it with what its source says of it, unpack it, note it."""
-    target = folder / file.into
-    target.mkdir(parents=True, exist_ok=True)
+    path = folder / file.into / PurePosixPath(file.url).name
+    path.parent.mkdir(parents=True, exist_ok=True)
     note.parent.mkdir(exist_ok=True)
-    of_hub = file.of_hub
-    path = _from_hub(*of_hub, target) if of_hub else _from_web(file, target)
+    listed = None
+    if "://" in file.url:
+        _from_web(file.url, path)
+    else:
+        owner, name, at = file.url.split("/", 2)
+        hub = {"repo_id": f"{owner}/{name}", "filename": at, "repo_type": "dataset"}
+        Path(hf_hub_download(**hub, local_dir=path.parent / ".hub")).replace(path)
+        listed = get_hf_file_metadata(hf_hub_url(**hub))
     facts = {"url": file.url, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    if of_hub:
-        listed = get_hf_file_metadata(hf_hub_url(*of_hub, repo_type="dataset"))
+    if listed:
         facts["commit"] = listed.commit_hash
         if listed.etag and len(listed.etag) == 64 and listed.etag != facts["sha256"]:  # SHA-256
             path.unlink()
             raise OSError(f"SHA-256 {facts['sha256']}, not {listed.etag} as the hub says")
     if path.suffix == ".zip":
-        unpack(path, target)
+        unpack(path, path.parent)
         path.unlink()
     write_json_atomic(note, facts)
 
 
-def _from_hub(name: str, path: str, folder: Path) -> Path:
-    copy = Path(hf_hub_download(name, path, repo_type="dataset", local_dir=folder / ".hub"))
-    return copy.replace(folder / copy.name)
-
-
-def _from_web(file: File, folder: Path) -> Path:
+def _from_web(url: str, path: Path) -> None:
     """Fetched with the client of the hub, which goes on where a part ends and tries again."""
-    path = folder / file.name
-    part = path.with_name(f"{file.name}.part")
-    if not path.exists():
-        with part.open("ab") as stream:
-            try:
-                http_get(file.url, stream, resume_size=part.stat().st_size)
-            except HfHubHTTPError as error:
-                if error.response.status_code != 416:  # it begins where the file ends: it is whole
-                    raise
-        part.replace(path)
-    return path
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    with part.open("ab") as stream:
+        try:
+            http_get(url, stream, resume_size=part.stat().st_size)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 416:  # it begins where the file ends: it is whole
+                raise
+    part.replace(path)
 
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .zip into a folder; what lies there in full already, from a call before, is left.
 
-    Raises:
-        OSError: a path leads out of the folder.
-        zipfile.BadZipFile: the archive is damaged.
+    Raises OSError if a path leads out of the folder, zipfile.BadZipFile if it is damaged.
     """
     with zipfile.ZipFile(archive) as packed:
         for member in tqdm(packed.infolist(), f"unpack {archive.name}", unit="file", disable=None):

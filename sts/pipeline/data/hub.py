@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from sts.pipeline.data.rows import IMAGE_TOKEN, Rows, columns_of, turns_of
+from sts.pipeline.data.rows import IMAGE_TOKEN, Rows, columns_of, images_of, turns_of
 from sts.pipeline.data.source import DOWNLOADS, DataError
 
 CHUNK = 100  # rows read at a time, with their images
@@ -35,13 +35,8 @@ def hub_rows(name: str, source: str, files: str, revision: str) -> Rows:
     if not folder.is_dir():
         folder = DOWNLOADS / name
         try:
-            snapshot_download(
-                source,
-                repo_type="dataset",
-                revision=revision,
-                allow_patterns=files,
-                local_dir=folder,
-            )
+            options = {"repo_type": "dataset", "revision": revision, "allow_patterns": files}
+            snapshot_download(source, **options, local_dir=folder)
         except (OSError, HfHubHTTPError, ValueError) as error:
             raise DataError(
                 f"data set {name}: {source} of the hub, revision {revision}, can't be had: {error} "
@@ -57,31 +52,31 @@ def hub_rows(name: str, source: str, files: str, revision: str) -> Rows:
             f"data set {name}: {error}. Delete {folder} and run again, or correct {key}.files"
         ) from error
     columns = heads[0].schema_arrow.names
-    images = next((name for name in ("images", "image") if name in columns), None)
-    texts = next((name for name in ("conversations", "texts") if name in columns), None)
+    images = next((column for column in ("images", "image") if column in columns), None)
+    texts = next((column for column in ("conversations", "texts") if column in columns), None)
     if not images or not texts:
         raise DataError(
             f"data set {name}: {paths[0]} has the columns {', '.join(columns)}, but needs images "
             f"or image, and texts or conversations. Correct {key}.files"
         )
     count = sum(head.metadata.num_rows for head in heads)
-    return count, _rows(paths, images, texts, "id" in columns)
+    rows = _stored(paths, [column for column in (images, texts, "id") if column in columns])
+    return count, (_row(row, index, images, texts) for index, row in enumerate(rows))
 
 
-def _rows(files: list[Path], images: str, texts: str, named: bool) -> Iterator[dict]:
-    columns = [images, texts, *(["id"] if named else [])]
-    index = 0
+def _stored(files: list[Path], columns: list[str]) -> Iterator[dict]:
     for file in files:
         for batch in pq.ParquetFile(file).iter_batches(CHUNK, columns=columns):
-            for row in batch.to_pylist():
-                pictures = row[images] if images == "images" else [row[images]]
-                pictures = [picture["bytes"] for picture in pictures or [] if picture]
-                yield {
-                    "id": str(row["id"]) if named else f"{index:08d}",
-                    **columns_of(pictures, images == "images"),
-                    "conversations": turns(row[texts], len(pictures)),
-                }
-                index += 1
+            yield from batch.to_pylist()
+
+
+def _row(row: dict, index: int, images: str, texts: str) -> dict:
+    pictures = [picture["bytes"] for picture in images_of(row) if picture]
+    return {
+        "id": str(row.get("id", f"{index:08d}")),
+        **columns_of(pictures, images == "images"),
+        "conversations": turns(row[texts], len(pictures)),
+    }
 
 
 def turns(texts: Any, images: int) -> Any:

@@ -11,21 +11,12 @@ from sts.pipeline.data.source import DataError
 
 READ = 2**20  # characters read at a time
 LONGEST = 2**26  # characters of an item
-SOLID = re.compile(r"\S")
 
 
 def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -> Rows:
     """The rows of a JSON list of {id, image, conversations}, with paths below the folder `images`;
-    an image may be a list, and is then one in all rows.
-
-    Args:
-        name: of the data set.
-        file: the JSON file.
-        images: the folder.
-        key: what the configuration calls the two, for the message.
-
-    Raises:
-        DataError: something is wrong with the file or the folder.
+    an image may be a list, and is then one in all rows. `key` is what the configuration calls the
+    file and the folder. Raises DataError if something is wrong with either.
     """
     file, images = Path(file), Path(images)
     try:
@@ -52,48 +43,30 @@ def objects(file: Path) -> Iterator[Any]:
 
     Raises OSError, and ValueError for a file that is no whole JSON list.
     """
-    decode = json.JSONDecoder().raw_decode
+    decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
     with file.open(encoding="utf-8") as stream:
-        text, place = "", 0
-
-        def more() -> bool:
-            """Read on; whether there was something."""
-            nonlocal text, place
-            added = stream.read(READ)
-            text, place = text[place:] + added, 0
-            return bool(added)
-
-        def following() -> str:
-            """The next character that is not white space, where `place` then is; "" at the end."""
-            nonlocal place
-            while True:
-                match = SOLID.search(text, place)
-                if match:
-                    place = match.start()
-                    return match.group()
-                if not more():
-                    return ""
-
-        if following() != "[":
+        text, place, is_first = stream.read(READ).lstrip(), 1, True
+        if not text.startswith("["):
             raise ValueError("it holds no list of {id, image, conversations}")
-        place += 1
-        if following() == "]":
-            return
         while True:
             try:
-                following()
-                item, place = decode(text, place)
-            except json.JSONDecodeError:
-                if len(text) - place > LONGEST or not more():
-                    raise
+                item, end = decode(text, space.match(text, place).end())
+                end = space.match(text, end).end()
+                after = text[end]
+            except (json.JSONDecodeError, IndexError) as error:
+                more = stream.read(READ)
+                if is_first and not more and text[place:].strip() == "]":
+                    return
+                if not more or len(text) - place > LONGEST:
+                    raise ValueError(f"it holds no whole list: {error}") from error
+                text, place = text[place:] + more, 0
                 continue
             yield item
-            after = following()
             if after == "]":
                 return
             if after != ",":
-                raise ValueError(f"neither , nor ] after an item: {text[place : place + 40]!r}")
-            place += 1
+                raise ValueError(f"neither , nor ] after an item: {text[end : end + 40]!r}")
+            place, is_first = end + 1, False
 
 
 def _row(row: Any, index: int, images: Path, several: bool) -> dict:

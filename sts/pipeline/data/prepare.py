@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Features, List, Value
 from datasets import Image as ImageColumn
+from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from tqdm import tqdm
 
 from sts.pipeline.config import Config, DataConfig
 from sts.pipeline.data.registry import load
-from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, columns_of, images_of
+from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, columns_of, conversation, images_of
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
 from sts.pipeline.files import sha256_json, write_json_atomic
 
@@ -38,6 +38,12 @@ BENCHMARK = Features({"id": TEXT, "image": IMAGE, "question": TEXT, "answer": TE
 
 class BadRow(ValueError):
     """A row that is left out: (reason to count it under, what exactly)."""
+
+
+# The images of a row as (table cell, pixels), and what is odd about it; or why it is bad. Odd is
+# what others stumble over and this pipeline doesn't: labels are found by rendering, images are
+# opened by what they are.
+Verdict = tuple[list[tuple[dict, np.ndarray]], list[str]] | BadRow
 
 
 def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
@@ -68,10 +74,9 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
             file = part / f"{split}.arrow"
             if name in config.data.rows and not split.startswith("test_"):
                 rows = _subset(rows, config.data.rows[name])
-            count, sha256, rejected, noted = _write(name, rows, file, entry.embed, config.data)
-            described[split] = {"rows": count, "sha256": sha256, "file": file.name}
-            bad += rejected
-            notes += noted
+            progress = tqdm(rows[1], f"{name} {split}", rows[0], unit="row", disable=None)
+            checked = _checked(progress, entry.embed, config.data)
+            described[split] = _write(checked, file, bad, notes)
         report = out.parent / "bad_rows.jsonl"
         (part / report.name).write_text("".join(json.dumps(row) + "\n" for row in bad))
         os.replace(part / report.name, report)
@@ -82,13 +87,8 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
             os.replace(part / split["file"], out.parent / split["file"])
     finally:
         shutil.rmtree(part)
-    manifest = {
-        "dataset": name,
-        "version": entry.version,
-        "licence": entry.licence,
-        "splits": described,
-        "bad_rows": reasons,
-    }
+    manifest = {"dataset": name, "version": entry.version, "licence": entry.licence}
+    manifest |= {"splits": described, "bad_rows": reasons}
     manifest["sha256"] = sha256_json(manifest)
     if notes:
         manifest["notes"] = dict(notes)
@@ -121,20 +121,18 @@ def _check(
 
 
 def _write(
-    name: str, rows: Rows, file: Path, embed: bool, data: DataConfig
-) -> tuple[int, str, list[dict], Counter[str]]:
-    """Write the good rows of a split; (how many, SHA-256 of their content, the bad rows, what was
-    odd about the good ones).
+    checked: Iterable[tuple[dict, Verdict]], file: Path, bad: list[dict], notes: Counter[str]
+) -> dict[str, Any]:
+    """Write the good rows of a split, and give its entry in the manifest; the others are added to
+    `bad`, and what is odd about the good ones to `notes`.
 
     The hash is of texts and decoded pixels, so it doesn't depend on how images or tables are
     encoded.
     """
-    split, (count, stream) = file.stem, rows
-    digest, bad, notes = hashlib.sha256(), [], Counter()
+    split, digest = file.stem, hashlib.sha256()
 
     def good() -> Iterator[dict]:
-        progress = tqdm(stream, f"{name} {split}", count, unit="row", disable=None)
-        for index, (row, verdict) in enumerate(_checked(progress, embed, data)):
+        for index, (row, verdict) in enumerate(checked):
             if isinstance(verdict, BadRow):
                 reason, detail = verdict.args
                 where = {"split": split, "row": index, "id": row["id"]}
@@ -143,48 +141,34 @@ def _write(
             images, odd = verdict
             notes.update(odd)
             texts = {key: value for key, value in row.items() if key not in ("image", "images")}
-            cells, shapes = [cell for cell, _ in images], [pixels.shape for _, pixels in images]
+            shapes = [pixels.shape for _, pixels in images]
             if "images" not in row:
                 shapes = next(iter(shapes), None)
             digest.update(json.dumps([texts, shapes], sort_keys=True).encode())
             for _, pixels in images:
                 digest.update(pixels.tobytes())
-            yield {**texts, **columns_of(cells, "images" in row)}
+            yield {**texts, **columns_of([cell for cell, _ in images], "images" in row)}
 
-    good_rows = good()
-    first = list(islice(good_rows, 1))
+    rows = good()
+    first = list(islice(rows, 1))
     features = SEVERAL if first and "images" in first[0] else TRAINING
     features = BENCHMARK if split.startswith("test_") else features
-    count = _write_arrow(chain(first, good_rows), features, file)
-    return count, digest.hexdigest(), bad, notes
+    with ArrowWriter(features=features, path=str(file), writer_batch_size=CHUNK) as writer:
+        for row in chain(first, rows):
+            writer.write(row)
+        count, _ = writer.finalize()
+    return {"rows": count, "sha256": digest.hexdigest(), "file": file.name}
 
 
-def _write_arrow(rows: Iterable[dict], features: Features, file: Path) -> int:
-    """Write rows in chunks, so that any number fits in memory, as `datasets` maps them; how many
-    there were."""
-    rows, written, schema = iter(rows), 0, features.arrow_schema
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while chunk := list(islice(rows, CHUNK)):
-            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-            written += len(chunk)
-    return written
-
-
-def _checked(
-    rows: Iterable[dict], embed: bool, data: DataConfig
-) -> Iterator[tuple[dict, tuple[list, list[str]] | BadRow]]:
-    """Each row, and its images as (cell, pixels) with what is odd about it, or why it is bad.
-
-    Odd is what others stumble over and this pipeline doesn't: labels are found by rendering, images
-    are opened by what they are.
-    """
+def _checked(rows: Iterable[dict], embed: bool, data: DataConfig) -> Iterator[tuple[dict, Verdict]]:
+    """Each row, and what is found out about it."""
     rows, check = iter(rows), partial(_check_row, embed, data.max_text_chars)
     with ThreadPoolExecutor(data.threads) as pool:
         while block := list(islice(rows, TOGETHER)):
             yield from zip(block, pool.map(check, block), strict=True)
 
 
-def _check_row(embed: bool, max_chars: int, row: dict) -> tuple[list, list[str]] | BadRow:
+def _check_row(embed: bool, max_chars: int, row: dict) -> Verdict:
     try:
         _check_text(row, max_chars)
         odd = [
@@ -198,7 +182,9 @@ def _check_row(embed: bool, max_chars: int, row: dict) -> tuple[list, list[str]]
 
 
 def _check_text(row: dict, max_chars: int) -> None:
-    turns = row["conversations"] if "conversations" in row else _as_turns(row)
+    if "question" in row:
+        row = conversation(row["id"], row["image"], [(row["question"], row["answer"])])
+    turns = row["conversations"]
     if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
         raise BadRow("malformed", "conversations must be a list of {from, value}, both text")
     roles = [turn["from"] for turn in turns]
@@ -217,11 +203,6 @@ def _check_text(row: dict, max_chars: int) -> None:
     if sum(named[::2]) != images or any(named[1::2]):
         must = f"must be {images}, one for each image, in turns of a human"
         raise BadRow("wrong placeholders", f"{IMAGE_TOKEN} in turns: {named}; {must}")
-
-
-def _as_turns(row: dict) -> list[dict]:
-    question = {"from": "human", "value": f"{IMAGE_TOKEN}\n{row['question']}"}
-    return [question, {"from": "gpt", "value": row["answer"]}]
 
 
 def _is_turn(turn: Any) -> bool:

@@ -41,11 +41,8 @@ class DataSet:
 
 
 def dataset(name: str, data: DataConfig) -> DataSet:
-    """The data set of a name: of a file of the package, or the user's own in `data.custom`.
-
-    Raises:
-        DataError: the name is unknown.
-    """
+    """The data set of a name: of a file of the package, or the user's own in `data.custom`. Raises
+    DataError if there is none."""
     files = datasets()
     if name in files:
         module = files[name].relative_to(CODE.parent).with_suffix("")
@@ -66,22 +63,13 @@ def _custom(name: str, spec: CustomConfig) -> DataSet:
             return {spec.split: hub_rows(name, spec.hub, spec.files, spec.revision)}
         return {spec.split: llava_rows(name, spec.json_file, spec.images, f"data.custom.{name}")}
 
-    return DataSet(
-        version=spec.revision if spec.hub else "custom",
-        licence="not stated",
-        homepage=spec.hub or spec.json_file or "",
-        citation="",
-        load=load,
-        embed=bool(spec.hub),
-    )
+    version, homepage = (spec.revision, spec.hub) if spec.hub else ("custom", spec.json_file or "")
+    return DataSet(version, "not stated", homepage, "", load, embed=bool(spec.hub))
 
 
 def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows]]:
-    """The entry of a data set and its rows by split; files are fetched and checked first.
-
-    Raises:
-        DataError: the name is unknown, or files can't be had or are damaged.
-    """
+    """The entry of a data set and its rows by split; files are fetched and checked first. Raises
+    DataError if the name is unknown, or files can't be had or are damaged."""
     entry, data = dataset(name, config.data), config.data
     source: Any = None
     if entry.source:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -39,8 +38,6 @@ class Source:
     """URL of a .tar.gz of one commit."""
     folder: str
     """The part of the archive that is used."""
-    files: int
-    """Files in that part, for the progress bar."""
     mirror: str
     """Name of the folder in a mirror."""
     sha256: str
@@ -50,30 +47,32 @@ class Source:
 
 
 def read(name: str, source: Source, mirror: str | None) -> Questions:
-    """The questions in the files of a set, which are those that its entry was written for.
+    """The questions in the files of a set, which are those that its entry was written for: in the
+    mirror, else downloaded before, else downloaded now.
 
     Raises:
         DataError: files can't be had, or are damaged or others.
     """
-    folder = locate(name, source, mirror)
+    root, folder = mirror_folder(mirror), DOWNLOADS / name
+    if root and (root / source.mirror).is_dir():
+        folder = root / source.mirror
+    elif not folder.is_dir():
+        download(name, source, folder)
+    fresh = "Delete that folder (or set STS_DATA_MIRROR to a good copy) and run again"
     try:
         questions = source.read(folder)
         digest = checksum(questions)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"data set {name}: {folder} can't be read: {error}. {_FRESH_COPY}"
-        ) from error
+        raise DataError(f"data set {name}: {folder} can't be read: {error}. {fresh}") from error
     if digest != source.sha256:
-        damaged = [str(path) for path in _images(questions) if not _opens(path)]
+        images = dict.fromkeys(item["image"] for items in questions.values() for item in items)
+        damaged = [str(image) for image in images if not _opens(image)]
         raise DataError(
             f"data set {name}: the files in {folder} are not those of its entry: checksum "
             f"{digest}, expected {source.sha256}; images that don't open: "
-            f"{', '.join(damaged[:3]) or 'none'}. {_FRESH_COPY}"
+            f"{', '.join(damaged[:3]) or 'none'}. {fresh}"
         )
     return questions
-
-
-_FRESH_COPY = "Delete that folder (or set STS_DATA_MIRROR to a good copy) and run again"
 
 
 def mirror_folder(mirror: str | None) -> Path | None:
@@ -89,35 +88,21 @@ def mirror_folder(mirror: str | None) -> Path | None:
     return Path(mirror) if mirror else None
 
 
-def locate(name: str, source: Source, mirror: str | None) -> Path:
-    """The folder with a set's files: in the mirror, else downloaded before, else downloaded now.
-
-    Raises DataError.
-    """
-    root = mirror_folder(mirror)
-    if root and (copy := root / source.mirror).is_dir():
-        return copy
-    downloaded = DOWNLOADS / name
-    if not downloaded.is_dir():
-        download(name, source, downloaded)
-    return downloaded
-
-
 def download(name: str, source: Source, folder: Path) -> None:
     """Fetch the used part of the source's archive into `folder`, all of it or nothing.
 
-    Raises:
-        DataError: it can't; the message has the URL and both ways out.
+    Raises DataError if it can't; the message has the URL and both ways out.
     """
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
-        with urllib.request.urlopen(source.archive, timeout=60) as response:
-            members = _members(response, source.folder)
-            members = tqdm(members, f"download {name}", source.files, unit="file", disable=None)
-            for path, content in members:
-                (part / path).parent.mkdir(parents=True, exist_ok=True)
-                (part / path).write_bytes(content)
+        with (
+            urllib.request.urlopen(source.archive, timeout=60) as response,
+            tarfile.open(fileobj=response, mode="r|gz") as archive,
+        ):
+            members = _members(archive, source.folder)
+            for member in tqdm(members, f"download {name}", unit="file", disable=None):
+                archive.extract(member, part, filter="data")
         os.replace(part, folder)
     except (OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error) as error:
         raise DataError(
@@ -128,21 +113,18 @@ def download(name: str, source: Source, folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _members(stream: Any, folder: str) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """(path inside `folder`, content) of the files of a .tar.gz stream.
-
-    GitHub's archives are sorted, so what comes after the folder need not be fetched.
-    """
+def _members(archive: tarfile.TarFile, folder: str) -> Iterator[tarfile.TarInfo]:
+    """The files below `folder`, by their paths in it. GitHub's archives are sorted, so what comes
+    after the folder need not be fetched."""
     is_inside = False
-    with tarfile.open(fileobj=stream, mode="r|gz") as archive:
-        for member in archive:
-            path = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # without <repo>-<commit>
-            if path.is_relative_to(folder) and ".." not in path.parts:
-                is_inside = True
-                if member.isfile():
-                    yield path.relative_to(folder), archive.extractfile(member).read()
-            elif is_inside:
-                return
+    for member in archive:
+        path = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # without <repo>-<commit>
+        if path.is_relative_to(folder):
+            is_inside = True
+            if member.isfile():
+                yield member.replace(name=str(path.relative_to(folder)))
+        elif is_inside:
+            return
     if not is_inside:
         raise tarfile.TarError(f"the archive has no folder {folder}")
 
@@ -158,10 +140,6 @@ def checksum(questions: Questions) -> str:
             fields = [split, item["id"], item["question"], item["answer"]]
             digest.update(json.dumps([*fields, file_digest(item["image"])]).encode())
     return digest.hexdigest()
-
-
-def _images(questions: Questions) -> dict[Path, None]:
-    return dict.fromkeys(item["image"] for items in questions.values() for item in items)
 
 
 def _opens(path: Path) -> bool:

@@ -57,7 +57,6 @@ DATASET = DataSet(
         archive="https://github.com/vzhou842/easy-VQA/archive/"
         "3b553bb7ff42a868d5f4cbe8c88255d7333c3c31.tar.gz",
         folder="easy_vqa/data",
-        files=5004,
         mirror="easy_vqa",
         sha256="c5723668feb2e39a48a65f62ea7465a5a1517ad7c038a7a3117fc19f6b24ea7f",
         read=_read,

@@ -9,6 +9,9 @@ from sts.pipeline.data.registry import DataSet
 from sts.pipeline.data.rows import Rows
 
 JSON = "llava_v1_5_mix665k.json"
+TEXTVQA = "https://dl.fbaipublicfiles.com/textvqa/images"
+VISUAL_GENOME = "https://cs.stanford.edu/people/rak248/VG_100K_2"
+OCR_VQA = "weizhiwang/llava_v15_instruction_images"
 
 
 def _rows(_: DataConfig, folder: Path) -> dict[str, Rows]:
@@ -24,32 +27,13 @@ DATASET = DataSet(
     # where LLaVA's README says that the images are
     files=(
         File(f"liuhaotian/LLaVA-Instruct-150K/{JSON}", gigabytes=1.03),
-        File("http://images.cocodataset.org/zips/train2017.zip", "coco", "coco/train2017", 19.3),
-        File(
-            "https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", "gqa/images", 21.8
-        ),
-        File(
-            "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
-            "textvqa",
-            "textvqa/train_images",
-            7.07,
-        ),
-        File(
-            "https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip", "vg", "vg/VG_100K", 9.73
-        ),
-        File(
-            "https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",
-            "vg",
-            "vg/VG_100K_2",
-            5.47,
-        ),
+        File("http://images.cocodataset.org/zips/train2017.zip", "coco", "train2017", 19.3),
+        File("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", "images", 21.8),
+        File(f"{TEXTVQA}/train_val_images.zip", "textvqa", "train_images", 7.07),
+        File(f"{VISUAL_GENOME}/images.zip", "vg", "VG_100K", 9.73),
+        File(f"{VISUAL_GENOME}/images2.zip", "vg", "VG_100K_2", 5.47),
         # the publishers' links are mostly dead; this copy is that of LLaVA's pull request 1458
-        File(
-            "weizhiwang/llava_v15_instruction_images/ocr_vqa_images_llava_v15.zip",
-            "ocr_vqa/images",
-            "ocr_vqa/images",
-            8.97,
-        ),
+        File(f"{OCR_VQA}/ocr_vqa_images_llava_v15.zip", "ocr_vqa/images", ".", 8.97),
     ),
     embed=False,
 )

@@ -23,12 +23,7 @@ DATASET = DataSet(
     load=_rows,
     files=(
         File(f"liuhaotian/LLaVA-Pretrain/{JSON}", gigabytes=0.18),
-        File(
-            "liuhaotian/LLaVA-Pretrain/images.zip",
-            into="images",
-            kept_as="images",
-            gigabytes=27.4,
-        ),
+        File("liuhaotian/LLaVA-Pretrain/images.zip", "images", ".", gigabytes=27.4),
     ),
     embed=False,
 )

@@ -24,15 +24,9 @@ def _read(folder: Path) -> Questions:
     for example in map(json.loads, lines.splitlines()):
         id = example["identifier"]
         image = example.get("image") or f"images/{example['directory']}/dev-{id}-0.png"
-        sentence = example["sentence"].strip().rstrip(".")
-        questions.append(
-            {
-                "id": f"dev-{id}",
-                "image": folder / image,
-                "question": f"{sentence}. true or false?",
-                "answer": example["label"],
-            }
-        )
+        question = f"{example['sentence'].strip().rstrip('.')}. true or false?"
+        item = {"id": f"dev-{id}", "image": folder / image, "question": question}
+        questions.append(item | {"answer": example["label"]})
     return {"dev": questions}
 
 
@@ -70,7 +64,6 @@ DATASET = DataSet(
         archive="https://github.com/lil-lab/nlvr/archive/"
         "18924841aa96d519cfb8584f0945350f07a6d860.tar.gz",
         folder="nlvr/dev",
-        files=5935,
         mirror="nlvr_dev",
         sha256="6f051918e9c20e18afb6844535166d6e0338cf938960d5939b882d041434f98f",
         read=_read,

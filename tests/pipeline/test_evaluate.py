@@ -436,10 +436,8 @@ def test_a_metric_that_is_none_is_refused_before_the_model(
 def test_a_task_file_that_asks_nothing_is_refused(tasks, scenes, kwargs, error, words):
     text = f"include: _base.yaml\ntask: sts_odd\ndataset_kwargs: {kwargs}\n"
     (tasks / "odd.yaml").write_text(text)
-    benchmarks.dataset_of.cache_clear()
     with pytest.raises(error, match=words):
         load_benchmarks(configured({"benchmarks": ["odd"]}).evaluate, [scenes])
-    benchmarks.dataset_of.cache_clear()
 
 
 def test_a_task_file_of_an_unknown_data_set_is_refused_with_the_configuration(tasks):

@@ -113,19 +113,15 @@ def _direct(task: Task) -> Task:
 
 def pieces(places: Mapping[Id, Sequence[int]], size: int) -> Iterator[dict[Id, list[int]]]:
     """The same places in the same order, at most `size` of them at a time."""
-    piece, room = {}, size
-    for id, rest in places.items():
-        while rest:
-            piece[id], rest = list(rest[:room]), rest[room:]
-            room -= len(piece[id])
-            if not room:
-                yield piece
-                piece, room = {}, size
-    if piece:
-        yield piece
+    pairs = [(id, place) for id, of_task in places.items() for place in of_task]
+    for start in range(0, len(pairs), size):
+        piece = defaultdict(list)
+        for id, place in pairs[start : start + size]:
+            piece[id].append(place)
+        yield dict(piece)
 
 
-def drawn(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> dict[Id, list[int]]:
+def draw_places(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> dict[Id, list[int]]:
     """(benchmark, task) -> places of the questions that are asked.
 
     They are the first of an order that a fixed seed gives, so fewer are a part of more. A task of
@@ -136,16 +132,15 @@ def drawn(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> dict[Id, 
         limit: questions of a benchmark; None: all.
         grey: share of them that its blind twin asks.
     """
-    every = defaultdict(list)
+    questions = defaultdict(list)
     for id, task in tasks.items():
-        every[id[0]] += [(id, place) for place in range(len(task.eval_docs))]
+        questions[id[0]] += [(id, place) for place in range(len(task.eval_docs))]
     places = defaultdict(list)
-    for name, questions in every.items():
-        count = len(questions)
+    for name, of_benchmark in questions.items():
+        count = len(of_benchmark)
         most = min(limit or count, count)
         most = math.ceil(most * grey) if name.endswith(BLIND) else most
         order = random.Random(count).sample(range(count), count)
-        for index in sorted(order[:most]):
-            id, place = questions[index]
+        for id, place in (of_benchmark[index] for index in sorted(order[:most])):
             places[id].append(place)
     return dict(places)

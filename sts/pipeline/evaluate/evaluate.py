@@ -20,7 +20,7 @@ from typing import Any
 
 import lm_eval
 
-from sts.pipeline.config import Config, EvaluateConfig, config_hash
+from sts.pipeline.config import Config, config_hash
 from sts.pipeline.evaluate.asking import BLIND, load_model
 from sts.pipeline.evaluate.loading import Benchmark, load_benchmarks, metric_of, with_grey_images
 from sts.pipeline.evaluate.scoring import answer, summary
@@ -75,24 +75,15 @@ def evaluate(
             "samples": sum(map(len, samples.values())),
         }
         result = {"ablation": ablation, "seed": seed, "weights_sha256": trained["weights_sha256"]}
-        result |= _scored(options, scores, samples)
+        result |= {"lm_eval": lm_eval.__version__, "batch_size": options.batch_size}
+        names = options.benchmarks
+        result["benchmarks"] = {name: summary(name, scores, samples[name]) for name in names}
         _write(out, result, samples, provenance.collect(config_hash(config)) | facts)
         entries = result["benchmarks"].items()
         row = {f"{name}.{key}": value for name, entry in entries for key, value in entry.items()}
         tracked.rows = lambda: [{"step": 0} | row]
         tracked.artifact(out)
     return result
-
-
-def _scored(
-    options: EvaluateConfig, scores: dict[str, Any], samples: dict[str, list[dict]]
-) -> dict[str, Any]:
-    """What was measured, and how."""
-    return {
-        "lm_eval": lm_eval.__version__,
-        "batch_size": options.batch_size,
-        "benchmarks": {name: summary(name, scores, samples[name]) for name in options.benchmarks},
-    }
 
 
 def _write(

@@ -12,7 +12,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator_utils import _compute_task_aggregations
 from transformers import set_seed
 
-from sts.pipeline.evaluate.asking import BLIND, ask, drawn
+from sts.pipeline.evaluate.asking import BLIND, ask, draw_places
 from sts.pipeline.evaluate.loading import Benchmark, tasks_of
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def answer(
         lm: the model.
         benchmarks: by name, blind twins among them.
         metrics: the one that is each benchmark's score.
-        limit, grey: as in `drawn`.
+        limit, grey: as in `draw_places`.
 
     Returns:
         {name: {score, stderr, version, metric, share}} and
@@ -41,7 +41,7 @@ def answer(
     tasks = {(name, task.task_name): task for name, b in benchmarks.items() for task in tasks_of(b)}
     rows, values = defaultdict(list), defaultdict(lambda: defaultdict(list))
     set_seed(0)  # MMMU's task guesses where it finds no letter in the answer
-    for id, sample in ask(lm, tasks, drawn(tasks, limit, grey)):
+    for id, sample in ask(lm, tasks, draw_places(tasks, limit, grey)):
         metric, filtered = metrics[id[0]], sample["filter"]
         if metric not in sample:
             names = ", ".join(f"{name},{filtered}" for name in sample["metrics"])
@@ -74,13 +74,8 @@ def _score(
     # lm-eval's key is "metric,filter"; of more filters the first counts
     key = next(key for key in values if key.startswith(f"{metric},"))
     filtered = key.partition(",")[2]
-    score = {
-        "score": float(values[key]),
-        "stderr": values[f"{metric}_stderr,{filtered}"],
-        "version": version,
-        "metric": metric,
-    }
-    return score, filtered
+    score = {"score": float(values[key]), "stderr": values[f"{metric}_stderr,{filtered}"]}
+    return score | {"version": version, "metric": metric}, filtered
 
 
 def _row(task: Task, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -112,13 +107,9 @@ def summary(name: str, scores: Mapping[str, Mapping], rows: Sequence[Mapping]) -
     majority = chance = None
     if all(row["form"] is not None for row in rows):
         majority, chance = guesses((row["form"], row["target"]) for row in rows)
-    return {
-        **scores[name],
-        "blind": scores[name + BLIND]["score"] if name + BLIND in scores else None,
-        "majority": majority,
-        "chance": chance,
-        "n": len(rows),
-    }
+    blind = scores[name + BLIND]["score"] if name + BLIND in scores else None
+    controls = {"blind": blind, "majority": majority, "chance": chance}
+    return {**scores[name], **controls, "n": len(rows)}
 
 
 def guesses(questions: Iterable[tuple[str, str]]) -> tuple[float, float]:

@@ -57,9 +57,8 @@ def load(
             f"{config_source}: dataset_kwargs must name a prepared data set and a split of it, as "
             "{dataset: scenes, split: test_chart}"
         )
-    manifests = [manifests] if isinstance(manifests, str) else list(manifests)
-    file = split_file(dataset, split, manifests)
-    return {"test": Dataset.from_file(str(file))}
+    manifests = [manifests] if isinstance(manifests, str) else manifests
+    return {"test": Dataset.from_file(str(split_file(dataset, split, manifests)))}
 
 
 def prompt(row: dict) -> str:

@@ -38,39 +38,33 @@ def accepted_names() -> str:
     )
 
 
-@cache
 def dataset_of(name: str) -> str | None:
     """The data set that a benchmark's task file names (dataset_kwargs.dataset), which is prepared
     here; None where lm-eval fetches the data itself."""
-    if name not in ours():
-        return None
-    return (read(TASKS / f"{name}.yaml").get("dataset_kwargs") or {}).get("dataset")
+    return _value(name, "dataset_kwargs", "dataset")
 
 
 def questions_of(name: str) -> int | None:
     """How many questions a benchmark of ours on the hub says that it has; None for others."""
-    if name not in ours():
-        return None
-    return (read(TASKS / f"{name}.yaml").get("metadata") or {}).get("questions")
+    return _value(name, "metadata", "questions")
+
+
+def _value(name: str, block: str, key: str) -> Any:
+    """A value in the task file of a benchmark of ours, if it is one and there is one."""
+    content = read(TASKS / f"{name}.yaml") if name in ours() else {}
+    return (content.get(block) or {}).get(key)
 
 
 def sources(names: Iterable[str]) -> list[Path]:
     """The files of ours that the questions and scores of these benchmarks are made of."""
     files = [TASKS / f"{name}.yaml" for name in names if name in ours()]
-    parts = {part: content for file in files for part, content in _parts(file)}
-    modules = {name.partition(".")[0] for name in _functions(list(parts.values()))}
-    return sorted({*parts, *(TASKS / f"{module}.py" for module in modules)})
+    parts = {part for file in files for part, _ in _parts(file)}
+    texts = "".join(part.read_text(encoding="utf-8") for part in parts)
+    modules = {f"{module}.py" for module in re.findall(r"!function (\w+)\.", texts)}
+    return sorted({*parts, *(TASKS / module for module in modules)})
 
 
-def _functions(content: Any) -> Iterator[str]:
-    """Names of the functions that a task file refers to."""
-    if isinstance(content, _Function):
-        yield content
-    elif isinstance(content, dict | list):
-        for value in content.values() if isinstance(content, dict) else content:
-            yield from _functions(value)
-
-
+@cache
 def read(file: Path) -> dict[str, Any]:
     """A task file with what it includes; its functions stay names."""
     return {key: value for _, part in _parts(file) for key, value in part.items()}
@@ -85,15 +79,11 @@ def _parts(file: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     yield file, content
 
 
-class _Function(str):
-    """What stands behind lm-eval's tag `!function`: file.name."""
-
-
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """Takes that tag too; libyaml's, if it is there, is ten times as fast."""
+    """Takes lm-eval's tag `!function` too; libyaml's, if it is there, is ten times as fast."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: _Function(node.value))
+_Loader.add_constructor("!function", lambda loader, node: node.value)
 
 
 @cache

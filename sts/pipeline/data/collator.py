@@ -1,10 +1,4 @@
-"""Prepared data as batches: tokens made once, all of it mapped, images decoded when asked for, a
-seeded order.
-
-    data = Conversations(split_files(manifests, "instruct"), processor, 2048, tokens)
-    order = batch_order(data.lengths, data.has_image, batch_size=32, seed=0)
-    batches = [order(t) for t in range(first, last)]
-    DataLoader(data, batch_sampler=batches, collate_fn=partial(collate, processor))
+"""Prepared data as batches: tokens made once, all of it mapped, images decoded when asked for.
 
 The t-th batch is a function of the data, the seed and t alone: a resumed training asks for the next
 one and needs no sampler state.
@@ -46,10 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def split_files(manifests: Sequence[str | Path], split: str) -> list[Path]:
-    """The Arrow file of a split in each data manifest.
-
-    Raises ValueError if a manifest's data set has no such split.
-    """
+    """The Arrow file of a split in each data manifest; ValueError if one has no such split."""
     files = []
     for manifest in map(Path, manifests):
         content = read_json(manifest)
@@ -72,14 +63,10 @@ class Conversations(Dataset):
     Args:
         files: Arrow files of prepared splits.
         processor: of the model.
-        max_length: tokens of a sample.
+        max_length: tokens of a sample, the placeholders of its images included.
         tokens: file that holds, or gets, what the processor makes of these rows; processes that
             ask for it at once wait for the first.
         template: as in `tokenise`.
-
-    Attributes:
-        lengths: tokens of each sample, the placeholders of its images included.
-        has_image: whether each sample has an image.
 
     Raises:
         ValueError: `max_length` doesn't hold a row's images.
@@ -103,19 +90,16 @@ class Conversations(Dataset):
         self.samples = pa.ipc.open_file(pa.memory_map(str(tokens))).read_all()
         self.lengths = self.samples["length"].to_pylist()
         self.has_image = self.samples["has_image"].to_pylist()
-        if len(self) < len(rows):
-            log.warning(
-                "%d of %d rows dropped: no answer within max_length %d",
-                len(rows) - len(self), len(rows), max_length,
-            )  # fmt: skip
+        if dropped := len(rows) - len(self):
+            text = "%d of %d rows dropped: no answer within max_length %d"
+            log.warning(text, dropped, len(rows), max_length)
         self.images = rows.select_columns([name for name in IMAGES if name in rows.column_names])
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict:
-        """{"input_ids", "labels": int32 [tokens], "images": PIL images in the order of their
-        places}."""
+        """{"input_ids", "labels": int32 [tokens], "images": PIL images in their order}."""
         cells = {name: self.samples[name][index].values for name in OF_TOKENS}
         ids, labels = expand({name: cells[name].to_numpy(False) for name in OF_TOKENS})
         row = self.samples["row"][index].as_py()
@@ -179,12 +163,14 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
         "attention_mask": stack([np.ones_like(row) for row in ids], 0),
         "labels": stack([sample["labels"] for sample in samples], IGNORE_INDEX),
     }
-    names = _names(processor)
-    for name in names & TYPE_IDS if processor.return_mm_token_type_ids else ():
+    names = processor.model_input_names
+    for name in TYPE_IDS.intersection(names) if processor.return_mm_token_type_ids else ():
         types = processor.create_mm_token_type_ids([row.tolist() for row in ids])
         batch[name] = stack([np.array(row) for row in types], 0)
     if images := [sample["images"] for sample in samples if sample["images"]]:
-        made = _image_step(processor)(images)
+        # the rest of the processor's call makes text, which takes as long again
+        settings = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
+        made, _ = processor._process_images(images, **settings)
         batch |= {name: made[name] for name in made if name in names}
     return BatchFeature(batch)
 
@@ -195,31 +181,11 @@ def example(samples: Conversations, processor: ProcessorMixin) -> BatchFeature:
     return collate(processor, [samples[index]])
 
 
-@lru_cache(maxsize=8)
-def _image_step(processor: ProcessorMixin) -> Callable[[list[list[Image.Image]]], dict]:
-    """What of the processor's call turns images into tensors; the rest makes text, which takes as
-    long again."""
-    settings = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
-    if type(processor)._process_images is ProcessorMixin._process_images:
-        return partial(processor.image_processor, **settings)
-    return lambda images: processor._process_images(images, **settings)[0]
-
-
-@lru_cache(maxsize=8)
-def _names(processor: ProcessorMixin) -> frozenset[str]:
-    """Names of all that the processor gives a model for a text and an image."""
-    image = Image.new("RGB", (64, 64))
-    return frozenset(processor(images=[[image]], text=[processor.image_token], return_tensors="pt"))
-
-
 def batch_order(
     lengths: Sequence[int], has_image: Sequence[bool], batch_size: int, seed: int, **grouping: Any
 ) -> Callable[[int], list[int]]:
     """The function step -> indices of that step's batch, over as many epochs as are asked for;
-    `grouping` as in `batch_indices`.
-
-    Raises ValueError if there are no samples.
-    """
+    `grouping` as in `batch_indices`. Raises ValueError if there are no samples."""
     if not len(lengths):
         raise ValueError("no samples to make batches of")
     of_epoch = lru_cache(maxsize=2)(

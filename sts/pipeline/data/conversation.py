@@ -1,10 +1,5 @@
 """Conversations as a model's own chat template writes them, and where their answers lie.
 
-    <|im_start|>user
-    <|vision_start|><|image_pad|><|vision_end|>what shape is red?<|im_end|>
-    <|im_start|>assistant
-    circle<|im_end|>
-
 Where an answer lies is found by rendering, whatever the template: it begins where the prompt that
 asks for it ends, and ends with the token that ends the turn. So no text of a user, not even
 "assistant:", can move a label. Training and evaluation render with the same functions.
@@ -29,9 +24,6 @@ MARKED = re.compile(MARK.format(r"(\d+)"))
 QUESTION, ANSWER = MARK.format(0), MARK.format(1)
 SAMPLE: list[Message] = [("user", (None, QUESTION)), ("assistant", (ANSWER,))]
 ROLES_WITH_LISTS = (("system", "user", "assistant"), ("user",), ())  # what templates take
-
-
-# ---- messages and their text ------------------------------------------------------------------
 
 
 def messages(conversation: Sequence[dict]) -> list[Message]:
@@ -63,8 +55,7 @@ def render(processor: ProcessorMixin, chat: Sequence[Message], ask: bool = False
 def template_of(processor: ProcessorMixin) -> str:
     """The processor's chat template. Raises ValueError if it has none."""
     template = processor.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    template = template.get("default") if isinstance(template, dict) else template
     if not template:
         raise ValueError(
             f"the {type(processor).__name__} has no chat template: give it that of its model, as "
@@ -142,15 +133,11 @@ def _end(processor: ProcessorMixin, text: str) -> str:
     return text[: match.end()] if match else ""
 
 
-# ---- where answers lie ------------------------------------------------------------------------
-
-
 def answers(processor: ProcessorMixin, chat: Sequence[Message]) -> tuple[str, Spans]:
     """The text of a conversation and where its answers are, each with its end token.
 
-    Raises:
-        ValueError: the template writes a turn otherwise when others come after it, so that what it
-            is asked with is not what stands before its answer.
+    Raises ValueError if the template writes a turn otherwise when others come after it, so that
+    what it is asked with is not what stands before its answer.
     """
     text = render(processor, chat)
     texts = [piece for _, content in chat for piece in content if piece is not None]
@@ -176,18 +163,15 @@ def plain(processor: ProcessorMixin, chat: Sequence[Message]) -> tuple[str, Span
 
     First the images, then the caption and a newline; what the caption was asked for with is left
     out. The space before the caption is the one with which Llama's tokenizer begins a text: LLaVA
-    has the caption tokenised as a text of its own.
-
-    Raises:
-        ValueError: it isn't one question and one answer.
+    has the caption tokenised as a text of its own. Raises ValueError if it isn't one caption.
     """
     if [role for role, _ in chat] != ["user", "assistant"]:
         raise ValueError(
             f"template: plain is for one question and one answer, not for {len(chat)} turns: "
             f"{str(chat)[:200]}...; leave it out of the stage, or their data set"
         )
-    (_, question), (_, caption) = chat
-    images = processor.image_token * question.count(None)
+    (_, request), (_, caption) = chat
+    images = processor.image_token * request.count(None)
     text = f"{images} {''.join(filter(None, caption))}\n"
     return text, [(len(images), len(text))]
 

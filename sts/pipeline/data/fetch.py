@@ -57,11 +57,7 @@ def folder_of(
     name: str, files: Sequence[File], folders: dict[str, str], mirror: str | None
 ) -> Path:
     """The folder with all files of a set: `folders[name]`, `<mirror>/<name>`, else data/raw/<name>,
-    where what is missing is fetched.
-
-    Raises:
-        DataError: files are missing in the user's folder, or one can't be had.
-    """
+    where what is missing is fetched. Raises DataError if a file is missing or can't be had."""
     if folder := user_folder(name, folders, mirror):
         missing = [file.place for file in files if not (folder / file.place).exists()]
         if missing:
@@ -127,9 +123,7 @@ def _from_web(url: str, path: Path) -> None:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .zip into a folder; what lies there in full already, from a call before, is left.
-
-    Raises OSError if a path leads out of the folder, zipfile.BadZipFile if it is damaged.
-    """
+    Raises OSError if a path leads out of the folder, zipfile.BadZipFile if it is damaged."""
     with zipfile.ZipFile(archive) as packed:
         for member in tqdm(packed.infolist(), f"unpack {archive.name}", unit="file", disable=None):
             path = folder / member.filename

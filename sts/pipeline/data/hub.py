@@ -17,19 +17,9 @@ CHUNK = 100  # rows read at a time, with their images
 
 
 def hub_rows(name: str, source: str, files: str, revision: str) -> Rows:
-    """The rows of a set of the hub, or of a folder that holds its files.
-
-    What was fetched before is not fetched again, and what was interrupted goes on.
-
-    Args:
-        name: of the entry in data.custom.
-        source: name of the set on the hub, or a folder.
-        files: pattern of the Parquet files, such as vqav2/*.parquet.
-        revision: branch, tag or commit.
-
-    Raises:
-        DataError: the files can't be had, or have other columns.
-    """
+    """The rows of the entry `name` of data.custom: of the Parquet files of a pattern, in a set of
+    the hub or a folder that holds them. What was fetched is not fetched again, and what was
+    interrupted goes on. Raises DataError if files can't be had, or have other columns."""
     key = f"data.custom.{name}"
     folder = Path(source)
     if not folder.is_dir():

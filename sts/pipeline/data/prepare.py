@@ -24,7 +24,7 @@ from sts.pipeline.config import Config, DataConfig
 from sts.pipeline.data.registry import load
 from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, columns_of, conversation, images_of
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
-from sts.pipeline.files import sha256_json, write_json_atomic
+from sts.pipeline.files import sha256_json, write_json_atomic, write_text_atomic
 
 CHUNK = 100  # rows of a record batch, which may hold large images
 TOGETHER = 64  # rows whose images are decoded at once, by all threads
@@ -47,15 +47,10 @@ Verdict = tuple[list[tuple[dict, np.ndarray]], list[str]] | BadRow
 
 
 def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
-    """Write a data set's splits as Arrow files beside `out`, its manifest, and return the manifest.
+    """Write a data set's splits as Arrow files beside its manifest `out`; return the manifest.
 
     Rows that can't be used are listed in bad_rows.jsonl. All files are written aside and renamed
     when all are whole, the manifest last.
-
-    Args:
-        config: its block `data`.
-        name: of the data set.
-        out: manifest to write.
 
     Raises:
         DataError: the data can't be had, a split is empty, or the share of bad rows is above
@@ -78,8 +73,7 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
             checked = _checked(progress, entry.embed, config.data)
             described[split] = _write(checked, file, bad, notes)
         report = out.parent / "bad_rows.jsonl"
-        (part / report.name).write_text("".join(json.dumps(row) + "\n" for row in bad))
-        os.replace(part / report.name, report)
+        write_text_atomic(report, "".join(json.dumps(row) + "\n" for row in bad))
         reasons = dict(Counter(row["reason"] for row in bad))
         _check(name, entry.homepage, described, reasons, config.data.max_bad_share, report)
         out.unlink(missing_ok=True)  # from here to the end there is no valid manifest
@@ -124,19 +118,15 @@ def _write(
     checked: Iterable[tuple[dict, Verdict]], file: Path, bad: list[dict], notes: Counter[str]
 ) -> dict[str, Any]:
     """Write the good rows of a split, and give its entry in the manifest; the others are added to
-    `bad`, and what is odd about the good ones to `notes`.
-
-    The hash is of texts and decoded pixels, so it doesn't depend on how images or tables are
-    encoded.
-    """
+    `bad`, and what is odd about the good ones to `notes`. The hash is of texts and decoded pixels,
+    so it doesn't depend on how images or tables are encoded."""
     split, digest = file.stem, hashlib.sha256()
 
     def good() -> Iterator[dict]:
         for index, (row, verdict) in enumerate(checked):
             if isinstance(verdict, BadRow):
-                reason, detail = verdict.args
                 where = {"split": split, "row": index, "id": row["id"]}
-                bad.append({**where, "reason": reason, "detail": detail})
+                bad.append(where | dict(zip(("reason", "detail"), verdict.args, strict=True)))
                 continue
             images, odd = verdict
             notes.update(odd)
@@ -170,18 +160,15 @@ def _checked(rows: Iterable[dict], embed: bool, data: DataConfig) -> Iterator[tu
 
 def _check_row(embed: bool, max_chars: int, row: dict) -> Verdict:
     try:
-        _check_text(row, max_chars)
-        odd = [
-            "ASSISTANT: in an answer"
-            for turn in row.get("conversations", ())
-            if turn["from"] == "gpt" and "ASSISTANT:" in turn["value"]
-        ]
+        turns = _check_text(row, max_chars)
+        odd = ["ASSISTANT: in an answer" for turn in turns[1::2] if "ASSISTANT:" in turn["value"]]
         return [_image(image, embed, odd) for image in images_of(row)], odd
     except BadRow as error:
         return error
 
 
-def _check_text(row: dict, max_chars: int) -> None:
+def _check_text(row: dict, max_chars: int) -> list[dict]:
+    """The turns of a row, if they are as they must be."""
     if "question" in row:
         row = conversation(row["id"], row["image"], [(row["question"], row["answer"])])
     turns = row["conversations"]
@@ -203,6 +190,7 @@ def _check_text(row: dict, max_chars: int) -> None:
     if sum(named[::2]) != images or any(named[1::2]):
         must = f"must be {images}, one for each image, in turns of a human"
         raise BadRow("wrong placeholders", f"{IMAGE_TOKEN} in turns: {named}; {must}")
+    return turns
 
 
 def _is_turn(turn: Any) -> bool:
@@ -210,7 +198,7 @@ def _is_turn(turn: Any) -> bool:
 
 
 def _image(image: Any, embed: bool, odd: list[str]) -> tuple[dict, np.ndarray]:
-    """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]. What is
+    """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]; what is
     odd about its file is added to `odd`."""
     if isinstance(image, Path):
         if not image.is_file():

@@ -1,8 +1,5 @@
-"""What a data set is: where it comes from, under what terms, and how its rows are read.
-
-A data set is one file, of which the name is that of the set, with its `DATASET`; the folders of
-such files are `SETS` of sts/pipeline/config/__init__.py. A user's own is an entry of `data.custom`.
-"""
+"""What a data set is: one file of its name with its `DATASET`, in one of the folders `SETS` of
+sts/pipeline/config/__init__.py. A user's own is an entry of `data.custom`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -70,8 +67,8 @@ def _custom(name: str, spec: CustomConfig) -> DataSet:
 def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows]]:
     """The entry of a data set and its rows by split; files are fetched and checked first. Raises
     DataError if the name is unknown, or files can't be had or are damaged."""
-    entry, data = dataset(name, config.data), config.data
-    source: Any = None
+    data, source = config.data, None
+    entry = dataset(name, data)
     if entry.source:
         source = read(name, entry.source, data.mirror)
     elif entry.files:

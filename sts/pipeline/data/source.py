@@ -47,12 +47,8 @@ class Source:
 
 
 def read(name: str, source: Source, mirror: str | None) -> Questions:
-    """The questions in the files of a set, which are those that its entry was written for: in the
-    mirror, else downloaded before, else downloaded now.
-
-    Raises:
-        DataError: files can't be had, or are damaged or others.
-    """
+    """The questions in the files of a set: in the mirror, else downloaded before, else downloaded
+    now. Raises DataError if files can't be had, or are not those that its entry was written for."""
     root, folder = mirror_folder(mirror), DOWNLOADS / name
     if root and (root / source.mirror).is_dir():
         folder = root / source.mirror
@@ -77,9 +73,7 @@ def read(name: str, source: Source, mirror: str | None) -> Questions:
 
 def mirror_folder(mirror: str | None) -> Path | None:
     """The folder with copies of source files; the variable STS_DATA_MIRROR wins over `mirror`.
-
-    Raises DataError if it is not a folder.
-    """
+    Raises DataError if it is not a folder."""
     mirror = os.environ.get("STS_DATA_MIRROR") or mirror
     if mirror and not Path(mirror).is_dir():
         raise DataError(
@@ -90,9 +84,7 @@ def mirror_folder(mirror: str | None) -> Path | None:
 
 def download(name: str, source: Source, folder: Path) -> None:
     """Fetch the used part of the source's archive into `folder`, all of it or nothing.
-
-    Raises DataError if it can't; the message has the URL and both ways out.
-    """
+    Raises DataError if it can't; the message has the URL and both ways out."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
     try:
@@ -130,10 +122,8 @@ def _members(archive: tarfile.TarFile, folder: str) -> Iterator[tarfile.TarInfo]
 
 
 def checksum(questions: Questions) -> str:
-    """SHA-256 of all that is used: ids, texts and the bytes of the image files, in order.
-
-    It doesn't depend on where or in what layout the files lie.
-    """
+    """SHA-256 of all that is used, wherever and in whatever layout the files lie: ids, texts and
+    the bytes of the image files, in order."""
     digest, file_digest = hashlib.sha256(), cache(sha256_file)
     for split, items in questions.items():
         for item in items:

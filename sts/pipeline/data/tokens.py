@@ -12,15 +12,8 @@ import numpy as np
 from PIL import Image
 from transformers import ProcessorMixin
 
-from sts.pipeline.data.conversation import (
-    WRITERS,
-    Spans,
-    adds_special_tokens,
-    answers,
-    messages,
-    render,
-    template_of,
-)
+from sts.pipeline.data import conversation
+from sts.pipeline.data.conversation import WRITERS, Spans, answers, messages
 from sts.pipeline.data.rows import IMAGE_TOKEN
 from sts.settings import IGNORE_INDEX
 
@@ -34,13 +27,8 @@ def tokenise(
     sizes: Sequence[Sequence[Size]],
     template: str | None = None,
 ) -> list[dict]:
-    """The tokens of LLaVA conversations that have images of these sizes.
-
-    Args:
-        processor: of the model.
-        conversations: turns {from, value} of each.
-        sizes: of the images of each.
-        template: None for the processor's chat template, or another of WRITERS.
+    """The tokens of LLaVA conversations (turns {from, value}) that have images of these sizes, by
+    the processor's chat template or another `template` of WRITERS.
 
     Returns:
         Of each conversation
@@ -54,7 +42,7 @@ def tokenise(
             say what it writes for an image, or writes something else.
     """
     if any(sizes):
-        _check(processor, template_of(processor))
+        _check(processor, conversation.template_of(processor))
     return _tokenise(processor, conversations, sizes, WRITERS[template])
 
 
@@ -65,7 +53,7 @@ def _check(processor: ProcessorMixin, template: str) -> None:
         question = f"{IMAGE_TOKEN * len(sizes)}\nwhat?"
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "this"}]
         [sample] = _tokenise(processor, [turns], [sizes], answers)
-        text = render(processor, messages(turns))
+        text = conversation.render(processor, messages(turns))
         [expected] = processor(images=[_blank(sizes)], text=[text])["input_ids"]
         if not np.array_equal(expand(sample)[0], expected):
             raise ValueError(
@@ -85,12 +73,12 @@ def _tokenise(
     write: Callable[..., tuple[str, Spans]],
 ) -> list[dict]:
     written = [
-        _with_placeholders(processor, *write(processor, messages(conversation)), images)
-        for conversation, images in zip(conversations, sizes, strict=True)
+        _with_placeholders(processor, *write(processor, messages(turns)), images)
+        for turns, images in zip(conversations, sizes, strict=True)
     ]
     encoded = processor.tokenizer(
         [text for text, *_ in written],
-        add_special_tokens=adds_special_tokens(processor),
+        add_special_tokens=conversation.adds_special_tokens(processor),
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
@@ -155,11 +143,9 @@ def placeholders(
     """
     if not sizes:
         return []
-    marks = processor.image_token * len(sizes)
+    inputs = {"images": [_blank(sizes)], "text": [processor.image_token * len(sizes)]}
     try:
-        written = processor(
-            images=[_blank(sizes)], text=[marks], return_text_replacement_offsets=True
-        )
+        written = processor(**inputs, return_text_replacement_offsets=True)
         [replaced] = written["text_replacement_offsets"]
     except (KeyError, NotImplementedError) as error:
         raise ValueError(

@@ -56,15 +56,10 @@ def evaluate(
     benchmarks, metrics = _with_metrics(config, data)  # what is missing is said before the model
     key = config_hash(options, trained["weights_sha256"])
     tags = {"ablation": ablation, "seed": seed, "stage": "evaluate", "config": config_hash(config)}
-    with (
-        lease(),
-        tracking.run(
-            f"{ablation}/seed{seed}/evaluate",
-            params=options.model_dump(),
-            tags={"weights": trained["weights_sha256"]} | tags,
-            directory=out.with_suffix("") / key,  # another key is another run
-        ) as tracked,
-    ):  # fmt: skip
+    tags["weights"] = trained["weights_sha256"]
+    folder = out.with_suffix("") / key  # another key is another run
+    noted = {"params": options.model_dump(), "tags": tags, "directory": folder}
+    with lease(), tracking.run(f"{ablation}/seed{seed}/evaluate", **noted) as tracked:
         threads = config.stage(config.last).threads
         lm = load_model(trained["weights"], options.batch_size, threads)
         began, cpu_began = time.monotonic(), time.process_time()
@@ -78,23 +73,17 @@ def evaluate(
         result |= {"lm_eval": lm_eval.__version__, "batch_size": options.batch_size}
         names = options.benchmarks
         result["benchmarks"] = {name: summary(name, scores, samples[name]) for name in names}
-        _write(out, result, samples, provenance.collect(config_hash(config)) | facts)
+        for name, rows in samples.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            write_text_atomic(out.parent / "samples" / f"{name}.jsonl", lines)
+        facts |= provenance.collect(config_hash(config))
+        write_json_atomic(out.with_suffix("") / "provenance.json", facts)
+        write_json_atomic(out, result)  # last
         entries = result["benchmarks"].items()
         row = {f"{name}.{key}": value for name, entry in entries for key, value in entry.items()}
         tracked.rows = lambda: [{"step": 0} | row]
         tracked.artifact(out)
     return result
-
-
-def _write(
-    out: Path, result: dict[str, Any], samples: dict[str, list[dict]], facts: dict[str, Any]
-) -> None:
-    """Write the answers, where and how long they were asked, and last the result."""
-    for name, rows in samples.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        write_text_atomic(out.parent / "samples" / f"{name}.jsonl", lines)
-    write_json_atomic(out.with_suffix("") / "provenance.json", facts)
-    write_json_atomic(out, result)
 
 
 def _with_metrics(

@@ -34,8 +34,7 @@ def load_benchmarks(
     Args:
         options: the block `evaluate`.
         data: manifests of prepared data sets.
-        mirror: folder with copies of hub data sets, `<owner>/<name>` each; STS_DATA_MIRROR wins
-            over it.
+        mirror: folder with copies of hub data sets, `<owner>/<name>` each.
         split: of the data set of a benchmark of LLaVA's, instead of the one that is scored.
 
     Raises:
@@ -101,9 +100,8 @@ def _task_entries(manager: TaskManager, name: str) -> Iterator[Mapping[str, Any]
         yield content
         return
     for part in content["task"]:
-        yield from _task_entries(
-            manager, part if isinstance(part, str) else part.get("group") or part["task"]
-        )
+        inner = part if isinstance(part, str) else part.get("group") or part["task"]
+        yield from _task_entries(manager, inner)
 
 
 def tasks_of(benchmark: Benchmark) -> list[Task]:

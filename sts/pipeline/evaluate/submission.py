@@ -11,9 +11,9 @@ interrupted goes on.
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from lm_eval.api.task import Task
@@ -68,25 +68,12 @@ def mmbench(rows: Rows, outputs: Sequence[str], _: Sequence[int]) -> str:
     return table.to_csv(sep="\t", index=False)
 
 
-class Server(NamedTuple):
-    """The benchmark whose task asks; the split of its data set that has no answers here; what makes
-    the file of what was said."""
-
-    benchmark: str
-    split: str
-    form: Callable[[Rows, Sequence[str], Sequence[int]], str]
-
-
-SERVERS = {
-    "vqav2_testdev": Server("vqav2", "testdev", vqa),
-    "vqav2_test": Server("vqav2", "test", vqa),
-    "vizwiz_test": Server("vizwiz", "test", vizwiz),
-    **{
-        f"mmbench_{language}_{split}": Server(f"mmbench_{language}", split, mmbench)
-        for language in ("en", "cn")
-        for split in ("dev", "test")
-    },
-}
+FORMS = {"vqav2": vqa, "vizwiz": vizwiz, "mmbench_en": mmbench, "mmbench_cn": mmbench}
+# <benchmark whose task asks>_<split of its data set that has no answers here>
+SERVERS = (
+    *("vqav2_testdev", "vqav2_test", "vizwiz_test"),
+    *("mmbench_en_dev", "mmbench_en_test", "mmbench_cn_dev", "mmbench_cn_test"),
+)
 
 
 def submission(
@@ -98,11 +85,9 @@ def submission(
 ) -> None:
     """Ask a trained run every question of a server, and write the file that it takes.
 
-    All that can be known is checked before the model is loaded.
-
     Args:
         config: of the run.
-        name: a key of SERVERS.
+        name: one of SERVERS.
         run: manifest of its last stage.
         out: file to write.
         questions: VQAv2's file of all questions of test2015, which vqav2_testdev needs.
@@ -111,11 +96,13 @@ def submission(
         ConfigError: the name is unknown, or questions are missing or others than those asked.
         FileNotFoundError, DataError: as an evaluation.
     """
-    server, all_ids = _server(name, questions)
+    all_ids = _all_ids(
+        name, questions
+    )  # all that can be known is checked before the model is loaded
+    benchmark, split = name.rsplit("_", 1)
     trained, out = read_json(run), Path(out)
-    options = config.evaluate.model_copy(update={"benchmarks": [server.benchmark]})
-    benchmarks = load_benchmarks(options, [], config.data.mirror, server.split)
-    [task] = tasks_of(benchmarks[server.benchmark])
+    options = config.evaluate.model_copy(update={"benchmarks": [benchmark]})
+    [task] = tasks_of(load_benchmarks(options, [], config.data.mirror, split)[benchmark])
     docs = task.eval_docs.remove_columns("image")
     if all_ids and {int(id) for id in docs["question_id"]} - set(all_ids):
         raise _refused("--questions", str(questions), f"a file with every question of {name}")
@@ -133,19 +120,24 @@ def submission(
                 for _, sample in ask(lm, {(name, name): unscored(task)}, rest):
                     outputs.append(sample["filtered_resps"][0])
                     stream.write(f"{json.dumps(outputs[-1])}\n")
-    write_text_atomic(out, server.form(list(docs), outputs, all_ids))
+    write_text_atomic(out, FORMS[benchmark](list(docs), outputs, all_ids))
 
 
-def _server(name: str, questions: str | Path | None) -> tuple[Server, list[int]]:
-    """The server of a name and all question ids that it wants; ConfigError where they don't fit."""
+def _all_ids(name: str, questions: str | Path | None) -> list[int]:
+    """All question ids that a server wants; ConfigError where its name or the file don't fit."""
     if name not in SERVERS:
         raise _refused("--benchmark", name, f"one of {', '.join(SERVERS)}")
     if name == "vqav2_testdev" and not questions:
         accepted = f"{ALL_IDS}: the server wants a prediction for each, if an empty one"
         raise _refused("--questions", None, accepted)
-    if questions and SERVERS[name].form is not vqa:
+    if not questions:
+        return []
+    if not name.startswith("vqav2"):
         raise _refused("--questions", str(questions), "none: it is for VQAv2")
-    return SERVERS[name], question_ids(questions) if questions else []
+    try:
+        return [int(question["question_id"]) for question in read_json(questions)["questions"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _refused("--questions", str(questions), f"{ALL_IDS} ({error})") from None
 
 
 def unscored(task: Task) -> Task:
@@ -156,21 +148,11 @@ def unscored(task: Task) -> Task:
     return twin
 
 
-def question_ids(file: str | Path) -> list[int]:
-    """Ids of the questions of one of VQA's question files. Raises ConfigError if it is none."""
-    try:
-        return [int(question["question_id"]) for question in read_json(file)["questions"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _refused("--questions", str(file), f"{ALL_IDS} ({error})") from None
-
-
 def kept_outputs(file: Path, key: str, count: int) -> list[str]:
     """What an interrupted call kept of the answers to `count` questions, if its key is the same; of
     those that were asked together all or none, so that batches are as they were."""
-    if not file.exists():
-        return []
-    lines, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-    key_of_file, *outputs = map(json.loads, lines.split("\n")) if lines else [""]
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    key_of_file, *outputs = [json.loads(line) for line in text.split("\n")[:-1]] or [None]
     if key_of_file != key:
         return []
     size = asking.AT_ONCE

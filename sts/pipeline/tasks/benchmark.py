@@ -1,6 +1,7 @@
 """The test questions of a prepared data set, as lm-eval asks for them (`custom_dataset` in
 _base.yaml)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -8,11 +9,9 @@ from datasets import Dataset
 from sts.pipeline.files import read_json
 
 
-def split_file(dataset: str, split: str, manifests: list[str]) -> Path:
-    """Arrow file of a split of a prepared data set, whose manifest is one of `manifests`.
-
-    Raises FileNotFoundError that says what is missing, where, and what to do.
-    """
+def split_file(dataset: str, split: str, manifests: Sequence[str]) -> Path:
+    """Arrow file of a split of a prepared data set, whose manifest is one of `manifests`. Raises
+    FileNotFoundError that says what is missing, where, and what to do."""
     for manifest in map(Path, manifests):
         if not manifest.is_file():
             raise FileNotFoundError(
@@ -42,7 +41,7 @@ def split_file(dataset: str, split: str, manifests: list[str]) -> Path:
 def load(
     dataset: str = "",
     split: str = "",
-    manifests: str | list[str] = (),
+    manifests: str | Sequence[str] = (),
     config_source: str = "",
     **_: object,
 ) -> dict[str, Dataset]:

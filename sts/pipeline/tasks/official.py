@@ -5,8 +5,8 @@ its aggregation needs, and `correct`.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -18,8 +18,6 @@ WORD = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 UNKNOWN = "When the provided information is insufficient, respond with 'Unanswerable'."
 CIRCLE = 1_000_000  # MMBench numbers the copies of a question, options turned, by this much more
-
-# ---- data ---------------------------------------------------------------------------------------
 
 
 def load(
@@ -44,22 +42,17 @@ def load(
     if images:
         pictures = load_dataset(path, images, split=split)
         place = {id: i for i, id in enumerate(pictures["id"])}
-
-        def with_image(batch: dict[str, list]) -> dict[str, list]:
-            return batch | {"image": [pictures[place[id]]["image"] for id in batch["imageId"]]}
-
-        rows = rows.with_transform(with_image)
+        rows = rows.with_transform(
+            lambda batch: (
+                batch | {"image": [pictures[place[id]]["image"] for id in batch["imageId"]]}
+            )
+        )
     return {"test": rows}
 
 
-def image(row: Row) -> list[Any]:
-    """The image of a row."""
-    return [row["image"]]
-
-
 def images(row: Row) -> list[Any]:
-    """Images of a row that has a list of them."""
-    return list(row["image"])
+    """The images of a row that has one or a list of them."""
+    return row["image"] if isinstance(row["image"], list) else [row["image"]]
 
 
 # ---- prompts: LLaVA-1.5's -----------------------------------------------------------------------
@@ -102,8 +95,7 @@ def mmbench_prompt(row: Row, request: str = LETTER) -> str:
     return f"<image>\n{hint}{row['question']}\n{_lines(options_of(row))}\n{request}"
 
 
-def mmbench_cn_prompt(row: Row) -> str:
-    return mmbench_prompt(row, "请直接回答选项字母。")
+mmbench_cn_prompt = partial(mmbench_prompt, request="请直接回答选项字母。")
 
 
 def options_of(row: Row) -> dict[str, str]:
@@ -120,7 +112,7 @@ def _lines(options: Mapping[str, str]) -> str:
     return "\n".join(f"{letter}. {option}" for letter, option in options.items())
 
 
-# ---- words --------------------------------------------------------------------------------------
+# ---- words, as the servers of VQA compare them ---------------------------------------------------
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -166,11 +158,8 @@ def simplify(answer: str) -> str:
 
 def agreement(answer: str, answers: Sequence[str]) -> float:
     """VQA accuracy (arXiv 1505.00468): mean over the people of min(1, others who said it / 3)."""
-    shares = []
-    for left_out in range(len(answers)):
-        others = [*answers[:left_out], *answers[left_out + 1 :]]
-        shares.append(min(1.0, others.count(answer) / 3))
-    return fmean(shares) if shares else 0.0
+    same = [other == answer for other in answers]  # each of whom is left out once
+    return fmean(min(1.0, (sum(same) - is_same) / 3) for is_same in same) if same else 0.0
 
 
 # ---- rules: (row, [the model's output]) -> {metric: value} --------------------------------------
@@ -195,9 +184,7 @@ def score_pope(row: Row, results: Sequence[str]) -> dict[str, Any]:
     output = "no" if {"no", "not"} & set(words) else "yes"
     answer = row["answer"].strip().lower()
     correct = output == answer
-    verdict = {
-        "category": row["category"], "output": output, "answer": answer, "correct": correct,
-    }  # fmt: skip
+    verdict = {"category": row["category"], "output": output, "answer": answer, "correct": correct}
     return {"f1": verdict, "accuracy": float(correct), "yes": float(output == "yes")}
 
 
@@ -218,10 +205,8 @@ def score_mme(row: Row, results: Sequence[str]) -> dict[str, Any]:
     begin = output if len(output) == 1 else output[:4]
     answer = next((word for word in ("yes", "no") if word in begin or output == word[0]), "other")
     correct = answer == row["answer"].strip().lower().replace(".", "")
-    return {
-        "score": {"category": row["category"], "image": row["question_id"], "correct": correct},
-        "accuracy": float(correct),
-    }
+    verdict = {"category": row["category"], "image": row["question_id"], "correct": correct}
+    return {"score": verdict, "accuracy": float(correct)}
 
 
 def mme_total(verdicts: Sequence[Row]) -> float:
@@ -273,7 +258,7 @@ def all_copies(verdicts: Sequence[Row]) -> float:
 
 
 def group_by(verdicts: Sequence[Row], key: str) -> dict[Any, list[Row]]:
-    groups = defaultdict(list)
+    groups: dict[Any, list[Row]] = {}
     for verdict in verdicts:
-        groups[verdict[key]].append(verdict)
-    return dict(groups)
+        groups.setdefault(verdict[key], []).append(verdict)
+    return groups

@@ -1,12 +1,8 @@
 """What the scenes show: seeded 72x72 pictures and, of every patch, what is there.
 
 Everything is integer numpy on a counter-based generator (Philox), so the same key gives the same
-pixels on every machine.
-
-Three kinds of picture, each on a tinted, shaded, noisy background:
-objects   1-5 shapes of 6 kinds, 8 colours, 2 sizes
-text      a three-letter word in a 5x7 bitmap font, scaled by two
-chart     four coloured bars of height 1-5 over an axis
+pixels on every machine. Pictures are of objects (1-5), of a three-letter word, or a chart of four
+bars, each on a tinted, shaded, noisy background.
 """
 
 import hashlib
@@ -91,12 +87,12 @@ def draw(kind: str, rng: np.random.Generator, composition: bool = False) -> Scen
             return scene
 
 
-def is_trained(shape: str, colour: str) -> bool:
-    return (shape, colour) not in HELD_OUT
-
-
 def is_held_out(shape: str, colour: str) -> bool:
     return (shape, colour) in HELD_OUT
+
+
+def is_trained(shape: str, colour: str) -> bool:
+    return not is_held_out(shape, colour)
 
 
 def _background(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,7 @@
-"""`scenes`: the embedded data set. Seeded pictures with captions, questions and ground truth.
+"""`scenes`, the embedded data set: seeded pictures with captions, questions and ground truth.
 
 A row is drawn from (seed, split, index), so any row can be made alone and is the same everywhere.
-
-Seven skills ask about the pictures (`SKILLS`), plus `composition`: the same questions about
-shape-colour pairs that no training row shows or names (`HELD_OUT`). Answers are balanced within
-each question form, so a guess from the question alone is near chance.
+`composition` asks about shape-colour pairs that no training row shows or names (`HELD_OUT`).
 """
 
 from collections import Counter

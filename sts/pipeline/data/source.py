@@ -16,14 +16,13 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 from tqdm import tqdm
 
+from sts.pipeline.data.rows import Rows
 from sts.pipeline.files import sha256_file
 
 DOWNLOADS = Path("data/raw")
 
 # what PIL raises for a damaged image; SyntaxError is a broken PNG chunk
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-Questions = dict[str, list[dict]]  # split -> {"id", "image": Path, "question", "answer"}
 
 
 class DataError(RuntimeError):
@@ -41,34 +40,35 @@ class Source:
     mirror: str
     """Name of the folder in a mirror."""
     sha256: str
-    """Of the texts and image files that are read (`checksum`)."""
-    read: Callable[[Path], Questions]
-    """The questions in a folder of either layout."""
+    """Of the rows that are read (`checksum`)."""
 
 
-def read(name: str, source: Source, mirror: str | None) -> Questions:
-    """The questions in the files of a set: in the mirror, else downloaded before, else downloaded
-    now. Raises DataError if files can't be had, or are not those that its entry was written for."""
+def folder_of(name: str, source: Source, mirror: str | None) -> Path:
+    """The folder of a set: in the mirror, else downloaded before, else downloaded now. Raises
+    DataError if it can't be had."""
     root, folder = mirror_folder(mirror), DOWNLOADS / name
     if root and (root / source.mirror).is_dir():
-        folder = root / source.mirror
-    elif not folder.is_dir():
+        return root / source.mirror
+    if not folder.is_dir():
         download(name, source, folder)
+    return folder
+
+
+def check(name: str, sha256: str, folder: Path, load: Callable[[], dict[str, Rows]]) -> None:
+    """Raise DataError unless the rows in a folder can be read and are those of the set's entry."""
     fresh = "Delete that folder (or set STS_DATA_MIRROR to a good copy) and run again"
     try:
-        questions = source.read(folder)
-        digest = checksum(questions)
+        digest = checksum(load())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"data set {name}: {folder} can't be read: {error}. {fresh}") from error
-    if digest != source.sha256:
-        images = dict.fromkeys(item["image"] for items in questions.values() for item in items)
-        damaged = [str(image) for image in images if not _opens(image)]
+    if digest != sha256:
+        images = dict.fromkeys(row["image"] for _, rows in load().values() for row in rows)
+        damaged = [str(image) for image in images if isinstance(image, Path) and not _opens(image)]
         raise DataError(
             f"data set {name}: the files in {folder} are not those of its entry: checksum "
-            f"{digest}, expected {source.sha256}; images that don't open: "
+            f"{digest}, expected {sha256}; images that don't open: "
             f"{', '.join(damaged[:3]) or 'none'}. {fresh}"
         )
-    return questions
 
 
 def mirror_folder(mirror: str | None) -> Path | None:
@@ -121,14 +121,16 @@ def _members(archive: tarfile.TarFile, folder: str) -> Iterator[tarfile.TarInfo]
         raise tarfile.TarError(f"the archive has no folder {folder}")
 
 
-def checksum(questions: Questions) -> str:
-    """SHA-256 of all that is used, wherever and in whatever layout the files lie: ids, texts and
-    the bytes of the image files, in order."""
+def checksum(splits: dict[str, Rows]) -> str:
+    """SHA-256 of rows, wherever and in whatever layout their files lie: ids, texts and the bytes of
+    the images, in order."""
     digest, file_digest = hashlib.sha256(), cache(sha256_file)
-    for split, items in questions.items():
-        for item in items:
-            fields = [split, item["id"], item["question"], item["answer"]]
-            digest.update(json.dumps([*fields, file_digest(item["image"])]).encode())
+    for split, (_, rows) in splits.items():
+        for row in rows:
+            image = row["image"]
+            is_file = isinstance(image, Path)
+            content = file_digest(image) if is_file else hashlib.sha256(image.tobytes()).hexdigest()
+            digest.update(json.dumps([split, {**row, "image": content}]).encode())
     return digest.hexdigest()
 
 

@@ -1,15 +1,7 @@
-"""Scores of a trained model: lm-eval on its checkpoint, with two controls beside every score.
+"""Scores of a trained model: lm-eval on its checkpoint, with controls beside every score.
 
-    python -m sts evaluate --config results/mini/configs/sts.yaml --ablation sts --seed 0 \
-        --run results/mini/runs/sts/seed0/instruct.json --data data/mini/scenes/manifest.json \
-        --out results/mini/runs/sts/seed0/eval.json
-
-score     the benchmark's metric over the answers of lm-eval's `hf-multimodal`: for our own the
-          share that match
-blind     the same of a share of the questions, images turned grey: what the words give away
-majority  the most frequent answer of each question form: no question-only guess that knows forms
-          does better
-chance    a uniform guess among the answers of each form
+blind is the same of a share of the questions, images turned grey: what the words give away;
+majority is the most frequent answer of each question form, chance a guess among its answers.
 """
 
 import json
@@ -42,8 +34,8 @@ def evaluate(
     Answers go to samples/<benchmark>.jsonl beside `out`, time and place to eval/provenance.json.
 
     Args:
-        config: with the benchmarks.
-        ablation, seed, run: of the run, and the manifest of its last stage.
+        config, ablation, seed: of the run.
+        run: manifest of its last stage.
         data: manifests of the prepared data sets that the benchmarks ask.
         out: result to write.
 
@@ -64,11 +56,8 @@ def evaluate(
         lm = load_model(trained["weights"], options.batch_size, threads)
         began, cpu_began = time.monotonic(), time.process_time()
         scores, samples = answer(lm, benchmarks, metrics, options.limit, options.blind)
-        facts = {
-            "seconds": time.monotonic() - began,
-            "cpu_seconds": time.process_time() - cpu_began,
-            "samples": sum(map(len, samples.values())),
-        }
+        facts = {"samples": sum(map(len, samples.values())), "seconds": time.monotonic() - began}
+        facts["cpu_seconds"] = time.process_time() - cpu_began
         result = {"ablation": ablation, "seed": seed, "weights_sha256": trained["weights_sha256"]}
         result |= {"lm_eval": lm_eval.__version__, "batch_size": options.batch_size}
         names = options.benchmarks

@@ -1,12 +1,7 @@
 """Files for benchmarks whose answers are not public: their servers give the score.
 
-    python -m sts submission --benchmark vqav2_testdev --config results/paper/configs/sts.yaml \\
-        --run results/paper/runs/sts/seed0/instruct.json \\
-        --questions v2_OpenEnded_mscoco_test2015_questions.json --out vqav2_testdev.json
-
-A model is asked as it is for a score, by the same task, on another split; as there is no score, no
-result and no table knows of it. OUT.answers.jsonl keeps what it says, so that a call that was
-interrupted goes on.
+A model is asked as it is for a score, by the same task, on another split. OUT.answers.jsonl keeps
+what it says, so that a call that was interrupted goes on.
 """
 
 import copy
@@ -83,7 +78,8 @@ def submission(
     out: str | Path,
     questions: str | Path | None = None,
 ) -> None:
-    """Ask a trained run every question of a server, and write the file that it takes.
+    """Ask a trained run every question of a server, and write the file that it takes. All that can
+    be known is checked before the model is loaded.
 
     Args:
         config: of the run.
@@ -96,9 +92,7 @@ def submission(
         ConfigError: the name is unknown, or questions are missing or others than those asked.
         FileNotFoundError, DataError: as an evaluation.
     """
-    all_ids = _all_ids(
-        name, questions
-    )  # all that can be known is checked before the model is loaded
+    all_ids = _all_ids(name, questions)
     benchmark, split = name.rsplit("_", 1)
     trained, out = read_json(run), Path(out)
     options = config.evaluate.model_copy(update={"benchmarks": [benchmark]})

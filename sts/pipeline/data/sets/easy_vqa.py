@@ -6,39 +6,28 @@ from pathlib import Path
 from sts.pipeline.config import DataConfig
 from sts.pipeline.data.registry import DataSet
 from sts.pipeline.data.rows import Rows, conversation
-from sts.pipeline.data.source import Questions, Source
+from sts.pipeline.data.source import Source
 
 
-def _read(folder: Path) -> Questions:
-    questions = {}
-    for split in ("train", "test"):
-        triples = json.loads((folder / split / "questions.json").read_text(encoding="utf-8"))
-        questions[split] = [
-            {
-                "id": f"{split}-{index:05d}",
-                "image": folder / split / "images" / f"{image}.png",
-                "question": question,
-                "answer": answer,
-            }
-            for index, (question, answer, image) in enumerate(triples)
-        ]
-    return questions
-
-
-def _rows(_: DataConfig, questions: Questions) -> dict[str, Rows]:
+def _rows(_: DataConfig, folder: Path) -> dict[str, Rows]:
     """Training rows hold all questions of an image, as LLaVA-1.5 joins those of VQAv2."""
-    by_image: dict[Path, list[dict]] = {}
-    for item in questions["train"]:
-        by_image.setdefault(item["image"], []).append(item)
-    train = (
-        conversation(f"train-{image.stem}", image, [(i["question"], i["answer"]) for i in items])
-        for image, items in by_image.items()
-    )
-    test = ({**item, "form": _form(item["question"])} for item in questions["test"])
-    return {
-        "instruct": (len(by_image), train),
-        "test_easy_vqa": (len(questions["test"]), test),
-    }
+    pairs: dict[int, list[tuple[str, str]]] = {}
+    for question, answer, image in _questions(folder / "train"):
+        pairs.setdefault(image, []).append((question, answer))
+    train = [
+        conversation(f"train-{image}", folder / f"train/images/{image}.png", of_image)
+        for image, of_image in pairs.items()
+    ]
+    test = [
+        {"id": f"test-{index:05d}", "image": folder / f"test/images/{image}.png",
+         "question": question, "answer": answer, "form": _form(question)}
+        for index, (question, answer, image) in enumerate(_questions(folder / "test"))
+    ]  # fmt: skip
+    return {"instruct": (len(train), train), "test_easy_vqa": (len(test), test)}
+
+
+def _questions(folder: Path) -> list[tuple[str, str, int]]:
+    return json.loads((folder / "questions.json").read_text(encoding="utf-8"))
 
 
 def _form(question: str) -> str:
@@ -58,8 +47,7 @@ DATASET = DataSet(
         "3b553bb7ff42a868d5f4cbe8c88255d7333c3c31.tar.gz",
         folder="easy_vqa/data",
         mirror="easy_vqa",
-        sha256="c5723668feb2e39a48a65f62ea7465a5a1517ad7c038a7a3117fc19f6b24ea7f",
-        read=_read,
+        sha256="a6d905349c8badd9879a3c7f99ff99695da2bc32e851394a77f47b457b47eed7",
     ),
     tokens={"instruct": (198, 19)},  # the mini scale's, in batches of 32, not grouped by length
     image_bytes=430,

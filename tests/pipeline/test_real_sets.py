@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -80,7 +81,9 @@ def no_mirror(monkeypatch):
 
 
 def inner(prefix: str) -> dict[str, bytes]:
-    return {name.removeprefix(prefix): one for name, one in IMAGES.items() if prefix in name}
+    return {
+        name.removeprefix(prefix): content for name, content in IMAGES.items() if prefix in name
+    }
 
 
 @pytest.fixture
@@ -119,11 +122,26 @@ def run(source: Hub, folder: Path, name: str, **data) -> subprocess.CompletedPro
 
 
 def test_the_665k_set_is_fetched_checked_and_reported(source, tmp_path):
-    """A download that breaks goes on where it was; what is whole is not fetched again; what is
-    known to be bad in the real set is said, and only what can't be used is left out."""
-    coco = "/images.cocodataset.org/zips/train2017.zip"
-    source.cut[coco] = 400
-    done = run(source, tmp_path, "llava_mix665k", max_bad_share=0.3, threads=3)
+    """A file that is not what the hub says is fetched again; a source that is gone is named; a
+    download that breaks goes on where it was; what is whole is not fetched again; what is known to
+    be bad in the real set is said, and only what can't be used is left out."""
+    prepared = partial(run, source, tmp_path, "llava_mix665k", max_bad_share=0.3, threads=3)
+    wrong = f"/datasets/{MIX.replace('/llava_v1', '/resolve/main/llava_v1')}"
+    source.wrong.add(wrong)
+    done = prepared()
+    assert done.returncode and "SHA-256" in done.stderr and "as the hub says" in done.stderr
+    assert "data.folders.llava_mix665k" in done.stderr
+    source.wrong.clear()
+
+    source.cut["/images.cocodataset.org/zips/train2017.zip"] = 400
+    gqa = source.folder / "downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
+    content = gqa.read_bytes()
+    gqa.unlink()
+    done = prepared()
+    assert done.returncode and "gqa/images.zip can't be had" in done.stderr
+    gqa.write_bytes(content)
+
+    done = prepared()
     assert done.returncode == 0, done.stderr
     assert source.fetched("train2017.zip") == [0, 400]
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
@@ -136,59 +154,38 @@ def test_the_665k_set_is_fetched_checked_and_reported(source, tmp_path):
     assert rows["id"] == [row["id"] for row in ROWS[:7]]
     assert rows[1]["image"] is None
     raw = tmp_path / "data/raw/llava_mix665k"
-    assert Path(rows.with_format("arrow")[0]["image"][0].as_py()["path"]).parts[:2] == (
-        "data", "raw",
-    )  # fmt: skip
+    path = rows.with_format("arrow")[0]["image"][0].as_py()["path"]
+    assert Path(path).parts[:2] == ("data", "raw")
     assert not list(raw.rglob("*.zip")) and not list(raw.rglob("*.part"))
     note = json.loads((raw / ".whole/ocr_vqa-images.json").read_text())
-    whole = (source.folder / "hub" / OCR).read_bytes()
-    assert note["sha256"] == sha256(whole) and note["commit"] == COMMIT
+    archive = (source.folder / "hub" / OCR).read_bytes()
+    assert note["sha256"] == sha256(archive) and note["commit"] == COMMIT
     source.asked.clear()
-    again = run(source, tmp_path, "llava_mix665k", max_bad_share=0.3)
-    assert again.returncode == 0 and source.asked == []
+    assert prepared().returncode == 0 and source.asked == []
     assert json.loads((tmp_path / "out/manifest.json").read_text()) == manifest
 
 
-def test_a_file_that_is_not_what_the_hub_says_is_fetched_again(source, tmp_path):
-    path = f"/datasets/{MIX.replace('/llava_v1', '/resolve/main/llava_v1')}"
-    source.wrong.add(path)
-    done = run(source, tmp_path, "llava_mix665k", max_bad_share=0.3)
-    assert done.returncode and "SHA-256" in done.stderr and "as the hub says" in done.stderr
-    assert "data.folders.llava_mix665k" in done.stderr
-    source.wrong.clear()
-    assert run(source, tmp_path, "llava_mix665k", max_bad_share=0.3).returncode == 0
-
-
-def test_a_source_that_is_gone_is_named_and_what_came_before_is_kept(source, tmp_path):
-    gqa = source.folder / "downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
-    content = gqa.read_bytes()
-    gqa.unlink()
-    done = run(source, tmp_path, "llava_mix665k", max_bad_share=0.3)
-    assert done.returncode and "gqa/images.zip can't be had" in done.stderr
-    gqa.write_bytes(content)
-    assert run(source, tmp_path, "llava_mix665k", max_bad_share=0.3).returncode == 0
-    assert source.fetched("train2017.zip") == [0]
-
-
 def test_a_folder_of_the_users_is_used_as_it_lies(tmp_path):
-    own = write(tmp_path / "own", IMAGES | {"llava_v1_5_mix665k.json": json.dumps(ROWS).encode()})
-    given = config(folders={"llava_mix665k": str(own)}, max_bad_share=0.3)
-    manifest = prepare(given, "llava_mix665k", tmp_path / "manifest.json")
+    folder = write(
+        tmp_path / "own", IMAGES | {"llava_v1_5_mix665k.json": json.dumps(ROWS).encode()}
+    )
+    configuration = config(folders={"llava_mix665k": str(folder)}, max_bad_share=0.3)
+    manifest = prepare(configuration, "llava_mix665k", tmp_path / "manifest.json")
     assert manifest["splits"]["instruct"]["rows"] == 7
-    assert sorted(own.iterdir()) == sorted(own / name for name in {
-        "llava_v1_5_mix665k.json", "coco", "gqa", "textvqa", "vg", "ocr_vqa"})  # fmt: skip
-    (own / "vg/VG_100K_2/2.jpg").unlink()
-    (own / "vg/VG_100K_2").rmdir()
+    names = {"llava_v1_5_mix665k.json", "coco", "gqa", "textvqa", "vg", "ocr_vqa"}
+    assert {file.name for file in folder.iterdir()} == names
+    (folder / "vg/VG_100K_2/2.jpg").unlink()
+    (folder / "vg/VG_100K_2").rmdir()
     with pytest.raises(DataError, match=r"own lacks vg/VG_100K_2.*data.folders.llava_mix665k"):
-        prepare(given, "llava_mix665k", tmp_path / "manifest.json")
+        prepare(configuration, "llava_mix665k", tmp_path / "manifest.json")
 
 
 def test_llava_pretrain_lies_in_a_mirror(tmp_path):
     rows = [{"id": "004539375", "image": "00453/004539375.jpg", "conversations": turns(*ASKED)}]
     files = {"blip_laion_cc_sbu_558k.json": json.dumps(rows).encode()}
     write(tmp_path / "mirror/llava_pretrain", files | {"images/00453/004539375.jpg": image(0)})
-    given = config(mirror=str(tmp_path / "mirror"))
-    manifest = prepare(given, "llava_pretrain", tmp_path / "manifest.json")
+    configuration = config(mirror=str(tmp_path / "mirror"))
+    manifest = prepare(configuration, "llava_pretrain", tmp_path / "manifest.json")
     assert manifest["splits"]["align"]["rows"] == 1
 
 
@@ -220,22 +217,22 @@ def cauldron(folder: Path) -> None:
 def test_the_cauldrons_form_from_the_hub_and_from_a_folder(tmp_path):
     cauldron(tmp_path / "served/hub/HuggingFaceM4/the_cauldron")
     write(tmp_path / "served/hub/HuggingFaceM4/the_cauldron", {"other/a.parquet": b"not asked for"})
-    own = {"files": "vqav2/*.parquet"}
+    files = {"files": "vqav2/*.parquet"}
     with hub(tmp_path / "served") as served:
-        given = {"custom": {"vqa": {"hub": "HuggingFaceM4/the_cauldron", **own}}}
-        done = run(served, tmp_path, "vqa", **given)
+        entry = {"hub": "HuggingFaceM4/the_cauldron", **files}
+        done = run(served, tmp_path, "vqa", custom={"vqa": entry})
         assert done.returncode == 0, done.stderr
         assert served.fetched("a.parquet") == []
     rows = rows_of(tmp_path / "out/manifest.json", "instruct")
     first = rows[0]
-    assert [np.asarray(one).tolist() for one in first["images"]] == [
+    assert [np.asarray(image).tolist() for image in first["images"]] == [
         np.asarray(picture(seed)).tolist() for seed in (0, 1)
     ]
     assert [turn["value"] for turn in first["conversations"]] == [
         "<image>\n<image>\nwhat?", "a bus", "what?", "a bus",
     ]  # fmt: skip
     folder = tmp_path / "served/hub/HuggingFaceM4/the_cauldron"
-    local = config(custom={"vqa": {"hub": str(folder), **own}})
+    local = config(custom={"vqa": {"hub": str(folder), **files}})
     prepare(local, "vqa", tmp_path / "local/manifest.json")
     assert rows_of(tmp_path / "local/manifest.json", "instruct").to_list() == rows.to_list()
 
@@ -247,8 +244,8 @@ def test_onevisions_form_keeps_text_only_rows_and_where_images_stand(tmp_path):
         {"id": "b", "image": None, "conversations": turns("hello", "hello"), "data_source": "x"},
     ]  # fmt: skip
     write_parquet(rows, ONEVISION, tmp_path / "set/sub/train-0.parquet")
-    given = config(custom={"one": {"hub": str(tmp_path / "set"), "split": "instruct"}})
-    assert prepare(given, "one", tmp_path / "manifest.json")["bad_rows"] == {}
+    configuration = config(custom={"own": {"hub": str(tmp_path / "set"), "split": "instruct"}})
+    assert prepare(configuration, "own", tmp_path / "manifest.json")["bad_rows"] == {}
     first, second = rows_of(tmp_path / "manifest.json", "instruct")
     assert first["conversations"] == turns("see <image> here", "a bus") and first["image"]
     assert second["conversations"] == turns("hello", "hello") and second["image"] is None
@@ -263,24 +260,24 @@ def test_turns_of_the_hub_that_are_none_are_left_to_the_check():
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"has no files \*\*/\*.parquet. Correct data.custom.one.files"),
-        ({"a.parquet": b"no"}, r"data set one: .*Delete"),
+        ({}, r"has no files \*\*/\*.parquet. Correct data.custom.own.files"),
+        ({"a.parquet": b"no"}, r"data set own: .*Delete"),
     ],
 )
 def test_a_folder_without_the_files_is_named(tmp_path, files, message):
     (tmp_path / "set").mkdir()
     write(tmp_path / "set", files)
-    given = config(custom={"one": {"hub": str(tmp_path / "set")}})
+    configuration = config(custom={"own": {"hub": str(tmp_path / "set")}})
     with pytest.raises(DataError, match=message):
-        prepare(given, "one", tmp_path / "manifest.json")
+        prepare(configuration, "own", tmp_path / "manifest.json")
 
 
 def test_other_columns_are_named(tmp_path):
     columns = {"picture": datasets.Image(), "caption": datasets.Value("string")}
     write_parquet([{"picture": picture(0), "caption": "x"}], columns, tmp_path / "set/a.parquet")
-    given = config(custom={"one": {"hub": str(tmp_path / "set")}})
+    configuration = config(custom={"own": {"hub": str(tmp_path / "set")}})
     with pytest.raises(DataError, match="has the columns picture, caption, but needs images"):
-        prepare(given, "one", tmp_path / "manifest.json")
+        prepare(configuration, "own", tmp_path / "manifest.json")
 
 
 @pytest.mark.parametrize(
@@ -292,8 +289,8 @@ def test_other_columns_are_named(tmp_path):
     ],
 )
 def test_an_entry_is_one_of_the_two_kinds(entry, key):
-    with pytest.raises(ConfigError, match=f"data.custom.one.{key}"):
-        config(custom={"one": entry})
+    with pytest.raises(ConfigError, match=f"data.custom.own.{key}"):
+        config(custom={"own": entry})
 
 
 # ---- reading and taking a part ----------------------------------------------------------------
@@ -326,8 +323,8 @@ def test_a_part_of_a_set_is_the_same_rows_each_time_in_their_order(tmp_path):
     own = {"json": str(tmp_path / "own.json"), "images": str(tmp_path)}
 
     def taken(count: int) -> list[int]:
-        given = config(custom={"own": own}, rows={"own": count})
-        prepare(given, "own", tmp_path / "out/manifest.json")
+        configuration = config(custom={"own": own}, rows={"own": count})
+        prepare(configuration, "own", tmp_path / "out/manifest.json")
         return [int(id) for id in rows_of(tmp_path / "out/manifest.json", "instruct")["id"]]
 
     some = taken(10)
@@ -346,9 +343,9 @@ def test_threads_change_nothing_that_is_written(tmp_path):
     own = {"json": str(tmp_path / "own.json"), "images": str(tmp_path)}
     made = []
     for threads in (1, 4):
-        given = config(custom={"own": own}, threads=threads, max_bad_share=1.0)
+        configuration = config(custom={"own": own}, threads=threads, max_bad_share=1.0)
         out = tmp_path / str(threads) / "manifest.json"
-        made.append(prepare(given, "own", out))
+        made.append(prepare(configuration, "own", out))
         made[-1] = (made[-1], (out.parent / "bad_rows.jsonl").read_text())
     assert made[0] == made[1]
     assert made[0][0]["bad_rows"] == {"missing image": 28}
@@ -415,14 +412,14 @@ from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data
 from sts.pipeline.train.job import Job
 
-made, tokenise = [], collator.tokenise
-collator.tokenise = lambda *given: made.append(1) or tokenise(*given)
+calls, tokenise = [], collator.tokenise
+collator.tokenise = lambda *inputs: calls.append(1) or tokenise(*inputs)
 processor = tiny_processor()
 processor.chat_template = CHAT_TEMPLATE
 data, out = map(Path, sys.argv[1:])
 job = Job(load_scale(MINI), "dense", 0, "instruct", [data], data, out)
 samples, _ = load_data(job, processor)
-print(len(made), len(samples))
+print(len(calls), len(samples))
 """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     both = [
@@ -434,24 +431,23 @@ print(len(made), len(samples))
         )
         for _ in range(2)
     ]
-    said = sorted(process.communicate()[0] for process in both)
-    assert said == ["0 41\n", "1 41\n"]
+    assert sorted(process.communicate()[0] for process in both) == ["0 41\n", "1 41\n"]
 
 
 @pytest.mark.slow
 def test_a_process_needs_no_more_memory_for_more_rows(tmp_path):
     """So little more that 665,298 rows, as the real set has, stay below 2 GB."""
     few, many = (1500, 9000)
-    found = {}
+    taken = {}
     for rows in (few, many):
-        said = subprocess.run(
+        done = subprocess.run(
             [sys.executable, ROOT / "tests/many_rows.py", str(rows), tmp_path / str(rows)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
             capture_output=True,
             text=True,
             check=True,
         )
-        found[rows] = json.loads(said.stdout.splitlines()[-1])
-    for step, last in found[many].items():
-        a_row = (last["mb"] - found[few][step]["mb"]) / (many - few)
-        assert last["mb"] + (665_298 - many) * a_row < 2000, (step, found)
+        taken[rows] = json.loads(done.stdout.splitlines()[-1])
+    for step, last in taken[many].items():
+        a_row = (last["mb"] - taken[few][step]["mb"]) / (many - few)
+        assert last["mb"] + (665_298 - many) * a_row < 2000, (step, taken)

@@ -169,8 +169,8 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
         batch[name] = stack([np.array(row) for row in types], 0)
     if images := [sample["images"] for sample in samples if sample["images"]]:
         # the rest of the processor's call makes text, which takes as long again
-        settings = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
-        made, _ = processor._process_images(images, **settings)
+        options = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
+        made, _ = processor._process_images(images, **options)
         batch |= {name: made[name] for name in made if name in names}
     return BatchFeature(batch)
 

@@ -29,10 +29,8 @@ Id = tuple[str, str]  # a benchmark's name and that of a task of it
 
 
 def load_model(weights: str | Path, batch_size: int, threads: int) -> LM:
-    """The checkpoint as lm-eval's `hf-multimodal`, on the GPU if there is one.
-
-    Raises FileNotFoundError if the folder has no checkpoint: a name is never looked up on the hub.
-    """
+    """The checkpoint as lm-eval's `hf-multimodal`, on the GPU if there is one. Raises
+    FileNotFoundError if the folder has none: a name is never looked up on the hub."""
     if not (Path(weights) / "config.json").is_file():
         raise FileNotFoundError(
             f"{weights}: no checkpoint here although the run manifest names it; train the run again"
@@ -79,10 +77,8 @@ class _Model(HFMultimodalLM):
 def ask(
     lm: LM, tasks: Mapping[Id, Task], places: Mapping[Id, Sequence[int]]
 ) -> Iterator[tuple[Id, dict[str, Any]]]:
-    """(task, lm-eval's sample) of every question at these places, task by task.
-
-    At most AT_ONCE are asked together: lm-eval holds the decoded picture of each that it is given.
-    """
+    """(task, lm-eval's sample) of every question at these places, task by task. At most AT_ONCE are
+    asked together: lm-eval holds the decoded picture of each that it is given."""
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
     lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
     direct = {id: _direct(tasks[id]) for id in places}
@@ -122,16 +118,9 @@ def pieces(places: Mapping[Id, Sequence[int]], size: int) -> Iterator[dict[Id, l
 
 
 def draw_places(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> dict[Id, list[int]]:
-    """(benchmark, task) -> places of the questions that are asked.
-
-    They are the first of an order that a fixed seed gives, so fewer are a part of more. A task of
-    which none is asked is left out.
-
-    Args:
-        tasks: of all benchmarks.
-        limit: questions of a benchmark; None: all.
-        grey: share of them that its blind twin asks.
-    """
+    """Where the questions are that are asked: of a benchmark `limit` (None: all), of its blind twin
+    the share `grey` of them. They are the first of an order that a fixed seed gives, so fewer are a
+    part of more. A task of which none is asked is left out."""
     questions = defaultdict(list)
     for id, task in tasks.items():
         questions[id[0]] += [(id, place) for place in range(len(task.eval_docs))]

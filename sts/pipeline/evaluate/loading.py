@@ -86,8 +86,7 @@ def _load(name: str, manager: TaskManager, file: Path, mirror: str | None) -> Be
             f"benchmark {name}: its data set {', '.join(sets)} can't be had: {error}. Go online; "
             "or set HF_HOME to the folder of a cache that it was loaded into; or copy it with `hf "
             f"download {path} --repo-type dataset --local-dir MIRROR/{path}` and set "
-            "STS_DATA_MIRROR (or data.mirror) to that MIRROR; or take it out of "
-            "evaluate.benchmarks"
+            "STS_DATA_MIRROR (or data.mirror) to that MIRROR; or take it out of evaluate.benchmarks"
         ) from error
     return next(iter((loaded["groups"] or loaded["tasks"]).values()))
 
@@ -112,9 +111,8 @@ def tasks_of(benchmark: Benchmark) -> list[Task]:
 def metric_of(name: str, benchmark: Benchmark, options: EvaluateConfig) -> str:
     """The metric that is a benchmark's score: what `evaluate.metrics` says, else the first one.
 
-    Raises:
-        ConfigError: the task or group has no such metric, or a lower value of it is better: what
-            is kept of the baseline's score would be the wrong way round.
+    Raises ConfigError if the task or group has no such metric, or a lower value of it is better:
+    what is kept of the baseline's score would be the wrong way round.
     """
     if isinstance(benchmark, Group):
         metrics = [item.metric for item in benchmark.aggregate_metric_list or []]

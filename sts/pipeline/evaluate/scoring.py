@@ -57,7 +57,7 @@ def answer(
         scores[name], filtered = _score(benchmark, metrics[name], means)
         samples[name] = [row for id in ids for kept, row in rows[id] if kept == filtered]
         shares = [scores[name]["score"], *(row["correct"] for row in samples[name])]
-        scores[name]["share"] = all(map(_is_share, shares))
+        scores[name]["share"] = all(isinstance(x, Real) and 0 <= x <= 1 for x in shares)
     return scores, samples
 
 
@@ -92,18 +92,12 @@ def _row(task: Task, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
     }
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, Real) and 0 <= value <= 1
-
-
 def summary(name: str, scores: Mapping[str, Mapping], rows: Sequence[Mapping]) -> dict[str, Any]:
     """One benchmark's entry of the result. `blind` is None if it was not measured, `majority` and
     `chance` are if the questions have no forms."""
     if not scores[name]["share"]:
-        log.warning(
-            "%s: %s is not a share of 0 to 1 but kept as it is: compare it with nothing but itself",
-            name, scores[name]["metric"],
-        )  # fmt: skip
+        text = "%s: %s is not a share of 0 to 1 but kept as it is: compare it with itself alone"
+        log.warning(text, name, scores[name]["metric"])
     majority = chance = None
     if all(row["form"] is not None for row in rows):
         majority, chance = guesses((row["form"], row["target"]) for row in rows)
@@ -113,11 +107,9 @@ def summary(name: str, scores: Mapping[str, Mapping], rows: Sequence[Mapping]) -
 
 
 def guesses(questions: Iterable[tuple[str, str]]) -> tuple[float, float]:
-    """(majority, chance) of (form, answer) pairs, as shares of all questions.
-
-    Majority knows how often the test set gives each answer of a form, so it bounds from above what
-    can be got from the form alone; chance only knows which answers a form has.
-    """
+    """(majority, chance) of (form, answer) pairs, as shares of all questions. Majority knows how
+    often the test set gives each answer of a form, so it bounds from above what can be got from the
+    form alone; chance only knows which answers a form has."""
     forms: dict[str, Counter] = defaultdict(Counter)
     for form, answer in questions:
         forms[form][answer.strip().casefold()] += 1

@@ -72,11 +72,7 @@ SERVERS = (
 
 
 def submission(
-    config: Config,
-    name: str,
-    run: str | Path,
-    out: str | Path,
-    questions: str | Path | None = None,
+    config: Config, name: str, run: str | Path, out: str | Path, questions: str | Path | None = None
 ) -> None:
     """Ask a trained run every question of a server, and write the file that it takes. All that can
     be known is checked before the model is loaded.

@@ -45,12 +45,9 @@ def load(
     config_source: str = "",
     **_: object,
 ) -> dict[str, Dataset]:
-    """{"test": rows with id, image (PIL), question, answer, form}.
-
-    dataset, split: from the task file's dataset_kwargs. manifests: path(s) of data manifests, from
-    the metadata, where lm-eval adds the task file (config_source) and more. Raises ValueError if
-    the task file does not say what it asks.
-    """
+    """{"test": rows with id, image (PIL), question, answer, form} of the `dataset_kwargs` of a task
+    file, config_source; the paths of data manifests come from the metadata. Raises ValueError if
+    the task file does not say what it asks."""
     if not (dataset and split):
         raise ValueError(
             f"{config_source}: dataset_kwargs must name a prepared data set and a split of it, as "
@@ -61,8 +58,6 @@ def load(
 
 
 def prompt(row: dict) -> str:
-    """The user's turn: the image first, as in LLaVA's conversations.
-
-    A function because lm-eval compiles a template anew for every question.
-    """
+    """The user's turn: the image first, as in LLaVA's conversations. A function because lm-eval
+    compiles a template anew for every question."""
     return f"<image>\n{row['question']}"

@@ -62,10 +62,6 @@ def word_prompt(row: Row) -> str:
     return f"<image>\n{row['question']}\n{WORD}"
 
 
-def plain_prompt(row: Row) -> str:
-    return f"<image>\n{row['question']}"
-
-
 def textvqa_prompt(row: Row) -> str:
     return f"<image>\n{row['question'].capitalize()}\n{WORD}"
 

@@ -25,7 +25,7 @@ class Oracle(LM):
 
     def generate_until(self, requests, disable_tqdm=False):
         shown = [
-            (prompt, settings, [np.asarray(one) for one in extra["visual"]])
+            (prompt, settings, [np.asarray(image) for image in extra["visual"]])
             for prompt, settings, extra in (request.args for request in requests)
         ]
         self.shown += shown

@@ -21,19 +21,19 @@ API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)/(?P<what>revision|tree)/.
 class Hub:
     """Serves `folder`: data sets as hub/<owner>/<name>/..., other files by their path.
 
-    asked: (method, path, first byte) of every request. cut: path -> bytes after which the
+    requests: (method, path, first byte) of every request. cut: path -> bytes after which the
     connection breaks, once. wrong: paths whose checksum is said wrongly.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.url = folder, ""
-        self.asked: list[tuple[str, str, int]] = []
+        self.requests: list[tuple[str, str, int]] = []
         self.cut: dict[str, int] = {}
         self.wrong: set[str] = set()
 
     def fetched(self, name: str) -> list[int]:
         """The first byte of each download of a file of that name."""
-        return [at for method, path, at in self.asked if method == "GET" and path.endswith(name)]
+        return [at for method, path, at in self.requests if method == "GET" and path.endswith(name)]
 
 
 @contextmanager
@@ -55,11 +55,11 @@ def hub(folder: Path) -> Iterator[Hub]:
 
         def answer(self, body: bool) -> None:
             path = self.path.partition("?")[0]
-            asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            first = int(asked[1]) if asked else 0
-            served.asked.append((self.command, path, first))
-            if found := API.match(path):
-                return self.tell(found)
+            requested_range = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            first = int(requested_range[1]) if requested_range else 0
+            served.requests.append((self.command, path, first))
+            if match := API.match(path):
+                return self.tell(match)
             at = RESOLVE.match(path)
             inner = f"hub/{at['repo']}/{at['file']}" if at else path.lstrip("/")
             if not (served.folder / inner).is_file():
@@ -67,28 +67,30 @@ def hub(folder: Path) -> Iterator[Hub]:
             content = (served.folder / inner).read_bytes()
             headers = {"Accept-Ranges": "bytes"}
             if at:
-                told = b"other" if path in served.wrong else content
-                headers |= {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(told)}"'}
+                reply = b"other" if path in served.wrong else content
+                headers |= {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(reply)}"'}
             if first >= len(content) > 0:
                 return self.reply(416, b"", {"Content-Range": f"bytes */{len(content)}"}, body)
-            if asked:
+            if requested_range:
                 headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
             cut = served.cut.pop(path, None) if body else None
-            self.reply(206 if asked else 200, content[first:], headers, body, cut)
+            self.reply(206 if requested_range else 200, content[first:], headers, body, cut)
 
-        def tell(self, found: re.Match) -> None:
-            root = served.folder / "hub" / found["repo"]
-            files = sorted(str(one.relative_to(root)) for one in root.rglob("*") if one.is_file())
-            told = {"id": found["repo"], "sha": COMMIT}
-            told |= {"siblings": [{"rfilename": file} for file in files]}
-            if found["what"] == "tree":
-                told = [
+        def tell(self, match: re.Match) -> None:
+            root = served.folder / "hub" / match["repo"]
+            files = sorted(
+                str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()
+            )
+            reply = {"id": match["repo"], "sha": COMMIT}
+            reply |= {"siblings": [{"rfilename": file} for file in files]}
+            if match["what"] == "tree":
+                reply = [
                     {"type": "file", "path": file, "oid": sha256(file.encode())[:40],
                      "size": (root / file).stat().st_size}
                     for file in files
                 ]  # fmt: skip
             headers = {"Content-Type": "application/json"}
-            self.reply(200 if files else 404, json.dumps(told).encode(), headers, True)
+            self.reply(200 if files else 404, json.dumps(reply).encode(), headers, True)
 
         def reply(
             self, code: int, content: bytes, headers: dict, body: bool, cut: int | None = None
@@ -122,8 +124,8 @@ def image(seed: int, kind: str = "JPEG", size: tuple[int, int] = (40, 30)) -> by
 
 def zipped(files: dict[str, bytes]) -> bytes:
     """A .zip of files."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for name, one in files.items():
-            archive.writestr(name, one)
-    return content.getvalue()
+    archive_bytes = io.BytesIO()
+    with zipfile.ZipFile(archive_bytes, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return archive_bytes.getvalue()

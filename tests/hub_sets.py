@@ -13,7 +13,7 @@ TEXTS = datasets.List(TEXT)
 
 
 def people_of(*answers):
-    return [{"answer": one, "answer_id": i} for i, one in enumerate(answers)]
+    return [{"answer": answer, "answer_id": i} for i, answer in enumerate(answers)]
 
 
 QUESTION = {"question_id": TEXT, "question": TEXT, "image": IMAGE}
@@ -139,14 +139,14 @@ def write_mmmu(root: Path, subjects: Sequence[str]) -> None:
     empty = {name: None if name in images else "" for name in columns}
     parts = []
     for subject in subjects:
-        two = {"question": "<image 1> or <image 2>?", "options": "['red', 'blue']", "answer": "B",
-               "question_type": "multiple-choice", "image_1": picture(1),
-               "image_2": picture(2, "RGBA", (50, 60))}  # fmt: skip
-        one = {"question": "what is <image 1>?", "options": "[]", "answer": "seven",
-               "question_type": "open", "image_1": picture(3)}  # fmt: skip
+        choice = {"question": "<image 1> or <image 2>?", "options": "['red', 'blue']",
+                  "answer": "B", "question_type": "multiple-choice", "image_1": picture(1),
+                  "image_2": picture(2, "RGBA", (50, 60))}  # fmt: skip
+        open_question = {"question": "what is <image 1>?", "options": "[]", "answer": "seven",
+                         "question_type": "open", "image_1": picture(3)}  # fmt: skip
         rows = [
             {**empty, **row, "id": f"validation_{subject}_{i}"}
-            for i, row in enumerate([two, one, one])
+            for i, row in enumerate([choice, open_question, open_question])
         ]
         write_parquet(rows, mmmu, root / f"MMMU/MMMU/{subject}/validation-0.parquet")
         files = [{"split": "validation", "path": f"{subject}/validation-*"}]

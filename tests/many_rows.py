@@ -57,11 +57,11 @@ def anonymous_mb() -> float:
 
 def most(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """What some work gives, and the most memory during it and its seconds."""
-    done, seen, began = threading.Event(), [anonymous_mb()], time.monotonic()
+    done, readings, began = threading.Event(), [anonymous_mb()], time.monotonic()
 
     def watch() -> None:
         while not done.wait(0.1):
-            seen.append(anonymous_mb())
+            readings.append(anonymous_mb())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -70,8 +70,8 @@ def most(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     finally:
         done.set()
         watcher.join()
-    seen.append(anonymous_mb())
-    return result, {"mb": round(max(seen)), "seconds": round(time.monotonic() - began)}
+    readings.append(anonymous_mb())
+    return result, {"mb": round(max(readings)), "seconds": round(time.monotonic() - began)}
 
 
 def measure(rows: int, folder: Path) -> dict[str, dict[str, float]]:
@@ -80,13 +80,13 @@ def measure(rows: int, folder: Path) -> dict[str, dict[str, float]]:
     for n in range(50):
         Image.new("RGB", (16, 16), (n, n, n)).save(folder / f"{n}.jpg")
     made_up(folder / "rows.json", rows)
-    own = {"custom": {"many": {"json": str(folder / "rows.json"), "images": str(folder)}}}
-    config = validate(deep_merge(load_yaml(MINI), {"data": own}), "many.yaml")
+    custom = {"custom": {"many": {"json": str(folder / "rows.json"), "images": str(folder)}}}
+    config = validate(deep_merge(load_yaml(MINI), {"data": custom}), "many.yaml")
     processor = tiny_processor()
     processor.chat_template = CHAT_TEMPLATE
     block, manifest = config.stage("instruct"), folder / "manifest.json"
-    found: dict[str, dict[str, float]] = {}
-    _, found["prepare"] = most(lambda: prepare(config, "many", manifest))
+    taken: dict[str, dict[str, float]] = {}
+    _, taken["prepare"] = most(lambda: prepare(config, "many", manifest))
 
     out = folder / "runs" / "dense" / "seed0" / "instruct.json"
     job = Job(config, "dense", 0, "instruct", [manifest], manifest, out)
@@ -94,13 +94,13 @@ def measure(rows: int, folder: Path) -> dict[str, dict[str, float]]:
     def load() -> Any:
         return load_data(job, processor)
 
-    _, found["tokenise"] = most(load)
-    (samples, order), found["load"] = most(load)
+    _, taken["tokenise"] = most(load)
+    (samples, order), taken["load"] = most(load)
     some = random.Random(0).sample(range(rows // block.global_batch), 20)
-    _, found["batches"] = most(
+    _, taken["batches"] = most(
         lambda: [collate(processor, [samples[n] for n in order(step)]) for step in some]
     )
-    return found
+    return taken
 
 
 if __name__ == "__main__":

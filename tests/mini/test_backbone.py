@@ -60,8 +60,8 @@ def test_a_turn_sees_the_picture_and_itself_only():
     row = next(r for r in scenes.rows("align", 20, 0) if len(r["qa"]) >= 3)
     other = {**row, "qa": [{"question": "is there a ring?", "answer": "no"}, *row["qa"][1:]]}
     logits = []
-    for one in (row, other):
-        batch = language.written_batch(tokenizer, [one], captions=0)
+    for example in (row, other):
+        batch = language.written_batch(tokenizer, [example], captions=0)
         with torch.no_grad():
             logits.append(language.ask(model, tokenizer, language.slot_ids(tokenizer), batch)[0])
     last = len(logits[0]) - sum(
@@ -92,12 +92,12 @@ def quality_of(folder: Path) -> dict[str, dict[str, float]]:
 @pytest.mark.slow
 def test_shipped_backbones_are_as_good_as_is_said():
     """`quality.json` was written when they were trained, before they were rounded to fp16."""
-    said = json.loads((SHIPPED / "quality.json").read_text())
+    on_file = json.loads((SHIPPED / "quality.json").read_text())
     measured = quality_of(SHIPPED)
     for part in ("seeing", "reading"):
-        assert measured[part] == pytest.approx(said[part], abs=0.03)
-        assert min(said[part].values()) > 0.85
-    without = said["reading_without"]
+        assert measured[part] == pytest.approx(on_file[part], abs=0.03)
+        assert min(on_file[part].values()) > 0.85
+    without = on_file["reading_without"]
     assert measured["reading_without"] == pytest.approx(without, abs=0.03)
     middle = [without[str(index)] for index in (4, 5, 6)]
     assert min(middle) >= without["none"] - 0.01, "one of the middle layers can be left out"
@@ -107,11 +107,11 @@ def test_shipped_backbones_are_as_good_as_is_said():
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llava"])
 def test_the_tower_of_a_shipped_checkpoint_sees_what_is_said(family):
     folder = SHIPPED.parent / family
-    said = json.loads((folder / "quality.json").read_text())["seeing"]
+    on_file = json.loads((folder / "quality.json").read_text())["seeing"]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    seen = vision.seeing(family, *tower_of(model).values())
-    assert seen == pytest.approx(said, abs=0.03)
-    assert min(said[name] for name in ("kind", "colour", "size")) > 0.9
+    measured = vision.seeing(family, *tower_of(model).values())
+    assert measured == pytest.approx(on_file, abs=0.03)
+    assert min(on_file[name] for name in ("kind", "colour", "size")) > 0.9
 
 
 @pytest.mark.slow
@@ -120,8 +120,8 @@ def test_a_rebuild_cut_short_learns_to_see_and_to_read(tmp_path):
     steps = ["--tower-steps", "200", "--language-steps", "140", "--layers", "2"]
     main(["llava", "--out", str(tmp_path), *steps])
     quality = quality_of(tmp_path)
-    said = json.loads((tmp_path / "quality.json").read_text())
-    assert quality["seeing"] == pytest.approx(said["seeing"], abs=0.03)
+    on_file = json.loads((tmp_path / "quality.json").read_text())
+    assert quality["seeing"] == pytest.approx(on_file["seeing"], abs=0.03)
     assert quality["seeing"]["kind"] > 0.5
     assert sum(quality["reading"].values()) / 7 > 0.1
 

@@ -41,8 +41,8 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 some_families = pytest.mark.parametrize(
     "family",
     [
-        pytest.param(one, marks=SLOW if one in ("llava_next", "qwen2_5_vl") else ())
-        for one in FAMILIES
+        pytest.param(name, marks=SLOW if name in ("llava_next", "qwen2_5_vl") else ())
+        for name in FAMILIES
     ],
 )
 
@@ -59,14 +59,14 @@ def language() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def folders(language, tmp_path_factory) -> dict[str, Path]:
     """A checkpoint of each family, with random towers."""
-    found = {}
+    by_family = {}
     for family in FAMILIES:
-        found[family] = tmp_path_factory.mktemp(family)
+        by_family[family] = tmp_path_factory.mktemp(family)
         torch.manual_seed(2)
-        whole, _ = vision.with_tower(family)
-        [tower] = tower_of(whole).values()
-        assemble(family, tower, language, make_tokenizer(), found[family])
-    return found
+        model, _ = vision.with_tower(family)
+        [tower] = tower_of(model).values()
+        assemble(family, tower, language, make_tokenizer(), by_family[family])
+    return by_family
 
 
 def loaded(folder: Path):
@@ -139,16 +139,16 @@ def test_a_checkpoint_is_trained_by_the_scheme_and_asked_with_all_it_has(
     before = start
     for stage in config.stages:
         out = tmp_path / "runs" / f"{stage}.json"
-        made = train(Job(config, **run, stage=stage, data=[prepared], init=before, out=out))
+        manifest = train(Job(config, **run, stage=stage, data=[prepared], init=before, out=out))
         before = out
         history = [
             json.loads(line)
-            for line in (Path(made["weights"]) / "history.jsonl").read_text().splitlines()
+            for line in (Path(manifest["weights"]) / "history.jsonl").read_text().splitlines()
         ]
         shown = {row["visual_tokens"] for row in history}
-        whole = IMAGE_PART[family][0]
-        assert shown == {whole} if stage == "instruct" else max(shown) < 0.7 * whole
-    assert type(loaded(made["weights"])[0]) is type(loaded(folders[family])[0])
+        tokens = IMAGE_PART[family][0]
+        assert shown == {tokens} if stage == "instruct" else max(shown) < 0.7 * tokens
+    assert type(loaded(manifest["weights"])[0]) is type(loaded(folders[family])[0])
     result = evaluate(config, **run, run=before, data=[prepared], out=tmp_path / "eval.json")
     assert result["benchmarks"]["existence"]["score"] in (0, 1)  # of one question
 
@@ -170,25 +170,25 @@ def test_what_a_feature_is_told_lies_under_it(family, patch):
     where = [slice(pictures.PATCH * i, pictures.PATCH * (i + 1)) for i in (row, column)]
     painted[*where] = np.random.default_rng(0).integers(0, 255, (pictures.PATCH, pictures.PATCH, 3))
     with torch.no_grad():
-        seen, _ = vision.seen(family, model.eval(), processor, [plain, painted])
-    changed = (seen[0] - seen[1]).norm(dim=-1)
+        features, _ = vision.seen(family, model.eval(), processor, [plain, painted])
+    changed = (features[0] - features[1]).norm(dim=-1)
     truth = torch.zeros(1, pictures.GRID**2, len(pictures.ATTRIBUTES), dtype=torch.long)
     truth[0, patch] = 1
-    told, places = vision.shown(family, truth)
-    told = told[0, :, 0] > 0
+    is_told, places = vision.shown(family, truth)
+    is_told = is_told[0, :, 0] > 0
     expected = {"llava": 1, "llava_next": 2, "idefics3": 4, "qwen2_5_vl": 4}[family]
-    assert told.sum() == expected
+    assert is_told.sum() == expected
     if family == "llava_next":  # the whole picture is made smaller, and neighbours mix a little
-        view = torch.arange(len(told)) < 36
+        view = torch.arange(len(is_told)) < 36
         for part in (view, ~view):
-            assert changed[part].argmax() == told[part].float().argmax()
-        tile_row, tile_column = (places[0, told & ~view] - pictures.GRID).flatten().tolist()
+            assert changed[part].argmax() == is_told[part].float().argmax()
+        tile_row, tile_column = (places[0, is_told & ~view] - pictures.GRID).flatten().tolist()
         assert (tile_row, tile_column) == (row % 6, column % 6)
-        told = told & view
+        is_told = is_told & view
     else:
-        assert set(changed.topk(expected).indices.tolist()) == set(told.nonzero()[:, 0].tolist())
-        assert changed[~told].max() < 1e-4
-    assert (places[0, told] == torch.tensor([row, column])).all()
+        assert set(changed.topk(expected).indices.tolist()) == set(is_told.nonzero()[:, 0].tolist())
+        assert changed[~is_told].max() < 1e-4
+    assert (places[0, is_told] == torch.tensor([row, column])).all()
 
 
 def test_a_patch_of_the_smaller_whole_shows_a_centre_before_another_thing():
@@ -198,8 +198,8 @@ def test_a_patch_of_the_smaller_whole_shows_a_centre_before_another_thing():
     block = 2 * 6 + 3
     assert vision.shown("llava_next", truth)[0][0, block, 0] == 1
     truth[0, second, -1] = 1
-    told, places = vision.shown("llava_next", truth)
-    assert told[0, block, 0] == 2 and places[0, block].tolist() == [5, 7]
+    values, places = vision.shown("llava_next", truth)
+    assert values[0, block, 0] == 2 and places[0, block].tolist() == [5, 7]
 
 
 @some_families

@@ -34,13 +34,13 @@ def test_a_row_depends_on_seed_split_and_index_only():
 
 
 def test_training_splits_share_no_image_with_each_other_or_a_benchmark():
-    seen: set[bytes] = set()
+    earlier: set[bytes] = set()
     for split in ("align", "instruct"):
         pixels = {row["image"].tobytes() for row in scenes.rows(split, 150, 0)}
-        assert not seen & pixels
-        seen |= pixels
+        assert not earlier & pixels
+        earlier |= pixels
     for skill in scenes.SKILLS:
-        assert not seen & {row["image"].tobytes() for row in scenes.benchmark(skill, 40, 0)}
+        assert not earlier & {row["image"].tobytes() for row in scenes.benchmark(skill, 40, 0)}
 
 
 @pytest.mark.parametrize("skill", scenes.SKILLS)
@@ -70,8 +70,10 @@ def test_no_training_row_shows_or_names_a_held_out_pair(instruct):
 
 def test_composition_asks_about_held_out_pairs_only():
     pairs = [f"{colour} {shape}" for shape, colour in pictures.HELD_OUT]
-    asked = [r["question"] for r in scenes.benchmark("composition", 60, 0) if r["form"] == "pair"]
-    assert asked and all(any(pair in question for pair in pairs) for question in asked)
+    questions = [
+        r["question"] for r in scenes.benchmark("composition", 60, 0) if r["form"] == "pair"
+    ]
+    assert questions and all(any(pair in question for pair in pairs) for question in questions)
 
 
 def test_of_a_held_out_pair_neither_part_tells_the_other():
@@ -99,13 +101,13 @@ def test_counts_agree_with_the_truth(instruct):
 
 
 def test_no_number_is_the_answer_to_most_training_questions(instruct):
-    given = [
+    answers = [
         qa["answer"]
         for row in instruct
         for qa in row["qa"]
         if qa["skill"] == "counting" and qa["form"] != "all"
     ]
-    shares = {number: given.count(number) / len(given) for number in set(given)}
+    shares = {number: answers.count(number) / len(answers) for number in set(answers)}
     assert set(shares) == {"one", "two", "three", "four"}
     assert min(shares.values()) > 0.1 and max(shares.values()) < 0.4, shares
 

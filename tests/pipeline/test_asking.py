@@ -67,17 +67,17 @@ def test_answers_of_a_batch_are_those_that_each_question_gets_alone(lm, images):
     for question, shown in zip(QUESTIONS, images, strict=True):
         prompt = render(lm.processor, [("user", content_of(question))], ask=True)
         inputs = lm.processor(
-            text=[prompt], images=[[one.convert("RGB") for one in shown]], return_tensors="pt"
+            text=[prompt], images=[[image.convert("RGB") for image in shown]], return_tensors="pt"
         ).to(lm.device, torch.float64)
-        made = lm.model.generate(**inputs, max_new_tokens=5, do_sample=False)
-        new = made[0, inputs["input_ids"].shape[1] :]
+        output = lm.model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        new = output[0, inputs["input_ids"].shape[1] :]
         alone.append(lm.tokenizer.decode(new, skip_special_tokens=True))
     assert ask(lm, images) == alone and any(alone)
 
 
 def test_an_answer_ends_with_the_turn(lm, images, monkeypatch):
-    said, end = lm.tokenizer("a", add_special_tokens=False)["input_ids"][0], end_token(lm.processor)
-    steps = iter([said, end] * 50)
+    word, end = lm.tokenizer("a", add_special_tokens=False)["input_ids"][0], end_token(lm.processor)
+    steps = iter([word, end] * 50)
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
         logits = hidden.new_zeros(*hidden.shape[:-1], len(lm.tokenizer))
@@ -91,5 +91,5 @@ def test_an_answer_ends_with_the_turn(lm, images, monkeypatch):
 
 def test_a_prompt_may_begin_the_answer(lm):
     chat = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "It is"}]
-    asked = lm.apply_chat_template(chat[:1])
-    assert lm.apply_chat_template(chat, add_generation_prompt=False) == f"{asked}It is"
+    prompt = lm.apply_chat_template(chat[:1])
+    assert lm.apply_chat_template(chat, add_generation_prompt=False) == f"{prompt}It is"

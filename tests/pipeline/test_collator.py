@@ -79,19 +79,19 @@ def test_a_batch_is_what_the_processor_gives_for_texts_and_images(processor, dat
     rows = [ROWS[index] for index in order]
     texts = [render(processor, messages(row["conversations"])) for row in rows]
     names = [row.get("image", []) for row in rows]
-    names = [[one] if isinstance(one, str) else one for one in names]
-    images = [[Image.open(folder / one).convert("RGB") for one in some] for some in names]
-    asked = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-    whole = processor(text=texts, images=images, **asked)
-    shown = [number for number, some in enumerate(images) if some]
-    shown = processor(
-        text=[texts[number] for number in shown],
-        images=[images[number] for number in shown],
-        **asked,
+    names = [[name] if isinstance(name, str) else name for name in names]
+    images = [[Image.open(folder / name).convert("RGB") for name in some] for some in names]
+    options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+    of_all = processor(text=texts, images=images, **options)
+    of_images = [number for number, some in enumerate(images) if some]
+    of_images = processor(
+        text=[texts[number] for number in of_images],
+        images=[images[number] for number in of_images],
+        **options,
     )
-    assert batch.keys() == {*whole.keys(), "labels"}
+    assert batch.keys() == {*of_all.keys(), "labels"}
     for name in batch.keys() - {"labels"}:
-        expected = whole if name in TEXT else shown
+        expected = of_all if name in TEXT else of_images
         assert torch.equal(batch[name], expected[name]), name
 
 
@@ -146,13 +146,13 @@ def test_sets_with_one_image_a_row_and_with_several_are_mixed(qwen, folder, file
 
 
 def test_a_cut_leaves_images_and_an_answer_or_is_refused(qwen, files, caplog):
-    whole = samples_of(files, qwen)
-    longest = max(whole.lengths)
-    row = whole.lengths.index(longest)
+    uncut = samples_of(files, qwen)
+    longest = max(uncut.lengths)
+    row = uncut.lengths.index(longest)
     data = samples_of(files, qwen, longest - 1)
-    assert np.array_equal(data[row]["input_ids"], whole[row]["input_ids"][:-1])
-    assert (data.lengths[row], data.has_image) == (longest - 1, whole.has_image)
-    is_image = whole[2]["input_ids"] == qwen.image_token_id
+    assert np.array_equal(data[row]["input_ids"], uncut[row]["input_ids"][:-1])
+    assert (data.lengths[row], data.has_image) == (longest - 1, uncut.has_image)
+    is_image = uncut[2]["input_ids"] == qwen.image_token_id
     end = int(np.flatnonzero(is_image)[-1]) + 1
     samples_of(files, qwen, end)
     assert f"max_length {end}" in caplog.text  # some row has no answer left

@@ -151,8 +151,8 @@ def test_the_shipped_processor_gives_the_tokens_that_it_always_gave(pairs, shown
     sizes = [(50, 90)] * shown.count("<image>")
     pixels = shipped.image_processor.crop_size
     count = pixels["height"] * pixels["width"] // shipped.patch_size**2
-    found = sample_of(shipped, conversation, sizes)
-    for new, old in zip(found, old_way(shipped, conversation, count), strict=True):
+    sample = sample_of(shipped, conversation, sizes)
+    for new, old in zip(sample, old_way(shipped, conversation, count), strict=True):
         assert np.array_equal(new, old) and new.dtype == np.int32
 
 
@@ -244,7 +244,7 @@ def own(kind):
 def test_answers_are_found_whatever_the_template(kind, own):
     ids, labels = sample_of(own, LONG, SHOWN)
     assert ((labels == ids) | (labels == IGNORE_INDEX)).all()
-    expected = [said + ENDS[kind] for said in SAID]
+    expected = [answer + ENDS[kind] for answer in SAID]
     if kind == "qwen3_vl":  # the last answer begins with the thought that its template writes
         expected[-1] = f"<think>\n\n</think>\n\n{expected[-1]}"
     assert [text.lstrip(" ") for text in labelled(own, labels)] == expected
@@ -253,34 +253,34 @@ def test_answers_are_found_whatever_the_template(kind, own):
 
 def test_tokens_are_those_the_processor_gives_for_text_and_images(own):
     ids, _ = sample_of(own, LONG, SHOWN)
-    whole = own(text=[render(own, messages(LONG))], images=[blank(SHOWN)], return_tensors="np")
-    assert np.array_equal(ids, whole["input_ids"][0])
+    expected = own(text=[render(own, messages(LONG))], images=[blank(SHOWN)], return_tensors="np")
+    assert np.array_equal(ids, expected["input_ids"][0])
 
 
 def test_what_precedes_an_answer_is_the_prompt_that_asks_for_it(own):
     """A model is asked for an answer with the tokens after which it learned to give one."""
     ids, labels = sample_of(own, LONG, SHOWN)
     starts = np.flatnonzero(np.diff(labels != IGNORE_INDEX) & (labels[1:] != IGNORE_INDEX)) + 1
-    for asked, (start, shown) in enumerate(zip(starts, (2, 2, 3, 4), strict=True)):
-        prompt = render(own, messages(LONG)[: 2 * asked + 1], ask=True)
-        whole = own(text=[prompt], images=[blank(SHOWN[:shown])], return_tensors="np")
-        assert np.array_equal(whole["input_ids"][0], ids[:start])
+    for number, (start, shown) in enumerate(zip(starts, (2, 2, 3, 4), strict=True)):
+        prompt = render(own, messages(LONG)[: 2 * number + 1], ask=True)
+        expected = own(text=[prompt], images=[blank(SHOWN[:shown])], return_tensors="np")
+        assert np.array_equal(expected["input_ids"][0], ids[:start])
 
 
 def test_text_alone_needs_no_image(kind, own):
     _, labels = sample_of(own, turns(["plain"], ["two"]), [])
-    [said] = labelled(own, labels)
-    assert said.endswith(f"two{ENDS[kind]}")
+    [answer] = labelled(own, labels)
+    assert answer.endswith(f"two{ENDS[kind]}")
 
 
 def test_a_cut_sample_is_the_beginning_of_the_whole(own):
     [sample] = tokenise(own, [LONG], [SHOWN])
-    whole = expand(sample)
-    for length in range(sample["images_end"], len(whole[0]) + 2):
-        for shortened, full in zip(expand(cut(sample, length)), whole, strict=True):
+    uncut = expand(sample)
+    for length in range(sample["images_end"], len(uncut[0]) + 2):
+        for shortened, full in zip(expand(cut(sample, length)), uncut, strict=True):
             assert np.array_equal(shortened, full[:length])
-    assert np.isin(whole[0][sample["images_end"] :], own.image_token_ids).sum() == 0
-    assert np.isin(whole[0][: sample["images_end"]], own.image_token_ids).any()
+    assert np.isin(uncut[0][sample["images_end"] :], own.image_token_ids).sum() == 0
+    assert np.isin(uncut[0][: sample["images_end"]], own.image_token_ids).any()
 
 
 def test_placeholders_follow_the_size_of_an_image():
@@ -311,9 +311,9 @@ def test_marks_say_where_images_stand(text, expected):
 def test_a_thought_is_a_part_of_the_last_answer_alone():
     """Its template drops the thoughts of answers that others follow."""
     thinker = PROCESSORS["qwen3_vl"]()
-    said = [f"<think>\nhm {number}\n</think>\n\n{number}" for number in range(2)]
-    _, labels = sample_of(thinker, turns(["a?", "b?"], said), [])
-    assert labelled(thinker, labels) == ["0<|im_end|>", f"{said[1]}<|im_end|>"]
+    texts = [f"<think>\nhm {number}\n</think>\n\n{number}" for number in range(2)]
+    _, labels = sample_of(thinker, turns(["a?", "b?"], texts), [])
+    assert labelled(thinker, labels) == ["0<|im_end|>", f"{texts[1]}<|im_end|>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_an_error():
@@ -370,7 +370,7 @@ class Odd(LlavaProcessor):
     """Writes more than its template and its placeholders."""
 
     def __call__(self, images=None, text=None, **settings):
-        return super().__call__(images=images, text=[f"{one}!" for one in text], **settings)
+        return super().__call__(images=images, text=[f"{prompt}!" for prompt in text], **settings)
 
 
 def test_a_processor_that_writes_other_tokens_is_refused():

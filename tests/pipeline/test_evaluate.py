@@ -185,9 +185,9 @@ def test_case_space_and_punctuation_around_an_answer_do_not_count(measure, outpu
 
 def test_every_question_is_asked_with_its_image_and_once_more_with_a_grey_one(measure, questions):
     oracle, _ = measure(lambda prompt, image: "yes")
-    asked = Counter(prompt for prompt, _, _ in oracle.shown)
+    prompts = Counter(prompt for prompt, _, _ in oracle.shown)
     rows = questions["existence"] + questions["colour"]
-    assert asked == Counter(2 * [f"<image>\n{row['question']}" for row in rows])
+    assert prompts == Counter(2 * [f"<image>\n{row['question']}" for row in rows])
     grey = [image for _, _, [image] in oracle.shown if (image == GREY).all()]
     assert len(grey) == len(oracle.shown) / 2 == 40
     assert {image.shape for _, _, [image] in oracle.shown} == {(72, 72, 3)}
@@ -211,8 +211,8 @@ def test_a_share_of_the_questions_is_asked_in_grey(measure, config, answers):
     for name in BENCHMARKS:
         some, every = answers(f"{name}_blind"), answers(name)
         assert len(some) == 5 and some == [row for row in every if row in some] != every[:5]
-        found = result["benchmarks"][name]
-        assert (found["blind"], found["n"]) == (sum(row["correct"] for row in some) / 5, 20)
+        entry = result["benchmarks"][name]
+        assert (entry["blind"], entry["n"]) == (sum(row["correct"] for row in some) / 5, 20)
 
 
 def test_majority_and_chance_are_taken_within_each_question_form():
@@ -267,9 +267,9 @@ def test_other_settings_are_another_mlflow_run(measure, config, tmp_path, monkey
 
 
 def test_every_task_file_of_ours_asks_a_data_set_that_there_is():
-    asked = configured({"benchmarks": [*benchmarks.ours()]})  # else a ConfigError
-    assert len(asked.evaluate.benchmarks) >= 10
-    assert asked.evaluation_data() == ["scenes", "easy_vqa", "nlvr"]
+    config = configured({"benchmarks": [*benchmarks.ours()]})  # else a ConfigError
+    assert len(config.evaluate.benchmarks) >= 10
+    assert config.evaluation_data() == ["scenes", "easy_vqa", "nlvr"]
 
 
 def test_a_benchmark_without_data_is_named_with_the_fix(config, scenes, trained, tmp_path):
@@ -331,15 +331,15 @@ def test_the_batch_size_changes_no_answer(weights, trained, tmp_path, answers):
     write_arrow(rows, {**columns, "image": datasets.Image()}, data / "questions.arrow")
     splits = {"test_existence": {"file": "questions.arrow"}}
     (data / "manifest.json").write_text(json.dumps({"dataset": "scenes", "splits": splits}))
-    given = []
+    outputs = []
     for size in (1, 7, 64):
         config = configured({"benchmarks": ["existence"], "batch_size": size, "blind": 0})
         evaluate(
             config, "dense", 1, trained(weights), [data / "manifest.json"], tmp_path / "eval.json"
         )
-        given.append([row["output"] for row in answers("existence")])
-    assert given[0] == given[1] == given[2]
-    assert len(set(given[0])) > 10, "answers that are all the same would prove nothing"
+        outputs.append([row["output"] for row in answers("existence")])
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len(set(outputs[0])) > 10, "answers that are all the same would prove nothing"
 
 
 def test_a_limit_asks_the_same_part_of_the_questions_with_and_without_images(
@@ -372,8 +372,10 @@ def test_a_benchmark_is_added_by_the_page_alone(tasks, measure, questions, answe
     oracle, result = measure(lambda *_: "red", config)
     assert result["benchmarks"][name]["score"] == result["benchmarks"]["colour"]["score"] > 0
     assert answers(name) == answers("colour")
-    asked = {prompt for prompt, *_ in oracle.shown}
-    assert len(asked) == 2 * len({row["question"] for row in questions["colour"]}), "its own words"
+    prompts = {prompt for prompt, *_ in oracle.shown}
+    assert len(prompts) == 2 * len({row["question"] for row in questions["colour"]}), (
+        "its own words"
+    )
 
 
 COUNTED = """
@@ -520,11 +522,11 @@ def test_a_limit_is_of_a_whole_group(measure, theirs, answers):
 
 def test_a_guess_of_lm_evals_is_the_same_in_every_evaluation(measure, theirs, answers):
     """MMMU's task draws a letter where it finds none in the answer."""
-    given = []
+    runs = []
     for _ in range(2):
         measure(lambda *_: "well", theirs, data=())
-        given.append(answers(GROUP) + answers(f"{GROUP}_blind"))
-    assert given[0] == given[1]
+        runs.append(answers(GROUP) + answers(f"{GROUP}_blind"))
+    assert runs[0] == runs[1]
 
 
 def test_a_real_checkpoint_answers_lm_evals_tasks_from_the_command_line(

@@ -16,7 +16,7 @@ from sts.pipeline.tasks import registry as benchmarks
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("output", "expected"),
     [
         ("Yes.", "yes"),
         ("The two dogs", "2 dogs"),
@@ -33,8 +33,8 @@ from sts.pipeline.tasks import registry as benchmarks
         ("  a   cat\nand\tan owl ", "cat and owl"),
     ],
 )
-def test_an_answer_is_compared_as_the_servers_of_vqa_do(said, meant):
-    assert official.normalise(said) == meant
+def test_an_answer_is_compared_as_the_servers_of_vqa_do(output, expected):
+    assert official.normalise(output) == expected
 
 
 def test_an_answer_is_worth_as_many_as_say_so():
@@ -63,46 +63,48 @@ def test_text_of_people_is_made_alike_on_both_sides():
 
 
 @pytest.mark.parametrize(
-    ("said", "correct"),
+    ("output", "correct"),
     [("No", False), ("Yes, there is no dog.", False), ("There is. No doubt", True), ("Yes", True)],
 )
-def test_pope_hears_yes_unless_the_first_sentence_says_no(said, correct):
+def test_pope_hears_yes_unless_the_first_sentence_says_no(output, correct):
     row = {"category": "random", "answer": "yes"}
-    assert official.score_pope(row, [said])["accuracy"] == float(correct)
+    assert official.score_pope(row, [output])["accuracy"] == float(correct)
 
 
 def test_pope_is_the_mean_of_the_f1_of_each_way_of_choosing():
-    def found(category, *pairs):
-        return [{"category": category, "output": said, "answer": right} for said, right in pairs]
+    def verdicts(category, *pairs):
+        return [
+            {"category": category, "output": output, "answer": answer} for output, answer in pairs
+        ]
 
-    random = found("random", ("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"))
-    popular = found("popular", ("yes", "yes"), ("no", "no"), ("yes", "no"))
-    silent = found("adversarial", ("no", "no"))
+    random = verdicts("random", ("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"))
+    popular = verdicts("popular", ("yes", "yes"), ("no", "no"), ("yes", "no"))
+    silent = verdicts("adversarial", ("no", "no"))
     assert official.mean_f1(random) == 0.5
     assert official.mean_f1(popular) == pytest.approx(2 * 1 / 3)
     assert official.mean_f1(random + popular + silent) == pytest.approx((1 / 2 + 2 / 3 + 0) / 3)
 
 
 def test_mme_adds_the_share_of_answers_and_of_whole_pairs():
-    def found(category, image, *corrects):
-        return [{"category": category, "image": image, "correct": one} for one in corrects]
+    def verdicts(category, image, *corrects):
+        return [{"category": category, "image": image, "correct": correct} for correct in corrects]
 
-    count = found("count", "a", True, True) + found("count", "b", True, False)
-    scene = found("scene", "a", False, False)
+    count = verdicts("count", "a", True, True) + verdicts("count", "b", True, False)
+    scene = verdicts("scene", "a", False, False)
     assert official.mme_total(count) == pytest.approx(100 * (3 / 4 + 1 / 2))
     assert official.mme_total(count + scene) == official.mme_total(count)
-    assert official.mme_total(count + found("scene", "c", True)) == pytest.approx(125 + 100)
+    assert official.mme_total(count + verdicts("scene", "c", True)) == pytest.approx(125 + 100)
     row = {"category": "count", "question_id": "x.png", "answer": "No"}
-    for said, right in (("No.", 1), ("no, it is", 1), ("n", 1), ("Yes", 0), ("maybe not", 0)):
-        assert official.score_mme(row, [said])["accuracy"] == right, said
+    for output, right in (("No.", 1), ("no, it is", 1), ("n", 1), ("Yes", 0), ("maybe not", 0)):
+        assert official.score_mme(row, [output])["accuracy"] == right, output
 
 
 @pytest.mark.parametrize(
-    ("said", "right"),
+    ("output", "right"),
     [("B", 1), ("B. a dog", 1), ("The answer is B.", 1), ("A", 0), ("Because", 0), ("b", 0)],
 )
-def test_scienceqa_reads_a_letter(said, right):
-    assert official.score_scienceqa({"answer": 1}, [said])["accuracy"] == right
+def test_scienceqa_reads_a_letter(output, right):
+    assert official.score_scienceqa({"answer": 1}, [output])["accuracy"] == right
 
 
 def test_mmbench_counts_a_question_if_every_turn_of_it_is_right():
@@ -112,10 +114,10 @@ def test_mmbench_counts_a_question_if_every_turn_of_it_is_right():
         {"index": 1_000_007, "answer": "B", **options},
         {"index": 8, "answer": "B", **options},
     ]
-    given = [official.score_mmbench(row, [said])["circular"] for row, said in zip(
+    verdicts = [official.score_mmbench(row, [output])["circular"] for row, output in zip(
         rows, ["A", "A.", "(B)"], strict=True)]  # fmt: skip
-    assert [one["correct"] for one in given] == [True, False, True]
-    assert official.all_copies(given) == 0.5
+    assert [verdict["correct"] for verdict in verdicts] == [True, False, True]
+    assert official.all_copies(verdicts) == 0.5
     assert official.letter_in("It shows Two cats", official.options_of(rows[0])) == "B"
     assert official.letter_in("A or B", official.options_of(rows[0])) is None
     assert official.letter_in("A thing with a tail", official.options_of(rows[0])) is None
@@ -144,10 +146,10 @@ def settings(mirror, *names):
     return validate(scale, "test.yaml").evaluate
 
 
-def asked(mirror, *names):
-    given = settings(mirror, *names)
-    found = load_benchmarks(given, [], str(mirror))
-    return found, {name: metric_of(name, one, given) for name, one in found.items()}
+def load(mirror, *names):
+    options = settings(mirror, *names)
+    loaded = load_benchmarks(options, [], str(mirror))
+    return loaded, {name: metric_of(name, item, options) for name, item in loaded.items()}
 
 
 def says(prompt, *_):
@@ -160,33 +162,33 @@ def says(prompt, *_):
 def test_every_benchmark_of_the_hub_is_asked_and_scored(mirror, monkeypatch):
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
     assert set(ASKED) == {name for name in benchmarks.ours() if not benchmarks.dataset_of(name)}
-    found, metrics = asked(mirror, *ASKED)
+    loaded, metrics = load(mirror, *ASKED)
     oracle = Oracle(says)
-    scores, samples = answer(oracle, found, metrics)
+    scores, samples = answer(oracle, loaded, metrics)
     assert {name: len(rows) for name, rows in samples.items()} == ASKED
     for name, score in scores.items():
         assert score["score"] == HIGHEST.get(name, 1.0), name
         assert score["share"] == (name not in HIGHEST)
         assert all(row["correct"] is True for row in samples[name]), name
-    for prompt, asked_for, images in oracle.shown:
-        assert prompt.count("<image>") == len(images) and all(one.std() > 0 for one in images)
-        assert asked_for["max_gen_toks"] == 16
-    wrong, _ = answer(Oracle(lambda *_: "what of it"), found, metrics)
-    assert {name for name, one in wrong.items() if one["score"]} == {"pope"}, "that is a yes"
+    for prompt, options, images in oracle.shown:
+        assert prompt.count("<image>") == len(images) and all(image.std() > 0 for image in images)
+        assert options["max_gen_toks"] == 16
+    wrong, _ = answer(Oracle(lambda *_: "what of it"), loaded, metrics)
+    assert {name for name, entry in wrong.items() if entry["score"]} == {"pope"}, "that is a yes"
 
 
 def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, monkeypatch):
     """Of MME and MMBench a score needs answers from several pieces at once."""
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
     some = ["pope", "mme_perception", "mmbench_en", "gqa"]
-    found, metrics = asked(mirror, *some)
-    whole = answer(Oracle(says), found, metrics, limit=4)
+    loaded, metrics = load(mirror, *some)
+    at_once = answer(Oracle(says), loaded, metrics, limit=4)
     monkeypatch.setattr(asking, "AT_ONCE", 3)
     oracle = Oracle(says)
-    assert answer(oracle, found, metrics, limit=4) == whole
+    assert answer(oracle, loaded, metrics, limit=4) == at_once
     assert oracle.at_once == [3, 3, 3, 3, 1]  # of 4 + 4 + 2 + 3
 
-    [task] = tasks_of(found["pope"])
+    [task] = tasks_of(loaded["pope"])
     docs, taken = task.eval_docs, []
 
     class Counted:
@@ -199,25 +201,27 @@ def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, m
 
     monkeypatch.setattr(type(task), "eval_docs", Counted())
     places = {("pope", "sts_pope"): [1, 4]}
-    samples = [one for _, one in asking.ask(Oracle(says), {("pope", "sts_pope"): task}, places)]
-    assert [one["doc_id"] for one in samples] == [1, 4]
+    samples = [
+        sample for _, sample in asking.ask(Oracle(says), {("pope", "sts_pope"): task}, places)
+    ]
+    assert [sample["doc_id"] for sample in samples] == [1, 4]
     assert set(taken) == {1, 4}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 def test_pieces_are_all_places_in_order_and_none_is_larger(size):
     places = {("a", "x"): [0, 3, 4, 9], ("b", "x"): [2], ("b", "y"): range(5)}
-    found = list(asking.pieces(places, size))
-    counts = [sum(map(len, piece.values())) for piece in found]
+    pieces = list(asking.pieces(places, size))
+    counts = [sum(map(len, piece.values())) for piece in pieces]
     assert all(count == size for count in counts[:-1]) and 0 < counts[-1] <= size
-    flat = [(id, place) for piece in found for id, own in piece.items() for place in own]
-    assert flat == [(id, place) for id, own in places.items() for place in own]
+    flat = [(id, place) for piece in pieces for id, of_task in piece.items() for place in of_task]
+    assert flat == [(id, place) for id, of_task in places.items() for place in of_task]
 
 
 def test_questions_are_llavas(mirror, monkeypatch):
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
-    found, _ = asked(mirror, *ASKED)
-    first = {name: one.doc_to_text(next(iter(one.eval_docs))) for name, one in found.items()}
+    loaded, _ = load(mirror, *ASKED)
+    first = {name: item.doc_to_text(next(iter(item.eval_docs))) for name, item in loaded.items()}
     word, letter = f"\n{official.WORD}", f"\n{official.LETTER}"
     assert first == {
         "pope": "<image>\nIs there a yes?" + word,
@@ -238,9 +242,9 @@ def test_questions_are_llavas(mirror, monkeypatch):
 
 def test_gqa_finds_the_picture_that_a_question_names(mirror, monkeypatch):
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
-    found, _ = asked(mirror, "gqa")
-    [task] = tasks_of(found["gqa"])
+    loaded, _ = load(mirror, "gqa")
+    [task] = tasks_of(loaded["gqa"])
     images = [task.doc_to_image(row)[0] for row in task.eval_docs]
-    assert [list(one.getdata()) for one in images] == [
+    assert [list(image.getdata()) for image in images] == [
         list(picture(place).getdata()) for place in (1, 0, 1)
     ]  # n0 is the second of the pictures

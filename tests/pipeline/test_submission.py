@@ -98,16 +98,16 @@ SAID = {262144000: "2", 262144001: "dog", 262144002: "red", 262144003: "", 26214
 def test_vqa_is_a_list_of_question_id_and_answer():
     """As visualqa.org/evaluation.html has it: an int and a text."""
     rows = [{"question_id": 1}, {"question_id": "2"}]
-    found = json.loads(submission.vqa(rows, ["Yes.", "The two dogs"], []))
-    assert found == [{"question_id": 1, "answer": "yes"}, {"question_id": 2, "answer": "2 dogs"}]
+    answers = json.loads(submission.vqa(rows, ["Yes.", "The two dogs"], []))
+    assert answers == [{"question_id": 1, "answer": "yes"}, {"question_id": 2, "answer": "2 dogs"}]
     filled = json.loads(submission.vqa(rows[:1], ["Yes."], [3, 1]))
     assert filled == [{"question_id": 3, "answer": ""}, {"question_id": 1, "answer": "yes"}]
 
 
 @pytest.mark.parametrize("id", ["VizWiz_test_00000000", "VizWiz_test_00000000.jpg"])
 def test_vizwiz_is_a_list_of_image_and_answer(id):
-    found = json.loads(submission.vizwiz([{"question_id": id}], ["Unanswerable."], []))
-    assert found == [{"image": "VizWiz_test_00000000.jpg", "answer": "unanswerable"}]
+    answers = json.loads(submission.vizwiz([{"question_id": id}], ["Unanswerable."], []))
+    assert answers == [{"image": "VizWiz_test_00000000.jpg", "answer": "unanswerable"}]
 
 
 # ---- asked through lm-eval, on files of the form of the hub's -----------------------------------
@@ -116,9 +116,9 @@ def test_vizwiz_is_a_list_of_image_and_answer(id):
 def test_vqav2_has_an_answer_to_every_question_of_the_servers(ask, questions):
     status, oracle, out = ask("vqav2_testdev", "--questions", questions(*ALL))
     assert status == 0
-    found = json.loads(out.read_text())
-    assert [one["question_id"] for one in found] == ALL
-    assert {one["question_id"]: one["answer"] for one in found} == {7: "", 9: ""} | SAID
+    answers = json.loads(out.read_text())
+    assert [item["question_id"] for item in answers] == ALL
+    assert {item["question_id"]: item["answer"] for item in answers} == {7: "", 9: ""} | SAID
     assert [prompt for prompt, *_ in oracle.shown] == [
         f"<image>\nsay {word}\n{official.WORD}" for word in ("Two", "the dog", "red.", "a", "5")
     ], "as for a score, and all of them whatever the limit"
@@ -153,8 +153,8 @@ def test_mmbench_is_a_table_of_its_questions_with_a_prediction(ask, language):
 def test_an_interrupted_call_goes_on_where_it_was(ask, questions, monkeypatch):
     monkeypatch.setattr(asking, "AT_ONCE", 2)
     more = ["--questions", questions(*ALL)]
-    _, whole, out = ask("vqav2_testdev", *more)
-    assert whole.at_once == [2, 2, 1]
+    _, uncut, out = ask("vqav2_testdev", *more)
+    assert uncut.at_once == [2, 2, 1]
     expected = out.read_bytes()
     answers = out.with_name("out.answers.jsonl")
     out.unlink(), answers.unlink()
@@ -182,7 +182,7 @@ def test_an_interrupted_call_goes_on_where_it_was(ask, questions, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "ids", "said"),
+    ("benchmark", "ids", "message"),
     [
         ("vqav2", None, "--benchmark: 'vqav2' is not accepted. Accepted: one of vqav2_testdev, "),
         ("vqav2_testdev", None, "v2_OpenEnded_mscoco_test2015_questions.json"),
@@ -191,11 +191,11 @@ def test_an_interrupted_call_goes_on_where_it_was(ask, questions, monkeypatch):
     ],
 )
 def test_wrong_arguments_are_said_before_a_question_is_asked(
-    ask, questions, benchmark, ids, said, capsys
+    ask, questions, benchmark, ids, message, capsys
 ):
     more = ["--questions", questions(*ids)] if ids else []
     status, oracle, out = ask(benchmark, *more)
-    assert status == 2 and said in capsys.readouterr().err
+    assert status == 2 and message in capsys.readouterr().err
     assert not oracle.shown and not out.parent.exists()
 
 

@@ -142,7 +142,7 @@ def _objects(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -> l
         name, values = ("shape", SHAPES) if rng.integers(2) else ("colour", COLOUR_NAMES)
         theme = {name: pick(rng, values)}
     themed = int(rng.integers(2, total + 1)) if theme else 0
-    placed: list[dict] = []
+    things: list[dict] = []
     for index in range(total):
         fixed = theme if index < themed else {}
         while True:
@@ -156,11 +156,11 @@ def _objects(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -> l
         centres = [v for v in range(r + 1, SIZE - r - 1) if 2 <= v % PATCH < PATCH - 2]
         for _ in range(40):
             cx, cy = pick(rng, centres), pick(rng, centres)
-            if all(max(abs(cx - o["cx"]), abs(cy - o["cy"])) > r + o["r"] + 1 for o in placed):
+            if all(max(abs(cx - o["cx"]), abs(cy - o["cy"])) > r + o["r"] + 1 for o in things):
                 thing = {"shape": shape, "colour": colour, "size": SIZES[size]}
-                placed.append(thing | {"cx": cx, "cy": cy, "r": r})
+                things.append(thing | {"cx": cx, "cy": cy, "r": r})
                 break
-    return placed
+    return things
 
 
 def _draw_objects(rng: np.random.Generator, allowed: Callable[[str, str], bool]) -> Scene:

@@ -59,7 +59,7 @@ def caption_of(scene: Scene) -> str:
     return ", ".join(names) + "."
 
 
-def _existence(scene: Scene, rng: np.random.Generator, named: Callable) -> Question | None:
+def _existence(scene: Scene, rng: np.random.Generator, may_name: Callable) -> Question | None:
     present = {(o["shape"], o["colour"]) for o in scene["objects"]}
     shapes, colours = {s for s, _ in present}, {c for _, c in present}
     if rng.integers(3) == 0:
@@ -67,10 +67,10 @@ def _existence(scene: Scene, rng: np.random.Generator, named: Callable) -> Quest
         pool = sorted(shapes) if yes else sorted(set(SHAPES) - shapes)
         return (f"is there a {pick(rng, pool)}?", "yes" if yes else "no", "shape") if pool else None
     if rng.integers(2):
-        pool, answer = [pair for pair in sorted(present) if named(*pair)], "yes"
+        pool, answer = [pair for pair in sorted(present) if may_name(*pair)], "yes"
     else:  # three of four negatives are hard: the shape is there, or the colour, but not together
         pairs = [
-            (s, c) for s in SHAPES for c in COLOUR_NAMES if (s, c) not in present and named(s, c)
+            (s, c) for s in SHAPES for c in COLOUR_NAMES if (s, c) not in present and may_name(s, c)
         ]
         hard = [(s, c) for s, c in pairs if s in shapes or c in colours]
         pool, answer = (hard if hard and rng.integers(4) else pairs), "no"
@@ -83,10 +83,10 @@ def _existence(scene: Scene, rng: np.random.Generator, named: Callable) -> Quest
 def _attribute(ask: str, give: str, text: str) -> Callable:
     """A question for `give` of the things whose `ask` names them, where the answer is one."""
 
-    def question(scene: Scene, rng: np.random.Generator, named: Callable) -> Question | None:
+    def question(scene: Scene, rng: np.random.Generator, may_name: Callable) -> Question | None:
         answers: dict[str, set] = {}
         for o in scene["objects"]:
-            answers.setdefault(o[ask], set()).add((o[give], named(o["shape"], o["colour"])))
+            answers.setdefault(o[ask], set()).add((o[give], may_name(o["shape"], o["colour"])))
         single = [
             (key, *values.pop()) for key, values in sorted(answers.items()) if len(values) == 1
         ]
@@ -99,7 +99,7 @@ def _attribute(ask: str, give: str, text: str) -> Callable:
     return question
 
 
-def _counting(scene: Scene, rng: np.random.Generator, named: Callable) -> Question | None:
+def _counting(scene: Scene, rng: np.random.Generator, may_name: Callable) -> Question | None:
     things = scene["objects"]
     form = pick(rng, ["shape", "shape", "colour", "colour", "all"])
     if form == "all":
@@ -114,7 +114,7 @@ def _counting(scene: Scene, rng: np.random.Generator, named: Callable) -> Questi
     return f"how many {name} are there?", NUMBERS[number], form
 
 
-def _relation(scene: Scene, rng: np.random.Generator, named: Callable) -> Question | None:
+def _relation(scene: Scene, rng: np.random.Generator, may_name: Callable) -> Question | None:
     pairs = [(o["shape"], o["colour"]) for o in scene["objects"]]
     unique = [o for o in scene["objects"] if pairs.count((o["shape"], o["colour"])) == 1]
     pool = []
@@ -131,14 +131,14 @@ def _relation(scene: Scene, rng: np.random.Generator, named: Callable) -> Questi
     return text, answer, "side"
 
 
-def _text(scene: Scene, rng: np.random.Generator, named: Callable) -> Question:
+def _text(scene: Scene, rng: np.random.Generator, may_name: Callable) -> Question:
     if rng.integers(2):
         return "what word is written?", scene["word"], "word"
     index = int(rng.integers(3))
     return f"what is the {ORDINALS[index]} letter?", scene["word"][index], "letter"
 
 
-def _chart(scene: Scene, rng: np.random.Generator, named: Callable) -> Question:
+def _chart(scene: Scene, rng: np.random.Generator, may_name: Callable) -> Question:
     bars = sorted(scene["objects"], key=lambda o: NUMBERS.index(o["height"]))
     form = pick(rng, ["highest", "lowest", "height", "height"])
     if form == "height":
@@ -197,10 +197,10 @@ def rows(split: str, count: int, seed: int, turns: int = 5) -> Iterator[dict]:
         for skill in skills:
             if len(qa) == turns:
                 break
-            if made := pick(rng, QUESTIONS[skill][1])(scene, rng, is_trained):
-                question, answer, form = made
-                turn = {"question": question, "answer": answer, "skill": skill, "form": form}
-                qa.setdefault(question, turn)
+            if turn := pick(rng, QUESTIONS[skill][1])(scene, rng, is_trained):
+                question, answer, form = turn
+                entry = {"question": question, "answer": answer, "skill": skill, "form": form}
+                qa.setdefault(question, entry)
         yield {
             "id": f"{split}-{index:06d}",
             "image": pixels_of(scene),
@@ -218,7 +218,7 @@ def benchmark(skill: str, count: int, seed: int) -> Iterator[dict]:
     """
     kind, makers, answers = QUESTIONS[skill]
     is_composition = skill == "composition"
-    named = is_held_out if is_composition else is_trained
+    may_name = is_held_out if is_composition else is_trained
     forms = zip(range(count), cycle(answers.items()), strict=False)
     quota = Counter(  # how many are still to come
         (form, words[index // len(answers) % len(words)]) for index, (form, words) in forms
@@ -228,10 +228,10 @@ def benchmark(skill: str, count: int, seed: int) -> Iterator[dict]:
             return
         rng = generator(VERSION, seed, f"test-{skill}", attempt)
         scene = draw(kind, rng, is_composition)
-        made = pick(rng, makers)(scene, rng, named)
-        if not made or not quota[made[2], made[1]]:
+        turn = pick(rng, makers)(scene, rng, may_name)
+        if not turn or not quota[turn[2], turn[1]]:
             continue
-        question, answer, form = made
+        question, answer, form = turn
         quota[form, answer] -= 1
         row = {"id": f"{skill}-{attempt:06d}", "image": pixels_of(scene)}
         yield row | {"question": question, "answer": answer, "form": form}

@@ -170,8 +170,8 @@ def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:
     if images := [sample["images"] for sample in samples if sample["images"]]:
         # the rest of the processor's call makes text, which takes as long again
         options = processor._merge_kwargs(return_tensors="pt")["images_kwargs"]
-        made, _ = processor._process_images(images, **options)
-        batch |= {name: made[name] for name in made if name in names}
+        tensors, _ = processor._process_images(images, **options)
+        batch |= {name: tensors[name] for name in tensors if name in names}
     return BatchFeature(batch)
 
 

@@ -87,20 +87,20 @@ def _fetch(file: File, folder: Path, note: Path) -> None:
     path = folder / file.into / PurePosixPath(file.url).name
     path.parent.mkdir(parents=True, exist_ok=True)
     note.parent.mkdir(exist_ok=True)
-    listed = None
+    head = None
     if "://" in file.url:
         _from_web(file.url, path)
     else:
         owner, name, at = file.url.split("/", 2)
         hub = {"repo_id": f"{owner}/{name}", "filename": at, "repo_type": "dataset"}
         Path(hf_hub_download(**hub, local_dir=path.parent / ".hub")).replace(path)
-        listed = get_hf_file_metadata(hf_hub_url(**hub))
+        head = get_hf_file_metadata(hf_hub_url(**hub))
     facts = {"url": file.url, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    if listed:
-        facts["commit"] = listed.commit_hash
-        if listed.etag and len(listed.etag) == 64 and listed.etag != facts["sha256"]:  # SHA-256
+    if head:
+        facts["commit"] = head.commit_hash
+        if head.etag and len(head.etag) == 64 and head.etag != facts["sha256"]:  # SHA-256
             path.unlink()
-            raise OSError(f"SHA-256 {facts['sha256']}, not {listed.etag} as the hub says")
+            raise OSError(f"SHA-256 {facts['sha256']}, not {head.etag} as the hub says")
     if path.suffix == ".zip":
         unpack(path, path.parent)
         path.unlink()

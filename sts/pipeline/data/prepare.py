@@ -200,27 +200,21 @@ def _is_turn(turn: Any) -> bool:
 def _image(image: Any, embed: bool, odd: list[str]) -> tuple[dict, np.ndarray]:
     """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]; what is
     odd about its file is added to `odd`."""
-    if isinstance(image, Path):
-        if not image.is_file():
-            raise BadRow("missing image", str(image))
-        kind, pixels = _decoded(image, f"{image}: ")
-        if kind != Image.registered_extensions().get(image.suffix.lower()):
-            odd.append(f"{kind} named {image.suffix}")
-        content = image.read_bytes() if embed else None
-        return {"bytes": content, "path": None if embed else str(image)}, pixels
-    if isinstance(image, bytes):  # of an image file
-        _, pixels = _decoded(io.BytesIO(image))
-        return {"bytes": image, "path": None}, pixels
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    png = io.BytesIO()
-    picture.save(png, "PNG")
-    return {"bytes": png.getvalue(), "path": None}, np.asarray(picture.convert("RGB"))
-
-
-def _decoded(file: Path | io.BytesIO, where: str = "") -> tuple[str | None, np.ndarray]:
-    """What kind of file an image is, and its pixels."""
+    if not isinstance(image, Path | bytes):
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        png = io.BytesIO()
+        picture.save(png, "PNG")
+        return {"bytes": png.getvalue(), "path": None}, np.asarray(picture.convert("RGB"))
+    is_file = isinstance(image, Path)
+    if is_file and not image.is_file():
+        raise BadRow("missing image", str(image))
     try:
-        with Image.open(file) as image:
-            return image.format, np.asarray(image.convert("RGB"))
+        with Image.open(image if is_file else io.BytesIO(image)) as picture:
+            kind, pixels = picture.format, np.asarray(picture.convert("RGB"))
     except BROKEN_IMAGE as error:
-        raise BadRow("corrupt image", f"{where}{error}") from error
+        raise BadRow("corrupt image", f"{image}: {error}" if is_file else str(error)) from error
+    if is_file and kind != Image.registered_extensions().get(image.suffix.lower()):
+        odd.append(f"{kind} named {image.suffix}")
+    if is_file and not embed:
+        return {"bytes": None, "path": str(image)}, pixels
+    return {"bytes": image.read_bytes() if is_file else image, "path": None}, pixels

@@ -4,14 +4,12 @@ A model is asked as it is for a score, by the same task, on another split. OUT.a
 what it says, so that a call that was interrupted goes on.
 """
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from lm_eval.api.task import Task
 
 from sts.pipeline.config import Config, ConfigError, config_hash
 from sts.pipeline.evaluate import asking
@@ -93,6 +91,8 @@ def submission(
     trained, out = read_json(run), Path(out)
     options = config.evaluate.model_copy(update={"benchmarks": [benchmark]})
     [task] = tasks_of(load_benchmarks(options, [], config.data.mirror, split)[benchmark])
+    task.process_results = lambda doc, results: {}  # nobody knows the answers
+    task.doc_to_target = lambda doc: ""
     docs = task.eval_docs.remove_columns("image")
     if all_ids and {int(id) for id in docs["question_id"]} - set(all_ids):
         raise _refused("--questions", str(questions), f"a file with every question of {name}")
@@ -107,7 +107,7 @@ def submission(
             write_text_atomic(file, "".join(f"{json.dumps(line)}\n" for line in (key, *outputs)))
             with open(file, "a", encoding="utf-8") as stream:
                 rest = {(name, name): range(len(outputs), len(docs))}
-                for _, sample in ask(lm, {(name, name): unscored(task)}, rest):
+                for _, sample in ask(lm, {(name, name): task}, rest):
                     outputs.append(sample["filtered_resps"][0])
                     stream.write(f"{json.dumps(outputs[-1])}\n")
     write_text_atomic(out, FORMS[benchmark](list(docs), outputs, all_ids))
@@ -128,14 +128,6 @@ def _all_ids(name: str, questions: str | Path | None) -> list[int]:
         return [int(question["question_id"]) for question in read_json(questions)["questions"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _refused("--questions", str(questions), f"{ALL_IDS} ({error})") from None
-
-
-def unscored(task: Task) -> Task:
-    """The same questions, whose answers nobody knows."""
-    twin = copy.copy(task)
-    twin.process_results = lambda doc, results: {}
-    twin.doc_to_target = lambda doc: ""
-    return twin
 
 
 def kept_outputs(file: Path, key: str, count: int) -> list[str]:

@@ -200,22 +200,10 @@ def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, m
             return docs[place]
 
     monkeypatch.setattr(type(task), "eval_docs", Counted())
-    places = {("pope", "sts_pope"): [1, 4]}
-    samples = [
-        sample for _, sample in asking.ask(Oracle(says), {("pope", "sts_pope"): task}, places)
-    ]
+    id = ("pope", "sts_pope")
+    samples = [sample for _, sample in asking.ask(Oracle(says), {id: task}, [(id, 1), (id, 4)])]
     assert [sample["doc_id"] for sample in samples] == [1, 4]
     assert set(taken) == {1, 4}
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
-def test_pieces_are_all_places_in_order_and_none_is_larger(size):
-    places = {("a", "x"): [0, 3, 4, 9], ("b", "x"): [2], ("b", "y"): range(5)}
-    pieces = list(asking.pieces(places, size))
-    counts = [sum(map(len, piece.values())) for piece in pieces]
-    assert all(count == size for count in counts[:-1]) and 0 < counts[-1] <= size
-    flat = [(id, place) for piece in pieces for id, of_task in piece.items() for place in of_task]
-    assert flat == [(id, place) for id, of_task in places.items() for place in of_task]
 
 
 def test_questions_are_llavas(mirror, monkeypatch):

@@ -75,20 +75,23 @@ class _Model(HFMultimodalLM):
 
 
 def ask(
-    lm: LM, tasks: Mapping[Id, Task], places: Mapping[Id, Sequence[int]]
+    lm: LM, tasks: Mapping[Id, Task], places: Sequence[tuple[Id, int]]
 ) -> Iterator[tuple[Id, dict[str, Any]]]:
     """(task, lm-eval's sample) of every question at these places, task by task. At most AT_ONCE are
     asked together: lm-eval holds the decoded picture of each that it is given."""
     lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # else a bar for each task's prompts
     lm_eval.evaluator.LMEVAL_HASHMM = False  # else every image is written as PNG four times
-    direct = {id: _direct(tasks[id]) for id in places}
-    for piece in pieces(places, AT_ONCE):
+    direct = {id: _direct(tasks[id]) for id in dict.fromkeys(id for id, _ in places)}
+    for start in range(0, len(places), AT_ONCE):
+        piece = defaultdict(list)
+        for id, place in places[start : start + AT_ONCE]:
+            piece[id].append(place)
         gc.freeze()  # `hf-multimodal` collects garbage after every batch: half the time otherwise
         try:
             samples = lm_eval.evaluate(
                 lm=lm,
                 task_dict={"tasks": {id: direct[id] for id in piece}},
-                samples=piece,
+                samples=dict(piece),
                 apply_chat_template=True,
                 bootstrap_iters=0,
             )["samples"]
@@ -107,29 +110,18 @@ def _direct(task: Task) -> Task:
     return twin
 
 
-def pieces(places: Mapping[Id, Sequence[int]], size: int) -> Iterator[dict[Id, list[int]]]:
-    """The same places in the same order, at most `size` of them at a time."""
-    pairs = [(id, place) for id, of_task in places.items() for place in of_task]
-    for start in range(0, len(pairs), size):
-        piece = defaultdict(list)
-        for id, place in pairs[start : start + size]:
-            piece[id].append(place)
-        yield dict(piece)
-
-
-def draw_places(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> dict[Id, list[int]]:
+def draw_places(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> list[tuple[Id, int]]:
     """Where the questions are that are asked: of a benchmark `limit` (None: all), of its blind twin
     the share `grey` of them. They are the first of an order that a fixed seed gives, so fewer are a
-    part of more. A task of which none is asked is left out."""
+    part of more."""
     questions = defaultdict(list)
     for id, task in tasks.items():
         questions[id[0]] += [(id, place) for place in range(len(task.eval_docs))]
-    places = defaultdict(list)
+    places = []
     for name, of_benchmark in questions.items():
         count = len(of_benchmark)
         most = min(limit or count, count)
         most = math.ceil(most * grey) if name.endswith(BLIND) else most
         order = random.Random(count).sample(range(count), count)
-        for id, place in (of_benchmark[index] for index in sorted(order[:most])):
-            places[id].append(place)
-    return dict(places)
+        places += [of_benchmark[index] for index in sorted(order[:most])]
+    return places

@@ -106,8 +106,9 @@ def submission(
             lm = load_model(trained["weights"], options.batch_size, threads)
             write_text_atomic(file, "".join(f"{json.dumps(line)}\n" for line in (key, *outputs)))
             with open(file, "a", encoding="utf-8") as stream:
-                rest = {(name, name): range(len(outputs), len(docs))}
-                for _, sample in ask(lm, {(name, name): task}, rest):
+                id = (name, name)
+                rest = [(id, place) for place in range(len(outputs), len(docs))]
+                for _, sample in ask(lm, {id: task}, rest):
                     outputs.append(sample["filtered_resps"][0])
                     stream.write(f"{json.dumps(outputs[-1])}\n")
     write_text_atomic(out, FORMS[benchmark](list(docs), outputs, all_ids))

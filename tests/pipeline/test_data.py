@@ -23,7 +23,6 @@ from cases import turns
 from own_sets import config, rows_of, samples_of, write
 from PIL import Image
 from processors import tiny_processor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from sts.mini import pictures, scenes
 from sts.mini.sets.scenes import TURNS
@@ -576,25 +575,6 @@ def test_a_batch_is_padded_on_the_right_and_padding_is_masked(own, processor, tm
         assert (batch["labels"][row][~mask] == IGNORE_INDEX).all()
         assert (batch["input_ids"][row][~mask] == processor.tokenizer.pad_token_id).all()
     assert "pixel_values" not in collate(processor, [data[2]])
-
-
-def test_a_llava_model_takes_a_mixed_batch(own, processor, tmp_path):
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                **small, num_hidden_layers=2, image_size=64, patch_size=processor.patch_size
-            ),
-            text_config=LlamaConfig(
-                **small, num_hidden_layers=1, vocab_size=len(processor.tokenizer)
-            ),
-            image_token_index=processor.image_token_id,
-        )
-    )
-    prepare(own(GOOD), "own", tmp_path / "manifest.json")
-    data = samples_of(split_files([tmp_path / "manifest.json"], "instruct"), processor)
-    assert model(**collate(processor, [data[2], data[0]])).loss.isfinite()
-    assert model(**collate(processor, [data[2]])).loss.isfinite()
 
 
 def test_long_samples_are_cut_and_dropped_if_no_answer_is_left(own, processor, tmp_path, caplog):

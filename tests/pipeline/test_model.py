@@ -28,7 +28,6 @@ from sts.pipeline.train.model import (
     freeze,
     write_manifest,
 )
-from sts.settings import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +158,7 @@ def test_a_language_model_keeps_the_chat_template_that_it_was_tuned_with(backbon
     [sample] = tokenise(processor, [turns], [[(72, 72)]])
     told = ["<s>", "<image>", "is", "</s>", "<s>", "red", "</s>"]
     assert processor.tokenizer.convert_ids_to_tokens(sample["ids"]) == told
-    assert (sample["labels"] != IGNORE_INDEX).tolist() == [False] * 5 + [True] * 2
+    assert sample["is_answer"].tolist() == [False] * 5 + [True] * 2
 
 
 def test_a_whole_checkpoint_is_gone_on_with_as_it_is(manifest, tmp_path):

@@ -30,11 +30,11 @@ from sts.sequence import (
     shorten_mask,
     take,
     take_tokens,
-    without_newlines,
     write_places,
 )
 from sts.settings import IGNORE_INDEX, VTC
 from sts.vtc import Outputs, compress, wants
+from sts.vtc._shared import kept_rows
 
 FEATURES = ("mm_encoder_outputs", "image_embeds", "image_features")  # instead of pixels
 
@@ -133,7 +133,7 @@ class Compression:
         scores = self._scores(batch, count)
         places = visual.flatten().nonzero()[:, 0]
         for grid, index in self._images(batch).items():
-            index, newlines = without_newlines(grid, index.to(visual.device), self.keep)
+            index, newlines = _without_newlines(grid, index.to(visual.device), self.keep)
             full.keep = full.keep.index_fill(0, places[newlines.flatten()], True)
             if not grid.width:
                 continue
@@ -266,6 +266,20 @@ class Compression:
         )
         expect(len(scores) == count, "image placeholders", count, f"one of {len(scores)} patches")
         return scores
+
+
+def _without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    """Split the tokens [images, grid.tokens] of images into patches [images, N] and the newlines
+    to keep [images, n].
+
+    One newline stays for every row that pooling to the keep ratio would leave: that of the middle
+    row of its cell.
+    """
+    if not grid.newline:
+        return index, index[:, :0]
+    rows = index.unflatten(1, (grid.height, grid.width + 1))
+    kept = kept_rows(grid.height, grid.width, keep) if grid.width else range(grid.height)
+    return rows[..., :-1].flatten(1), rows[:, list(kept), -1]
 
 
 def class_attention(queries: Tensor, keys: Tensor, attention: ClassAttention) -> Tensor:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sts.architectures import Grid
 from sts.checks import expect
-from sts.vtc._shared import kept_rows
 
 WRONG_ATTENTION = (
     "{} can't handle an attention mask of type {}: load the model with attn_implementation='sdpa' "
@@ -113,20 +111,6 @@ def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
     longest = int(counts.max())
     order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     return order, torch.arange(longest, device=keep.device) < counts[:, None]
-
-
-def without_newlines(grid: Grid, index: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """Split the tokens [images, grid.tokens] of images into patches [images, N] and the newlines
-    to keep [images, n].
-
-    One newline stays for every row that pooling to the keep ratio would leave: that of the middle
-    row of its cell.
-    """
-    if not grid.newline:
-        return index, index[:, :0]
-    rows = index.unflatten(1, (grid.height, grid.width + 1))
-    kept = kept_rows(grid.height, grid.width, keep) if grid.width else range(grid.height)
-    return rows[..., :-1].flatten(1), rows[:, list(kept), -1]
 
 
 # ---- masks and positions of the shorter sequence -------------------------------------------------

@@ -24,7 +24,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sts.checks import expect
 
@@ -162,8 +162,8 @@ def compress(
         The outputs [B, k, D], 1 <= k <= N, and where they come from.
 
     Raises:
-        ValueError: The kind is unknown, an argument that it wants is missing, or it doesn't return
-            what Outputs says.
+        ValueError: The kind is unknown, an argument that it wants is missing or has another shape,
+            or it doesn't return what Outputs says.
     """
     function, name = kind_of(kind) if isinstance(kind, str) else kind, _name(kind)
     accepted = "an instance of the class, which has weights: made with (dim)"
@@ -180,6 +180,7 @@ def compress(
     for key, value in inputs.items():
         expect(value is not None, key, value, f"{INPUTS[key]}, for kind {name!r}")
         inputs[key] = value.to(tokens.device) if hasattr(value, "to") else value
+    _check_shapes(name, tokens, inputs)
     outputs = function(tokens, keep, **inputs)
     _check_outputs(name, tokens, outputs)
     compressed = outputs.apply(tokens) if outputs.tokens is None else outputs.tokens
@@ -190,6 +191,20 @@ def compress(
 
 def _name(kind: str | Callable) -> str:
     return kind if isinstance(kind, str) else getattr(kind, "__name__", type(kind).__name__)
+
+
+def _check_shapes(name: str, tokens: Tensor, inputs: dict[str, Any]) -> None:
+    """Raise a ValueError for inputs of other shapes: some kinds would take them for less tokens."""
+    batch, length, dim = tokens.shape
+    texts = [n for key in ("text", "text_mask") if key in inputs for n in inputs[key].shape[1:2]]
+    shapes = {"scores": [batch, length], "text": [batch, *texts[:1], dim]}
+    shapes |= {"text_mask": [batch, *texts[:1]]}
+    for key in shapes.keys() & inputs.keys():
+        shape, accepted = list(inputs[key].shape), f"{shapes[key]} for kind {name!r}"
+        expect(shape == shapes[key], f"{key}.shape", shape, accepted)
+    if "text_mask" in inputs:
+        dtype = str(inputs["text_mask"].dtype)
+        expect(dtype == "torch.bool", "text_mask.dtype", dtype, "torch.bool: where text is")
 
 
 def _check_outputs(name: str, tokens: Tensor, outputs: Outputs) -> None:

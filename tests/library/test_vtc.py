@@ -168,6 +168,20 @@ def test_gradients_reach_the_tokens(kind):
         ({"kind": "random"}, "generator=None.*torch.Generator, for kind 'random'"),
         ({"kind": "text_guided"}, r"text=None.*\[batch, text tokens, dim\].*'text_guided'"),
         ({"kind": "text_guided_max", "text": torch.rand(2, 5, 3)}, "text_mask=None.*bool"),
+        # that some kinds would take as they are
+        ({"kind": "cls_topk", "scores": torch.rand(2, 9)}, r"scores.shape=\[2, 9\].*\[2, 16\]"),
+        (
+            {"kind": "text_guided", "text": torch.rand(2, 5, 3), "text_mask": torch.ones(2, 5)},
+            "text_mask.dtype='torch.float32'.*bool",
+        ),
+        (
+            {
+                "kind": "text_guided",
+                "text": torch.rand(2, 5, 3),
+                "text_mask": torch.ones(2, 4, dtype=torch.bool),
+            },
+            r"text_mask.shape=\[2, 4\].*\[2, 5\]",
+        ),
     ],
 )
 def test_bad_input_names_argument_value_and_what_is_accepted(arguments, named):

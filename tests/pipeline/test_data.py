@@ -190,6 +190,14 @@ def test_nlvr_has_one_checksum_in_both_layouts(tmp_path):
     assert source.checksum(rows[0]) == source.checksum(rows[1])
 
 
+def test_another_nlvr_is_refused(tiny_source, tmp_path):
+    """Its rows hold pictures, not files."""
+    tiny_source(nlvr, NLVR_PUBLIC)
+    write(tmp_path / "mirror" / "nlvr_dev", NLVR_MIRROR | {"images/dev-7-0-0.png": picture(9)})
+    with pytest.raises(DataError, match="not those of its entry"):
+        prepare(config(mirror=str(tmp_path / "mirror")), "nlvr", tmp_path / "manifest.json")
+
+
 def test_nlvr_asks_yes_or_no_about_the_whole_strip(tiny_source, tmp_path):
     tiny_source(nlvr, NLVR_PUBLIC)
     write(tmp_path / "mirror" / "nlvr_dev", NLVR_MIRROR)

@@ -62,8 +62,9 @@ def check(name: str, sha256: str, folder: Path, load: Callable[[], dict[str, Row
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"data set {name}: {folder} can't be read: {error}. {fresh}") from error
     if digest != sha256:
-        images = dict.fromkeys(row["image"] for _, rows in load().values() for row in rows)
-        damaged = [str(image) for image in images if isinstance(image, Path) and not _opens(image)]
+        images = [row["image"] for _, rows in load().values() for row in rows]
+        files = dict.fromkeys(image for image in images if isinstance(image, Path))
+        damaged = [str(file) for file in files if not _opens(file)]
         raise DataError(
             f"data set {name}: the files in {folder} are not those of its entry: checksum "
             f"{digest}, expected {sha256}; images that don't open: "

@@ -54,7 +54,9 @@ def objects(file: Path) -> Iterator[Any]:
                 if is_first and not more and text[place:].strip() == "]":
                     return
                 if not more or len(text) - place > LONGEST:
-                    raise ValueError(f"it holds no whole list: {error}") from error
+                    ends = isinstance(error, IndexError)
+                    reason = "it ends after an item" if ends else error
+                    raise ValueError(f"it holds no whole list: {reason}") from error
                 text, place = text[place:] + more, 0
                 continue
             yield item

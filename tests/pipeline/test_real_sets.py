@@ -313,7 +313,7 @@ def test_a_list_is_read_item_by_item_whatever_is_read_at_a_time(
 @pytest.mark.parametrize("text", ["", "{}", '[{"a": 1}', '[{"a": 1} {"b": 2}]', '[{"a": ', "[1, "])
 def test_what_is_no_whole_list_is_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match="^(?!.*out of range)"):
+    with pytest.raises(ValueError, match=r"^(?!.*out of range)"):
         list(objects(tmp_path / "a.json"))
 
 

@@ -25,7 +25,7 @@ from sts.pipeline.train.joined import TOWERS, image_processor, load_tower
 from sts.vtc import KINDS, compress, kind_of, wants
 
 KEEP = 0.25  # share of the visual tokens
-CHANNELS = 8  # of each token, some of which a kind may leave out
+CHANNELS = 8  # of the features through which a kind's weights are measured
 
 
 def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict[str, Any]:
@@ -72,9 +72,10 @@ def weights(
     generator = torch.Generator().manual_seed(0)
     keep = 1.0 if kind == "none" else KEEP
     _, outputs = compress(kind, features, keep, grid, scores=scores, generator=generator)
-    tokens = features.shape[1]
-    unit = torch.eye(tokens).repeat_interleave(CHANNELS, dim=1)  # each token in its own channels
-    shares = outputs.apply(unit[None])[0].unflatten(1, (tokens, CHANNELS)).mean(2)
+    # [1, outputs, 1, tokens, channels], a mean over channels: a kind may do another thing in each
+    summed = lambda x, apply=outputs.apply: apply(x).sum(2)  # noqa: E731
+    jacobian = torch.autograd.functional.jacobian(summed, features[..., :CHANNELS])
+    shares = jacobian[0, :, 0].abs().mean(-1)
     return [[(i, round(float(row[i]), 6)) for i in row.nonzero()[:, 0].tolist()] for row in shares]
 
 

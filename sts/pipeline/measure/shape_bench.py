@@ -78,7 +78,7 @@ def parse_setting(text: str) -> tuple[VTC, LDS]:
         values = {key: yaml.safe_load(value) for key, _, value in pairs}
         kind = VTC if name in KINDS else LDS
         keys = [field.name for field in fields(kind)]  # the first two: name and number
-        expect(values.keys() <= set(keys), "setting", text, f"names of {', '.join(keys)}")
+        expect(values.keys() <= set(keys[2:]), "setting", text, f"names of {', '.join(keys[2:])}")
         settings[kind] = kind(**{keys[0]: name, keys[1]: yaml.safe_load(number)} | values)
     return settings[VTC], settings[LDS]
 

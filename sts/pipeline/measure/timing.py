@@ -79,9 +79,10 @@ def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:
 
 def measured_on() -> dict[str, Any]:
     """Where and by what it was measured."""
-    hardware = provenance.hardware()
+    facts = provenance.hardware()
+    cpu = f"{facts['cores']} x {facts['cpu']}"
     return {
-        "device": ", ".join(hardware["gpus"]) or f"{hardware['cores']} x {hardware['cpu']}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,  # of many one
         "threads": torch.get_num_threads(),
         "command": provenance.command_line(),
         "commit": provenance.git()["commit"],

@@ -4,7 +4,6 @@ The t-th batch is a function of the data, the seed and t alone: a resumed traini
 one and needs no sampler state.
 """
 
-import io
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -17,14 +16,14 @@ import torch
 from datasets import Dataset as Table
 from datasets import concatenate_datasets
 from filelock import FileLock
-from PIL import ExifTags, Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
+from sts.pipeline.data.pictures import rgb, stored_size
 from sts.pipeline.data.rows import images_of
-from sts.pipeline.data.tokens import OF_TOKENS, Size, cut, expand, tokenise
+from sts.pipeline.data.tokens import OF_TOKENS, cut, expand, tokenise
 from sts.pipeline.files import read_json
 from sts.settings import IGNORE_INDEX
 
@@ -103,7 +102,8 @@ class Conversations(Dataset):
         cells = {name: self.samples[name][index].values for name in OF_TOKENS}
         ids, labels = expand({name: cells[name].to_numpy(False) for name in OF_TOKENS})
         row = self.samples["row"][index].as_py()
-        return {"input_ids": ids, "labels": labels, "images": images_of(self.images[row])}
+        images = [rgb(image) for image in images_of(self.images[row])]
+        return {"input_ids": ids, "labels": labels, "images": images}
 
 
 def _write_tokens(
@@ -117,7 +117,7 @@ def _write_tokens(
             images = chunk.select([name for name in IMAGES if name in chunk.column_names])
             # one row at a time: all encoded images of a chunk may be large
             cells = (images_of(images.slice(row, 1).to_pylist()[0]) for row in range(len(chunk)))
-            sizes = [[_size(image) for image in of_row] for of_row in cells]
+            sizes = [[stored_size(image) for image in of_row] for of_row in cells]
             samples = tokenise(processor, chunk["conversations"].to_pylist(), sizes, template)
             kept = []
             for place, (sample, of_row) in enumerate(zip(samples, sizes, strict=True)):
@@ -132,16 +132,6 @@ def _write_tokens(
                     facts = {"row": start + place, "length": int(sample["repeats"].sum())}
                     kept.append(sample | facts | {"has_image": bool(of_row)})
             writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=TOKENS))
-
-
-def _size(image: dict) -> Size:
-    """Height and width of a stored image {bytes, path} as it will be decoded, from its header."""
-    content = io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]
-    with Image.open(content) as header:
-        width, height = header.size
-        # `datasets` turns an image upright; a PNG would be decoded to look for what it rarely has
-        turned = "exif" in header.info and header.getexif().get(ExifTags.Base.Orientation, 1) > 4
-    return (width, height) if turned else (height, width)
 
 
 def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:

@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sts.pipeline.config import Config, DataConfig
+from sts.pipeline.data.pictures import is_deep, rgb
 from sts.pipeline.data.registry import load
 from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, columns_of, conversation, images_of
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
@@ -30,7 +31,7 @@ CHUNK = 100  # rows of a record batch, which may hold large images
 TOGETHER = 64  # rows whose images are decoded at once, by all threads
 TEXT = Value("string")
 TURNS = List({"from": TEXT, "value": TEXT})
-IMAGE = ImageColumn(mode="RGB")
+IMAGE = ImageColumn()  # in RGB by pictures.rgb
 TRAINING = Features({"id": TEXT, "image": IMAGE, "conversations": TURNS})
 SEVERAL = Features({"id": TEXT, "images": List(IMAGE), "conversations": TURNS})
 BENCHMARK = Features({"id": TEXT, "image": IMAGE, "question": TEXT, "answer": TEXT, "form": TEXT})
@@ -201,16 +202,18 @@ def _image(image: Any, embed: bool, odd: list[str]) -> tuple[dict, np.ndarray]:
     """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]; what is
     odd about its file is added to `odd`."""
     if not isinstance(image, Path | bytes):
-        picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+        picture = rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
         png = io.BytesIO()
         picture.save(png, "PNG")
-        return {"bytes": png.getvalue(), "path": None}, np.asarray(picture.convert("RGB"))
+        return {"bytes": png.getvalue(), "path": None}, np.asarray(picture)
     is_file = isinstance(image, Path)
     if is_file and not image.is_file():
         raise BadRow("missing image", str(image))
     try:
         with Image.open(image if is_file else io.BytesIO(image)) as picture:
-            kind, pixels = picture.format, np.asarray(picture.convert("RGB"))
+            kind, pixels = picture.format, np.asarray(rgb(picture))
+            if is_deep(picture):
+                odd.append(f"{picture.mode} grey, scaled to 8 bits")
     except BROKEN_IMAGE as error:
         raise BadRow("corrupt image", f"{image}: {error}" if is_file else str(error)) from error
     if is_file and kind != Image.registered_extensions().get(image.suffix.lower()):

@@ -21,6 +21,7 @@ from lm_eval.models.hf_vlms import HFMultimodalLM
 from tqdm import tqdm
 
 from sts.pipeline.data.conversation import content_of, end_token, render
+from sts.pipeline.data.pictures import rgb
 
 AT_ONCE = 2048  # questions whose pictures are in memory together
 BLIND = "_blind"  # ends the name of a benchmark's twin with grey images
@@ -63,6 +64,7 @@ class _Model(HFMultimodalLM):
     def tok_batch_multimodal_encode(
         self, strings: list[str], images: list, left_truncate_len: int | None = None, **options: Any
     ) -> Mapping[str, torch.Tensor]:
+        images = [[rgb(image) for image in of_question] for of_question in images]
         encoded = super().tok_batch_multimodal_encode(strings, images, **options)
         length, room = encoded["input_ids"].shape[1], left_truncate_len
         if room is not None and length > room:

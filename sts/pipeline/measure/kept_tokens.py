@@ -19,6 +19,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
+from sts.pipeline.data.pictures import rgb
 from sts.pipeline.data.rows import images_of
 from sts.pipeline.files import read_json, write_text_atomic
 from sts.pipeline.train.joined import TOWERS, image_processor, load_tower
@@ -102,7 +103,7 @@ def look(
     """
     prepare = image_processor(backbone)
     tower = load_tower(backbone["vision"], attn_implementation="eager").eval()
-    pixels = prepare(picture.convert("RGB"), return_tensors="pt")["pixel_values"]
+    pixels = prepare(rgb(picture), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         out = tower(pixels, output_attentions=True, output_hidden_states=True)
     layer = backbone.get("vision_feature_layer", -2) % (len(out.attentions) + 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from sts.pipeline.config import DataConfig
+from sts.pipeline.data.pictures import rgb
 from sts.pipeline.data.registry import DataSet
 from sts.pipeline.data.rows import Rows
 from sts.pipeline.data.source import BROKEN_IMAGE, Source
@@ -40,7 +41,7 @@ def _squared(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             side = max(image.size)
-            return ImageOps.pad(image.convert("RGB"), (side, side), color=CLIP_MEAN)
+            return ImageOps.pad(rgb(image), (side, side), color=CLIP_MEAN)
     except BROKEN_IMAGE as error:
         raise OSError(f"{path}: {error}") from error
 

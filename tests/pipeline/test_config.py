@@ -69,6 +69,13 @@ def test_a_resolved_configuration_reads_back_as_it_was_written(scale, tmp_path):
     assert load_scale(tmp_path / "resolved.yaml") == config
 
 
+def test_a_folder_whose_name_looks_like_a_number_reads_back(mini, tmp_path):
+    data = mini.data.model_copy(update={"folders": {"scenes": "1e3"}})
+    config = mini.model_copy(update={"data": data})
+    (tmp_path / "resolved.yaml").write_text(dump(config))
+    assert load_scale(tmp_path / "resolved.yaml") == config
+
+
 def test_the_mini_scale_repeats_no_default(mini):
     """So that a default can't drift from it: what it says differs from the blocks', or has none."""
 

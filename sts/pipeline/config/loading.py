@@ -73,9 +73,14 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class Dumper(yaml.SafeDumper):
+    """What `Loader` reads as it was: text that looks like a number is quoted."""
+
+
 # 1e-3, a number without a dot, is text in YAML 1.1
 _SCIENTIFIC = re.compile(r"[-+]?\d+[eE][-+]?\d+$")
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, [*"-+0123456789"])
+for _class in (Loader, Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, [*"-+0123456789"])
 
 
 def load_scale(path: str | Path) -> Config:
@@ -162,4 +167,4 @@ def dump(config: Config) -> str:
         block["init"] = config.before(name)
         del block["like"]
     content["stages"] |= dict.fromkeys(sorted(_mini_stages() - content["stages"].keys()))
-    return yaml.safe_dump(content, sort_keys=False)
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False)

@@ -483,6 +483,11 @@ def test_a_bad_row_is_left_out_counted_and_listed(own, tmp_path, reason):
         {"image": "a.png", "conversations": turns("<image>", "<image>")},
         {"conversations": turns("<image>", "x")},
         {"image": 5, "conversations": turns("<image>", "x")},
+        {"conversations": turns("hi", "half \ud83d")},
+        {"id": "\ud83d", "conversations": turns("a", "b")},
+        {"image": "a\ud83d.png", "conversations": turns("<image>", "x")},
+        {"image": "a\0b.png", "conversations": turns("<image>", "x")},
+        {"image": "data:image/png;base64," + 400 * "A", "conversations": turns("<image>", "x")},
     ],
 )  # fmt: skip
 def test_whatever_a_row_holds_it_can_not_break_the_preparation(own, tmp_path, row):

@@ -306,12 +306,21 @@ def test_a_list_is_read_item_by_item_whatever_is_read_at_a_time(
     for content in (items, []):
         for ascii_only in (True, False):
             text = json.dumps(content, indent=indent, ensure_ascii=ascii_only)
-            (tmp_path / "a.json").write_text(text, encoding="utf-8")
-            assert list(objects(tmp_path / "a.json")) == content
+            for encoding in ("utf-8", "utf-8-sig"):
+                (tmp_path / "a.json").write_text(f"{text}\n \n", encoding=encoding)
+                assert list(objects(tmp_path / "a.json")) == content
 
 
-@pytest.mark.parametrize("text", ["", "{}", '[{"a": 1}', '[{"a": 1} {"b": 2}]', '[{"a": ', "[1, "])
-def test_what_is_no_whole_list_is_refused(tmp_path, text):
+@pytest.mark.parametrize("read", [3, 2**20])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", '[{"a": 1}', '[{"a": 1} {"b": 2}]', '[{"a": ', "[1, ", "[1] [2]", "[1]\n[2]"),
+        *("[] []", "[1]" + 9 * "\n" + "<<<<<<< HEAD", "[1],"),
+    ],
+)
+def test_what_is_no_whole_list_is_refused(tmp_path, monkeypatch, text, read):
+    monkeypatch.setattr(llava, "READ", read)
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"^(?!.*out of range)"):
         list(objects(tmp_path / "a.json"))

@@ -19,13 +19,13 @@ def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -
     file and the folder. Raises DataError if something is wrong with either.
     """
     file, images = Path(file), Path(images)
-    fix = "Delete its folder and run again, or lay it out anew"
+    fix = "Lay it out anew: docs/data.md says how"
     try:
         count, several = 0, False
         for row in objects(file):
             count += 1
             several = several or (isinstance(row, dict) and isinstance(row.get("image"), list))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fix = f"Correct {key}.json" if key else fix
         raise DataError(f"data set {name}: {file} can't be read: {error}. {fix}") from error
     if not images.is_dir():
@@ -37,10 +37,10 @@ def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -
 def objects(file: Path) -> Iterator[Any]:
     """The items of a JSON list in a file, one at a time.
 
-    Raises OSError, and ValueError for a file that is no whole JSON list.
+    Raises OSError, and ValueError for a file that is not one whole JSON list in UTF-8.
     """
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         text, place, is_first = stream.read(READ).lstrip(), 1, True
         if not text.startswith("["):
             raise ValueError("it holds no list of {id, image, conversations}")
@@ -52,7 +52,7 @@ def objects(file: Path) -> Iterator[Any]:
             except (json.JSONDecodeError, IndexError) as error:
                 more = stream.read(READ)
                 if is_first and not more and text[place:].strip() == "]":
-                    return
+                    return  # an empty list
                 if not more or len(text) - place > LONGEST:
                     ends = isinstance(error, IndexError)
                     reason = "it ends after an item" if ends else error
@@ -61,6 +61,10 @@ def objects(file: Path) -> Iterator[Any]:
                 continue
             yield item
             if after == "]":
+                while not (rest := text[end + 1 :].strip()) and (more := stream.read(READ)):
+                    text, end = more, -1
+                if rest:
+                    raise ValueError(f"more after its list: {rest[:40]!r}; it must hold one list")
                 return
             if after != ",":
                 raise ValueError(f"neither , nor ] after an item: {text[end : end + 40]!r}")

@@ -175,6 +175,10 @@ def _check_text(row: dict, max_chars: int) -> list[dict]:
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
         raise BadRow("malformed", "conversations must be a list of {from, value}, both text")
+    try:
+        "".join([row["id"], *(turn["value"] for turn in turns)]).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("malformed", f"half a character (a lone surrogate): {error}") from error
     roles = [turn["from"] for turn in turns]
     for role in roles:
         if role not in ROLES:
@@ -207,8 +211,11 @@ def _image(image: Any, embed: bool, odd: list[str]) -> tuple[dict, np.ndarray]:
         picture.save(png, "PNG")
         return {"bytes": png.getvalue(), "path": None}, np.asarray(picture)
     is_file = isinstance(image, Path)
-    if is_file and not image.is_file():
-        raise BadRow("missing image", str(image))
+    try:
+        if is_file and not image.is_file():
+            raise BadRow("missing image", str(image))
+    except (OSError, UnicodeError) as error:  # a closed folder, a name that none can have
+        raise BadRow("missing image", f"{image}: {error}") from error
     try:
         with Image.open(image if is_file else io.BytesIO(image)) as picture:
             kind, pixels = picture.format, np.asarray(rgb(picture))

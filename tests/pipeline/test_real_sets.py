@@ -1,6 +1,7 @@
 """LLaVA's own sets and any of the hub: fetched, laid out, checked and read in the real sets' form,
 from a local server that speaks the hub's protocol."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from asking import picture, write_parquet
 from cases import turns
 from hub_server import COMMIT, Hub, hub, image, sha256, zipped
 from own_sets import config, rows_of, write
+from PIL import Image
 from processors import tiny_processor
 
 from sts.pipeline.config import ConfigError
@@ -261,13 +265,49 @@ def test_turns_of_the_hub_that_are_none_are_left_to_the_check():
     ("files", "message"),
     [
         ({}, r"has no files \*\*/\*.parquet. Correct data.custom.own.files"),
-        ({"a.parquet": b"no"}, r"data set own: .*Delete"),
+        (
+            {"a.parquet": b"no"},
+            r"set/a\.parquet can't be read.*Put a good copy there",
+        ),
     ],
 )
 def test_a_folder_without_the_files_is_named(tmp_path, files, message):
     (tmp_path / "set").mkdir()
     write(tmp_path / "set", files)
     configuration = config(custom={"own": {"hub": str(tmp_path / "set")}})
+    with pytest.raises(DataError, match=message):
+        prepare(configuration, "own", tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("form", ["bytes", "path", "bytes alone", "path alone"])
+def test_images_of_a_parquet_file_may_be_stored_in_any_form(tmp_path, form):
+    content = image(0, "PNG")
+    write(tmp_path / "set", {"images/0.png": content})
+    path = "images/0.png"
+    cell = {
+        "bytes": {"bytes": content, "path": None},
+        "path": {"bytes": None, "path": path},
+        "bytes alone": content,
+        "path alone": path,
+    }[form]
+    rows = [{"id": None, "image": cell, "conversations": turns("see", "a bus")}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set/a.parquet")
+    configuration = config(custom={"own": {"hub": str(tmp_path / "set"), "split": "instruct"}})
+    assert prepare(configuration, "own", tmp_path / "manifest.json")["bad_rows"] == {}
+    [row] = rows_of(tmp_path / "manifest.json", "instruct")
+    assert row["id"] == "00000000"
+    expected = np.asarray(Image.open(io.BytesIO(content)))
+    assert np.array_equal(np.asarray(row["image"]), expected)
+
+
+def test_a_second_file_with_other_columns_is_named(tmp_path):
+    write_parquet(
+        [{"id": "1", "image": None, "conversations": turns("hi", "x"), "data_source": ""}],
+        ONEVISION, tmp_path / "set/a.parquet",
+    )  # fmt: skip
+    pq.write_table(pa.table({"image": [None], "caption": ["x"]}), tmp_path / "set/b.parquet")
+    configuration = config(custom={"own": {"hub": str(tmp_path / "set"), "split": "instruct"}})
+    message = "b.parquet has the columns image, caption, but needs image and conversations"
     with pytest.raises(DataError, match=message):
         prepare(configuration, "own", tmp_path / "manifest.json")
 

@@ -35,38 +35,56 @@ def hub_rows(name: str, source: str, files: str, revision: str) -> Rows:
     paths = sorted(folder.glob(files))
     if not paths:
         raise DataError(f"data set {name}: {folder} has no files {files}. Correct {key}.files")
-    try:
-        heads = [pq.ParquetFile(file) for file in paths]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(
-            f"data set {name}: {error}. Delete {folder} and run again, or correct {key}.files"
-        ) from error
-    columns = heads[0].schema_arrow.names
-    images = next((column for column in ("images", "image") if column in columns), None)
-    texts = next((column for column in ("conversations", "texts") if column in columns), None)
-    if not images or not texts:
-        raise DataError(
-            f"data set {name}: {paths[0]} has the columns {', '.join(columns)}, but needs images "
-            f"or image, and texts or conversations. Correct {key}.files"
-        )
-    count = sum(head.metadata.num_rows for head in heads)
-    rows = _stored(paths, [column for column in (images, texts, "id") if column in columns])
-    return count, (_row(row, index, images, texts) for index, row in enumerate(rows))
+    is_fetched = folder.is_relative_to(DOWNLOADS)  # else it is the user's, and stays
+    cure = f"{'Delete it' if is_fetched else 'Put a good copy there'} and run again"
+    columns: list[str] = []
+    count = 0
+    for file in paths:
+        try:
+            head = pq.ParquetFile(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(
+                f"data set {name}: {file} can't be read: {error}. {cure}, or correct {key}.files"
+            ) from error
+        columns = columns or head.schema_arrow.names
+        images = next((column for column in ("images", "image") if column in columns), None)
+        texts = next((column for column in ("conversations", "texts") if column in columns), None)
+        if not {images, texts} <= {*head.schema_arrow.names}:
+            needed = (images or "images or image", texts or "texts or conversations")
+            raise DataError(
+                f"data set {name}: {file} has the columns {', '.join(head.schema_arrow.names)}, "
+                f"but needs {' and '.join(needed)}. Correct {key}.files"
+            )
+        count += head.metadata.num_rows
+    rows = _stored(paths, [images, texts])
+    return count, (_row(row, index, images, texts, folder) for index, row in enumerate(rows))
 
 
 def _stored(files: list[Path], columns: list[str]) -> Iterator[dict]:
     for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(CHUNK, columns=columns):
+        parquet = pq.ParquetFile(file)
+        ids = {"id"} & {*parquet.schema_arrow.names}
+        for batch in parquet.iter_batches(CHUNK, columns=[*columns, *ids]):
             yield from batch.to_pylist()
 
 
-def _row(row: dict, index: int, images: str, texts: str) -> dict:
-    pictures = [picture["bytes"] for picture in images_of(row) if picture]
+def _row(row: dict, index: int, images: str, texts: str, folder: Path) -> dict:
+    pictures = [_picture(cell, folder) for cell in images_of(row) if cell]
+    id = row.get("id")
     return {
-        "id": str(row.get("id", f"{index:08d}")),
+        "id": f"{index:08d}" if id is None else str(id),
         **columns_of(pictures, images == "images"),
         "conversations": turns(row[texts], len(pictures)),
     }
+
+
+def _picture(cell: Any, folder: Path) -> bytes | Path:
+    """An image as bytes, or its place below the folder of the files: a cell is {bytes, path} or one
+    of the two."""
+    content, path = (
+        (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    )
+    return content if isinstance(content, bytes) else folder / str(path)
 
 
 def turns(texts: Any, images: int) -> Any:

@@ -78,7 +78,7 @@ def _row(row: Any, index: int, images: Path, several: bool) -> dict:
     names = image if isinstance(image, list) else [] if image is None else [image]
     paths = [images / str(name) for name in names]
     return {
-        "id": str(row.get("id", index)),
+        "id": str(index if row.get("id") is None else row["id"]),
         **columns_of(paths, several),
         "conversations": row.get("conversations"),
     }

@@ -56,7 +56,9 @@ def folder_of(name: str, source: Source, mirror: str | None) -> Path:
 
 def check(name: str, sha256: str, folder: Path, load: Callable[[], dict[str, Rows]]) -> None:
     """Raise DataError unless the rows in a folder can be read and are those of the set's entry."""
-    fresh = "Delete that folder (or set STS_DATA_MIRROR to a good copy) and run again"
+    fresh = "Put a good copy there (STS_DATA_MIRROR and data.mirror say where) and run again"
+    if folder.is_relative_to(DOWNLOADS):  # else it is the user's, and stays
+        fresh = "Delete that folder (or set STS_DATA_MIRROR to a good copy) and run again"
     try:
         digest = checksum(load())
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -361,6 +361,30 @@ def test_a_pretrained_model_needs_both_parts(tmp_path):
         load_scale(file)
 
 
+OWN = "{json: a.json, images: i}"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "accepted"),
+    [
+        (f"data: {{custom: {{my set: {OWN}}}}}", "data.custom.my set", "lower case letters"),
+        (f"data: {{custom: {{../x: {OWN}}}}}", "data.custom.../x", "lower case letters"),
+        (f"data: {{custom: {{scenes: {OWN}}}}}", "data.custom.scenes", "another name than"),
+        ("data: {rows: {nowhere: 3}}", "data.rows.nowhere", "a key that is one of"),
+        ("data: {folders: {nowhere: x}}", "data.folders.nowhere", "a key that is one of"),
+        ("seeds: [1, 1]", "seeds", "each seed once"),
+        ("stages: {align: {data: [scenes, scenes]}}", "stages.align.data", "each data set once"),
+        ("stages: {align: {lr: .inf}}", "stages.align.lr", "a finite number"),
+        ("stages: {align: {lr: {projector: .nan}}}", "stages.align.lr.projector", "a finite"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_refused(tmp_path, text, key, accepted):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"odd.yaml: {key}: ")) as refused:
+        load_scale(tmp_path / "odd.yaml")
+    assert accepted in str(refused.value)
+
+
 def test_a_custom_data_set_trains_the_stage_that_it_is_for(tmp_path):
     file = tmp_path / "scale.yaml"
     file.write_text(

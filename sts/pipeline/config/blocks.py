@@ -67,7 +67,7 @@ class DataConfig(Block):
     """Data set -> folder where its files lie already, for those that are fetched."""
     scenes: ScenesConfig = ScenesConfig()
     """The embedded data set."""
-    custom: dict[str, CustomConfig] = {}
+    custom: dict[Name, CustomConfig] = {}
     """Name -> the user's own data."""
 
 
@@ -178,8 +178,19 @@ class Config(Block):
     @model_validator(mode="after")
     def _check(self) -> "Config":
         """Refuse values of different blocks that do not go together."""
+        is_once = len({*self.seeds}) == len(self.seeds)
+        expect(is_once, "config.seeds", self.seeds, "each seed once: one run for each")
         sets = (*datasets(), *self.data.custom)
+        for name in self.data.custom:
+            accepted = f"another name than those of the package: {', '.join(datasets())}"
+            expect(name not in datasets(), f"config.data.custom.{name}", name, accepted)
+        for key in ("rows", "folders"):
+            for name, value in getattr(self.data, key).items():
+                accepted = f"a key that is one of {', '.join(sets)}"
+                expect(name in sets, f"config.data.{key}.{name}", value, accepted)
         for name, stage in self.stages.items():
+            is_once = len({*stage.data}) == len(stage.data)
+            expect(is_once, f"config.stages.{name}.data", stage.data, "each data set once")
             for source in stage.data:
                 accepted = f"one of {', '.join(sets)}"
                 expect(source in sets, f"config.stages.{name}.data", source, accepted)

@@ -120,4 +120,4 @@ def test_every_setting_of_the_library_is_described_where_help_and_schema_take_it
     for name, rule in rules.items():
         assert f"\n    {name}: {rule['description']}; " in kind.__doc__
     assert "Share of the visual tokens that reaches" in VTC.__doc__
-    assert "A number in (0, 1]." in VTC.__doc__
+    assert "; a number in (0, 1]." in VTC.__doc__

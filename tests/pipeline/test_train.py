@@ -117,7 +117,8 @@ def test_each_part_has_the_learning_rate_that_it_was_given(run, aligned):
     """One step from equal weights: without decay, Adam's first step is the learning rate."""
     start = tensors(json.loads(aligned.read_text())["weights"])
     rates = {"projector": 1e-3, "language_model": 1e-5}
-    end = tensors(run(config(steps=1, lr=rates), "instruct", init=aligned)["weights"])
+    settings = config(steps=1, lr=rates, trains=[*rates])
+    end = tensors(run(settings, "instruct", init=aligned)["weights"])
     for part, rate in rates.items():
         moves = [(end[n] - start[n]).abs().max().item() for n in start if PARTS[part] in n]
         assert max(moves) == pytest.approx(rate, rel=0.05), part

@@ -86,9 +86,9 @@ def parts(rehearse: bool = False) -> list[Part]:
                 todo.append(Part(name, command, [out], package, partial(measured, out)))
     command = [*python, "snakemake", "--cores", "all", "--config", f"scale={SMOKE}"]
     command += ["--configfile", "workflow/config/smoke.yaml"]
-    made = [Path("results") / SMOKE, Path("data") / SMOKE]
-    says = partial(run_of, made[0], gpu=not rehearse)
-    todo.append(Part("smoke", command, made, says=says))
+    outputs = [Path("results") / SMOKE, Path("data") / SMOKE]
+    says = partial(run_of, outputs[0], gpu=not rehearse)
+    todo.append(Part("smoke", command, outputs, says=says))
     return todo
 
 

@@ -113,13 +113,13 @@ def in_tiles(truth: Tensor) -> tuple[Tensor, Tensor]:
     half = pictures.GRID // 2
     patch = torch.arange(pictures.GRID**2).view(half, 2, half, 2)
     fours = patch.transpose(1, 2).reshape(-1, 4)  # of each patch of the whole
-    wanted = 2 * truth[..., -1] + (truth[..., 0] > 0)
-    first = wanted[:, fours].argmax(-1, keepdim=True)
-    whole = fours.expand(len(truth), -1, -1).gather(-1, first).squeeze(-1)
+    worth = 2 * truth[..., -1] + (truth[..., 0] > 0)
+    first = worth[:, fours].argmax(-1, keepdim=True)
+    chosen = fours.expand(len(truth), -1, -1).gather(-1, first).squeeze(-1)
     tiles = patch.view(2, half, 2, half).transpose(1, 2).reshape(-1)  # row by row of each tile
     tiles = tiles.expand(len(truth), -1)
     inside = places_of(tiles) % half + pictures.GRID
-    return torch.cat([whole, tiles], 1), torch.cat([places_of(whole), inside], 1)
+    return torch.cat([chosen, tiles], 1), torch.cat([places_of(chosen), inside], 1)
 
 
 # --- configurations and processors ---

@@ -73,11 +73,11 @@ def encode_turns(
     labels: list[int] = []
     turn: list[int] = []
     for index, (question, answer) in enumerate(turns, start=1):
-        asked = tokenizer.encode(f"\n{question} assistant:", add_special_tokens=False)
-        given = tokenizer.encode(f" {answer}</s>", add_special_tokens=False)
-        ids += asked + given
-        labels += [IGNORE_INDEX] * len(asked) + given
-        turn += [index] * (len(asked) + len(given))
+        prompt = tokenizer.encode(f"\n{question} assistant:", add_special_tokens=False)
+        reply = tokenizer.encode(f" {answer}</s>", add_special_tokens=False)
+        ids += prompt + reply
+        labels += [IGNORE_INDEX] * len(prompt) + reply
+        turn += [index] * (len(prompt) + len(reply))
     return ids, labels, turn
 
 
@@ -139,9 +139,9 @@ def ask(
     size, shown = len(slots), len(prefix) + slots.shape[1]
     inputs = torch.cat([embed(prefix).expand(size, -1, -1), slots, embed(batch["ids"])], 1)
     turn = torch.cat([torch.zeros(size, shown, dtype=torch.long), batch["turn"]], 1)
-    seen = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
-    seen &= torch.ones(seen.shape[-1], seen.shape[-1], dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+    visible = (turn[:, None] == turn[:, :, None]) | (turn[:, None] == 0)
+    visible &= torch.ones(visible.shape[-1], visible.shape[-1], dtype=torch.bool).tril()
+    mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.bfloat16).min)
     start = len(prefix) + pictures.GRID**2
     places = torch.cat([torch.arange(shown).expand(size, -1), start + batch["place"]], 1)
     hidden = model.model(
@@ -209,8 +209,8 @@ def train_language(
             only = truth[..., -1] > 0
         elif done < (0.7 if drilling else 1 / 6):
             only = truth[..., 0] > 0
-        whole = step % 2 if legs == LAST else legs % 2
-        if only is None and (done < 1 or not whole):
+        is_whole = step % 2 if legs == LAST else legs % 2
+        if only is None and (done < 1 or not is_whole):
             only = few(truth, errors)
         inputs["truth"] = smudge(truth, errors)
         noise = 0.1 * torch.randn(batch, pictures.GRID**2, WIDTH, generator=errors)
@@ -250,7 +250,7 @@ def reading(
         for index in question.unique().tolist():
             skill = part[index // 100]["qa"][index % 100 - 1]["skill"]
             right.setdefault(skill, []).append(bool(correct[index]))
-    return {skill: round(float(np.mean(found)), 3) for skill, found in sorted(right.items())}
+    return {skill: round(float(np.mean(answers)), 3) for skill, answers in sorted(right.items())}
 
 
 def reading_without(

@@ -64,8 +64,8 @@ def drill(split: str, count: int, seed: int, turns: int = 6) -> Iterator[dict]:
         qa: dict[str, tuple[str, str]] = {}
         for skill in skills:
             [make] = QUESTIONS[skill][1]
-            if made := make(scene, rng, is_trained):
-                qa[made[0]] = made[:2]
+            if pair := make(scene, rng, is_trained):
+                qa[pair[0]] = pair[:2]
         names = [f"{o['colour']} {o['shape']}" for o in scene["objects"]]
         for name, o in zip(names, scene["objects"], strict=True):
             if names.count(name) == 1:

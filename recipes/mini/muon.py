@@ -57,8 +57,8 @@ def apart(named: Iterable[tuple[str, nn.Parameter]]) -> tuple[list, list]:
     """Parameters by name -> (the matrices that are for Muon, those for AdamW: embeddings, norms,
     biases and convolutions)."""
     matrices, others = [], []
-    for name, one in named:
-        (matrices if one.ndim == 2 and "embed" not in name else others).append(one)
+    for name, parameter in named:
+        (matrices if parameter.ndim == 2 and "embed" not in name else others).append(parameter)
     return matrices, others
 
 

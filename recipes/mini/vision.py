@@ -54,19 +54,19 @@ def with_tower(
     return model, processor
 
 
-def seen(
+def features_of(
     family: str, model: PreTrainedModel, processor: ProcessorMixin, images: list[np.ndarray]
 ) -> tuple[Tensor, Tensor | None]:
     """What the projector is called with for pictures uint8 [72, 72, 3], as features of unit
     variance [pictures, features, dim]; and the class tokens [pictures, views, dim], if any."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def of_projector(_: nn.Module, args: tuple) -> None:
-        found["features"] = args[0]
+        outputs["features"] = args[0]
 
     def of_tower(_: nn.Module, args: tuple, out) -> None:
         if FAMILIES[family].class_token:
-            found["classes"] = out.pooler_output
+            outputs["classes"] = out.pooler_output
 
     [tower], [projector] = tower_of(model).values(), projector_of(model).values()
     hooks = [
@@ -77,7 +77,7 @@ def seen(
         model.get_image_features(**processor.image_processor(images=images, return_tensors="pt"))
     for hook in hooks:
         hook.remove()
-    features, classes = found["features"], found.get("classes")
+    features, classes = outputs["features"], outputs.get("classes")
     features = F.layer_norm(features.float(), features.shape[-1:])
     features = features.reshape(len(images), -1, features.shape[-1])
     if classes is not None:
@@ -166,16 +166,16 @@ def train_vision(
     rows_of = batched(islice(training_rows(seed, first * batch), steps * batch), batch)
     bar = tqdm(rows_of, f"vision {family}", total=steps, mininterval=10)
     for rows in bar:
-        features, classes = seen(family, model, processor, [row["image"] for row in rows])
+        features, classes = features_of(family, model, processor, [row["image"] for row in rows])
         truth, places = shown(family, truth_of(rows))
         where = place_head(features).unflatten(-1, (2, spots))
         loss = loss_of(patch_head(features), truth)
         loss = loss + F.cross_entropy(where.movedim(-1, 1), places)
         if classes is not None:
-            held = truth.view(*classes.shape[:2], -1, len(SIZES))  # by view
-            held = [F.one_hot(held[..., i], size).amax(2) for i, size in enumerate(SIZES)]
+            present = truth.view(*classes.shape[:2], -1, len(SIZES))  # by view
+            present = [F.one_hot(present[..., i], size).amax(2) for i, size in enumerate(SIZES)]
             loss = loss + F.binary_cross_entropy_with_logits(
-                scene_head(classes), torch.cat(held, -1).float()
+                scene_head(classes), torch.cat(present, -1).float()
             )
         learn(loss)
         if losses is not None:
@@ -195,18 +195,18 @@ def seeing(family: str, tower: PreTrainedModel, rows: int = 768) -> dict[str, fl
     pictures = list(scenes.rows("seeing", rows, 0, turns=1))
     features = torch.cat(
         [
-            seen(family, model.eval(), processor, [row["image"] for row in part])[0]
+            features_of(family, model.eval(), processor, [row["image"] for row in part])[0]
             for part in batched(iter(pictures), 64)
         ]
     ).numpy()
-    told = torch.cat(shown(family, truth_of(pictures)), -1).numpy()
-    things, fitted, shares = told[..., 0] > 0, 3 * rows // 4, {}
+    attributes = torch.cat(shown(family, truth_of(pictures)), -1).numpy()
+    things, fitted, shares = attributes[..., 0] > 0, 3 * rows // 4, {}
     for index, name in enumerate([*ATTRIBUTES, "row", "column"]):
-        answer = told[..., index]
-        asked = things if name in ("centre", "row", "column") else answer > 0
-        known, judged = asked[:fitted], asked[fitted:]
+        answer = attributes[..., index]
+        is_judged = things if name in ("centre", "row", "column") else answer > 0
+        for_fit, for_score = is_judged[:fitted], is_judged[fitted:]
         probe = LinearDiscriminantAnalysis()
-        probe.fit(features[:fitted][known], answer[:fitted][known])
-        right = probe.score(features[fitted:][judged], answer[fitted:][judged])
+        probe.fit(features[:fitted][for_fit], answer[:fitted][for_fit])
+        right = probe.score(features[fitted:][for_score], answer[fitted:][for_score])
         shares[name] = round(float(right), 3)
     return shares

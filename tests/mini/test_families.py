@@ -170,7 +170,7 @@ def test_what_a_feature_is_told_lies_under_it(family, patch):
     where = [slice(pictures.PATCH * i, pictures.PATCH * (i + 1)) for i in (row, column)]
     painted[*where] = np.random.default_rng(0).integers(0, 255, (pictures.PATCH, pictures.PATCH, 3))
     with torch.no_grad():
-        features, _ = vision.seen(family, model.eval(), processor, [plain, painted])
+        features, _ = vision.features_of(family, model.eval(), processor, [plain, painted])
     changed = (features[0] - features[1]).norm(dim=-1)
     truth = torch.zeros(1, pictures.GRID**2, len(pictures.ATTRIBUTES), dtype=torch.long)
     truth[0, patch] = 1

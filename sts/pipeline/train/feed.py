@@ -83,8 +83,8 @@ def my_pieces(
         images = [[index for index in piece if has_image[index]] for piece in at_once]
         if any(images):
             shown = next(filter(None, images))[0]
-            for piece, own in zip(at_once, images, strict=True):
-                piece.extend([] if own else [~shown])
+            for piece, with_image in zip(at_once, images, strict=True):
+                piece.extend([] if with_image else [~shown])
     return pieces[rank::world]
 
 

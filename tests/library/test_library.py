@@ -29,6 +29,7 @@ MEASURED = LDS("block_influence", rate=0.5, ema=0.5)
 HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
 
 
+@pytest.mark.slow
 def test_import_needs_torch_and_transformers_alone():
     code = """
 import sys

@@ -61,6 +61,7 @@ def test_jobs_of_a_cluster_ask_by_the_configuration_and_the_estimate(project):
     assert "gpu" not in jobs["table"]
 
 
+@pytest.mark.slow
 def test_the_gpus_of_the_login_node_are_not_those_of_the_cluster(project):
     more = (ALIGN, "--config", "stages={align: {processes: 4}}")
     on_cluster = resources_of(project, *more, "--jobs", "9", CUDA_VISIBLE_DEVICES="0")["train"]
@@ -69,6 +70,7 @@ def test_the_gpus_of_the_login_node_are_not_those_of_the_cluster(project):
     assert "mem_mb" not in here and "runtime" not in here
 
 
+@pytest.mark.slow
 def test_a_training_on_several_nodes_is_started_on_each_by_slurm(project):
     more = (ALIGN, "--config", "stages={align: {processes: 6, nodes: 3, threads: 2}}")
     train = resources_of(project, *more, "--jobs", "9")["train"]
@@ -101,6 +103,7 @@ def requests(out: Path, gpus: bool, scale: str = PAPER, **align) -> dict[str, di
     return needs.requests(Plan(configs, table), gpus, out)
 
 
+@pytest.mark.slow
 def test_requests_come_from_the_estimate(tmp_path):
     """Of LLaVA-1.5-7B: published are 3.5 and 10 hours on 8 A100, and float32 weights are 28 GB."""
     requested = requests(tmp_path / "new/requests.json", gpus=True)

@@ -197,6 +197,7 @@ def test_gpus_that_are_not_here_take_the_hours_that_were_published():
     assert "price" not in faster["gpu_hours"]
 
 
+@pytest.mark.slow
 def test_the_small_scale_is_an_evening_on_one_gpu():
     """At 35 % of the peak; small matrices may reach a third of that, which an evening has too."""
     total = costs("rtx4090", 1, scale=SMALL)
@@ -287,6 +288,7 @@ def test_processes_on_a_cpu_share_its_cores():
     assert speed.at_once(threads, gpus=0) == 1
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_on_gpus_is_said_with_the_keys_that_help(tmp_path, capsys):
     scale = tmp_path / "scale.yaml"
     scale.write_text(PAPER.read_text().replace("parallel: fsdp2", "parallel: ddp"))

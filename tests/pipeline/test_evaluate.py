@@ -250,6 +250,7 @@ def test_every_answer_is_kept(measure, questions, answers, tmp_path):
     assert (tmp_path / "eval.json").read_bytes() == first, "the same answers give the same bytes"
 
 
+@pytest.mark.slow
 def test_other_settings_are_another_mlflow_run(measure, config, tmp_path, monkeypatch):
     monkeypatch.setenv("STS_TRACKING", "on")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")

@@ -288,6 +288,7 @@ def test_what_the_weights_depend_on_changes_the_key(backbone, prepared):
     assert len({key(), key(seed=1), key(lr=2e-2), key(vtc={"kind": "random", "keep": 0.5})}) == 4
 
 
+@pytest.mark.slow
 def test_killed_after_a_checkpoint_it_resumes_to_the_same_weights(
     tmp_path, backbone, prepared, run
 ):

@@ -79,6 +79,7 @@ def test_every_other_named_target_plans_its_jobs(project, targets, expected):
     assert expected.items() <= jobs.items(), jobs
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_a_folder_is_one_entry_and_its_files_are_followed(project):
     whole = project / "whole"
     whole.mkdir()
@@ -193,6 +194,7 @@ def test_a_clock_that_went_back_stops_nothing(finished):
     assert "Nothing to be done" in run(finished, SMOKE, *BOTH)
 
 
+@pytest.mark.slow
 def test_a_running_call_gives_each_gpu_one_job_and_a_second_call_is_refused(project):
     first = started(project, CUDA_VISIBLE_DEVICES="0")
     try:

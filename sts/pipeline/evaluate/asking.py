@@ -46,7 +46,7 @@ class _Model(HFMultimodalLM):
     a question that is too long: lm-eval cuts off its beginning, the image with it."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(convert_img_format=True, **options)
+        super().__init__(**options)
         ends, end = self.model.generation_config.eos_token_id, end_token(self.processor)
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         if end is not None and end not in ends:

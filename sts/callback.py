@@ -13,7 +13,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from sts.checks import expect
+from sts.checks import NotAccepted, expect
+from sts.compared import check_compared, check_references
 from sts.lds import UNITS
 from sts.scheme import SCHEME, Scheme, model_in, unsparsify
 from sts.settings import LDS, VTC
@@ -25,7 +26,8 @@ class SparseCallback(TrainerCallback, ExportableState):
     The stage is the Trainer's: schedules and dense_tail are shares of `max_steps`. A decision holds
     for all micro-batches of an accumulation, evaluation in between is dense, and a resumed Trainer
     goes on as if it had not stopped. A model that isn't the Trainer's is an error at once, and a
-    step without a sparse forward is one before the optimizer moves.
+    step without a sparse forward is one before the optimizer moves. So is a loss that compares with
+    forwards that can't have the same sparsity (compared.py).
 
     Args:
         model: The Trainer's; None: the scheme goes onto the model that it trains.
@@ -47,6 +49,7 @@ class SparseCallback(TrainerCallback, ExportableState):
         self.vtc = VTC(**vtc) if isinstance(vtc, dict) else vtc or VTC()
         self.lds = LDS(**lds) if isinstance(lds, dict) else lds or LDS()
         self.seed, self.dense_step = seed, dense_step
+        self.takes_any_model = model is None
         self.scheme: Scheme | None = None
         self.stored: dict[str, Any] | None = None  # set by a Trainer that restores callbacks
         if model is not None:
@@ -55,11 +58,18 @@ class SparseCallback(TrainerCallback, ExportableState):
     def _attach(self, model: nn.Module) -> None:
         self.scheme = Scheme(model, self.vtc, self.lds, self.seed, self.dense_step).attach()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._check_model(kwargs["model"])
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse the Trainer's arguments before it does anything long."""
         self._check_ddp(args)
-        batches = len(kwargs["train_dataloader"]) if self.lds.clock == "epochs" else 0
-        steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+        check_compared(args, kwargs["model"], self.vtc, self.lds)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_init_end(args, state, control, **kwargs)  # it may have been added after that
+        self._check_model(kwargs["model"])
+        steps_per_epoch = None
+        if self.lds.clock == "epochs":
+            batches = _batches(kwargs["train_dataloader"])
+            steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
         self.scheme.set_stage(state.max_steps, steps_per_epoch)
         stored = (state.stateful_callbacks or {}).get(type(self).__name__)
         stored = self.stored or (stored and stored["attributes"]["stored"])
@@ -75,6 +85,10 @@ class SparseCallback(TrainerCallback, ExportableState):
             self.scheme = scheme  # of a callback that the Trainer replaced by this one
         elif self.scheme is None or (self.scheme.model is trained and not self.scheme.attached):
             self._attach(model)  # a Trainer's second train(), or the first without a model
+        elif self.scheme.model is not trained and self.takes_any_model:
+            if self.scheme.attached:  # a training that failed, and model_init made the next model
+                self.scheme.detach()
+            self._attach(model)
         elif self.scheme.model is not trained:
             raise ValueError(
                 f"SparseCallback is on a {type(self.scheme.model).__name__} that this Trainer does "
@@ -85,6 +99,9 @@ class SparseCallback(TrainerCallback, ExportableState):
         """DDP waits for gradients of skipped layers unless it is told that there may be none."""
         leaves_out = self.lds.rate > 0 and not UNITS[self.lds.unit].trains_all
         is_sharded = bool(args.fsdp) or args.deepspeed is not None
+        accepted = f"False with LDS unit {self.lds.unit!r}: each step trains other parameters"
+        is_static = getattr(args, "ddp_static_graph", False)  # transformers 5.20 has it first
+        expect(not (is_static and leaves_out), "ddp_static_graph", is_static, accepted)
         if args.world_size > 1 and leaves_out and not is_sharded:
             accepted = f"True with LDS unit {self.lds.unit!r}, whose skipped layers have no "
             accepted += "gradient (units samples and tokens need it not)"
@@ -96,6 +113,8 @@ class SparseCallback(TrainerCallback, ExportableState):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.scheme.after_backward()
+        if self.vtc.keep < 1 or self.lds.rate:
+            check_references(args, *self.scheme.forwards)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """What the last step really did, in `state.log_history`: sts_keep_ratio and so on."""
@@ -118,3 +137,16 @@ class SparseCallback(TrainerCallback, ExportableState):
         arguments = {"vtc": asdict(self.vtc), "lds": asdict(self.lds)}
         arguments |= {"seed": self.seed, "dense_step": self.dense_step}
         return {"args": arguments, "attributes": {"stored": stored}}
+
+
+def _batches(loader: Any) -> int:
+    """The micro-batches of an epoch.
+
+    Raises:
+        ValueError: The data are a stream, of which nobody knows how long it is.
+    """
+    try:
+        return len(loader)
+    except TypeError:
+        accepted = "'steps' with a train_dataset that has no length: its epochs can't be counted"
+        raise NotAccepted("LDS.clock", "epochs", accepted) from None

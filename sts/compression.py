@@ -58,7 +58,7 @@ class Compression:
     vtc: VTC
     kind: Callable | nn.Module  # what compresses; a module if it has weights
     keep: float  # the share of the visual tokens that is kept now
-    generator: torch.Generator
+    generator: Callable[[], torch.Generator]  # called where the kind wants one
     attention: ClassAttention | None = None  # where the kind wants scores
     recorded: dict[str, Tensor] = field(default_factory=dict)  # its queries and keys
 
@@ -131,6 +131,7 @@ class Compression:
         )
         text, text_mask = self._text(batch, embeddings)
         scores = self._scores(batch, count)
+        generator = self.generator() if "generator" in wants(self.vtc.kind) else None
         places = visual.flatten().nonzero()[:, 0]
         for grid, index in self._images(batch).items():
             index, newlines = _without_newlines(grid, index.to(visual.device), self.keep)
@@ -146,7 +147,7 @@ class Compression:
                 scores=None if scores is None else scores[index],
                 text=None if text is None else text[rows],
                 text_mask=None if text is None else text_mask[rows],
-                generator=self.generator,
+                generator=generator,
             )
             self._write(full, places, index, tokens, outputs)
         return full

@@ -1,6 +1,7 @@
 """Random generators that depend on a key alone, so that a draw moves no other random stream."""
 
 import random
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,14 @@ def keyed_generator(*key: object) -> random.Random:
 def keyed_seed(*key: object) -> int:
     """A seed of 53 bits that depends on its key alone."""
     return int(keyed_generator(*key).random() * 2**53)
+
+
+def digest(tensor: "torch.Tensor") -> str:
+    """A hash of a tensor's shape and values, for a key. Waits for the tensor's device."""
+    import torch
+
+    values = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return sha256(repr(tuple(tensor.shape)).encode() + values).hexdigest()
 
 
 def keyed_torch_generator(*key: object) -> "torch.Generator":

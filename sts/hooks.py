@@ -6,13 +6,17 @@
       the base model    gives as many hidden states as there were tokens, or those before answers
     the model           gives the loss, and no logits where they would be those of the answers only
 
-A forward pass may begin at any of the three modules. It acts in training mode with gradients, and
-on nothing else. Shapes: B batch, T tokens of a row, D model width, A answer tokens of the batch.
+A forward pass may begin at any of the three modules. The scheme acts in training mode, as dropout
+does, with gradients or without, but not on generation. What is drawn for a micro-batch depends on
+its inputs: whoever computes them again, for checkpointing or to compare two forwards, draws alike.
+Shapes: B batch, T tokens of a row, D model width, A answer tokens of the batch.
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,10 +28,10 @@ from transformers import PreTrainedModel
 from sts.architectures import Architecture
 from sts.checks import expect
 from sts.compression import Compression
-from sts.draws import keyed_torch_generator
+from sts.draws import digest, keyed_torch_generator
 from sts.lds.skipper import Skipper
 from sts.lds.units import with_replacements
-from sts.loss import answer_keywords, before_targets, needs_only_answers
+from sts.loss import answer_keywords, before_targets, is_of_library, needs_only_answers
 from sts.realised import Realised
 from sts.sequence import Batch, not_padding, take
 from sts.settings import VTC
@@ -46,6 +50,9 @@ class Call:
     """A forward pass under way."""
 
     entered: nn.Module  # the module at which it began
+    arguments: dict[str, Any]  # the keywords of that module
+    acts: bool = False  # else the plain model runs
+    counts: bool = False  # as a micro-batch of the step
     inputs: dict[str, Any] = field(default_factory=dict)  # of all modules outside language_model
     answers_only: bool = False  # the head gets the hidden states before answer tokens only
     places: tuple[Tensor, ...] = ()  # where those stand: (rows [A], places [A])
@@ -56,6 +63,15 @@ class Call:
     tokens: list[int] = field(default_factory=list)  # [rows, tokens] that the language model gets
     visual: tuple[Tensor, ...] = ()  # visual tokens (before, after) compression
     stack: ExitStack = field(default_factory=ExitStack)  # undone when the language model returns
+    count: Callable[[], None] | None = None  # what is counted, once the whole forward is through
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the batch's tokens, or else of its mask or shape: what is drawn depends on it."""
+        for name in ("input_ids", "attention_mask"):
+            if isinstance(self.arguments.get(name), Tensor):
+                return digest(self.arguments[name])
+        return str(tuple(self.arguments["inputs_embeds"].shape))
 
 
 class Hooks:
@@ -63,6 +79,8 @@ class Hooks:
 
     Attributes:
         realised: What the forwards since `begin_step` did.
+        failed: Whether one of them raised, or was interrupted.
+        recorded, unrecorded: Those with gradients and those without, but for those in a backward.
     """
 
     def __init__(
@@ -81,8 +99,11 @@ class Hooks:
 
     def begin_step(self, step: int | None, keep: float) -> None:
         """From now on forwards belong to optimizer step `step`, with this keep ratio."""
+        self.close()
         self._step, self._keep = step, keep
         self.realised = Realised(len(self.skipper.layers))
+        self.failed = False
+        self.recorded = self.unrecorded = 0
 
     def attach(self) -> None:
         """Hang the hooks on the model."""
@@ -99,6 +120,7 @@ class Hooks:
 
     def detach(self) -> None:
         """Take the hooks off the model."""
+        self.close()
         for handle in self._handles:
             handle.remove()
         self.skipper.remove_hooks()
@@ -109,34 +131,55 @@ class Hooks:
         """The inputs of `module` by name, with a call under way; None: the scheme does not act."""
         if getattr(module, "_is_replica", False):
             raise RuntimeError("nn.DataParallel copies the model to threads: use DDP (torchrun)")
-        self._leave(module)  # a call that was left by what no hook sees, as Ctrl-C
-        if self._call is None:
-            if not (self.model.training and torch.is_grad_enabled()):
-                return None
-            if self._step is None:
-                raise RuntimeError("call scheme.begin_step(step) before the forwards of each step")
-            self._call = self._begin(module)
         if args:
             names = list(signature(type(module).forward).parameters)[1:]  # without self
             kwargs = dict(zip(names, args, strict=False)) | kwargs
+        if self._call and self._call.entered is module:
+            self.close()
+        if self._call is None:
+            self._call = Call(module, kwargs)
+            self._begin(self._call)
+        if not self._call.acts:
+            return None
         if module is not self.model:
             kwargs = self._as_called(kwargs)
         if module is not self.skipper.language_model:
             self._call.inputs |= kwargs
         return kwargs
 
-    def _begin(self, module: nn.Module) -> Call:
-        """A call that begins at `module`, with the VTC of this micro-batch if it has one."""
-        call = Call(module)
+    def _begin(self, call: Call) -> None:
+        """Decide what the scheme does in a call, and begin its VTC if it has one.
+
+        A micro-batch counts once: not where it is only compared with, without gradients, and not
+        where a backward computes it again, unless no forward of the step recorded gradients before
+        its backward, as under re-entrant checkpointing of the whole model.
+        """
+        records, in_backward = torch.is_grad_enabled(), torch._C._current_graph_task_id() != -1
+        if not self.model.training or (not records and _generates(call.arguments)):
+            return
+        if self._step is None:
+            if records:
+                raise RuntimeError("call scheme.begin_step(step) before the forwards of each step")
+            return
+        if in_backward and not (self.recorded or self.unrecorded):
+            raise RuntimeError(
+                "a backward computes a forward of another step again: end all backward passes of a "
+                "step before the next scheme.begin_step"
+            )
+        call.acts, call.counts = True, records and not (in_backward and self.recorded)
+        self.recorded += records and not in_backward
+        self.unrecorded += not records and not in_backward
         if self._keep < 1:
             kind = getattr(self.model, WEIGHTS, None) or kind_of(self.vtc.kind)
-            key = (self.seed, self._step, self.realised.micro_batches, "tokens")
-            generator = keyed_torch_generator(*key)
             call.compression = Compression(
-                self.model, self.architecture, self.vtc, kind, self._keep, generator
+                self.model,
+                self.architecture,
+                self.vtc,
+                kind,
+                self._keep,
+                lambda: keyed_torch_generator(self.seed, self._step, call.digest, "tokens"),
             )
             call.stack.enter_context(call.compression.recording())
-        return call
 
     def _as_called(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keywords of an inner module as the model's forward would have passed them, had it got
@@ -146,10 +189,18 @@ class Hooks:
             kwargs = {name: value for name, value in kwargs.items() if name != "shift_labels"}
         return kwargs | {name: value for name, value in originals.items() if name in kwargs}
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
-        """End the call if it began at this module."""
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """End the call if it began at this module; output None: it raised."""
         if self._call and self._call.entered is module:
+            if output is not None and self._call.count:
+                self._call.count()
+            self.close(failed=output is None)
+
+    def close(self, failed: bool = True) -> None:
+        """End the call under way, if there is one: what no hook sees has left it, as Ctrl-C."""
+        if self._call:
             call, self._call = self._call, None
+            self.failed |= failed and call.acts
             call.stack.close()
 
     # ---- the outer model ------------------------------------------------------------------------
@@ -180,9 +231,11 @@ class Hooks:
         by_forward = _NEEDS_ONLY_ANSWERS.setdefault(self.model, {})
         if key not in by_forward:
             path = self.architecture.base or self.architecture.language_model
-            by_forward[key] = needs_only_answers(self.model, path, inputs)
+            stays = is_of_library(self.model.forward) and is_of_library(self.model.loss_function)
+            by_forward[key] = stays and needs_only_answers(self.model, path, inputs)
             if not by_forward[key]:
-                log.info("sts: logits are computed for every token, as this forward asks for them")
+                why = "this forward asks for them" if stays else "forward or loss is one's own"
+                log.info("sts: logits are computed for every token, as %s", why)
         return by_forward[key]
 
     def _balances_experts(self, inputs: dict[str, Any]) -> bool:
@@ -215,6 +268,11 @@ class Hooks:
         if kwargs is None:
             return None
         call = self._call
+        if call.compression and call.entered is module and kwargs.get("input_ids") is None:
+            raise RuntimeError(
+                f"the forward began at the {type(module).__name__}, where VTC can't tell images "
+                "from text: call model(...), not model.forward(...)"
+            )
         if kwargs.get("inputs_embeds") is None:
             embed = self.model.get_input_embeddings()
             kwargs = kwargs | {"inputs_embeds": embed(kwargs["input_ids"]), "input_ids": None}
@@ -254,15 +312,16 @@ class Hooks:
     def _skip_layers(self, call: Call) -> None:
         """Put replacements of decoder layers, and hooks that measure them, into the model."""
         skipper = self.skipper
-        if not self.realised.micro_batches:
+        if call.counts and not self.realised.micro_batches:
             skipper.drop_zero_gradients()
-        call.replacements = skipper.replacements(self.realised.micro_batches)
+        call.replacements = skipper.replacements(lambda: call.digest)
         is_partial = call.replacements and not skipper.unit.drawn_by_step
         is_refused = is_partial and self._balances_experts(call.inputs)
         accepted = f"unset for LDS unit {skipper.lds.unit!r}: experts see other tokens in each "
         expect(not is_refused, "output_router_logits", True, accepted + "layer")
-        for hook in skipper.measuring_hooks(call.batch, call.replacements):
-            call.stack.enter_context(hook)
+        if call.counts:
+            for hook in skipper.measuring_hooks(call.batch, call.replacements):
+                call.stack.enter_context(hook)
         if call.replacements:
             layers = (skipper.language_model, self.architecture.layers)
             call.stack.enter_context(with_replacements(*layers, call.replacements))
@@ -282,6 +341,7 @@ class Hooks:
                 "tensor? LDS can't replace them"
             )
         work = self.skipper.work(call.replacements)
+        self.skipper.check_backward(hidden)
         batch, call.batch = call.batch, None
         if call.answers_only:
             row, place = (x.to(hidden.device) for x in call.places)
@@ -289,7 +349,9 @@ class Hooks:
             hidden = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + place)[None]
         elif batch.shows is not None:
             hidden = take(hidden, batch.shows)
-        self.realised.add(call.tokens, call.visual, hidden.shape[:2].numel(), work)
+        if call.counts:
+            logits = hidden.shape[:2].numel()
+            call.count = partial(self.realised.add, call.tokens, call.visual, logits, work)
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden
@@ -315,6 +377,14 @@ class Hooks:
             output.router_logits = tuple(
                 None if x is None else x.flatten(0, -2)[real] for x in logits
             )
+
+
+def _generates(inputs: dict[str, Any]) -> bool:
+    """Whether a forward without gradients is one of a generation: it has a cache, or wants the
+    logits of the last token alone."""
+    has_cache = inputs.get("past_key_values") is not None or inputs.get("use_cache") is True
+    last = inputs.get("logits_to_keep")
+    return has_cache or (isinstance(last, int) and last == 1)
 
 
 def _check_labels(labels: object, inputs: dict[str, Any]) -> None:

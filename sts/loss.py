@@ -1,12 +1,14 @@
 """Logits before the targets only, if the model's own forward has the same loss then.
 
 A forward in training computes logits of every token, but its loss reads only those right before a
-target. Nothing here computes a loss: the model's own forward, whoever wrote it, gets the hidden
-states before the targets as a batch of one row. A probe decides once whether its loss is the same.
+target. Nothing here computes a loss: the model's own forward gets the hidden states before the
+targets as a batch of one row. A probe decides once whether its loss is the same, and is believed
+where forward and loss are code of libraries: one's own may add a term of all logits later.
 """
 
 import logging
 import math
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -23,7 +25,20 @@ log = logging.getLogger(__name__)
 
 # Labels of the probe's batch, [2, 6]: its rows have different numbers of targets
 PROBE_LABELS = ((-100, 1, -100, -100, 1, -100), (-100, -100, 2, 3, 1, 2))
+LIBRARIES = {"transformers", "torch", "accelerate", "liger_kernel"}  # whose losses never change
 EXPECTED_OUTPUTS = {"loss", "logits", "aux_loss"}  # a forward that returns more gets all tokens
+
+
+def is_of_library(function: Callable | None) -> bool:
+    """Whether a function, and each that it wraps, is code of LIBRARIES."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        module = getattr(function, "__globals__", vars(type(function))).get("__name__")
+        module = module or type(function).__module__
+        if module.partition(".")[0] not in LIBRARIES:
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def before_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +119,8 @@ def needs_only_answers(model: PreTrainedModel, path: str, kwargs: dict[str, Any]
     for dtype in dict.fromkeys((weight.dtype, torch.bfloat16, torch.float16, torch.float32)):
         try:
             return passes(dtype)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever a forward can't do with the answers alone
             log.debug("sts: the probe in %s raised %r", dtype, error)
     return False

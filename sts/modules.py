@@ -1,7 +1,10 @@
-"""Temporary changes to the modules of any model."""
+"""Temporary changes to the modules of any model, and what their source says."""
 
-from collections.abc import Iterator
+import ast
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from textwrap import dedent
 
 from torch import nn
 
@@ -17,6 +20,23 @@ def replaced(model: nn.Module, path: str, replacement: nn.Module) -> Iterator[No
         yield
     finally:
         siblings[name] = original
+
+
+def returns_tuple(function: Callable) -> bool:
+    """Whether a function returns a tuple somewhere, by its source; False where there is none."""
+    try:
+        tree = ast.parse(dedent(inspect.getsource(inspect.unwrap(function))))
+    except OSError:
+        return False
+    nodes = list(ast.walk(tree))
+    tuples = {
+        ast.unparse(target)
+        for node in nodes
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        for target in node.targets
+    }
+    returned = [node.value for node in nodes if isinstance(node, ast.Return) and node.value]
+    return any(isinstance(x, ast.Tuple) or ast.unparse(x) in tuples for x in returned)
 
 
 def show_hooks_to_compile() -> None:

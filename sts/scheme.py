@@ -59,9 +59,9 @@ class Scheme:
         self.attached = False
         self._must_be_sparse = False  # the step, and nothing was said about it yet
         architecture = architecture_of(self.model)
+        _check_type(self.model, vtc, lds)
         self.skipper = Skipper(lds, self.model, architecture, seed)
         self._hooks = Hooks(self.model, architecture, vtc, self.skipper, seed)
-        _check_type(self.model, vtc, lds)
         if "scores" in wants(vtc.kind):
             architecture.class_attention(self.model)  # fails now rather than in the first step
 
@@ -69,7 +69,8 @@ class Scheme:
         return self
 
     def __exit__(self, failure: type | None, *_: object) -> None:
-        unsparsify(self.model)
+        if self.attached:
+            self.detach()
         if failure is None:
             self.check_step()
 
@@ -84,7 +85,7 @@ class Scheme:
         return self.decision.layers
 
     def set_stage(self, total_steps: int | None, steps_per_epoch: int | None) -> None:
-        """Set the optimizer steps of the stage and of an epoch.
+        """Set the optimizer steps of the stage and of an epoch; the stage begins anew.
 
         Raises:
             ValueError: They are no such numbers, or missing where a schedule or clock needs them.
@@ -100,6 +101,9 @@ class Scheme:
         accepted = f"the number of optimizer steps of an epoch, for LDS.clock={self.lds.clock!r}"
         expect(is_possible, "steps_per_epoch", steps_per_epoch, accepted)
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        # what a training that broke off has left behind
+        self._must_be_sparse = False
+        self.skipper.measured.forget()
 
     def begin_step(self, step: int) -> None:
         """Fix what optimizer step `step` (0 = first) keeps and skips.
@@ -144,18 +148,30 @@ class Scheme:
         """
         return self._hooks.realised.metrics(self.lds, self.decision)
 
+    @property
+    def forwards(self) -> tuple[int, int]:
+        """The forwards since `begin_step` that recorded gradients, and those that did not."""
+        return self._hooks.recorded, self._hooks.unrecorded
+
     def check_step(self) -> None:
         """Raise RuntimeError, or warn as `dense_step` says, if the step was to leave something out
         and no forward of it was sparse."""
-        if not self._must_be_sparse or self._hooks.realised.micro_batches:
+        self._hooks.close()
+        hooks = self._hooks
+        if not self._must_be_sparse or hooks.realised.micro_batches or hooks.failed:
             return
         self._must_be_sparse = False
         text = (
             f"no forward of step {self.step} was sparse: none in training mode with gradients went "
-            f"through the language model of this {type(self.model).__name__}. Is another model "
-            "trained, or a copy of it, or did something replace its modules? (dense_step='warn' "
-            "goes on)"
+            f"through the language model of this {type(self.model).__name__}. "
         )
+        if hooks.unrecorded:
+            text += "Has no backward computed again what was run without gradients (checkpointing)?"
+        else:
+            text += (
+                "Is another model trained, or a copy of it, or did something replace its modules?"
+            )
+        text += " (dense_step='warn' goes on)"
         if self.dense_step == "error":
             raise RuntimeError(text)
         log.warning("sts: %s", text)
@@ -261,9 +277,10 @@ def sparsify(
 ) -> Scheme:
     """Train `model` sparsely for one stage of `total_steps` optimizer steps.
 
-    Acts on forwards in training mode with gradients. With labels the output holds the loss and no
-    logits: these are computed before answer tokens only, if the model's own forward has the same
-    loss then. `sparsify(model)` does just that, so that a dense run is timed with the same loss.
+    Acts in training mode, as dropout does, with gradients or without, but not on generation. With
+    labels the output holds the loss and no logits: these are computed before answer tokens only, if
+    forward and loss are those of transformers and the loss is the same then. `sparsify(model)` does
+    just that, so that a dense run is timed with the same loss.
 
     PEFT, accelerate, DDP, FSDP2 or TRL may come before or after it. A VTC kind with weights of its
     own comes before the optimizer and all of them: it is a submodule of the model until

@@ -69,8 +69,8 @@ def main(mode: str, out: str, steps: int) -> None:
     losses, kept, skips, expected = [], True, [], [0] * len(layers)
     for step in range(steps):
         mean = torch.zeros((), dtype=dtype)
+        scheme.begin_step(step)
         for part in parts:
-            scheme.begin_step(step)  # for every part: they draw as several processes do
             loss = runner(**part).loss / len(parts)
             mean += loss.detach()
             if engine:
@@ -95,7 +95,7 @@ def main(mode: str, out: str, steps: int) -> None:
     if rank == 0:
         result = {
             "losses": losses,
-            "skips": skips,
+            "skips": torch.tensor(all_skips).mean(0).tolist() if samples else skips,
             "same_on_all": all(other == skips for other in all_skips),
             "grad_where_not_skipped_alone": kept,
             "ran_only_what_was_not_skipped": calls == expected,

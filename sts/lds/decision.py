@@ -51,7 +51,8 @@ class LayerDecision:
     generator: Callable[[], Any]  # -> a torch.Generator of this layer and micro-batch
     sublayers: Mapping[str, str] = field(default_factory=dict)  # share -> module of the layer
     returned: Callable[[Any, dict[str, Any]], Any] | None = None
-    skipped: set[str] = field(default_factory=set)  # the shares that hooks skipped in the forward
+    # the shares that hooks skipped in the forward -> whether it recorded gradients there
+    skipped: dict[str, bool] = field(default_factory=dict)
 
 
 def chances(

@@ -23,6 +23,12 @@ class Measured:
         self._depth, self._ema = depth, ema
         self.is_needed = bool(depth.of_forward or depth.of_gradients)
         self.average = unmeasured(layers)
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as before the first measurement."""
+        layers = len(self.average)
+        self.average = unmeasured(layers)
         self.awaits_gradients = False
         self._sums = torch.zeros(2, layers)  # sum and count since the last `fold`
 

@@ -1,9 +1,9 @@
 """LDS on the decoder layers of one model: one decision a step, which every forward of it obeys."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from transformers import PreTrainedModel
 
 from sts.architectures import Architecture
@@ -15,7 +15,7 @@ from sts.lds.distributed import prepare_skipped_layers
 from sts.lds.measure import Measured
 from sts.lds.parts import LDS
 from sts.lds.units import Replacement
-from sts.modules import show_hooks_to_compile
+from sts.modules import returns_tuple, show_hooks_to_compile
 from sts.sequence import Batch
 
 
@@ -46,6 +46,9 @@ class Skipper:
     def _check_unit(self) -> None:
         """Raise ValueError for a unit that the model's layers can't have."""
         is_possible = self._architecture.partial or self.unit.drawn_by_step
+        for kind in () if self._architecture.returned else {type(layer) for layer in self.layers}:
+            accepted = f"0.0: {kind.__name__} returns more than the hidden state"
+            expect(not returns_tuple(kind.forward), "LDS.rate", self.lds.rate, accepted)
         accepted = "a unit of whole layers: those of this model share what they compute of all "
         expect(is_possible, "LDS.unit", self.lds.unit, accepted + "tokens")
         for index, layer in enumerate(self.layers if "mlp_backward" in self.unit.shares else ()):
@@ -92,15 +95,14 @@ class Skipper:
         attention, mlp = self._architecture.attention, self._architecture.mlp
         return {"attention_backward": first_of(attention), "mlp_backward": first_of(mlp)}
 
-    def decision_of(self, layer: int, micro_batch: int = 0) -> LayerDecision:
-        """What the decision of the step means for a layer, in a micro-batch."""
-        key = (self.seed, self._step, micro_batch, "layer", layer)
+    def decision_of(self, layer: int, digest: Callable[[], str] = str) -> LayerDecision:
+        """What the decision of the step means for a layer, in the micro-batch of this digest."""
         return LayerDecision(
             chance=self.decision.chances[layer],
             off=self.decision.of(layer),
             draw=self.lds.draw,
             rescale=self.lds.rescale,
-            generator=partial(keyed_torch_generator, *key),
+            generator=partial(_generator, self.seed, self._step, digest, layer),
             returned=self._architecture.returned,
             sublayers=self._sublayers(layer),
         )
@@ -117,15 +119,15 @@ class Skipper:
                 if parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None
 
-    def replacements(self, micro_batch: int) -> dict[int, Replacement]:
-        """What is called instead of a layer in this micro-batch, by layer."""
+    def replacements(self, digest: Callable[[], str]) -> dict[int, Replacement]:
+        """What is called instead of a layer in the micro-batch of this digest, by layer."""
         for decision in self._hooked.values():
             decision.skipped.clear()
         if self.unit.replacement is None:
             return {}
         replace = resolve(self.unit.replacement)
         by_layer = {
-            i: replace(self.layers[i], self.decision_of(i, micro_batch))
+            i: replace(self.layers[i], self.decision_of(i, digest))
             for i, chance in enumerate(self.decision.chances)
             if chance
         }
@@ -154,3 +156,23 @@ class Skipper:
             )
         hooked = {i: dict.fromkeys(each.skipped, 0.0) for i, each in self._hooked.items()}
         return work or hooked
+
+    def check_backward(self, hidden: Tensor) -> None:
+        """See to it that a backward which computes the layers again, hooked by the unit, comes
+        while the hooks are those of the forward that gave `hidden`."""
+        hooks = self._hooks
+        recorded = [x for each in self._hooked.values() for x in each.skipped.values()]
+
+        def check(gradient: Tensor) -> None:
+            if self._hooks is not hooks:
+                raise RuntimeError(
+                    f"LDS unit {self.lds.unit!r} under re-entrant checkpointing: end the backward "
+                    "passes of a step before the next scheme.begin_step and before unsparsify"
+                )
+
+        if hidden.requires_grad and not all(recorded):
+            hidden.register_hook(check)
+
+
+def _generator(seed: int, step: int, digest: Callable[[], str], layer: int) -> Generator:
+    return keyed_torch_generator(seed, step, digest(), "layer", layer)

@@ -5,9 +5,11 @@ computes again. Hooks stay for the whole step, so that what is computed again is
 way. Shapes: B rows of a micro-batch, T tokens of a row, D model width.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from inspect import getclosurevars
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from transformers.utils import output_capturing
 from sts.lds.decision import LayerDecision
 from sts.modules import replaced
 from sts.sequence import row_argument, take, token_argument, write_places, write_rows
+
+log = logging.getLogger(__name__)
 
 
 class Replacement:
@@ -33,6 +37,8 @@ class Replacement:
         self.select: Callable[[Tensor], Tensor] = lambda mask: mask
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_layer":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._layer, name)
 
     def _run(self, hidden: Tensor, argument: Callable, args: tuple, kwargs: dict) -> Tensor:
@@ -50,11 +56,23 @@ class Replacement:
 
     def _record(self, before: Tensor, after: Tensor) -> Tensor:
         """`after`, shown to the hooks by which transformers collects hidden states [B, T, D] of all
-        tokens, if they were asked for."""
-        for hook in self._layer._forward_hooks.values():
-            if getattr(hook, "__module__", None) == output_capturing.__name__:
-                hook(self._layer, (before,), after)
+        tokens, if they were asked for. Among attentions the layer's is None."""
+        for hook in _capturing_hooks(self._layer):
+            hook(self._layer, (before,), after)
+        collected = output_capturing._active_collector.get() or {}
+        hooks = (hook for module in self._layer.modules() for hook in _capturing_hooks(module))
+        if "attentions" in collected and any(
+            getclosurevars(hook).nonlocals.get("key") == "attentions" for hook in hooks
+        ):
+            collected["attentions"].append(None)
         return after
+
+
+def _capturing_hooks(module: nn.Module) -> list[Callable]:
+    """The hooks by which transformers collects what the module returns."""
+    hooks = module._forward_hooks.values()
+    name = output_capturing.__name__
+    return [hook for hook in hooks if getattr(hook, "__module__", None) == name]
 
 
 class Skipped(Replacement):
@@ -115,6 +133,11 @@ def kept_rows(rows: int, decision: LayerDecision) -> Tensor:
     independent: each row has its own switch. fixed_count: floor(mean) or ceil(mean) rows are left
     out, so that their mean number is chance x rows.
     """
+    if decision.chance ** (rows - 1) > 0.1 * rows:  # a tenth of what is left out is lacking
+        log.warning_once(  # transformers' addition to loggers
+            f"sts: LDS unit 'samples' keeps at least one row: of {rows} rows of a micro-batch it "
+            "leaves out less than the chance that was set (scheme.metrics()); give it more rows"
+        )
     draws = torch.rand(rows + 1, generator=decision.generator())
     if decision.draw == "independent":
         skipped = int((draws[:-1] < decision.chance).sum())
@@ -150,7 +173,7 @@ def _detach(
 ) -> Any:
     if not module.training:
         return output
-    decision.skipped.add(share)
+    decision.skipped[share] = torch.is_grad_enabled()
     if isinstance(output, tuple):
         return tuple(x.detach() if isinstance(x, Tensor) else x for x in output)
     return output.detach()

@@ -1,6 +1,7 @@
 """STS for its own sake: in other people's loops, trainers and wrappers."""
 
 import copy
+import math
 import os
 import pickle
 import re
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from torch import nn
-from trainers import VISUAL, tiny, trainer_for
-from transformers import Trainer, TrainerCallback
+from trainers import USUAL, VISUAL, tiny, trainer_for
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback
+from trl import DPOConfig, DPOTrainer
 
 from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 from sts.lds import DEPTHS, Depth
@@ -73,6 +77,50 @@ def test_examples_run(name, model_folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "keep_ratio': 0.5" in done.stdout or "sts_keep_ratio': '0.5'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("vtc", "lds"), [(VTC("random", keep=0.25), None), (None, HALF), (None, LDS("random_ltd", 0.5))]
+)
+def test_the_first_loss_of_dpo_is_log_2(vtc, lds, model_folder, tmp_path):
+    """With PEFT policy and reference are the same weights then, and have the same sparsity."""
+    trainer = dpo(model_folder, tmp_path, SparseCallback(None, vtc, lds))
+    trainer.train()
+    first, second = (float(row["loss"]) for row in trainer.state.log_history if "loss" in row)
+    assert first == pytest.approx(math.log(2), abs=1e-4) != second
+
+
+def test_a_reference_beside_adapters_is_refused_as_it_is_dense(model_folder, tmp_path):
+    reference = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32)
+    callback = SparseCallback(None, VISUAL)
+    trainer = dpo(model_folder, tmp_path, callback, ref_model=reference)
+    with pytest.raises(ValueError, match="reference forwards of a step=0: expected 1 of the train"):
+        trainer.train()
+
+
+def dpo(model_folder, folder, callback, **more) -> DPOTrainer:
+    ask = {"type": "text", "text": "what color is the circle?"}
+    rows = [
+        {
+            "images": [Image.new("RGB", (64, 64), color)],
+            "prompt": [{"role": "user", "content": [{"type": "image"}, ask]}],
+            "chosen": [{"role": "assistant", "content": [{"type": "text", "text": color}]}],
+            "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "grey"}]}],
+        }
+        for color in ("red", "blue")
+    ]
+    model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32)
+    settings = {"max_length": None, "bf16": False, "gradient_checkpointing": False}
+    settings |= {"max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    return DPOTrainer(
+        model,
+        args=DPOConfig(str(folder), **USUAL | settings),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoProcessor.from_pretrained(model_folder),
+        peft_config=LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj)"),
+        callbacks=[callback],
+        **more,
+    )
 
 
 def test_every_place_that_the_glossary_names_is_there():

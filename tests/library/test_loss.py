@@ -5,8 +5,10 @@ before targets alone only where that is the same loss.
 import pytest
 import torch
 import transformers as hf
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from by_hand import CLOSE, KEEP, assert_same, backward, by_hand, pooled
-from tiny import CASES, LAYERS, PAD, SQUARE, case, flat, sliding, vit
+from tiny import CASES, LAYERS, SQUARE, case, flat, sliding, vit
 from torch.nn import functional as F
 from zoo import ZOO
 
@@ -158,17 +160,35 @@ def test_a_loss_function_of_ones_own():
     assert_same(backward(model, batch), expected)
 
 
-def test_a_subclass_that_changes_nothing_still_sees_answers_alone():
+def test_a_forward_of_ones_own_gets_all_logits_as_its_loss_may_change():
+    """A coefficient that warms up: the probe of the first step would see no difference."""
+
     class Mine(hf.LlavaForConditionalGeneration):
         def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+            output.loss = output.loss + coefficient * output.logits.float().logsumexp(-1).mean()
+            return output
 
-    model, batch = CASES["llava"].build(), CASES["llava"].batch(ROWS)
+    model, batch, coefficient = CASES["llava"].build(), CASES["llava"].batch(ROWS), 0.0
+    begin = sparsify(model).begin_step
+    begin(0)
+    assert logits_computed(model, batch) == logits_computed(model, batch, num_items_in_batch=7) == 6
     model.__class__ = Mine
-    sparsify(model).begin_step(0)
-    assert logits_computed(model, batch) == 6
-    assert logits_computed(model, batch, num_items_in_batch=7) == 6
-    assert PAD == 0
+    assert logits_computed(model, batch) == batch["labels"].numel()
+    coefficient = 0.5
+    result = backward(model, batch)
+    unsparsify(model)
+    assert_same(result, backward(model, batch))
+
+
+def test_what_accelerate_wraps_still_sees_answers_alone():
+    AcceleratorState._reset_state(True)
+    model, batch = CASES["llava"].build(torch.float32), CASES["llava"].batch(ROWS)
+    batch["pixel_values"] = batch["pixel_values"].float()
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    sparsify(prepared).begin_step(0)
+    assert logits_computed(prepared, batch) == 6
+    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

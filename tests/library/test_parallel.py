@@ -53,8 +53,9 @@ def test_two_processes_train_as_one_does(mode, alone, tmp_path):
 
 def test_with_samples_every_layer_is_trained_in_every_step_and_ddp_need_not_look(tmp_path):
     alone, result = train("alone_samples", 1, tmp_path), train("ddp_samples", 2, tmp_path)
-    assert result["skips"] == alone["skips"] and result["same_on_all"]
-    assert {share for step in result["skips"] for share in step} == {0.0, 0.5}
+    assert result["skips"] == alone["skips"]
+    assert {share for step in result["skips"] for share in step} == {0.0, 0.25, 0.5}
+    assert not result["same_on_all"]  # other samples draw otherwise
     assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert result["grad_where_not_skipped_alone"] and result["ran_only_what_was_not_skipped"]
     assert "skipped layers are not computed, but" not in result["stderr"]

@@ -15,6 +15,7 @@ from by_hand import assert_same, backward, decoder_layers, doing_nothing, gradie
 from tiny import CASES, IMAGE, LAYERS
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sts import LDS, VTC, sparsify, unsparsify
 from sts.architectures import ARCHITECTURES
@@ -109,7 +110,9 @@ def test_careless_labels_keep_their_scale(num_items):
 @pytest.mark.parametrize(
     ("vtc", "lds"), [(VTC("random", keep=0.25), None), (None, LDS("random_ltd", rate=0.5))]
 )
-def test_random_tokens_differ_by_step_and_micro_batch_and_repeat(vtc, lds):
+def test_random_tokens_differ_by_step_and_inputs_and_repeat(vtc, lds):
+    text = [[[*row[:1], *(t + 1 for t in row[1:-2]), *row[-2:]] for row in ONE_IMAGE], ONE_IMAGE]
+
     def losses(seed):
         model = build()
         scheme = sparsify(model, vtc, lds, seed=seed)
@@ -117,11 +120,11 @@ def test_random_tokens_differ_by_step_and_micro_batch_and_repeat(vtc, lds):
         for step in (0, 1):
             scheme.begin_step(step)
             torch.manual_seed(len(result))  # the global stream plays no part
-            result += [model(**CASE.batch(ONE_IMAGE)).loss.item() for _ in range(2)]
+            result += [model(**CASE.batch(rows)).loss.item() for rows in text * 2]
         return result
 
     assert losses(0) == losses(0) != losses(1)
-    assert len(set(losses(0))) == 4
+    assert len(set(losses(0))) == 4  # the second time the same inputs draw alike
 
 
 class Mixing(nn.Module):
@@ -497,22 +500,35 @@ def test_gradients_of_a_forward_in_eval_mode_are_the_plain_ones(lds):
     assert_same(backward(model.eval(), batch), expected, **EXACT)
 
 
+@pytest.mark.parametrize("place", ["vision_tower", "language_model.layers.3.mlp", "lm_head"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 @EVERY_UNIT
-def test_layers_are_whole_again_after_an_error(lds):
+def test_every_way_out_of_a_forward_gives_the_model_back(lds, error, place):
     model, batch = build(), CASE.batch(ONE_IMAGE)
-    layers = decoder_layers(model)
-    begun(model, CLASS_TOKEN, lds, seed=1)
-    hooks = hook_count(model)
+    expected, hooks, layers = backward(model, batch), hook_count(model), decoder_layers(model)
 
     def fail(*_):
-        raise RuntimeError("in the head")
+        raise error("there")
 
-    model.lm_head.register_forward_pre_hook(fail)
-    layers[-1].register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="in the head"):
-        model(**batch)
-    assert hook_count(model) == hooks + 2
-    assert decoder_layers(model) is layers
+    module = model.get_submodule(place if place == "lm_head" else f"model.{place}")
+    for leave in ("with", "unsparsify", "begin_step"):
+        scheme = begun(model, CLASS_TOKEN, lds, seed=1)
+        handle = module.register_forward_pre_hook(fail)
+        with pytest.raises(error, match="there"):
+            if leave == "with":
+                with scheme:
+                    model(**batch)
+            model(**batch)
+        handle.remove()
+        if leave == "begin_step":
+            assert scheme.metrics()["tokens"] == 0  # a micro-batch counts when it is through
+            scheme.begin_step(1)  # which doesn't blame another model
+            twin = begun(build(), CLASS_TOKEN, lds, step=1, seed=1).model
+            assert_same(backward(model, batch), backward(twin, batch))
+        if leave != "with":
+            unsparsify(model)
+        assert hook_count(model) == hooks and decoder_layers(model) is layers
+        assert_same(backward(copy.deepcopy(model), batch), expected)
 
 
 @pytest.mark.parametrize("lds", list(UNITS.values())[:4], ids=list(UNITS)[:4])
@@ -535,17 +551,87 @@ def test_a_loss_of_ones_own_from_the_logits_is_that_of_the_model(lds, vtc):
     assert again == metrics
 
 
+# --- forwards of the same inputs --------------------------------------------------------------
+
+RANDOM = VTC("random", keep=0.25)
+
+
 @EVERY_UNIT
-def test_a_forward_without_gradients_is_the_plain_one_and_no_part_of_the_step(lds):
+def test_a_forward_without_gradients_is_as_sparse_and_no_part_of_the_step(lds):
+    """As of a reference, which is the same model without its adapters."""
     model, batch = build(), CASE.batch(ONE_IMAGE)
-    with torch.no_grad():
-        plain = model(**batch).logits
-    scheme = begun(model, CLASS_TOKEN, lds, seed=1)
+    scheme = begun(model, RANDOM, lds, seed=1)
     expected = backward(model, batch)
-    scheme.begin_step(0)
+    metrics, state = scheme.metrics(), scheme.state_dict()
+    twin = begun(other := build(), RANDOM, lds, seed=1)
     with torch.no_grad():
-        assert torch.equal(model(**batch).logits, plain)
-    assert_same(backward(model, batch), expected, **EXACT)
+        assert other(**batch).loss == expected[0]
+    assert twin.metrics()["tokens"] == 0
+    assert_same(backward(other, batch), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        assert other(**batch).loss == expected[0]
+    assert (twin.metrics(), twin.state_dict()) == (metrics, state)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@EVERY_UNIT
+def test_a_model_that_a_backward_computes_again_draws_alike_and_counts_once(lds, reentrant):
+    def run(batch, weight, compute=lambda function, *args: function(*args)):
+        model, loss = build(), 0
+        scheme = begun(model, RANDOM, lds, seed=1)
+        for part in ({"labels": batch["labels"]}, {}):  # micro-batches of the same inputs
+            loss = loss + compute(lambda b, w: model(**b).loss + 0 * w, batch | part, weight)
+        loss.backward()
+        return (loss.detach(), gradients(model)), scheme.metrics(), scheme.state_dict()
+
+    def again(function, *args):
+        return checkpoint(function, *args, use_reentrant=reentrant)
+
+    weight = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    batch = CASE.batch(ONE_IMAGE)
+    expected, metrics, state = run(batch, weight)
+    result, *counted = run(batch, weight, again)
+    assert_same(result, expected, **EXACT)
+    assert counted[0] == metrics
+    assert torch.tensor(counted[1]["sums"]).equal(torch.tensor(state["sums"]))
+
+
+@pytest.mark.parametrize("leave", [lambda s: s.begin_step(1), lambda s: unsparsify(s.model)])
+def test_a_backward_that_computes_layers_again_comes_in_its_step(leave):
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    scheme = begun(model, lds=LDS("dropbp", rate=0.5), seed=1)
+    loss = model(**batch).loss
+    leave(scheme)
+    with pytest.raises(RuntimeError, match=r"'backward' under re-entrant.*next scheme.begin_step"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_that_computes_the_model_again_comes_in_its_step(reentrant):
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    scheme = begun(model, lds=HALF)
+    weight = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    loss = checkpoint(lambda w: model(**batch).loss + 0 * w, weight, use_reentrant=reentrant)
+    error = "no backward computed again" if reentrant else "a forward of another step again"
+    with pytest.raises(RuntimeError, match=error):
+        scheme.begin_step(1)
+        loss.backward()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_in_training_mode_is_that_of_the_plain_model(use_cache):
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    batch = {
+        name: value[:1, :18] if value.ndim == 2 else value[:1] for name, value in batch.items()
+    }
+    del batch["labels"]
+    settings = {"max_new_tokens": 4, "do_sample": False, "use_cache": use_cache}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**batch, **settings)
+    begun(model, RANDOM, HALF)
+    result = model.generate(**batch, **settings)
+    assert all(map(torch.equal, result.logits, expected.logits))
 
 
 def test_positional_inputs_and_tuples_work_as_in_the_plain_model():

@@ -3,6 +3,7 @@ layers that they call are counted from outside, and the loss is the one of a pla
 """
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -10,16 +11,24 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from processors import tiny_processor
 from tiny import LAYERS
 from torch.nn import functional as F
 from trainers import USUAL, VISUAL, samples, tiny, trainer_of
 from transformers import Trainer, TrainingArguments, default_data_collator
-from trl import SFTConfig, SFTTrainer
+from trl import (
+    DistillationConfig,
+    DPOConfig,
+    GRPOConfig,
+    KTOConfig,
+    RLOOConfig,
+    SFTConfig,
+    SFTTrainer,
+)
 
-from sts import LDS, SparseCallback, sparsify, unsparsify
+from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 from sts.scheme import SCHEME
 
 HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
@@ -244,11 +253,14 @@ def test_a_second_train_is_sparse_too(tmp_path):
 
 
 def test_model_init_makes_the_model_that_is_sparse(tmp_path):
+    """Another one for each train(), as in a search for hyperparameters; the first breaks off."""
     made, batch = [], tiny("smolvlm")[1]
 
     def init():
         made.append(tiny("smolvlm")[0])
         made[-1].calls = Calls(made[-1])
+        if len(made) == 2:  # of the first train(), as a Trainer makes one at once
+            made[-1].lm_head.register_forward_pre_hook(interrupt)
         return made[-1]
 
     trainer = Trainer(
@@ -259,8 +271,106 @@ def test_model_init_makes_the_model_that_is_sparse(tmp_path):
         model_init=init,
         callbacks=[SparseCallback(None, VISUAL, HALF)],
     )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    for _ in range(2):
+        trainer.train()
+        assert trainer.model.calls.are_sparse(4)
+    assert len(made) == 4 and not any(SCHEME in vars(model) for model in made)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lds", [HALF, LDS("block_influence", rate=0.5)])
+def test_a_trainer_that_broke_off_begins_anew(lds, tmp_path):
+    model, batch = tiny("smolvlm")
+    weights, losses = copy.deepcopy(model.state_dict()), []
+    trainer = plain(model, batch, tmp_path, [SparseCallback(model, VISUAL, lds)])
+    for breaks in (lambda *_: None, interrupt):
+        model.load_state_dict(weights)
+        handle = trainer.model.lm_head.register_forward_pre_hook(breaks)
+        if breaks is interrupt:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        handle.remove()
+        losses.append(losses_of(trainer)[-4:])
+    assert losses[0] == losses[1]
+
+
+def test_a_trainer_that_looks_for_a_batch_size_goes_on_after_running_out_of_memory(tmp_path):
+    model, batch = tiny("smolvlm")
+    sizes = []
+
+    def run_out(module, args, kwargs):
+        sizes.append(len(kwargs["pixel_values"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    model.model.vision_model.register_forward_pre_hook(run_out, with_kwargs=True)
+    callbacks = [SparseCallback(model, VISUAL, HALF)]
+    trainer = plain(model, batch, tmp_path, callbacks, auto_find_batch_size=True)
     trainer.train()
-    assert trainer.model.calls.are_sparse(4)
+    assert sizes == [2, 1, 1, 1, 1] and trainer.state.global_step == 4
+
+
+def test_a_stream_has_no_epochs_for_the_clock(tmp_path):
+    model, batch = tiny("smolvlm")
+    lds = LDS("sts", rate=0.5, clock="epochs")
+    stream = IterableDataset.from_generator(lambda: iter(samples(batch)))
+    arguments = TrainingArguments(str(tmp_path), **USUAL | LOOP)
+    callbacks = [SparseCallback(model, VISUAL, lds)]
+    trainer = Trainer(model, arguments, train_dataset=stream, callbacks=callbacks)
+    with pytest.raises(ValueError, match=r"LDS.clock='epochs': expected 'steps'.*no length"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("unit", ["layer", "backward"])
+def test_a_static_graph_of_ddp_is_refused_where_steps_train_other_parameters(unit, tmp_path):
+    model, batch = tiny("smolvlm")
+    callbacks = [SparseCallback(model, None, LDS("layerdrop", rate=0.5, unit=unit))]
+    with pytest.raises(ValueError, match=r"ddp_static_graph=True: expected False with LDS unit"):
+        plain(model, batch, tmp_path, callbacks, ddp_static_graph=True)
+    with_samples = [SparseCallback(None, VISUAL, LDS("layerskip", rate=0.5))]
+    plain(tiny("smolvlm")[0], batch, tmp_path, with_samples, ddp_static_graph=True)
+
+
+# ---- losses that compare two forwards ------------------------------------------------------------
+
+
+ALIGNED = {"steps_per_generation": 2, "gradient_accumulation_steps": 2, "num_generations": 2}
+RANDOM = VTC("random", keep=0.25)
+LORA = LoraConfig(r=4, target_modules=r".*text_model.*q_proj")
+COMPARED = [  # configuration, with adapters, VTC, LDS, what is refused
+    (DPOConfig, {}, True, RANDOM, HALF, None),
+    (DPOConfig, {}, False, None, None, None),
+    (DPOConfig, {}, False, RANDOM, None, "model of DPOConfig='Idefics3|SmolVLM.*PEFT adapters"),
+    (DPOConfig, {"precompute_ref_log_probs": True}, True, None, HALF, "precompute_ref_log_probs"),
+    (KTOConfig, {}, False, None, HALF, "model of KTOConfig"),
+    (KTOConfig, {}, True, RANDOM, HALF, None),
+    (GRPOConfig, ALIGNED, False, RANDOM, HALF, None),
+    (GRPOConfig, ALIGNED | {"beta": 0.1}, False, VISUAL, None, "model of GRPOConfig"),
+    (GRPOConfig, ALIGNED | {"beta": 0.1}, True, VISUAL, HALF, None),
+    (GRPOConfig, ALIGNED | {"beta": 0.1}, True, RANDOM, HALF, "VTC.kind='random'.*GRPOConfig"),
+    (GRPOConfig, ALIGNED | {"num_iterations": 2}, True, VISUAL, HALF, "divides gradient_acc"),
+    (RLOOConfig, ALIGNED | {"beta": 0.0}, False, VISUAL, HALF, None),
+    (RLOOConfig, ALIGNED | {"beta": 0.0}, False, RANDOM, HALF, "VTC.kind='random'.*RLOOConfig"),
+    (DistillationConfig, {}, False, VISUAL, None, "arguments='DistillationConfig'.*teacher"),
+    (SFTConfig, {}, False, RANDOM, HALF, None),
+]
+
+
+@pytest.mark.parametrize(("config", "values", "adapters", "vtc", "lds", "refused"), COMPARED)
+def test_a_loss_that_compares_with_another_sparsity_is_refused(
+    config, values, adapters, vtc, lds, refused, tmp_path
+):
+    model, _ = tiny("smolvlm")
+    model = get_peft_model(model, LORA) if adapters else model
+    args = config(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **values)
+    callback = SparseCallback(model, vtc, lds)
+    with pytest.raises(ValueError, match=refused) if refused else nullcontext():
+        callback.on_init_end(args, None, None, model=model)
 
 
 def test_a_callback_on_another_model_is_an_error(tmp_path):

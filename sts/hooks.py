@@ -105,6 +105,15 @@ class Hooks:
         self.failed = False
         self.recorded = self.unrecorded = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy or a pickle of the model. Raises RuntimeError within a forward."""
+        if self._call and self._call.acts:
+            raise RuntimeError(
+                "a forward was interrupted: call scheme.begin_step(step) or unsparsify(model) "
+                "before the model is copied"
+            )
+        return vars(self)
+
     def attach(self) -> None:
         """Hang the hooks on the model."""
         base, language_model = self.architecture.base, self.architecture.language_model

@@ -141,6 +141,11 @@ def test_context_manager_gives_the_model_back_even_after_an_error():
         raise ZeroDivisionError
     assert torch.equal(model(**batch).loss, before)
     assert SCHEME not in vars(model)
+    with sparsify(model, VISUAL) as scheme:
+        scheme.begin_step(0)
+        model(**batch)
+        unsparsify(model)
+    assert torch.equal(model(**batch).loss, before)
 
 
 def scheme_of(trainer: Trainer) -> Scheme:

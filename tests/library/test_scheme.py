@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from sts import LDS, VTC, sparsify, unsparsify
 from sts.architectures import ARCHITECTURES
 from sts.architectures._base import square_tiles
+from sts.lds.decision import LayerDecision
+from sts.lds.units import kept_rows, log
 from sts.scheme import SCHEME
 from sts.vtc import KINDS, Outputs
 from sts.vtc.pooling import avgpool2d
@@ -305,6 +307,31 @@ def test_hidden_states_are_those_of_every_layer_and_token(lds, vtc):
     assert len(model.eval()(**batch, output_hidden_states=True).hidden_states) == LAYERS + 1
 
 
+@pytest.mark.parametrize("lds", [HALF, UNITS["samples"], UNITS["tokens"]], ids=lambda x: x.unit)
+def test_attentions_have_a_place_for_every_layer(lds):
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    model.set_attn_implementation("eager")
+    plain = model(**batch, output_attentions=True).attentions
+    scheme = begun(model, None, lds, seed=1)
+    result = model(**batch, output_attentions=True).attentions
+    skipped = [share > 0 for share in scheme.metrics()["skipped"]]
+    assert any(skipped) and len(plain) == LAYERS
+    assert [attention is None for attention in result] == skipped
+    first = skipped.index(True)
+    assert all(map(torch.equal, result[:first], plain))
+
+
+@pytest.mark.parametrize(("rows", "rate", "share"), [(1, 0.5, 0.0), (2, 0.8, 0.48), (8, 0.8, 0.8)])
+def test_samples_say_where_few_rows_leave_out_less_than_the_chance(rows, rate, share, caplog):
+    decision = LayerDecision(rate, frozenset(), "independent", False, torch.Generator)
+    generator = torch.Generator().manual_seed(0)
+    decision = replace(decision, generator=lambda: generator)
+    log.warning_once.cache_clear()
+    kept = [len(kept_rows(rows, decision)) for _ in range(2000)]
+    assert 1 - sum(kept) / len(kept) / rows == pytest.approx(share, abs=0.03)
+    assert ("keeps at least one row" in caplog.text) == (share < rate)
+
+
 def idle_model():
     """Its second layer of four does nothing."""
     model = build()
@@ -500,9 +527,16 @@ def test_gradients_of_a_forward_in_eval_mode_are_the_plain_ones(lds):
     assert_same(backward(model.eval(), batch), expected, **EXACT)
 
 
-@pytest.mark.parametrize("place", ["vision_tower", "language_model.layers.3.mlp", "lm_head"])
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-@EVERY_UNIT
+PLACES = ["model.vision_tower", "model.language_model.layers.3.mlp", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("lds", "error", "place"),
+    [
+        *((lds, KeyboardInterrupt, PLACES[1]) for lds in UNITS.values()),
+        *((HALF, error, place) for error in (RuntimeError, SystemExit) for place in PLACES),
+    ],
+)
 def test_every_way_out_of_a_forward_gives_the_model_back(lds, error, place):
     model, batch = build(), CASE.batch(ONE_IMAGE)
     expected, hooks, layers = backward(model, batch), hook_count(model), decoder_layers(model)
@@ -510,7 +544,7 @@ def test_every_way_out_of_a_forward_gives_the_model_back(lds, error, place):
     def fail(*_):
         raise error("there")
 
-    module = model.get_submodule(place if place == "lm_head" else f"model.{place}")
+    module = model.get_submodule(place)
     for leave in ("with", "unsparsify", "begin_step"):
         scheme = begun(model, CLASS_TOKEN, lds, seed=1)
         handle = module.register_forward_pre_hook(fail)

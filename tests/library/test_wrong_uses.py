@@ -1,10 +1,14 @@
 """What a user may get wrong: each has an error that names the argument, its value and the fix."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
-from tiny import CASES
+import transformers as hf
+from tiny import CASES, SQUARE, case, flat, text, vit
 from torch import nn
 from transformers import LlamaForCausalLM
+from zoo import ZOO
 
 from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 
@@ -89,6 +93,40 @@ BATCHES = {
 def test_a_wrong_use_is_an_error_that_says_what_is_right(wrong):
     with pytest.raises(ValueError, match={**CALLS, **BATCHES}[wrong]):
         wrong()
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (hf.FalconH1Config, {"mamba_d_ssm": 48, "mamba_n_heads": 6, "mamba_d_head": 8}),
+        (hf.BambaConfig, {"mamba_n_heads": 6, "mamba_d_head": 8, "attn_layer_indices": [1]}),
+    ],
+)
+def test_layers_that_return_more_than_the_hidden_state_are_refused(config, more):
+    language = text(config, mamba_d_state=8, mamba_n_groups=1, **more)
+    model = case(
+        "Llava", vit(hf.CLIPVisionConfig), language, SQUARE, flat(3, 16, 16), image_seq_length=16
+    ).build()
+    sparsify(model, SOME)
+    unsparsify(model)
+    with pytest.raises(ValueError, match=r"LDS.rate=0.5: expected 0.0: .*Layer returns more than"):
+        sparsify(model, lds=LDS(**HALF))
+
+
+@pytest.mark.parametrize("name", ["llava", "blip-2"])
+def test_the_forward_called_directly_is_sparse_or_refused(name):
+    """It passes the outer module's hooks by. BLIP-2 has no base model that would be seen instead."""
+    cases = CASES if name in CASES else ZOO
+    model, batch = cases[name].build(), cases[name].batch([["big", 5, 6, 7, 8]])
+    scheme = sparsify(model, VTC("avgpool1d", keep=0.25))
+    scheme.begin_step(0)
+    with (
+        pytest.raises(RuntimeError, match=r"call model\(...\), not")
+        if name == "blip-2"
+        else (nullcontext())
+    ):
+        model.forward(**batch)
+        assert scheme.metrics()["keep_ratio"] == 0.25
 
 
 def test_data_parallel_is_refused():

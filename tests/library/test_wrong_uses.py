@@ -115,7 +115,7 @@ def test_layers_that_return_more_than_the_hidden_state_are_refused(config, more)
 
 @pytest.mark.parametrize("name", ["llava", "blip-2"])
 def test_the_forward_called_directly_is_sparse_or_refused(name):
-    """It passes the outer module's hooks by. BLIP-2 has no base model that would be seen instead."""
+    """It passes the outer hooks by, and BLIP-2 has no base model with hooks."""
     cases = CASES if name in CASES else ZOO
     model, batch = cases[name].build(), cases[name].batch([["big", 5, 6, 7, 8]])
     scheme = sparsify(model, VTC("avgpool1d", keep=0.25))

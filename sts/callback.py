@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from sts.checks import NotAccepted, expect
-from sts.compared import check_compared, check_references
+from sts.comparison import check_loss, check_references
 from sts.lds import UNITS
 from sts.scheme import SCHEME, Scheme, model_in, unsparsify
 from sts.settings import LDS, VTC
@@ -27,7 +27,7 @@ class SparseCallback(TrainerCallback, ExportableState):
     for all micro-batches of an accumulation, evaluation in between is dense, and a resumed Trainer
     goes on as if it had not stopped. A model that isn't the Trainer's is an error at once, and a
     step without a sparse forward is one before the optimizer moves. So is a loss that compares with
-    forwards that can't have the same sparsity (compared.py).
+    forwards that can't have the same sparsity (comparison.py).
 
     Args:
         model: The Trainer's; None: the scheme goes onto the model that it trains.
@@ -61,7 +61,7 @@ class SparseCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse the Trainer's arguments before it does anything long."""
         self._check_ddp(args)
-        check_compared(args, kwargs["model"], self.vtc, self.lds)
+        check_loss(args, kwargs["model"], self.vtc, self.lds)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.on_init_end(args, state, control, **kwargs)  # it may have been added after that

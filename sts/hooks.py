@@ -80,7 +80,7 @@ class Hooks:
     Attributes:
         realised: What the forwards since `begin_step` did.
         failed: Whether one of them raised, or was interrupted.
-        recorded, unrecorded: Those with gradients and those without, but for those in a backward.
+        with_gradients, without_gradients: How many there were, but for those in a backward.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Hooks:
         self._step, self._keep = step, keep
         self.realised = Realised(len(self.skipper.layers))
         self.failed = False
-        self.recorded = self.unrecorded = 0
+        self.with_gradients = self.without_gradients = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy or a pickle of the model. Raises RuntimeError within a forward."""
@@ -170,14 +170,14 @@ class Hooks:
             if records:
                 raise RuntimeError("call scheme.begin_step(step) before the forwards of each step")
             return
-        if in_backward and not (self.recorded or self.unrecorded):
+        if in_backward and not (self.with_gradients or self.without_gradients):
             raise RuntimeError(
                 "a backward computes a forward of another step again: end all backward passes of a "
                 "step before the next scheme.begin_step"
             )
-        call.acts, call.counts = True, records and not (in_backward and self.recorded)
-        self.recorded += records and not in_backward
-        self.unrecorded += not records and not in_backward
+        call.acts, call.counts = True, records and not (in_backward and self.with_gradients)
+        self.with_gradients += records and not in_backward
+        self.without_gradients += not records and not in_backward
         if self._keep < 1:
             kind = getattr(self.model, WEIGHTS, None) or kind_of(self.vtc.kind)
             call.compression = Compression(

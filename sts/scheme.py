@@ -151,7 +151,7 @@ class Scheme:
     @property
     def forwards(self) -> tuple[int, int]:
         """The forwards since `begin_step` that recorded gradients, and those that did not."""
-        return self._hooks.recorded, self._hooks.unrecorded
+        return self._hooks.with_gradients, self._hooks.without_gradients
 
     def check_step(self) -> None:
         """Raise RuntimeError, or warn as `dense_step` says, if the step was to leave something out
@@ -165,7 +165,7 @@ class Scheme:
             f"no forward of step {self.step} was sparse: none in training mode with gradients went "
             f"through the language model of this {type(self.model).__name__}. "
         )
-        if hooks.unrecorded:
+        if hooks.without_gradients:
             text += "Has no backward computed again what was run without gradients (checkpointing)?"
         else:
             text += (
@@ -242,8 +242,10 @@ def _check_arguments(
 
 
 def _check_type(model: PreTrainedModel, vtc: VTC, lds: LDS) -> None:
-    """Raise ValueError for a half of the scheme that this type of model can't have."""
-    name = model.config.model_type
+    """Raise ValueError for a half of the scheme, or outputs, that this model can't have."""
+    name, is_dict = model.config.model_type, model.config.return_dict
+    accepted = "True, as most types of transformers fail else (a forward takes return_dict=False)"
+    expect(is_dict, "config.return_dict", is_dict, accepted)
     is_carried = name not in NO_VTC or vtc.keep == 1
     expect(is_carried, "VTC.keep", vtc.keep, f"1.0 for {name!r}: {NO_VTC.get(name)}")
     is_carried = name not in NO_LDS or lds.rate == 0

@@ -12,7 +12,7 @@ MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_FILE = 60, 450
 # A room is a file or a folder. It imports those before it, on no line of a function either.
 ROOMS = [
     *("checks", "draws", "modules", "architectures", "schedule", "vtc", "sequence", "lds"),
-    *("settings", "loss", "compression", "realised", "hooks", "scheme", "compared", "callback"),
+    *("settings", "loss", "compression", "realised", "hooks", "scheme", "comparison", "callback"),
     *(f"pipeline.{name}" for name in ("files", "tasks", "config", "run", "data", "cost")),
     *(f"pipeline.{name}" for name in ("train", "evaluate", "plan", "measure", "report")),
     *("mini", "__main__"),

@@ -33,6 +33,12 @@ def forward(change, vtc=None, lds=None):
     model(**batch | change(batch))
 
 
+def tuples():
+    model = build()
+    model.config.return_dict = False
+    return model
+
+
 SOME = VTC("uniform", keep=0.25)
 CALLS = {
     lambda: sparsify(build(), VTC("avgpool2d")): r"VTC.keep=1.0: expected less than 1.*avgpool2d",
@@ -43,6 +49,7 @@ CALLS = {
     lambda: sparsify(SOME, build()): r"vtc='LlavaFor.*: expected a VTC\(",
     lambda: sparsify(type(build())): r"model='type': expected a model of transformers",
     lambda: sparsify(None, SOME): r"model='NoneType': expected a model of transformers",
+    lambda: sparsify(tuples()): r"config.return_dict=False: expected True, as most types",
     lambda: sparsify(nn.Linear(2, 2)): r"Linear.*not an image-text-to-text model",
     lambda: sparsify(build().model): r"LlavaModel.*language head",
     lambda: sparsify(build().model.language_model): r"LlamaModel.*not an image-text-to-text",

@@ -20,7 +20,7 @@ WITH_REFERENCE = {"OnlineDPOConfig"}
 NEVER = {"A2POConfig", "AsyncGRPOConfig"}
 
 
-def check_compared(args: Any, model: nn.Module, vtc: VTC, lds: LDS) -> None:
+def check_loss(args: Any, model: nn.Module, vtc: VTC, lds: LDS) -> None:
     """Check the arguments of a Trainer of transformers or TRL.
 
     Raises:

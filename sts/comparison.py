@@ -30,14 +30,13 @@ def check_loss(args: Any, model: nn.Module, vtc: VTC, lds: LDS) -> None:
         return
     values, name = vars(args), type(args).__name__
     classes = {each.__name__ for each in type(args).__mro__}
-    teachers = [key for key in values if key.startswith("teacher_")]
-    is_dense = teachers or classes & NEVER
+    is_dense = classes & NEVER or any(map(_has_teacher, type(args).__mro__))
     accepted = "a loss of the trained model alone: a teacher or reference beside it is dense"
     expect(not is_dense, "the Trainer's arguments", name, accepted)
     is_before = values.get("precompute_ref_log_probs", False)
     accepted = "False: log-probs of before the training are those of the dense model"
     expect(not is_before, f"{name}.precompute_ref_log_probs", is_before, accepted)
-    has_beta = "sync_ref_model" in values and values["beta"] != 0
+    has_beta = "sync_ref_model" in values and values.get("beta") != 0
     has_reference = has_beta or "precompute_ref_log_probs" in values or classes & WITH_REFERENCE
     accepted = "one with PEFT adapters (peft_config=LoraConfig(...)), whose reference is itself "
     accepted += "without them, as another model would be dense; or a loss without a reference"
@@ -78,6 +77,13 @@ def check_references(args: Any, forwards: int, references: int) -> None:
     accepted = f"{each * forwards} of the trained model, which needs no ref_model beside its "
     accepted += "adapters: another model is dense"
     expect(is_itself, f"{name}: reference forwards of a step", references, accepted)
+
+
+def _has_teacher(kind: type) -> bool:
+    """Whether a class of TRL has arguments for a teacher."""
+    names = vars(kind).get("__annotations__", ())
+    is_of_trl = kind.__module__.partition(".")[0] == "trl"
+    return is_of_trl and any(name.startswith("teacher_") for name in names)
 
 
 def _has_adapters(model: nn.Module) -> bool:

@@ -80,7 +80,12 @@ def test_examples_run(name, model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("vtc", "lds"), [(VTC("random", keep=0.25), None), (None, HALF), (None, LDS("random_ltd", 0.5))]
+    ("vtc", "lds"),
+    [
+        (VTC("random", keep=0.25), None),
+        (None, HALF),
+        pytest.param(None, LDS("random_ltd", rate=0.5), marks=pytest.mark.slow),  # as random
+    ],
 )
 def test_the_first_loss_of_dpo_is_log_2(vtc, lds, model_folder, tmp_path):
     """With PEFT policy and reference are the same weights then, and have the same sparsity."""

@@ -163,7 +163,7 @@ class Hooks:
         where a backward computes it again, unless no forward of the step recorded gradients before
         its backward, as under re-entrant checkpointing of the whole model.
         """
-        records, in_backward = torch.is_grad_enabled(), torch._C._current_graph_task_id() != -1
+        records, in_backward = torch.is_grad_enabled(), _in_backward()
         if not self.model.training or (not records and _generates(call.arguments)):
             return
         if self._step is None:
@@ -277,10 +277,11 @@ class Hooks:
         if kwargs is None:
             return None
         call = self._call
-        if call.compression and call.entered is module and kwargs.get("input_ids") is None:
+        is_blind = call.entered is module and kwargs.get("input_ids") is None
+        if is_blind and (call.compression or _in_backward()):
             raise RuntimeError(
-                f"the forward began at the {type(module).__name__}, where VTC can't tell images "
-                "from text: call model(...), not model.forward(...)"
+                f"the forward began at the {type(module).__name__}, which doesn't see the tokens: "
+                "call model(...), not model.forward(...), and checkpoint the model or its layers"
             )
         if kwargs.get("inputs_embeds") is None:
             embed = self.model.get_input_embeddings()
@@ -386,6 +387,11 @@ class Hooks:
             output.router_logits = tuple(
                 None if x is None else x.flatten(0, -2)[real] for x in logits
             )
+
+
+def _in_backward() -> bool:
+    """Whether a backward is under way, which computes again what was checkpointed."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _generates(inputs: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from by_hand import assert_same, backward, decoder_layers, doing_nothing, gradients
 from tiny import CASES, IMAGE, LAYERS
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -651,6 +652,15 @@ def test_a_backward_that_computes_the_model_again_comes_in_its_step(reentrant):
     with pytest.raises(RuntimeError, match=error):
         scheme.begin_step(1)
         loss.backward()
+
+
+def test_a_language_model_that_is_checkpointed_after_sparsify_is_refused():
+    """A backward that computes it alone has not what is drawn by, nor the places of answers."""
+    model, batch = build(), CASE.batch(ONE_IMAGE)
+    begun(model, lds=UNITS["samples"])
+    model.model.language_model = checkpoint_wrapper(model.model.language_model)
+    with pytest.raises(RuntimeError, match=r"LlamaModel, which doesn't see the tokens"):
+        model(**batch).loss.backward()
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -210,7 +210,9 @@ def test_class_attention_scores_follow_the_tokens_of_tiles():
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "llava_next", "mistral3"])
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("kind", ["avgpool2d", "random"])
-def test_packed_samples_give_the_loss_of_samples_on_their_own(name, implementation, kind):
+def test_packed_samples_give_the_loss_of_samples_on_their_own(
+    name, implementation, kind, monkeypatch
+):
     """Two samples in one row with restarting positions and no mask, as collators for packing make
     them, against one sample a row."""
     case = CASES[name]
@@ -235,6 +237,7 @@ def test_packed_samples_give_the_loss_of_samples_on_their_own(name, implementati
     if "image_grid_thw" in apart:
         packed["image_grid_thw"] = apart["image_grid_thw"]
     packed["position_ids"] = positions
+    monkeypatch.setattr("sts.hooks.digest", lambda tokens: "these samples")  # so both draw alike
     scheme = sparsify(model, VTC(kind=kind, keep=KEEP))
     scheme.begin_step(0)
     expected = backward(model, apart)

@@ -21,8 +21,8 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/progress.smk"
 
 
-if workflow.is_main_process and not workflow.output_settings.dryrun:
-    recover_from_kill()
+if workflow.is_main_process:
+    count_begun() if workflow.output_settings.dryrun else recover_from_kill()
 
 
 onstart:

@@ -17,6 +17,8 @@ from typer.core import TyperCommand
 
 from sts.pipeline.config import ConfigError, dump, load_ablations, load_scale, resolve
 from sts.pipeline.cost.machines import GPUS
+from sts.pipeline.files import SpoiltError
+from sts.pipeline.run.follows import PlanError
 
 
 class Verb(TyperCommand):
@@ -61,6 +63,9 @@ Backbone = Annotated[Path, option("backbone manifest", "FILE")]
 Start = Annotated[Path, option("backbone manifest, or that of the stage before", "FILE")]
 Trained = Annotated[Path, option("manifest of the trained run's last stage", "FILE")]
 Out = Annotated[Path, option("file to write", "FILE")]
+Follows = Annotated[
+    list[str], option("hashes of values and code, which must be those", "HASH HASH")
+]
 Name = Annotated[str, option("its name", "NAME")]
 Results = Annotated[Path, option("folder of a scale's results", "FOLDER")]
 Ids = Annotated[list[str], option("ablations, in this order", "ID ...")]
@@ -109,25 +114,37 @@ def train(
     data: Manifests,
     init: Start,
     out: Out,
+    follows: Follows = (),
 ) -> None:
     """Train one stage of one run, or go on with it where it was interrupted."""
+    from sts.pipeline.run.follows import check_plan, of_training
     from sts.pipeline.train.job import Job
     from sts.pipeline.train.train import train
 
     scale = load_scale(config)
     if stage not in scale.stages:
         refuse("stage", stage, f"one of {', '.join(scale.stages)}, the stages of {config}")
+    check_plan(follows, of_training(scale, stage))  # now all that trains is imported
     train(Job(scale, ablation, seed, stage, data, init, out))
 
 
 @verb
 def evaluate(
-    config: ConfigFile, ablation: Ablation, seed: Seed, run: Trained, out: Out, data: Manifests = ()
+    config: ConfigFile,
+    ablation: Ablation,
+    seed: Seed,
+    run: Trained,
+    out: Out,
+    data: Manifests = (),
+    follows: Follows = (),
 ) -> None:
     """Measure a trained run on every benchmark, with and without the image."""
     from sts.pipeline.evaluate.evaluate import evaluate
+    from sts.pipeline.run.follows import check_plan, of_evaluation
 
-    evaluate(load_scale(config), ablation, seed, run, data=data, out=out)
+    scale = load_scale(config)
+    check_plan(follows, of_evaluation(scale))
+    evaluate(scale, ablation, seed, run, data=data, out=out)
 
 
 @verb
@@ -258,6 +275,17 @@ def summary(results: Results = RESULTS) -> None:
 
 
 @verb
+def verify(results: Results = RESULTS, ablations: Table = ABLATIONS) -> int:
+    """Compare all files of a scale with the hashes in their manifests, and look for what finished
+    tables were made from; status 1 if anything is missing or spoilt."""
+    from sts.pipeline.verify import verify
+
+    lines = verify(results, ablations)
+    print(*lines or ["All files are as they were written."], sep="\n")
+    return bool(lines)
+
+
+@verb
 def estimate(
     configfile: Scale = MINI,
     ablations: Table = ABLATIONS,
@@ -353,13 +381,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:  # not by app(), which has its own ways with Ctrl-C and a pipe that is closed
         with command.make_context("python -m sts", words or ["--help"]) as context:
-            command.invoke(context)
+            status = command.invoke(context)
         sys.stdout.flush()
+        return int(status or 0)
     except typer.Exit as end:  # of --help
         return end.exit_code
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    except (SpoiltError, PlanError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
     except typer.TyperException as error:
         print(*error.format_message().split(), "(--help tells more)", file=sys.stderr)
         return 2

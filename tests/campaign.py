@@ -43,7 +43,7 @@ import psutil  # noqa: E402
 from project import SMOKE, call, environment, real_project, wait_for  # noqa: E402
 
 from sts.__main__ import main as sts  # noqa: E402
-from sts.pipeline.files import sha256_file, sha256_json, write_json_atomic  # noqa: E402
+from sts.pipeline.files import hashes, sha256_file, sha256_json, write_json_atomic  # noqa: E402
 from sts.pipeline.run import provenance  # noqa: E402
 from sts.pipeline.train import checkpoint  # noqa: E402
 
@@ -86,7 +86,8 @@ SHARE = {
     "train": 24, "prepare": 4, "evaluate": 4, "backbone": 2, "tokens": 2,
     "bench": 2, "table": 2, "figure": 2,
 }  # fmt: skip
-VOLATILE = re.compile(r"/logs/|provenance\.json$|mlflow|\.lock$|/configs/|bad_rows")
+# done.json lists the hash of the history, which has times
+VOLATILE = re.compile(r"/logs/|(provenance|done)\.json$|mlflow|\.lock$|/configs/|bad_rows")
 TIMED = re.compile(r"/(bench|tables|figures)/")
 
 
@@ -296,7 +297,8 @@ def equal(project: Path, expected: dict[str, str], timed: bool = False) -> None:
     for file in (project / "results/smoke/runs").rglob("seed*/*.json"):
         manifest = json.loads(file.read_text())
         if "weights" in manifest:
-            here = checkpoint.weights_sha256(project / manifest["weights"])
+            folder = project / manifest["weights"]
+            here = checkpoint.weights_sha256(hashes(folder, folder.glob("*.safetensors")))
             assert here == manifest["weights_sha256"], (
                 f"{manifest['weights']} are not those of {file}"
             )
@@ -589,10 +591,15 @@ def states(project: Path) -> list[Path]:
 
 def spoil(state: Path, kind: str, draw: random.Random) -> None:
     """Spoil one of a checkpoint's files."""
-    file = draw.choice(sorted(state.iterdir()))
+    spoil_file(draw.choice(sorted(state.iterdir())), kind, draw)
+
+
+def spoil_file(file: Path, kind: str, draw: random.Random) -> None:
     content = bytearray(file.read_bytes())
     if "truncated" in kind:
         file.write_bytes(content[: len(content) // 2])
+    elif kind == "empty":
+        file.write_bytes(b"")
     elif kind == "bit flipped":
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         file.write_bytes(content)
@@ -793,6 +800,106 @@ def read_only_data(place: Campaign) -> None:
         idle(project, *place.targets)
 
 
+STS = "runs/sts/seed0"
+ROWS = ("train align sts", "bench", "tokens")
+SHIPPED = ("backbone", "train align sts", "bench", "tokens")
+# Files, in results/smoke if not in data, and the verbs that read them
+READERS: dict[str, tuple[str, ...]] = {
+    "{align}/*.safetensors": ("train align sts", "train instruct sts"),
+    "{align}/config.json": ("train align sts", "train instruct sts"),
+    "{align}/done.json": ("train align sts", "train instruct sts"),
+    "{align}/history.jsonl": ("train align sts", "train instruct sts", "figure loss"),
+    "{instruct}/*.safetensors": ("evaluate sts",),
+    "{instruct}/tokenizer.json": ("evaluate sts",),
+    f"{STS}/align.json": ("train instruct sts", "figure loss"),
+    f"{STS}/instruct.json": ("evaluate sts", "table main", "figure loss"),
+    f"{STS}/eval.json": ("table main",),
+    "bench/main.json": ("table main",),
+    "tokens.json": ("figure tokens",),
+    "tokens/*.arrow": ("train align sts", "bench"),
+    "backbone/dense.json": ("train align sts", "bench", "tokens"),
+    "data/backbones/mini/vision/model.safetensors": SHIPPED,
+    "data/backbones/mini/processor/tokenizer.json": SHIPPED,
+    "data/smoke/scenes/manifest.json": (*ROWS, "evaluate sts"),
+    "data/smoke/scenes/align.arrow": ROWS,
+    "data/smoke/scenes/test_counting.arrow": ("evaluate sts",),
+}
+CURE = re.compile("delete|run snakemake|git checkout|sts verify", re.I)
+
+
+def spoilt_files(place: Campaign) -> None:
+    """every kind of file of a finished project truncated, emptied, with a bit flipped or gone, then
+    each verb that reads it: all is made again to the same bytes, or an error names file and cure;
+    `sts verify` has named it before"""
+    for pattern, readers in READERS.items():
+        for kind in ("truncated", "empty", "bit flipped", "file gone"):
+            for job in place.jobs:
+                is_shown = kind == "file gone" and job.name == "table"  # as a cell that says so
+                if str(job) in readers and not is_shown:
+                    with place.trial("spoilt", f"{pattern}: {kind}, {job}") as trial:
+                        trial.note = read_spoilt(place, pattern, kind, job)
+
+
+def read_spoilt(place: Campaign, pattern: str, kind: str, job: Verb) -> str:
+    """A verb whose result is gone reads a spoilt file; what it made of that."""
+    project, smoke = place.copy(), Path("results/smoke")
+    manifests = {stage: TRAINED.format("sts", stage) for stage in ("align", "instruct")}
+    of_run = {stage: json.loads((project / file).read_text()) for stage, file in manifests.items()}
+    weights = {stage: Path(run["weights"]).relative_to(smoke) for stage, run in of_run.items()}
+    root = project if pattern.startswith("data/") else project / smoke
+    files = sorted(root.glob(pattern.format(**weights)))
+    if str(job) == "train align sts" and pattern.startswith("{align}"):
+        (project / manifests["align"]).unlink()  # the weights stay, to be reused
+    else:
+        job.clear(project)
+    for file in files:
+        spoil_file(file, kind, place.draw)
+    spoilt = {file: content_of(file) for file in files}
+    if not pattern.startswith("tokens/"):  # which nobody need make again
+        verify = Verb(("verify", "--results", str(smoke)), f"{job.log}.verify", 0)
+        assert ended(fork(project, verify)) == 1, "not found by sts verify"
+        assert str(files[0].relative_to(project)) in (project / verify.log).read_text()
+    status = ended(fork(project, job))
+    log = (project / job.log).read_text()
+    if status:
+        [*_, line] = log.strip().splitlines()
+        assert "Error: " in line and files[0].name in line, f"not named: {line}"
+        assert CURE.search(line), f"no cure: {line}"
+        assert not job.outputs(project), "it has written a result"
+        return line
+    left = [file for file in files if content_of(file) == spoilt[file]]
+    assert len(left) < len(files), "the spoilt file was not made again, and no error"
+    for file in left:  # tokens of another stage
+        shutil.copy2(place.finished / file.relative_to(project), file)
+    equal(project, place.expected)
+    return "made again"
+
+
+def content_of(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+def edited_formula(place: Campaign) -> None:
+    """a formula is edited while a call runs: jobs that begin later end with an error, and the next
+    call makes all that follows it, here to the same weights, as the edit changes no number"""
+    with place.trial("edited", "a formula of every training"):
+        project = place.copy()
+        place.clear_from(project, place.verbs("train")[0])
+        began = Call(project, *place.targets)
+        wait_for_steps(project)
+        with (project / "sts/pipeline/train/step.py").open("a") as file:
+            file.write("\nFACTOR = 2\n")
+        status, output = began.end()
+        assert status and "has changed since the call began" in output, output[-1500:]
+        go_on(project, *place.targets)
+        for file in place.finished.glob("results/smoke/runs/*/*/*.json"):
+            before = json.loads(file.read_text())
+            here = json.loads((project / file.relative_to(place.finished)).read_text())
+            assert here["weights_sha256"] == before["weights_sha256"], f"{file}: other weights"
+            assert "key" not in here or here["key"] != before["key"], f"{file}: the old formula"
+        idle(project, *place.targets)
+
+
 FAULTS = {
     "calls": calls,
     "verbs": single_verbs,
@@ -804,6 +911,8 @@ FAULTS = {
     "clock": clock_jumps,
     "together": together,
     "readonly": read_only_data,
+    "spoilt": spoilt_files,
+    "edited": edited_formula,
 }
 MOUNTING = ("disk", "readonly")
 

@@ -14,7 +14,7 @@ ROOMS = [
     *("checks", "draws", "modules", "architectures", "schedule", "vtc", "sequence", "lds"),
     *("settings", "loss", "compression", "realised", "hooks", "scheme", "comparison", "callback"),
     *(f"pipeline.{name}" for name in ("files", "tasks", "config", "run", "data", "cost")),
-    *(f"pipeline.{name}" for name in ("train", "evaluate", "plan", "measure", "report")),
+    *(f"pipeline.{name}" for name in ("train", "evaluate", "plan", "measure", "report", "verify")),
     *("mini", "__main__"),
 ]
 FILES = sorted((ROOT / "sts").rglob("*.py"))

@@ -24,6 +24,7 @@ from sts.pipeline.evaluate import evaluate as module
 from sts.pipeline.evaluate.evaluate import evaluate
 from sts.pipeline.evaluate.loading import load_benchmarks
 from sts.pipeline.evaluate.scoring import guesses
+from sts.pipeline.files import read_json
 from sts.pipeline.tasks import registry as benchmarks
 from sts.pipeline.train.model import build
 
@@ -110,9 +111,10 @@ def measure(config, scenes, trained, tmp_path, monkeypatch):
     def run(reply, config=config, data=(scenes,)):
         oracle = Oracle(reply)
         monkeypatch.setattr(module, "load_model", lambda *_: oracle)
+        monkeypatch.setattr(module, "weights_of", Path)
         out = tmp_path / "eval.json"
         returned = evaluate(config, "sts", 0, trained("unused"), data, out)
-        assert returned == json.loads(out.read_text())
+        assert returned == read_json(out)
         return oracle, returned
 
     return run

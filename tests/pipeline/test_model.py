@@ -19,8 +19,9 @@ from transformers import (
 from zoo_tiles import CASES as OTHERS
 
 from sts.architectures import PARTS, decoder_layers_of, projector_of, tower_layers_of, tower_of
-from sts.pipeline.config import MINI, ModelConfig, load_scale
+from sts.pipeline.config import MINI, ConfigError, ModelConfig, load_scale
 from sts.pipeline.data.tokens import tokenise
+from sts.pipeline.files import SpoiltError, read_json
 from sts.pipeline.train.joined import load_tower
 from sts.pipeline.train.model import (
     SHIPPED,
@@ -114,6 +115,9 @@ def test_towers_with_and_without_a_class_token_are_joined_to_any_language_model(
     assert not [name for name, _ in model.named_parameters() if "vision_tower.head" in name]
 
 
+PARTS_OF_LLAVA = ("vision", "language", "processor")
+
+
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
 def test_a_tower_is_taken_out_of_a_checkpoint_with_a_text_model_as_the_hub_has_it(tmp_path, kind):
     text = SIZES | {"num_hidden_layers": 1, "vocab_size": 10, "eos_token_id": 2}
@@ -130,6 +134,10 @@ def test_a_tower_that_is_not_known_is_refused_before_it_is_loaded(tmp_path):
     joined(tmp_path)
     file = tmp_path / "vision" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "dinov2"}))
+    with pytest.raises(SpoiltError, match=rf"{file}: other bytes .* delete .*backbone.json"):
+        build(tmp_path / "backbone.json", 0)
+    manifest = json.loads((tmp_path / "backbone.json").read_text())
+    (tmp_path / "backbone.json").write_text(json.dumps({n: manifest[n] for n in PARTS_OF_LLAVA}))
     with pytest.raises(ValueError, match=r"model\.vision.*dinov2.*clip_vision_model, siglip_vis"):
         build(tmp_path / "backbone.json", 0)
     parts = {name: str(tmp_path / name) for name in ("vision", "language")}
@@ -138,12 +146,38 @@ def test_a_tower_that_is_not_known_is_refused_before_it_is_loaded(tmp_path):
         write_manifest(settings, tmp_path / "again.json")
 
 
+REMOTE = """
+from pathlib import Path
+from transformers import PreTrainedConfig
+Path("ran").touch()
+class Config(PreTrainedConfig):
+    model_type, num_hidden_layers = "theirs", 2
+"""
+
+
+def test_python_files_beside_weights_run_only_if_the_configuration_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # whatever transformers would ask
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config_of_theirs.py").write_text(REMOTE)
+    names = {"AutoConfig": "config_of_theirs.Config"}
+    (theirs / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": names}))
+    settings = ModelConfig(family="whole", checkpoint=str(theirs), layers=2)
+    with pytest.raises(ConfigError, match=r"model.trust_remote_code: False .* true, which runs"):
+        write_manifest(settings, tmp_path / "no.json")
+    assert not Path("ran").exists()
+    trusting = settings.model_copy(update={"trust_remote_code": True})
+    assert write_manifest(trusting, tmp_path / "yes.json")["trust_remote_code"] is True
+    assert Path("ran").exists()
+
+
 def test_what_changes_nothing_is_not_in_the_manifest(tmp_path):
     """So a model that was made before there was a choice is the same one."""
-    own = json.loads(joined(tmp_path / "own").read_text())
-    assert own.keys() == {"vision", "language", "processor", "vision_feature_layer", "sha256"}
+    own = read_json(joined(tmp_path / "own"))
+    assert own.keys() == {*PARTS_OF_LLAVA, "vision_feature_layer", "sha256", "files"}
     chosen = {"template": "v1", "image_aspect_ratio": "pad"}
-    other = json.loads(joined(tmp_path / "other", **chosen).read_text())
+    other = read_json(joined(tmp_path / "other", **chosen))
     assert chosen.items() <= other.items()
 
 

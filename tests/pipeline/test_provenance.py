@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sts.pipeline.files import sha256_file, sha256_json, write_json_atomic
+from sts.pipeline.files import (
+    SpoiltError,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json_atomic,
+)
 from sts.pipeline.run import provenance
 
 ROOT = Path(__file__).parents[2]
@@ -258,8 +264,23 @@ def test_json_is_written_the_same_and_whole(tmp_path):
     write_json_atomic(path, {"a": [1.5, None], "b": 1})
     assert path.read_bytes() == first
     assert first.endswith(b"}\n")
-    assert json.loads(first) == {"a": [1.5, None], "b": 1}
+    assert read_json(path) == {"a": [1.5, None], "b": 1}
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("place", range(0, 120, 7))
+def test_json_in_which_a_bit_is_flipped_is_refused_or_says_the_same(tmp_path, place):
+    path, value = tmp_path / "eval.json", {"score": 0.51, "n": [1, {"of": "sts"}]}
+    write_json_atomic(path, value)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] ^= 4
+    path.write_bytes(content)
+    try:
+        found = read_json(path)
+    except SpoiltError as error:
+        assert "Delete it and run snakemake again" in str(error)
+    else:
+        assert value.items() <= found.items()
 
 
 KILLED = """

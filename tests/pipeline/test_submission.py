@@ -68,6 +68,7 @@ def ask(mirror, tmp_path, monkeypatch):
         run.write_text(json.dumps({"weights": "unused", "weights_sha256": weights}))
         oracle = Oracle(reply)
         monkeypatch.setattr(submission, "load_model", lambda *_: oracle)
+        monkeypatch.setattr(submission, "weights_of", lambda run: run)
         command = ["submission", "--benchmark", benchmark, "--run", str(run), "--out", str(out)]
         status = main([*command, "--config", str(tmp_path / "config.yaml"), *map(str, more)])
         return status, oracle, out

@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 import os
+import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,8 @@ from sts import vtc
 from sts.pipeline.config import Config
 from sts.pipeline.cost import memory
 from sts.pipeline.cost.history import read_history
+from sts.pipeline.data.collator import split_files
+from sts.pipeline.files import SpoiltError, sha256_file
 from sts.pipeline.run import device, follows
 from sts.pipeline.train import checkpoint
 from sts.pipeline.train import train as training
@@ -473,10 +477,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(run, monkeypatch):
     assert resumed["weights_sha256"] == straight["weights_sha256"]
 
 
-@pytest.mark.parametrize("part", ["__0_0.distcp", "process-0.pt", ".metadata"])
+@pytest.mark.parametrize("part", ["shard-*.safetensors", "process-0.pt", "history.jsonl"])
 def test_a_broken_checkpoint_is_passed_over_for_the_one_before(run, stopped, caplog, part):
     def spoil(folder, *_):
-        file = folder / "state" / "00000004" / part
+        [file] = (folder / "state" / "00000004").glob(part)
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 0xFF
         file.write_bytes(content)
@@ -487,6 +491,89 @@ def test_a_broken_checkpoint_is_passed_over_for_the_one_before(run, stopped, cap
     straight = run(config(steps=6), results="straight")
     assert resumed["weights_sha256"] == straight["weights_sha256"]
     assert not (Path(resumed["weights"]) / "state").exists()
+
+
+def test_no_file_of_a_checkpoint_runs_code(run, stopped, tmp_path):
+    """torch's own format is read by pickle, which runs what a file says."""
+    sign = tmp_path / "ran"
+
+    def plant(folder, *_):
+        attack = f"cposix\nsystem\n(S'touch {sign}'\ntR.".encode()
+        pickle.loads(attack)
+        assert sign.exists(), "what is planted would run"
+        sign.unlink()
+        state = folder / "state" / "00000002"
+        for name in (".metadata", "__0_0.distcp", "process-0.pt"):
+            (state / name).write_bytes(attack)
+        lines = (f"{sha256_file(file)}  {file.name}\n" for file in state.glob("[!p]*"))
+        lines = (*lines, f"{sha256_file(state / 'process-0.pt')}  process-0.pt\n")
+        (state / "process-0.sha256").write_text("".join(lines))
+
+    stopped(config(), then=plant)
+    with pytest.raises(pickle.UnpicklingError):
+        run(config())
+    assert not sign.exists()
+
+
+SPOILS = {
+    "flipped": lambda file: file.write_bytes(flipped(file.read_bytes())),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "empty": lambda file: file.write_bytes(b""),
+    "gone": Path.unlink,
+}
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("model.safetensors", "flipped"),
+        ("config.json", "gone"),
+        ("history.jsonl", "truncated"),
+        ("done.json", "empty"),
+    ],
+)
+def test_spoilt_finished_weights_are_trained_again_and_no_reader_takes_them(
+    run, aligned, caplog, monkeypatch, name, how
+):
+    first = json.loads(aligned.read_text())
+    folder = Path(first["weights"])
+    SPOILS[how](folder / name)
+    with pytest.raises(SpoiltError) as error:
+        run(config(), "instruct", init=aligned)
+    assert f"{folder / name}: " in str(error.value)
+    assert f"Delete {aligned} and run snakemake again" in str(error.value)
+    again = run(config())
+    assert f"{folder / name}: " in caplog.text
+    assert again["weights_sha256"] == first["weights_sha256"]
+    monkeypatch.setattr(training, "fit", None)
+    assert run(config())["weights_sha256"] == first["weights_sha256"]
+
+
+def test_other_weights_than_the_manifest_names_are_refused(run, aligned):
+    other = run(config(), seed=1, results="other")
+    first = json.loads(aligned.read_text())
+    shutil.rmtree(first["weights"])
+    shutil.copytree(other["weights"], first["weights"])
+    with pytest.raises(SpoiltError, match=r"other weights than .*align.json names"):
+        run(config(), "instruct", init=aligned)
+
+
+def test_spoilt_tokens_are_made_again_and_spoilt_data_are_refused(run, tmp_path, prepared):
+    first = run(config())
+    [tokens] = (tmp_path / "results/tokens").glob("*.arrow")
+    SPOILS["flipped"](tokens)
+    again = run(config(checkpoint_every=4), seed=1)
+    assert again["weights_sha256"] == run(config(), seed=1, results="other")["weights_sha256"]
+    assert first["weights_sha256"] != again["weights_sha256"]
+    copy = shutil.copytree(prepared.parent, tmp_path / "copy") / "manifest.json"
+    SPOILS["flipped"](copy.parent / "align.arrow")
+    with pytest.raises(SpoiltError, match=r"align.arrow: other bytes .* Delete .*manifest.json"):
+        split_files([copy], "align")
 
 
 def test_what_does_not_fit_stops_before_anything_is_written(run, tmp_path, monkeypatch):

@@ -208,6 +208,37 @@ def test_a_running_call_gives_each_gpu_one_job_and_a_second_call_is_refused(proj
 
 
 @pytest.mark.slow
+def test_a_dry_run_beside_a_call_says_what_is_left_and_no_advice_that_harms_it(project):
+    first = started(project)
+    try:
+        output = run(project, SMOKE, "-n")
+        assert "--rerun-incomplete" not in output
+        assert jobs_in(output)["train"] > 1, "what has begun is not made yet"
+        assert any((project / ".snakemake/incomplete").iterdir()), "nothing of the call was cleared"
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+
+
+@pytest.mark.slow
+def test_a_formula_that_is_edited_while_a_call_runs_stops_the_jobs_that_follow_it(project):
+    (project / "slow").touch()
+    first = started(project)
+    with (project / "sts/pipeline/train/step.py").open("a") as file:
+        file.write("\nFACTOR = 2\n")
+    (project / "slow").unlink()
+    assert first.wait(timeout=120), "the call did not fail"
+    log = project / "results/smoke/logs/runs/dense/seed0/instruct.log"
+    assert "PlanError: the code that this job follows has changed since" in log.read_text()
+    done = (project / "done.txt").read_text()
+    assert "align.json" in done, "what had begun went on with its own formula"
+    assert "instruct.json" not in done
+    run(project, SMOKE)
+    assert (project / "done.txt").read_text().count("dense/seed0/align.json") == 2
+    assert "Nothing to be done" in run(project, SMOKE)
+
+
+@pytest.mark.slow
 def test_the_log_of_a_failed_job_is_shown(project):
     (project / "broken").touch()
     output = run(project, SMOKE, ok=False)

@@ -24,7 +24,6 @@ from sts.pipeline.config import (
 from sts.pipeline.plan import MAIN, SMOLLM2, make_plan, unique
 from sts.pipeline.plan import figures as figure_inputs
 from sts.pipeline.run import follows
-from sts.pipeline.tasks import registry as benchmarks
 
 ABLATIONS = "workflow/ablations.yaml"
 
@@ -141,12 +140,6 @@ def trained_by(itself):
 def code(*files):
     """Of files of the package, and all that they import."""
     return follows.code(*follows.imported(CODE / file for file in files))
-
-
-def evaluation_code(ablation):
-    """Of an evaluation, and the files of its benchmarks."""
-    tasks = benchmarks.sources(CONFIGS[ablation].evaluate.benchmarks)
-    return follows.code(*follows.imported([CODE / "pipeline/evaluate/evaluate.py"]), *tasks)
 
 
 def training_code(ablation, *stages, also=()):

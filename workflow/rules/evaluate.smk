@@ -25,14 +25,13 @@ rule evaluate:
         gpu=gpus(),
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
-        values=lambda wildcards: config_hash(CONFIGS[wildcards.ablation].evaluate),
-        code=lambda wildcards: evaluation_code(wildcards.ablation),
+        follows=lambda wildcards: follows.of_evaluation(CONFIGS[wildcards.ablation]),
     message:
         "evaluate {wildcards.ablation}, seed {wildcards.seed}"
     shell:
         "python -m sts evaluate --config {params.config} --ablation {wildcards.ablation}"
         " --seed {wildcards.seed} --run {input.run} --data {input.data}"
-        " --out {output} > {log} 2>&1"
+        " --follows {params.follows} --out {output} > {log} 2>&1"
 
 
 rule timing:

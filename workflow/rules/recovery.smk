@@ -10,6 +10,8 @@ from base64 import urlsafe_b64decode
 from contextlib import suppress
 from importlib.util import find_spec
 
+from snakemake.dag import DAG
+
 from sts.pipeline.config import dump
 from sts.pipeline.files import write_text_atomic
 from sts.pipeline.run.provenance import missing_packages
@@ -106,6 +108,16 @@ def recover_from_kill():
     for marker in begun:
         Path(urlsafe_b64decode(marker.name).decode()).unlink(missing_ok=True)
         marker.unlink()
+
+
+def count_begun():
+    """A dry run counts outputs that a call has begun as to be made: Snakemake would end with advice
+    that harms a call that is alive (--rerun-incomplete), and after a kill isn't needed."""
+
+    async def force(dag):
+        dag.forcefiles.update(await dag.incomplete_files())
+
+    DAG.check_incomplete = force
 
 
 def redate_future():

@@ -24,14 +24,13 @@ rule train:
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
         launch=lambda wildcards: cluster.launch(stage_of(wildcards)),
-        values=lambda wildcards: config_hash(stage_of(wildcards).identity()),
-        code=lambda wildcards: training_code(wildcards.ablation, wildcards.stage),
+        follows=lambda wildcards: follows.of_training(CONFIGS[wildcards.ablation], wildcards.stage),
     message:
         "{wildcards.stage} {wildcards.ablation}, seed {wildcards.seed}"
     shell:
         "{params.launch} train --config {params.config} --ablation {wildcards.ablation}"
         " --seed {wildcards.seed} --stage {wildcards.stage} --data {input.data}"
-        " --init {input.init} --out {output} > {log} 2>&1"
+        " --init {input.init} --follows {params.follows} --out {output} > {log} 2>&1"
 
 
 # Where another ablation trains a stage in the same way, its manifest is taken.

@@ -78,6 +78,8 @@ class ModelConfig(Block):
     """A vision tower and a language model joined by a fresh projector (LLaVA), or `checkpoint`."""
     checkpoint: Annotated[str | None, Neutral(None)] = None
     """Hub id or folder of any image-text-to-text model, with its processor, where family: whole."""
+    trust_remote_code: Annotated[bool, Neutral(False)] = False
+    """Whether Python files beside the model's weights may run."""
     fresh: Annotated[list[Literal["projector", "language_model", "vision_tower"]], Neutral([])] = []
     """Parts of `checkpoint` that are drawn anew from the run's seed."""
     template: Annotated[Literal["own", "v1"], Neutral("own")] = "own"

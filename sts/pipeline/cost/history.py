@@ -1,6 +1,5 @@
 """What each optimizer step did: a line of `history.jsonl`, and what the manifest says of all."""
 
-import json
 import os
 import resource
 import sys
@@ -16,23 +15,18 @@ from sts.pipeline.config import StageConfig
 from sts.pipeline.cost.counting import TowerWatch
 from sts.pipeline.cost.flops import Counts, count
 from sts.pipeline.files import read_json
+from sts.pipeline.run.weights import DONE, HISTORY, read_history
 from sts.scheme import Scheme
 
 
 def open_history(folder: Path, first: int) -> Any:
     """`history.jsonl`, to be written on from step `first`: later rows are of a lost attempt."""
-    file = folder / "history.jsonl"
+    file = folder / HISTORY
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[:first] if first else []
     part = file.with_suffix(".part")
     part.write_text("".join(lines), encoding="utf-8")
     os.replace(part, file)
     return open(file, "a", buffering=1, encoding="utf-8")
-
-
-def read_history(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a training's `history.jsonl`, one an optimizer step."""
-    text = (Path(folder) / "history.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 class Meter:
@@ -122,7 +116,7 @@ def summary(folder: Path) -> dict[str, Any]:
     history = read_history(folder)
     skipped = zip(*(row["skipped"] for row in history), strict=True)
     return {
-        **read_json(folder / "done.json"),
+        "weights_sha256": read_json(folder / DONE)["weights_sha256"],
         "steps": len(history),
         **{name: sum(row[name] for row in history) for name in ("flops", "flops_dense")},
         "final_loss": fmean(row["loss"] for row in history[-max(1, len(history) // 10) :]),

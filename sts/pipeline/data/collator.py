@@ -24,7 +24,14 @@ from transformers import BatchFeature, ProcessorMixin
 from sts.pipeline.data.pictures import rgb, stored_size
 from sts.pipeline.data.rows import images_of
 from sts.pipeline.data.tokens import OF_TOKENS, cut, expand, tokenise
-from sts.pipeline.files import read_json
+from sts.pipeline.files import (
+    SpoiltError,
+    hashes,
+    listed_file,
+    read_json,
+    spoilt,
+    write_json_atomic,
+)
 from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time
@@ -39,7 +46,8 @@ log = logging.getLogger(__name__)
 
 
 def split_files(manifests: Sequence[str | Path], split: str) -> list[Path]:
-    """The Arrow file of a split in each data manifest; ValueError if one has no such split."""
+    """The Arrow file of a split in each data manifest. Raises SpoiltError if one is not as it was
+    written, ValueError if a data set has no such split."""
     files = []
     for manifest in map(Path, manifests):
         content = read_json(manifest)
@@ -48,7 +56,7 @@ def split_files(manifests: Sequence[str | Path], split: str) -> list[Path]:
                 f"{manifest}: data set {content['dataset']} has no split {split!r}; it has: "
                 f"{', '.join(content['splits'])}. Take it out of {split}.data"
             )
-        files.append(manifest.parent / content["splits"][split]["file"])
+        files.append(listed_file(manifest, content["splits"][split]["file"]))
     return files
 
 
@@ -82,10 +90,11 @@ class Conversations(Dataset):
         rows = concatenate_datasets([Table.from_file(str(file)) for file in files])
         tokens.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(tokens.with_suffix(".lock")):
-            if not tokens.exists():
+            if not _is_whole(tokens):
                 part = tokens.with_suffix(".part")
                 _write_tokens(rows, processor, max_length, template, part)
                 part.replace(tokens)
+                write_json_atomic(tokens.with_suffix(".json"), hashes(tokens.parent, [tokens]))
         self.samples = pa.ipc.open_file(pa.memory_map(str(tokens))).read_all()
         self.lengths = self.samples["length"].to_pylist()
         self.has_image = self.samples["has_image"].to_pylist()
@@ -104,6 +113,14 @@ class Conversations(Dataset):
         row = self.samples["row"][index].as_py()
         images = [rgb(image) for image in images_of(self.images[row])]
         return {"input_ids": ids, "labels": labels, "images": images}
+
+
+def _is_whole(tokens: Path) -> bool:
+    """Whether a file of tokens is there as it was written."""
+    try:
+        return not spoilt(tokens.parent, read_json(tokens.with_suffix(".json")))
+    except (OSError, SpoiltError):
+        return False
 
 
 def _write_tokens(

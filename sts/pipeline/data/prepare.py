@@ -25,7 +25,7 @@ from sts.pipeline.data.pictures import is_deep, rgb
 from sts.pipeline.data.registry import load
 from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, columns_of, conversation, images_of
 from sts.pipeline.data.source import BROKEN_IMAGE, DataError
-from sts.pipeline.files import sha256_json, write_json_atomic, write_text_atomic
+from sts.pipeline.files import hashes, sha256_json, write_json_atomic, write_text_atomic
 
 CHUNK = 100  # rows of a record batch, which may hold large images
 TOGETHER = 64  # rows whose images are decoded at once, by all threads
@@ -85,6 +85,7 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
     manifest = {"dataset": name, "version": entry.version, "licence": entry.licence}
     manifest |= {"splits": described, "bad_rows": reasons}
     manifest["sha256"] = sha256_json(manifest)
+    manifest["files"] = hashes(out.parent, [out.parent / s["file"] for s in described.values()])
     if notes:
         manifest["notes"] = dict(notes)
     write_json_atomic(out, manifest)

@@ -29,16 +29,18 @@ BLIND = "_blind"  # ends the name of a benchmark's twin with grey images
 Id = tuple[str, str]  # a benchmark's name and that of a task of it
 
 
-def load_model(weights: str | Path, batch_size: int, threads: int) -> LM:
-    """The checkpoint as lm-eval's `hf-multimodal`, on the GPU if there is one. Raises
-    FileNotFoundError if the folder has none: a name is never looked up on the hub."""
-    if not (Path(weights) / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{weights}: no checkpoint here although the run manifest names it; train the run again"
-        )
+def load_model(
+    weights: str | Path, batch_size: int, threads: int, trust_remote_code: bool = False
+) -> LM:
+    """The checkpoint as lm-eval's `hf-multimodal`, on the GPU if there is one."""
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _Model(pretrained=str(weights), device=device, batch_size=batch_size)
+    return _Model(
+        pretrained=str(weights),
+        device=device,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 class _Model(HFMultimodalLM):

@@ -19,6 +19,7 @@ from sts.pipeline.evaluate.scoring import answer, summary
 from sts.pipeline.files import read_json, write_json_atomic, write_text_atomic
 from sts.pipeline.run import provenance, tracking
 from sts.pipeline.run.device import lease
+from sts.pipeline.run.weights import weights_of
 
 
 def evaluate(
@@ -46,6 +47,7 @@ def evaluate(
     """
     options, out, trained = config.evaluate, Path(out), read_json(run)
     benchmarks, metrics = _with_metrics(config, data)  # what is missing is said before the model
+    weights = weights_of(run)
     key = config_hash(options, trained["weights_sha256"])
     tags = {"ablation": ablation, "seed": seed, "stage": "evaluate", "config": config_hash(config)}
     tags["weights"] = trained["weights_sha256"]
@@ -53,7 +55,8 @@ def evaluate(
     noted = {"params": options.model_dump(), "tags": tags, "directory": folder}
     with lease(), tracking.run(f"{ablation}/seed{seed}/evaluate", **noted) as tracked:
         threads = config.stage(config.last).threads
-        lm = load_model(trained["weights"], options.batch_size, threads)
+        may_run = config.model.trust_remote_code
+        lm = load_model(weights, options.batch_size, threads, may_run)
         began, cpu_began = time.monotonic(), time.process_time()
         scores, samples = answer(lm, benchmarks, metrics, options.limit, options.blind)
         facts = {"samples": sum(map(len, samples.values())), "seconds": time.monotonic() - began}

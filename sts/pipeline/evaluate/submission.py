@@ -17,6 +17,7 @@ from sts.pipeline.evaluate.asking import ask, load_model
 from sts.pipeline.evaluate.loading import load_benchmarks, tasks_of
 from sts.pipeline.files import read_json, write_text_atomic
 from sts.pipeline.run.device import lease
+from sts.pipeline.run.weights import weights_of
 from sts.pipeline.tasks.official import is_filled, normalise
 
 Rows = Sequence[Mapping[str, Any]]
@@ -103,7 +104,8 @@ def submission(
     if len(outputs) < len(docs):
         with lease():
             threads = config.stage(config.last).threads
-            lm = load_model(trained["weights"], options.batch_size, threads)
+            may_run = config.model.trust_remote_code
+            lm = load_model(weights_of(run), options.batch_size, threads, may_run)
             write_text_atomic(file, "".join(f"{json.dumps(line)}\n" for line in (key, *outputs)))
             with open(file, "a", encoding="utf-8") as stream:
                 id = (name, name)
@@ -126,7 +128,8 @@ def _all_ids(name: str, questions: str | Path | None) -> list[int]:
     if not name.startswith("vqav2"):
         raise _refused("--questions", str(questions), "none: it is for VQAv2")
     try:
-        return [int(question["question_id"]) for question in read_json(questions)["questions"]]
+        content = json.loads(Path(questions).read_text(encoding="utf-8"))
+        return [int(question["question_id"]) for question in content["questions"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _refused("--questions", str(questions), f"{ALL_IDS} ({error})") from None
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from sts.pipeline.data.pictures import rgb
 from sts.pipeline.data.rows import images_of
-from sts.pipeline.files import read_json, write_text_atomic
-from sts.pipeline.train.joined import TOWERS, image_processor, load_tower
+from sts.pipeline.files import listed_file, read_json, write_text_atomic
+from sts.pipeline.train.joined import TOWERS, image_processor, load_tower, remote_code
+from sts.pipeline.train.model import read_backbone
 from sts.vtc import KINDS, compress, kind_of, wants
 
 KEEP = 0.25  # share of the visual tokens
@@ -45,7 +46,7 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
     Raises:
         FileNotFoundError: A manifest is missing; the message names it.
     """
-    picture, grid, features, scores = look(read_json(backbone), first_picture(Path(data)))
+    picture, grid, features, scores = look(read_backbone(backbone), first_picture(Path(data)))
     png = io.BytesIO()
     picture.save(png, format="PNG")
     missing = {"text"} if scores is not None else {"text", "scores"}
@@ -87,7 +88,7 @@ def first_picture(data: Path) -> Image.Image:
         raise FileNotFoundError(f"{data}: no prepared data set to take a picture from")
     splits = read_json(data)["splits"]
     split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
-    rows = Dataset.from_file(str(data.parent / splits[split]["file"]))
+    rows = Dataset.from_file(str(listed_file(data, splits[split]["file"])))
     return next(images_of(row)[0] for row in rows if images_of(row))
 
 
@@ -102,7 +103,8 @@ def look(
         [1, patches].
     """
     prepare = image_processor(backbone)
-    tower = load_tower(backbone["vision"], attn_implementation="eager").eval()
+    code = remote_code(backbone)
+    tower = load_tower(backbone["vision"], attn_implementation="eager", **code).eval()
     pixels = prepare(rgb(picture), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         out = tower(pixels, output_attentions=True, output_hidden_states=True)

@@ -61,7 +61,7 @@ def local(name: str) -> PreTrainedConfig:
     """The configuration of a model in a local folder or the local hub cache. Raises ValueError
     where it is in neither."""
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"model {name}: its sizes are not known here. Download it first (hf download {name}) "
@@ -126,7 +126,9 @@ def processed_batch(checkpoint: str) -> Mapping[str, Tensor]:
     """What a local checkpoint's processor makes of a question about a picture of PICTURE, and its
     answer. Raises ValueError where there is no processor."""
     try:
-        processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(
+            checkpoint, local_files_only=True, trust_remote_code=False
+        )
     except OSError as error:
         raise ValueError(
             f"model {checkpoint}: its processor is not known here, which says how many tokens a "

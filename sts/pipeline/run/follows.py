@@ -10,13 +10,14 @@ Standard library and names alone, so that the workflow can ask in any environmen
 """
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
 from sts import lds, vtc
-from sts.pipeline.config import CODE, StageConfig
+from sts.pipeline.config import CODE, Config, StageConfig, config_hash
 from sts.pipeline.run.provenance import fingerprint, parsed
+from sts.pipeline.tasks import registry as benchmarks
 
 STORY = CODE / "pipeline/train/train.py"
 ARCHITECTURES = CODE / "architectures"
@@ -39,6 +40,10 @@ LOOKS_ON = tuple(
 )
 
 
+class PlanError(RuntimeError):
+    """A job is not the one that was planned."""
+
+
 def training(stage: StageConfig, family: str = "joined") -> list[Path]:
     """The source files that a training of a stage follows. family: that of the model; a `whole`
     checkpoint may be of any architecture."""
@@ -55,6 +60,30 @@ def training(stage: StageConfig, family: str = "joined") -> list[Path]:
     else:
         idle += ROOMS["lds"]
     return imported(files - {None}, idle)
+
+
+def of_training(config: Config, stage: str) -> list[str]:
+    """Hashes of the values and of the code that a training of a stage follows."""
+    block = config.stage(stage)
+    return [config_hash(block.identity()), code(*training(block, config.model.family))]
+
+
+def of_evaluation(config: Config) -> list[str]:
+    """The same of an evaluation, which follows the files of its benchmarks too."""
+    story = imported([CODE / "pipeline/evaluate/evaluate.py"])
+    tasks = benchmarks.sources(config.evaluate.benchmarks)
+    return [config_hash(config.evaluate), code(*story, *tasks)]
+
+
+def check_plan(planned: Sequence[str], here: Sequence[str]) -> None:
+    """Raise PlanError if what a call of the workflow has planned by is not what is here: of what
+    was edited since, the result would stand under the name of what was not."""
+    for what, before, now in zip(("configuration", "code"), planned, here, strict=False):
+        if before != now:
+            raise PlanError(
+                f"the {what} that this job follows has changed since the call began ({before} "
+                f"then, {now} now). Nothing was computed: give the same command again"
+            )
 
 
 def imported(files: Iterable[Path], idle: Iterable[Path] = ()) -> list[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from sts.pipeline.files import read_json
+from sts.pipeline.files import listed_file, read_json
 
 
 def split_file(dataset: str, split: str, manifests: Sequence[str]) -> Path:
@@ -25,12 +25,7 @@ def split_file(dataset: str, split: str, manifests: Sequence[str]) -> Path:
                 f"{manifest}: no split '{split}', but {', '.join(content['splits'])}; correct "
                 "the task file, or prepare the data set again"
             )
-        file = manifest.parent / content["splits"][split]["file"]
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{file}: missing although {manifest} lists it; prepare the data set again"
-            )
-        return file
+        return listed_file(manifest, content["splits"][split]["file"])
     searched = ", ".join(map(str, manifests)) or "no data manifest at all"
     raise FileNotFoundError(
         f"no data set '{dataset}', whose split '{split}' is asked, in {searched}; pass its "

@@ -1,18 +1,18 @@
 """What a training keeps on disk: two states to go on from, and at the end a plain checkpoint.
 
-A state is a folder of torch.distributed.checkpoint: whatever the number of processes that wrote it,
-another can read it. Each process hashes what it wrote, for the format itself does not notice a
+A state is a folder of torch.distributed.checkpoint with tensors in safetensors: its own format is
+read by pickle, which runs what a file says. Whatever the number of processes that wrote it, another
+can read it. Each process hashes what it wrote, for the format itself does not notice a
 broken file.
 """
 
-import hashlib
 import logging
 import os
 import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from filelock import FileLock, Timeout
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
 from sts.pipeline.config import Config, config_hash
-from sts.pipeline.files import sha256_file, write_json_atomic
+from sts.pipeline.files import hashes, sha256_file, sha256_json, write_json_atomic
 from sts.pipeline.run import provenance
+from sts.pipeline.run.weights import DONE, HISTORY
 from sts.pipeline.train.parallel import everywhere, of_first, rank, wait, world
 from sts.scheme import Scheme
 
@@ -33,6 +35,7 @@ KEPT = 2  # states of a training: the last one may be broken
 ASK_SECONDS = 30  # the first process says so often that it still waits: the others' patience ends
 
 PROCESS, SUMS = "process-{}.pt", "process-{}.sha256"  # state of a process; hashes of its files
+SHARD = "shard-{:05}-*.safetensors"  # of a process's tensors, by torch counted from 1
 
 log = logging.getLogger(__name__)
 
@@ -107,17 +110,19 @@ def save_state(
             os.fsync(history.fileno())
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
+            shutil.copy(folder / HISTORY, part)
         wait()
         with warnings.catch_warnings(action="ignore"):  # that there is one process
-            dcp.save(tensors(model, optimizer), checkpoint_id=part)
+            writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+            dcp.save(tensors(model, optimizer), storage_writer=writer)
         state = {"step": step, "scheme": scheme.state_dict(), "cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             state["gpu"] = torch.cuda.get_rng_state()
         torch.save(state, part / PROCESS.format(rank()))
-        files = [part / PROCESS.format(rank()), *sorted(part.glob(f"__{rank()}_*"))]
-        files += [part / ".metadata"] if rank() == 0 else []
-        hashes = "".join(f"{sha256_file(file)}  {file.name}\n" for file in files)
-        (part / SUMS.format(rank())).write_text(hashes)
+        files = [part / PROCESS.format(rank()), *part.glob(SHARD.format(rank() + 1))]
+        files += [part / HISTORY] if rank() == 0 else []
+        lines = "".join(f"{digest}  {name}\n" for name, digest in hashes(part, files).items())
+        (part / SUMS.format(rank())).write_text(lines)
         wait()
         if rank() == 0:
             _sync(part)
@@ -152,7 +157,10 @@ def load_state(
             log.warning("%s: broken, the checkpoint before it is taken", target)
             continue
         with warnings.catch_warnings(action="ignore"):
-            dcp.load(tensors(model, optimizer), checkpoint_id=target)
+            reader = HuggingFaceStorageReader(str(target))
+            dcp.load(tensors(model, optimizer), storage_reader=reader)
+        if rank() == 0:
+            shutil.copy(target / HISTORY, folder)
         files = [target / PROCESS.format(number) for number in (rank(), 0)]
         state = torch.load(next(filter(Path.exists, files)), weights_only=True)
         scheme.load_state_dict(state["scheme"])
@@ -210,11 +218,17 @@ def _sync(folder: Path) -> None:
 
 
 def finish(folder: Path, model: PreTrainedModel, processor: Any, config: Config) -> None:
-    """Save the plain model and its processor; the last file, `done.json`, says that they are."""
+    """Save the plain model and its processor; the last file, `done.json`, says that they are, and
+    the hashes of all that a reader uses."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    write_json_atomic(folder / "provenance.json", provenance.collect(config_hash(config)))
-    write_json_atomic(folder / "done.json", {"weights_sha256": weights_sha256(folder)})
+    facts = provenance.collect(config_hash(config))
+    facts["trust_remote_code"] = config.model.trust_remote_code
+    write_json_atomic(folder / "provenance.json", facts)
+    _sync(folder)
+    paths = set(folder.rglob("*")) - set((folder / "state").rglob("*"))
+    files = hashes(folder, filter(Path.is_file, paths))
+    write_json_atomic(folder / DONE, {"weights_sha256": weights_sha256(files), "files": files})
     forget_states(folder)
 
 
@@ -223,11 +237,7 @@ def forget_states(folder: Path) -> None:
     shutil.rmtree(folder / "state", ignore_errors=True)
 
 
-def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the safetensors files of a checkpoint; for one file what sha256sum says."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        with open(file, "rb") as part:
-            while chunk := part.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+def weights_sha256(files: Mapping[str, str]) -> str:
+    """One hash of all safetensors files among `hashes`; for one file what sha256sum says."""
+    digests = [digest for name, digest in files.items() if name.endswith(".safetensors")]
+    return digests[0] if len(digests) == 1 else sha256_json(digests)

@@ -40,8 +40,10 @@ def join_parts(
         seed: Of the projector, and of the image token's embedding where the language model has no
             such token.
     """
-    vision = load_tower(parts["vision"], dtype=torch.float32)
-    language = AutoModelForCausalLM.from_pretrained(parts["language"], dtype=torch.float32)
+    vision = load_tower(parts["vision"], dtype=torch.float32, **remote_code(parts))
+    language = AutoModelForCausalLM.from_pretrained(
+        parts["language"], dtype=torch.float32, **remote_code(parts)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         processor = _processor(parts, vision, language)
@@ -67,7 +69,15 @@ def join_parts(
     return model, processor
 
 
-def tower_config(name: str, config: PreTrainedConfig | None = None) -> PreTrainedConfig:
+def remote_code(parts: dict[str, Any]) -> dict[str, bool]:
+    """Whether Python files beside the weights of a backbone manifest may run: as transformers is
+    told, which asks at a terminal where it is not told."""
+    return {"trust_remote_code": parts.get("trust_remote_code", False)}
+
+
+def tower_config(
+    name: str, config: PreTrainedConfig | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The configuration of a vision tower without what LLaVA doesn't read of it.
 
     Args:
@@ -78,7 +88,7 @@ def tower_config(name: str, config: PreTrainedConfig | None = None) -> PreTraine
         ValueError: The tower is none of TOWERS.
     """
     if config is None:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         config = getattr(config, "vision_config", config)
     kind = config.model_type
     accepted = f"a tower of {', '.join(TOWERS)}"
@@ -88,9 +98,10 @@ def tower_config(name: str, config: PreTrainedConfig | None = None) -> PreTraine
     return config
 
 
-def load_tower(name: str, **options: Any) -> PreTrainedModel:
+def load_tower(name: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """The vision tower of a folder or the hub. Raises ValueError as `tower_config`."""
-    return AutoModel.from_pretrained(name, config=tower_config(name), **options)
+    code = {"trust_remote_code": trust_remote_code}
+    return AutoModel.from_pretrained(name, config=tower_config(name, **code), **code, **options)
 
 
 def _processor(
@@ -99,10 +110,12 @@ def _processor(
     """The processor of a backbone manifest. Where it names none, one of the parts' own, with an
     image token in the tokenizer and the language model's embeddings."""
     if parts["processor"]:
-        processor = LlavaProcessor.from_pretrained(parts["processor"])
+        processor = LlavaProcessor.from_pretrained(parts["processor"], **remote_code(parts))
         processor.image_processor = image_processor(parts)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(parts["language"], padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            parts["language"], padding_side="left", **remote_code(parts)
+        )
         tokenizer.add_special_tokens(
             {"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
         )
@@ -127,7 +140,8 @@ def _processor(
 def image_processor(parts: dict[str, Any]) -> Any:
     """The image processor of a backbone manifest: the tower's, or one that pads pictures to squares
     first. It is saved with the model, so that evaluation prepares pictures as training did."""
-    of_tower = AutoImageProcessor.from_pretrained(parts["processor"] or parts["vision"])
+    folder = parts["processor"] or parts["vision"]
+    of_tower = AutoImageProcessor.from_pretrained(folder, **remote_code(parts))
     if "image_aspect_ratio" not in parts:
         return of_tower
     values = of_tower.to_dict()

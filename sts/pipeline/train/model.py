@@ -21,11 +21,18 @@ from transformers import (
 
 from sts.architectures import PARTS, part_finder
 from sts.checks import expect
-from sts.pipeline.config import ModelConfig
-from sts.pipeline.files import read_json, sha256_file, sha256_json, write_json_atomic
+from sts.pipeline.config import ConfigError, ModelConfig
+from sts.pipeline.files import (
+    check_files,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json_atomic,
+)
 from sts.pipeline.train.joined import join_parts, tower_config
 
 SHIPPED = Path("data/backbones/mini")
+GET_BACK = f"Get it back: git checkout -- {SHIPPED.parent}"
 
 
 def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) -> dict[str, Any]:
@@ -41,54 +48,87 @@ def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) 
     """
     manifest: dict[str, Any]
     if model.family == "whole":
-        _check_layers(model.layers, model.checkpoint)
+        _check_layers(model, model.checkpoint)
         manifest = {"checkpoint": model.checkpoint, "fresh": model.fresh}
     elif model.backbone == "pretrained":
-        _check_layers(model.layers, model.language)
-        tower_config(model.vision)
+        _check_layers(model, model.language)
+        tower_config(model.vision, trust_remote_code=model.trust_remote_code)
         manifest = {"vision": model.vision, "language": model.language, "processor": None}
     else:
         manifest = {name: str(folder / name) for name in ("vision", "language", "processor")}
-    sources = model.sources or list(manifest.values())
-    files = [file for source in sources for file in sorted(Path(source).rglob("*"))]
-    hashes = [[file.name, sha256_file(file)] for file in files if file.is_file()]
+    if model.trust_remote_code:
+        manifest["trust_remote_code"] = True
+    sources = model.sources or [manifest[name] for name in ("vision", "language", "processor")]
+    _check_shipped(sources)
+    paths = [path for source in sources for path in sorted(Path(source).rglob("*"))]
+    files = {str(path): sha256_file(path) for path in paths if path.is_file()}
     if model.family == "joined":
         manifest["vision_feature_layer"] = model.vision_feature_layer
         choices = {"template": model.template, "image_aspect_ratio": model.image_aspect_ratio}
         manifest |= {name: value for name, value in choices.items() if value != "own"}
-        if model.backbone != "pretrained" and not hashes:
+        if model.backbone != "pretrained" and not files:
             raise FileNotFoundError(
                 f"{folder}: no backbone files; get them with `git checkout -- {folder}`"
             )
+    hashes = [[Path(path).name, digest] for path, digest in files.items()]
     manifest["sha256"] = sha256_json([manifest, hashes])
+    manifest["files"] = files
     write_json_atomic(out, manifest)
     return manifest
 
 
-def _check_layers(expected: int, name: str) -> None:
-    layers = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
-    if layers != expected:
+def _check_shipped(sources: list[str]) -> None:
+    """Raise SpoiltError for a file of the repository's backbones, if they are among `sources`, that
+    is not as it is listed there."""
+    ours = [source for source in sources if Path(source).is_relative_to(SHIPPED.parent)]
+    listed = read_json(SHIPPED.parent / "sha256.json", GET_BACK) if ours else {}
+    by_path = {str(SHIPPED.parent / name): digest for name, digest in listed.items()}
+    files = {path: digest for path, digest in by_path.items() if path.startswith((*ours,))}
+    check_files(".", files, GET_BACK)
+
+
+def _check_layers(model: ModelConfig, name: str) -> None:
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        key, accepted = "model.trust_remote_code", f"true, which runs the Python files of {name}"
+        raise ConfigError("the configuration", key, False, accepted) from None
+    layers = config.get_text_config().num_hidden_layers
+    if layers != model.layers:
         raise ValueError(
-            f"model.layers: {expected}, but {name} has {layers} decoder layers: set it to that"
+            f"model.layers: {model.layers}, but {name} has {layers} decoder layers: set it to that"
         )
+
+
+def read_backbone(manifest: str | Path) -> dict[str, Any]:
+    """A backbone manifest, whose files are as they were when it was written. Raises SpoiltError."""
+    start = read_json(manifest)
+    cure = f"If that is on purpose, delete {manifest} and run snakemake again. Else get it back"
+    check_files(".", start.get("files", {}), cure)
+    return start
 
 
 def build(manifest: str | Path, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model of a backbone manifest, float32, and its processor; what the manifest calls fresh,
     and the projector between two parts, is drawn from `seed`."""
-    start = read_json(manifest)
+    start = read_backbone(manifest)
     if "checkpoint" not in start:
         return join_parts(start, seed)
-    model, processor = load_whole(start["checkpoint"])
+    model, processor = load_whole(start["checkpoint"], start.get("trust_remote_code", False))
     if start["fresh"]:
         _draw_anew(model, start["fresh"], seed)
     return model, processor
 
 
-def load_whole(folder: str | Path) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load_whole(
+    folder: str | Path, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Any image-text-to-text model of a folder or the hub, float32, and its processor."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(folder)
+    code = {"trust_remote_code": trust_remote_code}
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, **code)
+    return model, AutoProcessor.from_pretrained(folder, **code)
 
 
 def _draw_anew(model: PreTrainedModel, parts: Collection[str], seed: int) -> None:

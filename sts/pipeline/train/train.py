@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -37,10 +38,11 @@ from sts.pipeline.cost.history import (
 )
 from sts.pipeline.cost.memory import check_memory
 from sts.pipeline.data.collator import Conversations, example
-from sts.pipeline.files import read_json, write_json_atomic
+from sts.pipeline.files import SpoiltError, read_json, write_json_atomic
 from sts.pipeline.run import tracking
 from sts.pipeline.run.device import lease
 from sts.pipeline.run.progress import bar_of
+from sts.pipeline.run.weights import DONE, check_weights, weights_of
 from sts.pipeline.train.checkpoint import (
     finish,
     forget_states,
@@ -93,7 +95,7 @@ def train(job: Job) -> dict[str, Any]:
     if job.block.processes > 1:  # which have their GPUs, and now can talk
         prepare_process(job.block)
     with locked(job.folder):
-        is_finished = of_first((job.folder / "done.json").exists())
+        is_finished = of_first(rank() == 0 and are_finished(job.folder))
         with (
             contextlib.nullcontext() if is_finished else lease(),
             tracking.run(
@@ -122,6 +124,19 @@ def train(job: Job) -> dict[str, Any]:
     if rank() == 0:
         write_json_atomic(job.out, manifest)
     return manifest
+
+
+def are_finished(folder: Path) -> bool:
+    """Whether a folder has finished weights, as they were written; spoilt ones count as none."""
+    if not (folder / DONE).exists():
+        return False
+    try:
+        check_weights(folder, "The stage is trained again")
+    except SpoiltError as error:
+        log.warning("%s", error)
+        (folder / DONE).unlink()
+        return False
+    return True
 
 
 def _tags(job: Job, is_finished: bool) -> dict[str, Any]:
@@ -208,10 +223,9 @@ def set_up(job: Job) -> Training:
 def load(job: Job) -> tuple[PreTrainedModel, Any]:
     """Model and processor at the start of a stage: the finished weights of the one before, or for
     the first what the run starts from."""
-    weights = read_json(job.init).get("weights")
-    if weights is None:
-        return build(job.init, derived_seed(job.seed, "projector"))
-    return load_whole(weights)
+    if "weights" in read_json(job.init):
+        return load_whole(weights_of(job.init), job.config.model.trust_remote_code)
+    return build(job.init, derived_seed(job.seed, "projector"))
 
 
 def take_steps(

@@ -1,6 +1,5 @@
 """What the figures share: their look, the histories of trainings, curves and a legend."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from sts.pipeline.files import read_json
 from sts.pipeline.report.results import stages_of
+from sts.pipeline.run.weights import read_history
 
 # Okabe and Ito's palette: told apart with any colour vision
 COLOURS = ["#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
@@ -65,10 +65,7 @@ def histories(results: Path, labels: Labels) -> dict[str, dict[str, list[History
 
 def _history(results: Path, manifest: Path) -> History:
     weights = Path(read_json(manifest)["weights"]).name
-    file = results / "weights" / weights / "history.jsonl"
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: missing although {manifest} names it; train it again")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return read_history(results / "weights" / weights)
 
 
 def draw_stage(

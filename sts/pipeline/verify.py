@@ -44,21 +44,24 @@ def _problem(check: Callable[[], Any]) -> str:
 
 def _checks(results: Path, data: Path) -> Iterator[Callable[[], Any]]:
     """Of each file of results and prepared data what a reader does first."""
+    checked: set[str] = set()
     for file in sorted(results.rglob("*.json")):
         if file.relative_to(results).parts[0] not in ("weights", "tokens"):
-            yield partial(_check_json, file)
-    for done in sorted(results.glob(f"weights/*/{DONE}")):
-        cure = f"rm -r {done.parent}, delete the manifests that name it, and run snakemake again"
-        yield partial(check_weights, done.parent, cure)
+            yield partial(_check_json, file, checked)
+    for folder in sorted(done.parent for done in results.glob(f"weights/*/{DONE}")):
+        if str(folder) not in checked:  # no manifest names it now
+            yield partial(check_weights, folder, f"Delete it: rm -r {folder}")
     for manifest in sorted(data.glob("*/manifest.json")):
         yield partial(_check_data, manifest)
 
 
-def _check_json(file: Path) -> None:
+def _check_json(file: Path, checked: set[str]) -> None:
+    """A result file and what it names, but for weights that are among those `checked`."""
     content = read_json(file)
     if file.parent.name == "backbone":
         read_backbone(file)
-    elif isinstance(content, dict) and "weights" in content:
+    elif isinstance(content, dict) and "weights" in content and content["weights"] not in checked:
+        checked.add(content["weights"])
         weights_of(file)
 
 

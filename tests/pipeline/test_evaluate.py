@@ -24,7 +24,7 @@ from sts.pipeline.evaluate import evaluate as module
 from sts.pipeline.evaluate.evaluate import evaluate
 from sts.pipeline.evaluate.loading import load_benchmarks
 from sts.pipeline.evaluate.scoring import guesses
-from sts.pipeline.files import read_json
+from sts.pipeline.files import SpoiltError, hashes, read_json, write_json_atomic
 from sts.pipeline.tasks import registry as benchmarks
 from sts.pipeline.train.model import build
 
@@ -89,6 +89,8 @@ def weights(backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for part in (model, processor):
         part.save_pretrained(folder)
+    files = hashes(folder, folder.iterdir())
+    write_json_atomic(folder / "done.json", {"weights_sha256": "abc", "files": files})
     return folder
 
 
@@ -97,7 +99,8 @@ def trained(tmp_path):
     """Run manifest of a seed's finished last stage, with a given checkpoint."""
 
     def write(weights):
-        manifest = {"weights": str(weights), "weights_sha256": "abc"}
+        manifest = {"ablation": "sts", "seed": 0, "stage": "instruct", "weights": str(weights)}
+        manifest["weights_sha256"] = "abc"
         (tmp_path / "instruct.json").write_text(json.dumps(manifest))
         return tmp_path / "instruct.json"
 
@@ -283,15 +286,25 @@ def test_a_lost_data_file_is_named_with_the_fix(config, scenes, trained, tmp_pat
     copy = tmp_path / "data"
     shutil.copytree(scenes.parent, copy)
     (copy / "test_colour.arrow").unlink()
-    with pytest.raises(FileNotFoundError, match=r"test_colour\.arrow: missing.*again"):
+    with pytest.raises(SpoiltError, match=r"test_colour\.arrow: missing.*again"):
         evaluate(
             config, "sts", 0, trained("unused"), [copy / "manifest.json"], tmp_path / "eval.json"
         )
 
 
 def test_lost_weights_are_named_and_not_looked_up_on_a_hub(config, scenes, trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"weights/lost: no checkpoint.*train"):
+    with pytest.raises(SpoiltError, match=r"lost/done.json: missing. Delete .*sts/seed0/instruct"):
         evaluate(config, "sts", 0, trained("weights/lost"), [scenes], tmp_path / "eval.json")
+
+
+def test_other_bytes_than_those_that_were_trained_answer_nothing(
+    config, scenes, weights, trained, tmp_path
+):
+    copy = shutil.copytree(weights, tmp_path / "results/weights/key")
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    with pytest.raises(SpoiltError, match=r"key/config.json: other bytes than were written"):
+        evaluate(config, "sts", 0, trained(copy), [scenes], tmp_path / "eval.json")
+    assert not (tmp_path / "eval.json").exists()
     assert not (tmp_path / "eval.json").exists()
 
 

@@ -136,7 +136,7 @@ def _draw_anew(model: PreTrainedModel, parts: Collection[str], seed: int) -> Non
     part_of = part_finder(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        other = AutoModelForImageTextToText.from_config(model.config, dtype=torch.float32)
+        other = type(model)._from_config(model.config, dtype=torch.float32)
     drawn = dict(other.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -76,7 +76,9 @@ def load_shared(
     config, processor = of_first((model and model.config, processor))
     if model is None:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            model = AutoModelForImageTextToText.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            )
     return model, processor
 
 

@@ -339,7 +339,8 @@ def test_the_batch_size_changes_no_answer(weights, trained, tmp_path, answers):
     data = tmp_path / "data"
     write_arrow(rows, {**columns, "image": datasets.Image()}, data / "questions.arrow")
     splits = {"test_existence": {"file": "questions.arrow"}}
-    (data / "manifest.json").write_text(json.dumps({"dataset": "scenes", "splits": splits}))
+    manifest = {"dataset": "scenes", "splits": splits, "files": hashes(data, data.glob("*.arrow"))}
+    (data / "manifest.json").write_text(json.dumps(manifest))
     outputs = []
     for size in (1, 7, 64):
         config = configured({"benchmarks": ["existence"], "batch_size": size, "blind": 0})

@@ -13,6 +13,7 @@ from tiny import CASES
 
 from sts import LDS, sparsify
 from sts.pipeline.config import REPEATS, Config
+from sts.pipeline.files import read_json
 from sts.pipeline.measure.bench import bench
 from sts.pipeline.measure.timing import in_turn, typical_steps
 from sts.settings import VTC
@@ -47,7 +48,7 @@ def result(tmp_path_factory, backbone, prepared, one_core) -> dict:
     }
     out = tmp_path_factory.mktemp("bench") / "main.json"
     result = bench(variants, [prepared], dict.fromkeys(variants, backbone), out)
-    assert json.loads(out.read_text()) == result
+    assert read_json(out) == result
     return result
 
 
@@ -107,7 +108,7 @@ def test_the_result_says_which_steps_were_timed(result):
 def test_a_stage_is_timed_on_its_own_data(tmp_path, backbone, prepared, one_core):
     extra = tmp_path / "extra"  # it has no split for align
     shutil.copytree(Path(prepared).parent, extra)
-    manifest = json.loads((extra / "manifest.json").read_text())
+    manifest = read_json(extra / "manifest.json")
     manifest |= {"dataset": "nlvr", "splits": {"instruct": manifest["splits"]["instruct"]}}
     (extra / "manifest.json").write_text(json.dumps(manifest))
     data = [prepared, extra / "manifest.json"]

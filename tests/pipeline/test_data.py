@@ -35,6 +35,7 @@ from sts.pipeline.data.sets import easy_vqa, nlvr
 from sts.pipeline.data.source import DataError
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.data.tokens import expand, tokenise
+from sts.pipeline.files import read_json
 from sts.settings import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -509,7 +510,7 @@ def test_a_failed_preparation_leaves_the_last_good_one_alone(own, tmp_path):
     good = prepare(own(GOOD), "own", out)
     with pytest.raises(DataError):
         prepare(own([*GOOD, BAD["empty answer"]]), "own", out)
-    assert json.loads(out.read_text()) == good
+    assert read_json(out) == good
     assert len(rows_of(out, "instruct")) == 3
 
 

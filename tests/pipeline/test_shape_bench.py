@@ -1,7 +1,5 @@
 """Known shapes, and `bench --shape`: what it times, counts and says. No timing decides a test."""
 
-import json
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ from sts import LDS, VTC
 from sts.__main__ import main
 from sts.lds import POLICIES
 from sts.mini import pictures
+from sts.pipeline.files import read_json
 from sts.pipeline.measure import shapes
 from sts.pipeline.measure.shape_bench import parse_setting, speed
 from sts.vtc import KINDS
@@ -27,7 +26,7 @@ def result(tmp_path_factory):
         "llava-1.5-7b", settings, out, layers=2, width=1 / 32, batch=1, text=8, repeats=1,
         checkpointing=[False, True],
     )  # fmt: skip
-    assert json.loads(out.read_text()) == result
+    assert read_json(out) == result
     return result
 
 

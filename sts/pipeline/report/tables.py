@@ -10,13 +10,14 @@ saving of nothing). Nothing that was asked for is dropped, and nothing missing c
 """
 
 import html
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sts.pipeline.files import read_json, sha256_json, write_json_atomic, write_text_atomic
+from sts.pipeline.files import read_json, sha256_json, write_text_atomic
 from sts.pipeline.report.compare import COSTS, Cell, Row, compare
 from sts.pipeline.report.findings import configured, findings
 from sts.pipeline.report.results import (
@@ -97,7 +98,12 @@ def table(
         "What was asked": configured(configuration(results, ablations[0])),
         "What was found": findings(numbers),
     }
+    metrics = {  # `dvc metrics diff` compares numbers
+        id: {key: cell for key, cell in row.items() if not isinstance(cell, str)}
+        for id, row in rows.items()
+    }
     texts = {
+        ".json": json.dumps(metrics, indent=2, sort_keys=True) + "\n",
         ".csv": numbers.to_csv(index=False, na_rep=UNDEFINED),
         ".md": page(name, grid, notes, heads),
         ".tex": _latex(grid, heads, notes),
@@ -105,11 +111,6 @@ def table(
     }
     for suffix, text in texts.items():
         write_text_atomic(stem.with_suffix(suffix), text)
-    metrics = {  # `dvc metrics diff` compares numbers
-        id: {key: cell for key, cell in row.items() if not isinstance(cell, str)}
-        for id, row in rows.items()
-    }
-    write_json_atomic(stem.with_suffix(".json"), metrics)
 
 
 # ---- the lines under a table ------------------------------------------------------------------

@@ -89,6 +89,11 @@ def weights(backbone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     for part in (model, processor):
         part.save_pretrained(folder)
+    return finished(folder)
+
+
+def finished(folder: Path) -> Path:
+    """A checkpoint that is marked as a training does it, for manifests of `trained`."""
     files = hashes(folder, folder.iterdir())
     write_json_atomic(folder / "done.json", {"weights_sha256": "abc", "files": files})
     return folder
@@ -557,7 +562,8 @@ def test_a_question_that_is_too_long_for_the_model_is_refused(theirs, backbone, 
     for part in build(backbone, seed=0):
         part.save_pretrained(tmp_path / "short")
     with pytest.raises(ValueError, match=r"up to 512 don't fit into the 256 tokens.*'user"):
-        evaluate(theirs, "dense", 1, trained(tmp_path / "short"), [], tmp_path / "eval.json")
+        run = trained(finished(tmp_path / "short"))
+        evaluate(theirs, "dense", 1, run, [], tmp_path / "eval.json")
 
 
 def test_data_of_lm_evals_that_cant_be_had_are_named_with_the_fix(trained, tmp_path, monkeypatch):

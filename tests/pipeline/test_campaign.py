@@ -41,7 +41,7 @@ def project(tmp_path) -> Path:
     (folder / "history.jsonl").write_text('{"step": 0, "loss": 1.0, "seconds": 2.0}\n')
     run = tmp_path / "results/smoke/runs/dense/seed0/align.json"
     run.parent.mkdir(parents=True)
-    sha256 = campaign.checkpoint.weights_sha256(folder)
+    sha256 = campaign.sha256_file(folder / "model.safetensors")
     run.write_text(json.dumps({"weights": "results/smoke/weights/key", "weights_sha256": sha256}))
     (tmp_path / "results/smoke/tables").mkdir()
     (tmp_path / "results/smoke/tables/main.md").write_text("0.81")

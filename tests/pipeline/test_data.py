@@ -29,6 +29,7 @@ from sts.mini.sets.scenes import TURNS
 from sts.pipeline.config import Config, datasets
 from sts.pipeline.data import source
 from sts.pipeline.data.collator import batch_indices, batch_order, collate, split_files
+from sts.pipeline.data.origins import state
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.data.sets import easy_vqa, nlvr
@@ -36,6 +37,7 @@ from sts.pipeline.data.source import DataError
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.data.tokens import expand, tokenise
 from sts.pipeline.files import read_json
+from sts.pipeline.measure.kept_tokens import first_picture
 from sts.settings import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,7 +355,7 @@ def test_scenes_has_its_splits_in_the_configured_sizes(prepared_scenes):
     assert sizes == {"align": 12, "instruct": 10, **tests}
     assert manifest["bad_rows"] == {}
     assert sorted(p.name for p in prepared_scenes.parent.iterdir()) == sorted(
-        ["manifest.json", "bad_rows.jsonl", *(f"{split}.arrow" for split in sizes)]
+        ["manifest.json", "bad_rows.jsonl", "origins.jsonl", *(f"{split}.arrow" for split in sizes)]
     )
 
 
@@ -555,6 +557,71 @@ def test_the_content_hash_follows_pixels_and_text_not_the_encoding(own, tmp_path
     other_pixels = content_hash()
     data = own([{**GOOD[0], "conversations": turns("<image>\nwhat?", "a cat")}])
     assert len({before, other_pixels, content_hash()}) == 3
+
+
+# --- files that change after preparation ---
+
+
+def test_a_changed_file_is_another_word_for_the_workflow_until_the_set_is_prepared_anew(
+    own, tmp_path
+):
+    """Dates alone change nothing; what was not there counts too."""
+    out, images = tmp_path / "out" / "manifest.json", tmp_path / "images"
+    rows = [*GOOD, {"image": "later.png", "conversations": turns("<image>", "x")}]
+    config = own(rows, max_bad_share=0.5)
+
+    def changes(do) -> bool:
+        before = state(out)
+        do()
+        changed = state(out)
+        manifest = prepare(config, "own", out)
+        assert state(out) == changed  # no preparation without end
+        assert prepare(config, "own", out) == manifest and state(out) == changed
+        return before != changed
+
+    prepare(config, "own", out)
+    assert not changes(lambda: os.utime(images / "a.png", (1, 1)))
+    assert changes(lambda: (images / "a.png").write_bytes(picture(9)))
+    assert changes(lambda: (images / "later.png").write_bytes(picture(3)))
+    assert changes((images / "later.png").unlink)
+    assert changes(lambda: (tmp_path / "own.json").write_text(json.dumps(rows[1:])))
+    (out.parent / "origins.jsonl").write_text("cut off")
+    assert changes(lambda: None) is False and state(out) == "unreadable"
+    (tmp_path / "own.json").unlink()
+    assert state(out) != "unreadable"
+    with pytest.raises(DataError, match=r"own\.json can't be read"):
+        prepare(config, "own", out)
+
+
+def test_what_a_checksum_pins_or_was_fetched_and_copied_may_be_deleted(tiny_source, tmp_path):
+    tiny_source(easy_vqa, EASY_VQA)
+    write(tmp_path / "mirror" / "easy_vqa", EASY_VQA)
+    out = tmp_path / "out" / "manifest.json"
+    prepare(config(mirror=str(tmp_path / "mirror")), "easy_vqa", out)
+    shutil.rmtree(tmp_path / "mirror")
+    assert state(out) == ""
+
+
+def test_a_picture_that_is_not_the_prepared_one_is_an_error_that_names_it(own, processor, tmp_path):
+    out, file = tmp_path / "out" / "manifest.json", tmp_path / "images" / "a.png"
+    prepare(own(GOOD), "own", out)
+    files, content = split_files([out], "instruct"), file.read_bytes()
+    data = samples_of(files, processor)
+    first = np.asarray(data[0]["images"][0])
+    os.utime(file, (1, 1))
+    assert np.array_equal(np.asarray(data[0]["images"][0]), first)
+    for spoil in (lambda: file.write_bytes(picture(9)), file.unlink):
+        spoil()
+        for read in (
+            lambda: data[0],
+            lambda: samples_of(files, processor),
+            lambda: first_picture(out),
+        ):
+            with pytest.raises(DataError, match=r"a\.png, of row photo, .*snakemake"):
+                read()
+    assert not data[2]["images"]
+    file.write_bytes(content)
+    assert np.array_equal(np.asarray(first_picture(out)), first)
 
 
 # --- samples and batches ---

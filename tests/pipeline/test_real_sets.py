@@ -23,9 +23,9 @@ from processors import tiny_processor
 
 from sts.pipeline.config import ConfigError
 from sts.pipeline.data import collator, llava
-from sts.pipeline.data.hub import turns as hub_turns
 from sts.pipeline.data.llava import objects
 from sts.pipeline.data.prepare import prepare
+from sts.pipeline.data.rows import turns as llava_turns
 from sts.pipeline.data.source import DataError
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data, tokens_key
@@ -256,9 +256,11 @@ def test_onevisions_form_keeps_text_only_rows_and_where_images_stand(tmp_path):
 
 
 def test_turns_of_the_hub_that_are_none_are_left_to_the_check():
-    assert hub_turns(None, 1) is None
-    assert hub_turns([], 1) == []
-    assert hub_turns([{"user": None, "assistant": "x"}], 1)[0] == {"from": "human", "value": None}
+    assert llava_turns({"conversations": None}, 1) is None
+    assert llava_turns({"texts": []}, 1) == []
+    for value in (None, 5):
+        [first, _] = llava_turns({"texts": [{"user": value, "assistant": "x"}]}, 1)
+        assert first == {"from": "human", "value": value}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from cases import turns
+from PIL import Image
 from project import (
     ABLATIONS,
     BIN,
@@ -25,6 +28,7 @@ from project import (
     environment,
     jobs_in,
     planned,
+    real_project,
     run,
     wait_for,
 )
@@ -398,3 +402,37 @@ def test_the_report_is_one_file_made_offline_that_opens_on_what_was_found(finish
     assert "Sparse training, scale smoke" in page
     assert table.read_text() in page
     assert 'src="data:image/svg+xml,' in page
+
+
+# ---- a user's own data ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_own_data_are_prepared_again_when_their_files_changed_and_not_when_dates_did(tmp_path):
+    """With the real preparation."""
+    project = real_project(tmp_path / "project")
+    picture, rows, manifest = project / "a.png", project / "a.json", "data/own/mine/manifest.json"
+    Image.new("RGB", (8, 8), "red").save(picture)
+    row = {"image": "a.png", "conversations": turns("<image>", "red")}
+    rows.write_text(json.dumps([row, row]))
+    scale = yaml.safe_load((project / SMOKE).read_text())
+    scale["data"]["custom"] = {"mine": {"json": "a.json", "images": "."}}
+    scale["stages"]["instruct"]["data"] = ["mine"]
+    (project / "own.yaml").write_text(json.dumps(scale | {"scale": "own"}))
+
+    def prepares(*flags: str, ok: bool = True) -> bool:
+        return "Nothing to be done" not in run(project, "own.yaml", *flags, manifest, ok=ok)
+
+    assert prepares() and not prepares("-n")
+    os.utime(picture)
+    os.utime(rows)
+    assert not prepares("-n")
+    Image.new("RGB", (8, 8), "blue").save(picture)
+    assert prepares() and not prepares("-n")
+    rows.write_text(json.dumps([row]))
+    assert prepares()
+    assert json.loads((project / manifest).read_text())["splits"]["instruct"]["rows"] == 1
+    picture.unlink()
+    assert prepares("-n") and prepares(ok=False)
+    log = (project / "results/own/logs/data/mine.log").read_text()
+    assert "1 of 1 rows of a.json are bad ({'missing image': 1})" in log

@@ -21,6 +21,7 @@ from sts.pipeline.config import (
     load_yaml,
     validate,
 )
+from sts.pipeline.data.origins import state
 from sts.pipeline.plan import MAIN, SMOLLM2, make_plan, unique
 from sts.pipeline.plan import figures as figure_inputs
 from sts.pipeline.run import follows
@@ -168,8 +169,20 @@ def backbone_code(ablation):
 def preparation(dataset):
     """A hash of the values that the prepared rows of a data set depend on."""
     of_set = SCALE.data.custom.get(dataset) or getattr(SCALE.data, dataset, "")
-    rows = {"rows": SCALE.data.rows[dataset]} if dataset in SCALE.data.rows else {}
-    return config_hash(of_set, {"max_text_chars": SCALE.data.max_text_chars, **rows})
+    values = {"max_text_chars": SCALE.data.max_text_chars}
+    for key in ("rows", "folders"):
+        if dataset in getattr(SCALE.data, key):
+            values[key] = getattr(SCALE.data, key)[dataset]
+    hub = getattr(of_set, "hub", None)
+    if hub and Path(hub).is_dir():  # a file more
+        values["files"] = sorted(map(str, Path(hub).glob(of_set.files)))
+    return config_hash(of_set, values)
+
+
+@cache
+def origins(dataset):
+    """A word for the files of the user's that a prepared data set comes from."""
+    return state(f"data/{SCALE.scale}/{dataset}/manifest.json")
 
 
 def preparation_code(dataset):

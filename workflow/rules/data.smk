@@ -24,6 +24,7 @@ rule prepare:
         config=config_file(PLAN.baseline),
         values=lambda wildcards: preparation(wildcards.dataset),
         code=lambda wildcards: preparation_code(wildcards.dataset),
+        files=lambda wildcards: origins(wildcards.dataset),
     message:
         "data set {wildcards.dataset}"
     shell:

@@ -25,13 +25,18 @@ class ScenesConfig(Block):
 
 
 class CustomConfig(Block):
-    """A user's own data, a LLaVA-style JSON file and the folder its image paths start from, or a
-    set of the hub with images, and texts or conversations."""
+    """A user's own data, a file of rows and the folder its image paths start from, or a set of the
+    hub with images, and texts, conversations, or a question and an answer."""
 
     json_file: str | None = Field(alias="json", default=None)
-    """JSON list of {id, image, conversations}."""
+    """JSON list of {id, image, conversations} or of {id, image, question, answer}; .jsonl: one a
+    line."""
+    csv: Annotated[str | None, Neutral(None)] = None
+    """CSV or TSV file with a line of names: image, question, answer, or also id."""
     images: str | None = None
     """Folder that the image paths are relative to."""
+    outside: Annotated[bool, Neutral(False)] = False
+    """Whether image paths may lead out of `images`: absolute, by .., or by a link."""
     hub: str | None = None
     """Name of a set of the hub, or a folder with its files."""
     files: str = "**/*.parquet"
@@ -43,11 +48,16 @@ class CustomConfig(Block):
 
     @model_validator(mode="after")
     def _check(self) -> "CustomConfig":
-        is_one = bool(self.json_file) != bool(self.hub)
-        expect(is_one, "custom.json", self.json_file, "json and images, or else hub")
+        is_single = sum(map(bool, (self.json_file, self.csv, self.hub))) == 1
+        expect(is_single, "custom.json", self.json_file, "json or csv with images, or else hub")
         has_images = bool(self.hub or self.images)
-        expect(has_images, "custom.images", self.images, "a folder, beside json")
+        expect(has_images, "custom.images", self.images, f"a folder, beside {self.table[0]}")
         return self
+
+    @property
+    def table(self) -> tuple[str, str | None]:
+        """The key of the file of rows, and the file."""
+        return ("csv", self.csv) if self.csv else ("json", self.json_file)
 
 
 class DataConfig(Block):

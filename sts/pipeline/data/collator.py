@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
-from sts.pipeline.data.pictures import rgb, stored_size
+from sts.pipeline.data.pictures import check_origins, load_images, stored_size
 from sts.pipeline.data.rows import images_of
-from sts.pipeline.data.tokens import OF_TOKENS, cut, expand, tokenise
+from sts.pipeline.data.tokens import OF_TOKENS, Size, cut, expand, tokenise
 from sts.pipeline.files import (
     SpoiltError,
     hashes,
@@ -35,7 +35,7 @@ from sts.pipeline.files import (
 from sts.settings import IGNORE_INDEX
 
 CHUNK = 1000  # conversations tokenised at a time
-IMAGES = ("image", "images")  # columns
+IMAGES = ("id", "image", "images", "origins")  # columns that images are read with
 TOKENS = pa.schema({
     "ids": pa.list_(pa.int32()), "repeats": pa.list_(pa.int32()), "is_answer": pa.list_(pa.bool_()),
     "row": pa.int32(), "length": pa.int32(), "has_image": pa.bool_(),
@@ -77,6 +77,7 @@ class Conversations(Dataset):
 
     Raises:
         ValueError: `max_length` doesn't hold a row's images.
+        DataError: An image file is not the one that was prepared; also when a sample is read.
     """
 
     def __init__(
@@ -101,7 +102,8 @@ class Conversations(Dataset):
         if dropped := len(rows) - len(self):
             text = "%d of %d rows dropped: no answer within max_length %d"
             log.warning(text, dropped, len(rows), max_length)
-        self.images = rows.select_columns([name for name in IMAGES if name in rows.column_names])
+        columns = [name for name in IMAGES if name in rows.column_names]
+        self.images = rows.select_columns(columns).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -111,7 +113,7 @@ class Conversations(Dataset):
         cells = {name: self.samples[name][index].values for name in OF_TOKENS}
         ids, labels = expand({name: cells[name].to_numpy(False) for name in OF_TOKENS})
         row = self.samples["row"][index].as_py()
-        images = [rgb(image) for image in images_of(self.images[row])]
+        images = load_images(self.images[row].to_pylist()[0])
         return {"input_ids": ids, "labels": labels, "images": images}
 
 
@@ -133,8 +135,8 @@ def _write_tokens(
             chunk = encoded[start : start + CHUNK]
             images = chunk.select([name for name in IMAGES if name in chunk.column_names])
             # one row at a time: all encoded images of a chunk may be large
-            cells = (images_of(images.slice(row, 1).to_pylist()[0]) for row in range(len(chunk)))
-            sizes = [[stored_size(image) for image in of_row] for of_row in cells]
+            cells = (images.slice(row, 1).to_pylist()[0] for row in range(len(chunk)))
+            sizes = [_sizes(of_row) for of_row in cells]
             samples = tokenise(processor, chunk["conversations"].to_pylist(), sizes, template)
             kept = []
             for place, (sample, of_row) in enumerate(zip(samples, sizes, strict=True)):
@@ -149,6 +151,11 @@ def _write_tokens(
                     facts = {"row": start + place, "length": int(sample["repeats"].sum())}
                     kept.append(sample | facts | {"has_image": bool(of_row)})
             writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=TOKENS))
+
+
+def _sizes(row: dict) -> list[Size]:
+    check_origins(row)
+    return [stored_size(cell) for cell in images_of(row)]
 
 
 def collate(processor: ProcessorMixin, samples: Sequence[dict]) -> BatchFeature:

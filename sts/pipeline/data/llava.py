@@ -1,37 +1,76 @@
-"""Rows of a LLaVA-style JSON file, read one at a time: all of a real set take gigabytes."""
+"""Rows of a LLaVA-style JSON file, or of one with questions and answers in JSON, CSV or TSV; read
+one at a time: all of a real set take gigabytes."""
 
+import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sts.pipeline.data.rows import Rows, columns_of
+from sts.pipeline.data.rows import Rows, columns_of, picture_path, turns
 from sts.pipeline.data.source import DataError
 
 READ = 2**20  # characters read at a time
 LONGEST = 2**26  # characters of an item
 
 
-def llava_rows(name: str, file: str | Path, images: str | Path, key: str = "") -> Rows:
-    """The rows of a JSON list of {id, image, conversations}, with paths below the folder `images`;
-    an image may be a list, and is then one in all rows. `key` is what the configuration calls the
-    file and the folder. Raises DataError if something is wrong with either.
+def llava_rows(
+    name: str, file: str | Path, images: str | Path, key: str = "", outside: bool = False
+) -> Rows:
+    """The rows of a file of {id, image, conversations}, or question and answer, with paths below
+    the folder `images`; an image may be a list, and is then one in all rows. `key` is what the
+    configuration calls the file, and `outside` whether paths may lead out of the folder. Raises
+    DataError if something is wrong with either.
     """
     file, images = Path(file), Path(images)
-    fix = "Lay it out anew: docs/data.md says how"
+    read = {".jsonl": lines, ".csv": table}.get(".csv" if key.endswith(".csv") else file.suffix)
+    read, fix = (
+        read or objects,
+        f"Correct {key}" if key else "Lay it out anew: docs/data.md says how",
+    )
+    count, several = 0, False
     try:
-        count, several = 0, False
-        for row in objects(file):
+        for row in read(file):
             count += 1
             several = several or (isinstance(row, dict) and isinstance(row.get("image"), list))
-    except (OSError, ValueError, RecursionError) as error:
-        fix = f"Correct {key}.json" if key else fix
-        raise DataError(f"data set {name}: {file} can't be read: {error}. {fix}") from error
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        raise DataError(
+            f"data set {name}: {file} can't be read: {error} (after {count} rows). {fix}"
+        ) from error
     if not images.is_dir():
-        fix = f"Correct {key}.images" if key else fix
+        fix = f"Correct {key.rpartition('.')[0]}.images" if key else fix
         raise DataError(f"data set {name}: {images} is not a folder. {fix}")
-    return count, (_row(row, i, images, several) for i, row in enumerate(objects(file)))
+
+    def path(image: Any) -> Any:
+        return picture_path(image, images, outside, links=not key)
+
+    return count, (_row(row, index, path, several) for index, row in enumerate(read(file)))
+
+
+def lines(file: Path) -> Iterator[Any]:
+    """The items of a file with a JSON value a line. Raises OSError and ValueError."""
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number} is no JSON: {error}") from error
+
+
+def table(file: Path) -> Iterator[dict]:
+    """The rows of a file with a line of names, and values between commas, semicolons or tabs.
+    Raises OSError, ValueError and csv.Error."""
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        separator = max(",;\t", key=stream.readline().count)
+        stream.seek(0)
+        rows = csv.DictReader(stream, delimiter=separator, strict=True)
+        names = rows.fieldnames or []
+        if not {"question", "answer"} <= {*names}:
+            raise ValueError(f"its first line names {names}, without question and answer")
+        for row in rows:  # more values than names: an unquoted separator, which cuts a text
+            yield {} if None in row else {name: row[name] or None for name in names}
 
 
 def objects(file: Path) -> Iterator[Any]:
@@ -71,14 +110,14 @@ def objects(file: Path) -> Iterator[Any]:
             place, is_first = end + 1, False
 
 
-def _row(row: Any, index: int, images: Path, several: bool) -> dict:
+def _row(row: Any, index: int, path: Callable[[Any], Any], several: bool) -> dict:
     """A row as it stands, malformed or not: `prepare` judges it and reports the index."""
     row = row if isinstance(row, dict) else {}
     image = row.get("image")
     names = image if isinstance(image, list) else [] if image is None else [image]
-    paths = [images / str(name) for name in names]
+    is_llava = "conversations" in row
     return {
         "id": str(index if row.get("id") is None else row["id"]),
-        **columns_of(paths, several),
-        "conversations": row.get("conversations"),
+        **columns_of([path(name) for name in names], several),
+        "conversations": row["conversations"] if is_llava else turns(row, len(names)),
     }

@@ -5,10 +5,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Image as ImageColumn
 from PIL import ExifTags, Image
+
+from sts.pipeline.data.origins import is_same
+from sts.pipeline.data.rows import images_of
+from sts.pipeline.data.source import DataError
 
 # Chunks of a PNG that may say which side is up; after the pixels too, where no header has them
 PNG_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
+
+
+def load_images(row: dict[str, Any]) -> list[Image.Image]:
+    """The images of a prepared row {id, image or images, origins} with cells {bytes, path}, in RGB.
+    Raises DataError as `check_origins`."""
+    check_origins(row)
+    return [rgb(ImageColumn().decode_example(cell)) for cell in images_of(row)]
+
+
+def check_origins(row: dict[str, Any]) -> None:
+    """Raise DataError if an image file of a prepared row is not the one that was prepared."""
+    for entry in row.get("origins") or []:
+        if not is_same(entry):
+            raise DataError(
+                f"{entry['path']}, of row {row['id']}, is gone or has other bytes than when its "
+                "data set was prepared: put the old file back, or run snakemake again (by hand "
+                "`python -m sts prepare`), which prepares the set anew"
+            )
 
 
 def stored_size(cell: dict[str, Any]) -> tuple[int, int]:

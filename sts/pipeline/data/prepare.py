@@ -1,4 +1,5 @@
-"""From a registered data set to Arrow files and a manifest; bad rows are counted and listed."""
+"""From a registered data set to Arrow files and a manifest; bad rows are counted and listed, and so
+are the files of the user's that the rows come from."""
 
 import hashlib
 import io
@@ -6,12 +7,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, compress, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from datasets import Features, List, Value
@@ -21,10 +22,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from sts.pipeline.config import Config, DataConfig
+from sts.pipeline.data.origins import LIST, origin, state
 from sts.pipeline.data.pictures import is_deep, rgb
-from sts.pipeline.data.registry import load
-from sts.pipeline.data.rows import IMAGE_TOKEN, ROLES, Rows, columns_of, conversation, images_of
-from sts.pipeline.data.source import BROKEN_IMAGE, DataError
+from sts.pipeline.data.registry import DataSet, load
+from sts.pipeline.data.rows import (
+    IMAGE_TOKEN,
+    ROLES,
+    BadRow,
+    Rows,
+    columns_of,
+    conversation,
+    images_of,
+)
+from sts.pipeline.data.source import BOMB, BROKEN_IMAGE, DOWNLOADS, DataError
 from sts.pipeline.files import hashes, sha256_json, write_json_atomic, write_text_atomic
 
 CHUNK = 100  # rows of a record batch, which may hold large images
@@ -32,33 +42,34 @@ TOGETHER = 64  # rows whose images are decoded at once, by all threads
 TEXT = Value("string")
 TURNS = List({"from": TEXT, "value": TEXT})
 IMAGE = ImageColumn()  # in RGB by pictures.rgb
-TRAINING = Features({"id": TEXT, "image": IMAGE, "conversations": TURNS})
-SEVERAL = Features({"id": TEXT, "images": List(IMAGE), "conversations": TURNS})
+NUMBER = Value("int64")
+# of the images that are held as a path
+ORIGINS = List({"path": TEXT, "size": NUMBER, "mtime_ns": NUMBER, "sha256": TEXT})
+TRAINING = Features({"id": TEXT, "image": IMAGE, "conversations": TURNS, "origins": ORIGINS})
+SEVERAL = Features({"id": TEXT, "images": List(IMAGE), "conversations": TURNS, "origins": ORIGINS})
 BENCHMARK = Features({"id": TEXT, "image": IMAGE, "question": TEXT, "answer": TEXT, "form": TEXT})
-
-
-class BadRow(ValueError):
-    """A row that is left out: (reason to count it under, what exactly)."""
-
+LONGEST = 200  # times its shorter side, above which processors refuse a picture or make it empty
 
 # The images of a row as (table cell, pixels), and what is odd about it; or why it is bad. Odd is
 # what others stumble over and this pipeline doesn't: labels are found by rendering, images are
 # opened by what they are.
 Verdict = tuple[list[tuple[dict, np.ndarray]], list[str]] | BadRow
+Checked = tuple[dict, Verdict, list[dict]]  # a row, what is said of it, the files of its images
 
 
 def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
     """Write a data set's splits as Arrow files beside its manifest `out`; return the manifest.
 
-    Rows that can't be used are listed in bad_rows.jsonl. All files are written aside and renamed
-    when all are whole, the manifest last.
+    Rows that can't be used are listed in bad_rows.jsonl, files that were read in origins.jsonl. All
+    are written aside and renamed when all are whole, the manifest last.
 
     Raises:
         DataError: the data can't be had, a split is empty, or the share of bad rows is above
             data.max_bad_share; the list of bad rows stays.
     """
     out = Path(out)
-    entry, splits = load(config, name)
+    word = state(out)  # as the workflow reads it before this call
+    entry, splits, tables = load(config, name)
     part = out.parent / ".part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -66,20 +77,24 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
         bad: list[dict] = []
         notes: Counter[str] = Counter()
         described = {}
-        for split, rows in splits.items():
-            file = part / f"{split}.arrow"
-            if name in config.data.rows and not split.startswith("test_"):
-                rows = _subset(rows, config.data.rows[name])
-            progress = tqdm(rows[1], f"{name} {split}", rows[0], unit="row", disable=None)
-            checked = _checked(progress, entry.embed, config.data)
-            described[split] = _write(checked, file, bad, notes)
+        with (part / LIST).open("w", encoding="utf-8") as listing:
+            listing.write(json.dumps(word) + "\n")
+            follow = partial(_follow, entry, listing)
+            follow(map(origin, tables))
+            for split, rows in splits.items():
+                file, is_test = part / f"{split}.arrow", split.startswith("test_")
+                if name in config.data.rows and not is_test:
+                    rows = _subset(rows, config.data.rows[name])
+                progress = tqdm(rows[1], f"{name} {split}", rows[0], unit="row", disable=None)
+                checked = _checked(progress, entry.embed or is_test, config.data)
+                described[split] = _write(checked, file, bad, notes, follow)
         report = out.parent / "bad_rows.jsonl"
         write_text_atomic(report, "".join(json.dumps(row) + "\n" for row in bad))
         reasons = dict(Counter(row["reason"] for row in bad))
         _check(name, entry.homepage, described, reasons, config.data.max_bad_share, report)
         out.unlink(missing_ok=True)  # from here to the end there is no valid manifest
-        for split in described.values():
-            os.replace(part / split["file"], out.parent / split["file"])
+        for file in [LIST, *(split["file"] for split in described.values())]:
+            os.replace(part / file, out.parent / file)
     finally:
         shutil.rmtree(part)
     manifest = {"dataset": name, "version": entry.version, "licence": entry.licence}
@@ -90,6 +105,15 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
         manifest["notes"] = dict(notes)
     write_json_atomic(out, manifest)
     return manifest
+
+
+def _follow(entry: DataSet, listing: TextIO, origins: Iterable[dict]) -> None:
+    """List files whose change must prepare the set anew. Not those that a checksum pins, nor what
+    was fetched and then copied: it may be deleted."""
+    for file in origins:
+        is_spare = entry.embed and Path(file["path"]).is_relative_to(DOWNLOADS)
+        if not (entry.source or is_spare):
+            listing.write(json.dumps(file) + "\n")
 
 
 def _subset(rows: Rows, count: int) -> Rows:
@@ -117,15 +141,20 @@ def _check(
 
 
 def _write(
-    checked: Iterable[tuple[dict, Verdict]], file: Path, bad: list[dict], notes: Counter[str]
+    checked: Iterable[Checked],
+    file: Path,
+    bad: list[dict],
+    notes: Counter[str],
+    follow: Callable[[list[dict]], None],
 ) -> dict[str, Any]:
     """Write the good rows of a split, and give its entry in the manifest; the others are added to
-    `bad`, and what is odd about the good ones to `notes`. The hash is of texts and decoded pixels,
-    so it doesn't depend on how images or tables are encoded."""
+    `bad`, what is odd about the good ones to `notes`, and `follow` gets the files of all. The hash
+    is of texts and decoded pixels, so it doesn't depend on how images or tables are encoded."""
     split, digest = file.stem, hashlib.sha256()
 
     def good() -> Iterator[dict]:
-        for index, (row, verdict) in enumerate(checked):
+        for index, (row, verdict, origins) in enumerate(checked):
+            follow(origins)
             if isinstance(verdict, BadRow):
                 where = {"split": split, "row": index, "id": row["id"]}
                 bad.append(where | dict(zip(("reason", "detail"), verdict.args, strict=True)))
@@ -139,7 +168,11 @@ def _write(
             digest.update(json.dumps([texts, shapes], sort_keys=True).encode())
             for _, pixels in images:
                 digest.update(pixels.tobytes())
-            yield {**texts, **columns_of([cell for cell, _ in images], "images" in row)}
+            is_test = "question" in row
+            cells = columns_of([cell for cell, _ in images], "images" in row)
+            paths = {cell["path"] for cell, _ in images}
+            held = {"origins": [file for file in origins if file["path"] in paths]}
+            yield {**texts, **cells, **({} if is_test else held)}
 
     rows = good()
     first = list(islice(rows, 1))
@@ -152,21 +185,22 @@ def _write(
     return {"rows": count, "sha256": digest.hexdigest(), "file": file.name}
 
 
-def _checked(rows: Iterable[dict], embed: bool, data: DataConfig) -> Iterator[tuple[dict, Verdict]]:
-    """Each row, and what is found out about it."""
+def _checked(rows: Iterable[dict], embed: bool, data: DataConfig) -> Iterator[Checked]:
     rows, check = iter(rows), partial(_check_row, embed, data.max_text_chars)
     with ThreadPoolExecutor(data.threads) as pool:
         while block := list(islice(rows, TOGETHER)):
-            yield from zip(block, pool.map(check, block), strict=True)
+            yield from pool.map(check, block)
 
 
-def _check_row(embed: bool, max_chars: int, row: dict) -> Verdict:
+def _check_row(embed: bool, max_chars: int, row: dict) -> Checked:
+    images = images_of(row)
+    origins = [origin(image) for image in images if isinstance(image, Path)]
     try:
         turns = _check_text(row, max_chars)
         odd = ["ASSISTANT: in an answer" for turn in turns[1::2] if "ASSISTANT:" in turn["value"]]
-        return [_image(image, embed, odd) for image in images_of(row)], odd
+        return row, ([_image(image, embed, odd) for image in images], odd), origins
     except BadRow as error:
-        return error
+        return row, error, origins
 
 
 def _check_text(row: dict, max_chars: int) -> list[dict]:
@@ -175,7 +209,7 @@ def _check_text(row: dict, max_chars: int) -> list[dict]:
         row = conversation(row["id"], row["image"], [(row["question"], row["answer"])])
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
-        raise BadRow("malformed", "conversations must be a list of {from, value}, both text")
+        raise BadRow("malformed", "neither a list of {from, value} nor question and answer")
     try:
         "".join([row["id"], *(turn["value"] for turn in turns)]).encode()
     except UnicodeEncodeError as error:
@@ -206,26 +240,39 @@ def _is_turn(turn: Any) -> bool:
 def _image(image: Any, embed: bool, odd: list[str]) -> tuple[dict, np.ndarray]:
     """The table cell {bytes, path} of an image, and its pixels, uint8 [height, width, 3]; what is
     odd about its file is added to `odd`."""
+    if isinstance(image, BadRow):
+        raise image
     if not isinstance(image, Path | bytes):
         picture = rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
         png = io.BytesIO()
         picture.save(png, "PNG")
         return {"bytes": png.getvalue(), "path": None}, np.asarray(picture)
     is_file = isinstance(image, Path)
+    name = f"{image}: " if is_file else ""
     try:
         if is_file and not image.is_file():
             raise BadRow("missing image", str(image))
     except (OSError, UnicodeError) as error:  # a closed folder, a name that none can have
-        raise BadRow("missing image", f"{image}: {error}") from error
+        raise BadRow("missing image", f"{name}{error}") from error
     try:
         with Image.open(image if is_file else io.BytesIO(image)) as picture:
+            _check_size(*picture.size)
             kind, pixels = picture.format, np.asarray(rgb(picture))
             if is_deep(picture):
                 odd.append(f"{picture.mode} grey, scaled to 8 bits")
-    except BROKEN_IMAGE as error:
-        raise BadRow("corrupt image", f"{image}: {error}" if is_file else str(error)) from error
+    except (BadRow, *BROKEN_IMAGE) as error:
+        reason = "unusable size" if isinstance(error, (BadRow, *BOMB)) else "corrupt image"
+        raise BadRow(reason, f"{name}{error}") from error
     if is_file and kind != Image.registered_extensions().get(image.suffix.lower()):
         odd.append(f"{kind} named {image.suffix}")
     if is_file and not embed:
         return {"bytes": None, "path": str(image)}, pixels
     return {"bytes": image.read_bytes() if is_file else image, "path": None}, pixels
+
+
+def _check_size(width: int, height: int) -> None:
+    pixels = Image.MAX_IMAGE_PIXELS or width * height
+    if width * height > pixels:
+        raise BadRow(f"{width} x {height} are more than {pixels} pixels")
+    if max(width, height) > LONGEST * min(width, height):
+        raise BadRow(f"{width} x {height}: one side is more than {LONGEST} times the other")

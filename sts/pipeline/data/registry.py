@@ -9,7 +9,7 @@ from pathlib import Path
 from sts.pipeline.config import CODE, Config, CustomConfig, DataConfig, datasets
 from sts.pipeline.data import fetch, source
 from sts.pipeline.data.fetch import File
-from sts.pipeline.data.hub import hub_rows
+from sts.pipeline.data.hub import hub_folder, hub_rows
 from sts.pipeline.data.llava import llava_rows
 from sts.pipeline.data.rows import Rows
 from sts.pipeline.data.source import DataError, Source
@@ -53,25 +53,34 @@ def dataset(name: str, data: DataConfig) -> DataSet:
 
 
 def _custom(name: str, spec: CustomConfig) -> DataSet:
-    """A user's own data: a LLaVA-style JSON file and a folder of images, or a set of the hub."""
+    """A user's own data: a file of rows and a folder of images, or a set of the hub."""
+    key, file = spec.table
 
-    def load(_: DataConfig, __: None) -> dict[str, Rows]:
-        if spec.hub:
-            return {spec.split: hub_rows(name, spec.hub, spec.files, spec.revision)}
-        return {spec.split: llava_rows(name, spec.json_file, spec.images, f"data.custom.{name}")}
+    def load(_: DataConfig, folder: Path | None) -> dict[str, Rows]:
+        if folder:
+            return {spec.split: hub_rows(name, folder, spec)}
+        key_of_file = f"data.custom.{name}.{key}"
+        return {spec.split: llava_rows(name, file, spec.images, key_of_file, spec.outside)}
 
-    version, homepage = (spec.revision, spec.hub) if spec.hub else ("custom", spec.json_file or "")
+    version, homepage = (spec.revision, spec.hub) if spec.hub else ("custom", file)
     return DataSet(version, "not stated", homepage, "", load, embed=bool(spec.hub))
 
 
-def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows]]:
-    """The entry of a data set and its rows by split; files are fetched and checked first. Raises
-    DataError if the name is unknown, or files can't be had or are damaged."""
-    data, folder = config.data, None
-    entry = dataset(name, data)
+def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows], list[Path]]:
+    """The entry of a data set, its rows by split, and the files that hold their texts; all are
+    fetched and checked first. Raises DataError if the name is unknown, or files can't be had or are
+    damaged."""
+    data, folder, tables = config.data, None, []
+    entry, spec = dataset(name, data), data.custom.get(name)
     if entry.source:
         folder = source.folder_of(name, entry.source, data.mirror)
         source.check(name, entry.source.sha256, folder, lambda: entry.load(data, folder))
     elif entry.files:
         folder = fetch.folder_of(name, entry.files, data.folders, data.mirror)
-    return entry, entry.load(data, folder)
+        tables = [folder / file.place for file in entry.files if (folder / file.place).is_file()]
+    elif spec and spec.hub:
+        folder = hub_folder(name, spec)
+        tables = sorted(folder.glob(spec.files))
+    elif spec:
+        tables = [Path(spec.table[1])]
+    return entry, entry.load(data, folder), tables

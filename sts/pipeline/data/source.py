@@ -21,8 +21,9 @@ from sts.pipeline.files import sha256_file
 
 DOWNLOADS = Path("data/raw")
 
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # what PIL raises for a damaged image; SyntaxError is a broken PNG chunk
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, *BOMB)
 
 
 class DataError(RuntimeError):

@@ -19,7 +19,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from sts.pipeline.data.pictures import rgb
+from sts.pipeline.data.pictures import load_images
 from sts.pipeline.data.rows import images_of
 from sts.pipeline.files import listed_file, read_json, write_text_atomic
 from sts.pipeline.train.joined import TOWERS, image_processor, load_tower, remote_code
@@ -88,8 +88,10 @@ def first_picture(data: Path) -> Image.Image:
         raise FileNotFoundError(f"{data}: no prepared data set to take a picture from")
     splits = read_json(data)["splits"]
     split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
-    rows = Dataset.from_file(str(listed_file(data, splits[split]["file"])))
-    return next(images_of(row)[0] for row in rows if images_of(row))
+    file = listed_file(data, splits[split]["file"])
+    rows = Dataset.from_file(str(file)).with_format("arrow")
+    cells = (row.to_pylist()[0] for row in rows)
+    return load_images(next(filter(images_of, cells)))[0]
 
 
 def look(
@@ -105,7 +107,7 @@ def look(
     prepare = image_processor(backbone)
     code = remote_code(backbone)
     tower = load_tower(backbone["vision"], attn_implementation="eager", **code).eval()
-    pixels = prepare(rgb(picture), return_tensors="pt")["pixel_values"]
+    pixels = prepare(picture, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         out = tower(pixels, output_attentions=True, output_hidden_states=True)
     layer = backbone.get("vision_feature_layer", -2) % (len(out.attentions) + 1)

@@ -8,7 +8,7 @@ BIN := .venv/bin
 RESULTS := results/$(SCALE)
 SNAKEMAKE := $(BIN)/snakemake $(if $(filter mini,$(SCALE)),,--configfile workflow/config/$(SCALE).yaml)
 
-.PHONY: help reproduce data report test test-all campaign gpu-check lint schemas lock reference clean
+.PHONY: help reproduce data report test test-all campaign gpu-check hosts lint schemas lock reference clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make test        the everyday tests; make test-all: the slow ones too (JOBS=2 side by side)"
 	@echo "make campaign    kills, full disks, broken files, ...: what the pipeline survives (40 minutes)"
 	@echo "make gpu-check   on a machine with a GPU: its tests, 7B steps, a smoke run; results to commit"
+	@echo "make hosts       the library with other releases of transformers, and in others' programs"
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make schemas     JSON schemas of scales and ablations, for editors"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
@@ -46,6 +47,9 @@ campaign: .venv/made-from-lock
 
 gpu-check: .venv/made-from-lock
 	$(BIN)/python -m workflow.gpu_check $(ARGS)
+
+hosts: .venv/made-from-lock
+	$(BIN)/python -m workflow.hosts $(ARGS)
 
 lint: .venv/made-from-lock
 	$(BIN)/ruff check .

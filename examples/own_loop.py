@@ -1,4 +1,4 @@
-"""STS in a training loop of your own: python examples/own_loop.py MODEL_FOLDER"""
+"""STS in a training loop of your own: python -m examples.own_loop MODEL_FOLDER"""
 
 import sys
 
@@ -8,7 +8,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from sts import STS_LDS, STS_VTC, sparsify
 
 STEPS = 8
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1]).train()
+# Not in fp16, as many a checkpoint is stored: AdamW's epsilon, 1e-8, is 0 there, and weights nan.
+dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=dtype).train()
 processor = AutoProcessor.from_pretrained(sys.argv[1])
 image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)  # yours goes here
 prompt = f"user: {processor.image_token}\nwhat color is the circle? assistant: red"

@@ -6,6 +6,7 @@ Without a model it takes the one that is trained, so that `model_init` works.
 """
 
 import math
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +33,8 @@ class SparseCallback(TrainerCallback, ExportableState):
     Args:
         model: The Trainer's; None: the scheme goes onto the model that it trains.
         vtc: As in `sparsify`, or its fields as a dict; so are the others.
+        peak_flops: Of a process's device in a second, by its data sheet; the log then has
+            `sts_mfu`, the share of it that was used.
 
     Raises:
         ValueError: As `sparsify`.
@@ -45,10 +48,11 @@ class SparseCallback(TrainerCallback, ExportableState):
         *,
         seed: int = 0,
         dense_step: str = "error",
+        peak_flops: float | None = None,
     ) -> None:
         self.vtc = VTC(**vtc) if isinstance(vtc, dict) else vtc or VTC()
         self.lds = LDS(**lds) if isinstance(lds, dict) else lds or LDS()
-        self.seed, self.dense_step = seed, dense_step
+        self.seed, self.dense_step, self.peak_flops = seed, dense_step, peak_flops
         self.takes_any_model = model is None
         self.scheme: Scheme | None = None
         self.stored: dict[str, Any] | None = None  # set by a Trainer that restores callbacks
@@ -71,6 +75,7 @@ class SparseCallback(TrainerCallback, ExportableState):
             batches = _batches(kwargs["train_dataloader"])
             steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
         self.scheme.set_stage(state.max_steps, steps_per_epoch)
+        self._begin_log(state)
         stored = (state.stateful_callbacks or {}).get(type(self).__name__)
         stored = self.stored or (stored and stored["attributes"]["stored"])
         if state.global_step and stored:
@@ -103,10 +108,7 @@ class SparseCallback(TrainerCallback, ExportableState):
         is_static = getattr(args, "ddp_static_graph", False)  # transformers 5.20 has it first
         expect(not (is_static and leaves_out), "ddp_static_graph", is_static, accepted)
         if args.world_size > 1 and leaves_out and not is_sharded:
-            accepted = f"True with LDS unit {self.lds.unit!r}, whose skipped layers have no "
-            accepted += "gradient (units samples and tokens need it not)"
-            value = args.ddp_find_unused_parameters
-            expect(value is True, "ddp_find_unused_parameters", value, accepted)
+            check_ddp(self.lds, "ddp_find_unused_parameters", args.ddp_find_unused_parameters)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.scheme.begin_step(state.global_step)
@@ -116,12 +118,27 @@ class SparseCallback(TrainerCallback, ExportableState):
         if self.vtc.keep < 1 or self.lds.rate:
             check_references(args, *self.scheme.forwards)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take off the Trainer's `total_flos`, 6 FLOPs a weight and token, what was left out."""
+        state.total_flos -= self.scheme.left_out_flops() * args.world_size
+        self._tokens += self.scheme.tokens
+
+    def _begin_log(self, state: Any) -> None:
+        self._since, self._tokens, self._flops = time.monotonic(), 0, state.total_flos
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """What the last step really did, in `state.log_history`: sts_keep_ratio and so on."""
+        """What the last step really did, in `state.log_history`: sts_keep_ratio and so on; and
+        sts_tokens_per_s and sts_mfu of all steps since the last log."""
         if logs is not None and "loss" in logs:
             realised = self.scheme.metrics()
             names = ("keep_ratio", "visual_tokens", "layers_run")
             metrics = {f"sts_{name}": realised[name] for name in names}
+            seconds = time.monotonic() - self._since
+            metrics["sts_tokens_per_s"] = self._tokens / seconds  # of this process
+            if self.peak_flops:
+                flops = (state.total_flos - self._flops) / args.world_size
+                metrics["sts_mfu"] = flops / seconds / self.peak_flops
+            self._begin_log(state)
             state.log_history[-1].update(metrics)
             logs.update(metrics)  # for the callbacks that come after this one
 
@@ -135,7 +152,7 @@ class SparseCallback(TrainerCallback, ExportableState):
             stored = self.scheme.state_dict()
             stored["average"] = [None if math.isinf(x) else x for x in stored["average"]]
         arguments = {"vtc": asdict(self.vtc), "lds": asdict(self.lds)}
-        arguments |= {"seed": self.seed, "dense_step": self.dense_step}
+        arguments |= {name: getattr(self, name) for name in ("seed", "dense_step", "peak_flops")}
         return {"args": arguments, "attributes": {"stored": stored}}
 
 
@@ -150,3 +167,12 @@ def _batches(loader: Any) -> int:
     except TypeError:
         accepted = "'steps' with a train_dataset that has no length: its epochs can't be counted"
         raise NotAccepted("LDS.clock", "epochs", accepted) from None
+
+
+def check_ddp(lds: LDS, name: str, find_unused: object) -> None:
+    """Raise ValueError if DDP would wait for gradients of skipped layers: it must be told, by the
+    setting `name`, that there may be none."""
+    accepted = f"True with LDS unit {lds.unit!r}, whose skipped layers have no gradient (units "
+    accepted += "samples and tokens need it not)"
+    has_all = lds.rate == 0 or UNITS[lds.unit].trains_all
+    expect(has_all or find_unused is True, name, find_unused, accepted)

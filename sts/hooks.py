@@ -51,6 +51,7 @@ class Call:
 
     entered: nn.Module  # the module at which it began
     arguments: dict[str, Any]  # the keywords of that module
+    taken: dict[str, Any] = field(default_factory=dict)  # of those, what another's hook took away
     acts: bool = False  # else the plain model runs
     counts: bool = False  # as a micro-batch of the step
     inputs: dict[str, Any] = field(default_factory=dict)  # of all modules outside language_model
@@ -86,15 +87,17 @@ class Hooks:
     def __init__(
         self,
         model: PreTrainedModel,
+        wrapped: nn.Module,
         architecture: Architecture,
         vtc: VTC,
         skipper: Skipper,
         seed: int,
     ) -> None:
-        self.model, self.architecture = model, architecture
+        self.model, self.wrapped, self.architecture = model, wrapped, architecture
         self.vtc, self.skipper, self.seed = vtc, skipper, seed
         self._handles: list = []
         self._call: Call | None = None
+        self._of_caller: dict[str, Any] = {}  # what the wrapped model is called with
         self.begin_step(None, 1.0)
 
     def begin_step(self, step: int | None, keep: float) -> None:
@@ -117,6 +120,10 @@ class Hooks:
     def attach(self) -> None:
         """Hang the hooks on the model."""
         base, language_model = self.architecture.base, self.architecture.language_model
+        self._handles = [
+            self.wrapped.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True),
+            self.wrapped.register_forward_hook(self._forget, always_call=True),
+        ]
         hooks = [("", self._enter_model, self._without_logits)]
         hooks += [(base, self._enter_base, None)] if base else []
         hooks += [(language_model, self._enter_language_model, self._with_hidden_states)]
@@ -136,6 +143,20 @@ class Hooks:
 
     # ---- entering and leaving whichever module --------------------------------------------------
 
+    def _note(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._of_caller = kwargs
+
+    def _forget(self, *_: Any) -> None:
+        self._of_caller = {}
+
+    def _taken(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the caller gave and a hook before this one took away: ms-swift's runs the tower by
+        itself, and goes on with `inputs_embeds` that no longer tell where placeholders were."""
+        ids, embeddings = self._of_caller.get("input_ids"), kwargs.get("inputs_embeds")
+        if ids is None or embeddings is None or ids.shape != embeddings.shape[:2]:
+            return {}
+        return {name: x for name, x in self._of_caller.items() if kwargs.get(name) is None}
+
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any] | None:
         """The inputs of `module` by name, with a call under way; None: the scheme does not act."""
         if getattr(module, "_is_replica", False):
@@ -146,14 +167,15 @@ class Hooks:
         if self._call and self._call.entered is module:
             self.close()
         if self._call is None:
-            self._call = Call(module, kwargs)
+            taken = self._taken(kwargs)
+            self._call = Call(module, kwargs | taken, taken=taken)
             self._begin(self._call)
         if not self._call.acts:
             return None
         if module is not self.model:
             kwargs = self._as_called(kwargs)
         if module is not self.skipper.language_model:
-            self._call.inputs |= kwargs
+            self._call.inputs |= kwargs | self._call.taken
         return kwargs
 
     def _begin(self, call: Call) -> None:
@@ -360,8 +382,8 @@ class Hooks:
         elif batch.shows is not None:
             hidden = take(hidden, batch.shows)
         if call.counts:
-            logits = hidden.shape[:2].numel()
-            call.count = partial(self.realised.add, call.tokens, call.visual, logits, work)
+            full, logits = batch.visual.numel(), hidden.shape[:2].numel()
+            call.count = partial(self.realised.add, call.tokens, full, call.visual, logits, work)
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden

@@ -61,7 +61,7 @@ class Scheme:
         architecture = architecture_of(self.model)
         _check_type(self.model, vtc, lds)
         self.skipper = Skipper(lds, self.model, architecture, seed)
-        self._hooks = Hooks(self.model, architecture, vtc, self.skipper, seed)
+        self._hooks = Hooks(self.model, model, architecture, vtc, self.skipper, seed)
         if "scores" in wants(vtc.kind):
             architecture.class_attention(self.model)  # fails now rather than in the first step
 
@@ -152,6 +152,16 @@ class Scheme:
     def forwards(self) -> tuple[int, int]:
         """The forwards since `begin_step` that recorded gradients, and those that did not."""
         return self._hooks.with_gradients, self._hooks.without_gradients
+
+    @property
+    def tokens(self) -> int:
+        """At the language model since `begin_step`, on this rank, padding and visual included."""
+        return self._hooks.realised.tokens
+
+    def left_out_flops(self) -> float:
+        """What the decoder layers did not do since `begin_step`, on this rank, by the usual rule of
+        6 FLOPs a weight and token: 2 forward, 4 backward."""
+        return self._hooks.realised.left_out_flops(self.skipper.weights())
 
     def check_step(self) -> None:
         """Raise RuntimeError, or warn as `dense_step` says, if the step was to leave something out

@@ -13,6 +13,7 @@ MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_FILE = 60, 450
 ROOMS = [
     *("checks", "draws", "modules", "architectures", "schedule", "vtc", "sequence", "lds"),
     *("settings", "loss", "compression", "realised", "hooks", "scheme", "comparison", "callback"),
+    "hosts",
     *(f"pipeline.{name}" for name in ("files", "tasks", "config", "run", "data", "cost")),
     *(f"pipeline.{name}" for name in ("train", "evaluate", "plan", "measure", "report", "verify")),
     *("mini", "__main__"),

@@ -95,6 +95,18 @@ class Skipper:
         attention, mlp = self._architecture.attention, self._architecture.mlp
         return {"attention_backward": first_of(attention), "mlp_backward": first_of(mlp)}
 
+    def weights(self) -> list[dict[str, int]]:
+        """Of each layer how many it has: `layer`, and of its sublayers by their share."""
+
+        def count(module: nn.Module) -> int:
+            return sum(p.numel() for p in module.parameters())
+
+        return [
+            {"layer": count(layer)}
+            | {x: count(getattr(layer, name)) for x, name in self._sublayers(i).items() if name}
+            for i, layer in enumerate(self.layers)
+        ]
+
     def decision_of(self, layer: int, digest: Callable[[], str] = str) -> LayerDecision:
         """What the decision of the step means for a layer, in the micro-batch of this digest."""
         return LayerDecision(

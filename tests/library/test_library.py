@@ -1,10 +1,13 @@
 """STS for its own sake: in other people's loops, trainers and wrappers."""
 
 import copy
+import dataclasses
+import json
 import math
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -60,23 +63,42 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+FAMILIES = ["mini", "idefics3", "llava_next", "qwen2_5_vl"]  # of data/backbones
+EXAMPLES = [(name, family) for name in ("own_loop", "trainer") for family in FAMILIES]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["own_loop", "trainer"])
-def test_examples_run(name, model_folder, tmp_path):
+@pytest.mark.parametrize(("name", "family"), [*EXAMPLES, ("accelerate_loop", "mini")])
+def test_examples_train_every_shipped_model(
+    name, family, model_folder, tmp_path, monkeypatch, capsys
+):
     example = ROOT / "examples" / f"{name}.py"
     text = example.read_text()
-    assert len(text.splitlines()) < 35
+    assert len(text.splitlines()) < 40
     assert "STS_VTC, STS_LDS" in text  # the values of row `sts`
+    model = model_folder if family == "mini" else ROOT / "data/backbones" / family
+    monkeypatch.setattr(sys, "argv", [name, str(model), str(tmp_path)])
+    runpy.run_module(f"examples.{name}", run_name="__main__")
+    printed = capsys.readouterr().out
+    keys = {"own_loop": "'keep_ratio': ", "trainer": "'sts_keep_ratio': '"}
+    kept = re.findall(keys.get(name, keys["own_loop"]) + r"(0\.\d+)", printed)
+    assert len(kept) > 3 and all(0.4 < float(ratio) < 0.6 for ratio in kept)
+    assert "nan" not in printed
+    if name == "trainer":
+        plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
+        assert AutoProcessor.from_pretrained(tmp_path).image_token
+        assert all(p.isfinite().all() for p in plain.parameters())
+
+
+@pytest.mark.slow
+def test_an_example_runs_by_its_command(model_folder):
+    command = [sys.executable, "-m", "examples.own_loop", str(model_folder)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, str(example), str(model_folder), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
+        command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "keep_ratio': 0.5" in done.stdout or "sts_keep_ratio': '0.5'" in done.stdout
+    assert "'keep_ratio': 0.5" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -153,10 +175,14 @@ def test_context_manager_gives_the_model_back_even_after_an_error():
     assert torch.equal(model(**batch).loss, before)
 
 
-def scheme_of(trainer: Trainer) -> Scheme:
+def callback_in(trainer: Trainer) -> SparseCallback:
     callbacks = trainer.callback_handler.callbacks
     (callback,) = [c for c in callbacks if isinstance(c, SparseCallback)]
-    return callback.scheme
+    return callback
+
+
+def scheme_of(trainer: Trainer) -> Scheme:
+    return callback_in(trainer).scheme
 
 
 class Steps(TrainerCallback):
@@ -352,3 +378,44 @@ def test_a_pickled_model_keeps_its_scheme():
     assert torch.equal(twin(**batch).loss, model(**batch).loss)
     unsparsify(twin)
     assert SCHEME not in vars(twin) and SCHEME in vars(model)
+
+
+def numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("unit", ["layer", "backward"])
+def test_the_log_counts_the_tokens_and_flops_that_were_computed(unit, tmp_path):
+    """By the Trainer's rule, 6 FLOPs a weight and token; 4 of them in the backward."""
+    lds = dataclasses.replace(HALF, unit=unit)
+    trainer = trainer_for(tmp_path, lds, max_steps=2, save_steps=2, gradient_accumulation_steps=2)
+    callback = callback_in(trainer)
+    callback.peak_flops = 1e9
+    decisions = []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, *args, **kwargs) -> None:
+            decisions.append(callback.scheme.decision.off)
+
+    trainer.add_callback(Note())
+    model, samples = trainer.model, 8
+    layers = model.model.text_model.layers
+    full, text = len(trainer.train_dataset[0]["input_ids"]), 4
+    tokens = text + (full - text) // 4  # VISUAL
+    trainer.train()
+    outside = model.num_parameters(exclude_embeddings=True) - sum(map(numel, layers))
+    expected = 6 * samples * full * outside
+    for off in decisions:
+        for index, layer in enumerate(layers):
+            left = [numel(getattr(layer, x[:-9].replace("attention", "self_attn")))
+                    for i, x in off if i == index and unit == "backward"]  # fmt: skip
+            runs = unit == "backward" or (index, "rows") not in off
+            expected += samples // 2 * tokens * (6 * numel(layer) * runs - 4 * sum(left))
+    assert all(decisions) and trainer.state.total_flos == pytest.approx(expected)
+    saved = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
+    assert saved["total_flos"] == pytest.approx(expected)
+    *steps, last = trainer.state.log_history
+    assert last["total_flos"] == pytest.approx(expected)
+    assert all(row["sts_tokens_per_s"] > 0 and row["sts_mfu"] > 0 for row in steps)
+    shares = [row["sts_mfu"] / row["sts_tokens_per_s"] for row in steps]  # the time cancels
+    assert sum(shares) * 1e9 * samples // 2 * tokens == pytest.approx(expected, rel=1e-6)

@@ -461,3 +461,38 @@ def test_metrics_count_what_was_called_and_nothing_else():
     assert list(decoder.layers) == layers and len(layers) == LAYERS
     model(**batch).loss.backward()
     assert scheme.metrics()["layers_run"] == 2
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_hook_that_encodes_the_images_and_takes_the_ids_away(name, lora):
+    """As ms-swift's does, on whatever wraps the model; the scheme comes after it."""
+    outcomes = []
+    for hooked in (False, True):
+        model, batch = tiny(name)
+        wrapped = get_peft_model(model, LoraConfig(target_modules=["v_proj"])) if lora else model
+
+        def encode(module, args, kwargs, model=model):
+            kwargs = dict(kwargs)
+            ids, pixels = kwargs.pop("input_ids"), kwargs.pop("pixel_values")
+            sizes = [kwargs.pop("image_grid_thw")] if "image_grid_thw" in kwargs else []
+            images = model.model.get_image_features(pixels, *sizes).pooler_output
+            embeddings = model.get_input_embeddings()(ids)
+            places = (ids == model.config.image_token_id)[..., None].expand_as(embeddings)
+            return args, kwargs | {
+                "inputs_embeds": embeddings.masked_scatter(places, torch.cat([*images]))
+            }
+
+        if hooked:
+            wrapped.register_forward_pre_hook(encode, with_kwargs=True)
+        if name == "qwen2_5_vl":  # as ms-swift's collator does
+            batch["position_ids"], _ = model.model.get_rope_index(
+                batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"]
+            )
+        with sparsify(wrapped, VISUAL, HALF, seed=1) as scheme:
+            scheme.begin_step(0)
+            wrapped(**batch).loss.backward()
+            outcomes.append((scheme.metrics(), [p.grad for p in model.parameters()]))
+    (metrics, gradients), (of_hooked, hooked_gradients) = outcomes
+    assert of_hooked == metrics and metrics["keep_ratio"] < 0.5
+    torch.testing.assert_close(hooked_gradients, gradients)

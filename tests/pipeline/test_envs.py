@@ -86,7 +86,14 @@ FLOORS = {  # folders -> the extras whose packages their files may import
     ("sts/**/*.py", "recipes/**/*.py"): ("pipeline",),
     ("tests/**/*.py", "examples/*.py", "workflow/*.py"): ("pipeline", "dev"),
 }
-IF_THERE = {"deepspeed", "liger_kernel"}  # their users have them; not in the lock
+IF_THERE = {
+    "deepspeed",
+    "liger_kernel",
+    "axolotl",
+    "lightning",
+    "llamafactory",
+    "swift",
+}  # their users have them; not in the lock
 
 
 def imports(file: Path) -> set[str]:

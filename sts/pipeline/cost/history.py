@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sts.pipeline.config import StageConfig
 from sts.pipeline.cost.counting import TowerWatch
 from sts.pipeline.cost.flops import Counts, count
+from sts.pipeline.cost.machines import peak_flops
 from sts.pipeline.files import read_json
 from sts.pipeline.run.weights import DONE, HISTORY, read_history
 from sts.scheme import Scheme
@@ -99,8 +100,18 @@ def row_flops(counts: Counts, block: StageConfig, row: Mapping[str, Any]) -> flo
 
 
 def with_speed(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the tokens per second of its step."""
-    return row | {"tokens_per_s": row["tokens"] / row["seconds"]}
+    """The row with the tokens per second of its step, and its MFU, the share of the devices' peak
+    that its FLOPs are, where the peak is known. What was skipped counts for neither."""
+    row = row | {"tokens_per_s": row["tokens"] / row["seconds"]}
+    peak = row.get("peak_flops")
+    return row | {"mfu": row["flops"] / row["seconds"] / peak} if peak else row
+
+
+def device_peak(processes: int) -> dict[str, float]:
+    """`peak_flops` of the GPUs of all processes, for a row of the history; empty if not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = peak_flops(name)
+    return {"peak_flops": peak * processes} if peak else {}
 
 
 def peak_memory_mb() -> float:

@@ -24,6 +24,12 @@ GPUS = {
 }
 
 
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 products a second of a device by its name; None: it is not in GPUS."""
+    name = device.lower().replace(" ", "")  # it may be "NVIDIA GeForce RTX 4090"
+    return next((gpu.flops for kind, gpu in GPUS.items() if kind in name), None)
+
+
 class Machine(NamedTuple):
     """So many GPUs of a kind, and what an hour of one costs, in whatever money."""
 

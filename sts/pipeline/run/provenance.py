@@ -148,10 +148,11 @@ def missing_packages(folder: str | Path = CODE) -> list[str]:
     """Packages that the modules in `folder` import when they are loaded and that are not here.
 
     Nothing is imported. What a function imports when it needs it doesn't count: tracking can do
-    without, and DeepSpeed is never installed. Raises SyntaxError naming the file.
+    without, and DeepSpeed is never installed; nor does `hosts`, whose files are for programs that
+    no job is. Raises SyntaxError naming the file.
     """
     modules = []
-    for file in Path(folder).rglob("*.py"):
+    for file in set(Path(folder).rglob("*.py")) - set(Path(folder).glob("hosts/*")):
         for node in parsed(file.read_bytes(), str(file)).body:
             if isinstance(node, ast.ImportFrom) and not node.level:
                 modules.append(node.module)

@@ -30,7 +30,7 @@ docs/tracking.md says what the tags mean.
 
 To compare methods, filter by `tags.stage = 'evaluate'` and show the tags `ablation` and `seed` and
 the metrics `<benchmark>.score` and `<benchmark>.blind`. Of a training show `loss`, `tokens_per_s`,
-`keep_ratio`, `layers_run`, `flops` and `peak_mem_mb`.
+`mfu` (of known GPUs), `keep_ratio`, `layers_run`, `flops` and `peak_mem_mb`.
 """
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from sts.pipeline.config import config_hash
 from sts.pipeline.cost.history import (
     Meter,
+    device_peak,
     measure,
     open_history,
     peak_memory_mb,
@@ -273,6 +274,7 @@ def take_steps(
             has_image = [training.samples.has_image[i] for i in training.order(step)]
             row |= measure(scheme, training.meter, block, has_image, batches)
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
+            row |= device_peak(block.processes)
             history.write(json.dumps(row) + "\n")
         began = time.monotonic()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

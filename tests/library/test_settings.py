@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, fields
@@ -11,6 +12,7 @@ import pytest
 
 from sts import LDS, VTC
 from sts.checks import NotAccepted
+from sts.hosts import callback_of
 from sts.lds import DEPTHS, POLICIES
 
 ROOT = Path(__file__).parents[2]
@@ -270,3 +272,24 @@ def test_settings_need_neither_torch_nor_pydantic():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (None, "sts=None: expected a mapping"),
+        ({"vtx": {}}, "sts='vtx': expected one of vtc, lds, seed"),
+        ({"vtc": {"kind": "uniform", "keep": 2}}, "VTC.keep=2"),
+        ({"vtc": {"kind": "uniform"}}, "expected vtc.keep below 1 or an lds.rate"),
+    ],
+)
+def test_what_a_host_is_told_is_checked(settings, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        callback_of(settings)
+
+
+def test_a_host_gets_the_settings():
+    settings = {"vtc": {"kind": "uniform", "keep": 0.5}, "lds": {"policy": "sts", "rate": 0.5}}
+    callback = callback_of(settings | {"seed": 3})
+    assert callback.vtc == VTC("uniform", keep=0.5) and callback.lds == LDS("sts", rate=0.5)
+    assert callback.seed == 3

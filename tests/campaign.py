@@ -911,6 +911,8 @@ FAULTS = {
     "clock": clock_jumps,
     "together": together,
     "readonly": read_only_data,
+    "spoilt": spoilt_files,
+    "edited": edited_formula,
 }
 MOUNTING = ("disk", "readonly")
 

@@ -12,6 +12,7 @@ import torch
 from project import ROOT
 
 from sts.__main__ import main
+from sts.pipeline.files import read_json
 from sts.pipeline.measure import shape_bench
 from sts.pipeline.measure.shape_bench import ATTENTION, parse_setting
 from sts.pipeline.measure.shapes import SHAPES
@@ -34,7 +35,7 @@ def here(tmp_path, monkeypatch):
 
 
 def outcome(folder):
-    return json.loads((folder / "kept.json").read_text())
+    return read_json(folder / "kept.json")
 
 
 def test_each_part_survives_the_others_and_says_why_it_failed(here):

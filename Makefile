@@ -8,6 +8,12 @@ BIN := .venv/bin
 RESULTS := results/$(SCALE)
 SNAKEMAKE := $(BIN)/snakemake $(if $(filter mini,$(SCALE)),,--configfile workflow/config/$(SCALE).yaml)
 
+# Snakemake and the hub keep caches in the home folder; some machines have none to write in
+CACHE := $${XDG_CACHE_HOME:-$$HOME/.cache}
+ifneq ($(shell mkdir -p "$(CACHE)" 2> /dev/null && test -w "$(CACHE)" && echo yes),yes)
+export XDG_CACHE_HOME := $(CURDIR)/.snakemake/cache
+endif
+
 .PHONY: help reproduce data report test test-all campaign gpu-check hosts lint schemas lock reference clean
 .DELETE_ON_ERROR:
 
@@ -88,6 +94,7 @@ reference:
 	  -not -name '*.html' \( -not -path 'runs/*' -o -regex 'runs/[^/]*/[^/]*/[^/]*\.json' \
 	    -o -path 'runs/*/eval/provenance.json' \) \
 	  -exec cp --parents -t ../reference/$(INTO) {} +
+	find results/reference/$(INTO) -name provenance.json -exec sed -i '/^  "host": /d' {} +
 
 clean:
 	rm -rf $(RESULTS) data/$(SCALE)

@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from sts.pipeline.config import ConfigError, dump, load_ablations, load_scale, resolve
+from sts.pipeline.config import ConfigError, dump, load_ablations, load_scale
 from sts.pipeline.cost.machines import GPUS
 from sts.pipeline.files import SpoiltError
+from sts.pipeline.plan import make_plan
 from sts.pipeline.run.follows import PlanError
 
 
@@ -325,12 +326,13 @@ def requests(
 @verb
 def ui(port: int = 5000) -> None:
     """Serve MLflow's pages, and say at which address our runs are."""
-    from sts.pipeline.run.store import ui_command
+    from sts.pipeline.run import store
 
-    command, address = ui_command(port)
+    arguments, address = store.ui_command(port)
     print(f"The runs: {address}", flush=True)
-    if command:
-        os.execv(command[0], command)
+    if arguments:  # every user of the machine may read a command line
+        os.environ["MLFLOW_BACKEND_STORE_URI"] = store.uri()
+        os.execv(sys.executable, [sys.executable, *arguments])
 
 
 @verb
@@ -361,8 +363,7 @@ def config(
 ) -> None:
     """Check a scale and every ablation on it; print one of them, resolved."""
     scale = load_scale(configfile)
-    entries = load_ablations(ablations)
-    resolved = {id: resolve(scale, entry) for id, entry in entries.items()}
+    resolved = make_plan(scale, load_ablations(ablations), configfile).configs
     if ablation not in (None, *resolved):
         accepted = f"one of {', '.join(resolved)}"
         raise ConfigError(ablations, "--ablation", ablation, accepted)

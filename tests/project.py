@@ -95,8 +95,9 @@ def make_project(folder: Path, ablations: str | None = None) -> Path:
 
     ablations: text of another table of ablations than the project's own.
     """
-    for name in ("sts", "recipes", "workflow", "envs"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    left_out = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    for name in ("sts", "recipes", "workflow", "envs", "data/backbones"):
+        shutil.copytree(ROOT / name, folder / name, ignore=left_out)
     shutil.copy(ROOT / "Snakefile", folder)
     if ablations:
         (folder / "workflow/ablations.yaml").write_text(ablations)

@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -175,8 +176,10 @@ def finish(command: Sequence[str], file: TextIO, limit: int) -> str:
 
 
 def reason(log: Path) -> str:
-    """The last error that a log names, else its last line; without the place of this folder."""
+    """The last error that a log names, else its last line; without the place of this folder and
+    the name of this machine, as it is to be committed."""
     text = log.read_text(encoding="utf-8", errors="replace").replace(f"{Path.cwd()}/", "")
+    text = re.sub(rf"\b{re.escape(socket.gethostname())}\b", "this machine", text)
     lines = [line.rsplit("\r", 1)[-1].strip() for line in text.split("\n")]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return ([line for line in lines if line] + errors or ["nothing was printed"])[-1][:500]

@@ -15,9 +15,11 @@ from typing import NamedTuple
 from sts.pipeline.config import (
     BACKBONE,
     CODE,
+    SMOLLM2,
     Ablation,
     Config,
     StageConfig,
+    check_inputs,
     config_hash,
     load_ablations,
     load_scale,
@@ -25,7 +27,6 @@ from sts.pipeline.config import (
 )
 
 MAIN = "main"  # the table that the bare command makes, and whose runs figures show
-SMOLLM2 = "data/smollm2"  # a language model from PyPI, which a rule fetches
 FIGURES = CODE / "pipeline" / "report" / "figures"
 INPUTS = ("runs", "eval", "bench", "tokens")  # what a figure may read
 
@@ -223,14 +224,19 @@ class Plan:
         return unique(name for c in configs for name in c.training_data() + c.evaluation_data())
 
 
-def make_plan(scale: Config, ablations: Mapping[str, Ablation]) -> Plan:
-    """The plan of a scale. Raises ConfigError for an ablation that doesn't go with it."""
-    return Plan({id: resolve(scale, entry) for id, entry in ablations.items()}, ablations)
+def make_plan(scale: Config, ablations: Mapping[str, Ablation], file: str | Path) -> Plan:
+    """The plan of a scale that `file` says. Raises ConfigError for what is not on this machine, and
+    for an ablation that doesn't go with the scale."""
+    configs = {id: resolve(scale, entry) for id, entry in ablations.items()}
+    check_inputs(scale, file)
+    for id, config in configs.items():
+        check_inputs(config, ablations[id].file, id)
+    return Plan(configs, ablations)
 
 
 def load_plan(configfile: str | Path, ablations: str | Path) -> Plan:
     """The plan of two files. Raises ConfigError."""
-    return make_plan(load_scale(configfile), load_ablations(ablations))
+    return make_plan(load_scale(configfile), load_ablations(ablations), configfile)
 
 
 @cache

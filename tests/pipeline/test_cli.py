@@ -117,7 +117,7 @@ def test_an_unknown_ablation_is_refused(capsys):
 
 def test_prepare_writes_a_manifest(tmp_path):
     config = tmp_path / "tiny.yaml"
-    config.write_text("data: {scenes: {align: 4, instruct: 4, test: 2}}\n")
+    config.write_text("data: {scenes: {align: 4, instruct: 8, test: 2}}\n")
     out = tmp_path / "scenes/manifest.json"
     assert main(["prepare", "--config", str(config), "--dataset", "scenes", "--out", str(out)]) == 0
     assert out.exists()

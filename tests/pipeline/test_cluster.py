@@ -135,6 +135,7 @@ def test_a_model_of_unknown_size_asks_for_what_is_usual(tmp_path, caplog):
     plan = make_plan(
         scale.model_copy(update={"model": unknown}),
         {"dense": load_ablations(ROOT / "workflow/ablations.yaml")["dense"]},
+        PAPER,
     )
     assert needs.requests(plan, True, tmp_path / "none.json") == {}
     assert "no/such-language" in caplog.text

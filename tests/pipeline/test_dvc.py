@@ -44,7 +44,7 @@ def published(tmp_path_factory) -> Path:
         target.parent.mkdir(exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
     backbone = folder / "data/backbones/mini/config.json"
-    backbone.parent.mkdir(parents=True)
+    backbone.parent.mkdir(parents=True, exist_ok=True)
     backbone.write_text("{}")
     with (folder / "sts/pipeline/evaluate/evaluate.py").open(
         "a"

@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from sts.pipeline.config import CODE
+from sts.pipeline.files import read_json, write_json_atomic
 from sts.pipeline.run import follows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +235,25 @@ def test_the_python_of_the_tests_is_supported():
     assert (3, 11) <= sys.version_info < (3, 14)
 
 
+@pytest.mark.parametrize(
+    ("home", "given", "used"),
+    [("/proc", {}, "{}/.snakemake/cache"), (".", {}, ""), ("/proc", {"XDG_CACHE_HOME": "."}, ".")],
+)
+def test_make_needs_no_home_folder_to_write_in(home, given, used, tmp_path):
+    show = 'include Makefile\nshow:\n\t@echo "$$XDG_CACHE_HOME"\n'
+    (tmp_path / "show.mk").write_text(show)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    variables = {"PATH": os.environ["PATH"], "HOME": home, **given}
+    shown = subprocess.run(
+        ["make", "-sf", "show.mk", "show"],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert (shown.stdout.strip(), shown.stderr) == (used.format(tmp_path), "")
+
+
 @pytest.mark.parametrize(("given", "folder"), [([], "mini"), (["INTO=one_seed"], "one_seed")])
 def test_make_reference_keeps_small_files_under_the_name_asked_for(given, folder, tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
@@ -246,7 +266,10 @@ def test_make_reference_keeps_small_files_under_the_name_asked_for(given, folder
         file = tmp_path / "results/mini" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
+    facts = tmp_path / "results/mini/runs/dense/seed0/eval/provenance.json"
+    write_json_atomic(facts, {"git": None, "host": "mine", "python": "3"})
     subprocess.run(["make", "-s", "reference", *given], cwd=tmp_path, check=True)
     kept = tmp_path / "results/reference"
+    assert read_json(next(kept.rglob("provenance.json"))) == {"git": None, "python": "3"}
     names = {str(file.relative_to(kept)) for file in kept.rglob("*") if file.is_file()}
     assert names == {f"{folder}/{name}" for name in small}

@@ -303,7 +303,7 @@ def test_the_disk_of_sets_that_are_fetched_and_of_those_that_are_there(tmp_path,
     """About 101 GB of files; while it is unpacked the largest archive of a set is there twice."""
     fetched = costs("h100")["disk_bytes"]["data"]
     assert fetched == pytest.approx(101e9 + (27.4 + 21.8) * 1e9, rel=0.01)
-    folders = "data:\n  folders: {llava_mix665k: playground}\n"
+    folders = f"data:\n  folders: {{llava_mix665k: {tmp_path}}}\n"
     scale = tmp_path / "scale.yaml"
     scale.write_text(PAPER.read_text().replace("data:\n", folders, 1))
     assert main(["estimate", "--configfile", str(scale), "--gpu", "h100", "--json"]) == 0

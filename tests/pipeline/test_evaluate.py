@@ -42,7 +42,7 @@ def untracked(monkeypatch):
 def configured(evaluate: dict, **more):
     """A small configuration with these values of `evaluate`, which asks all again in grey."""
     data = {"scenes": {"seed": 5, "align": 4, "instruct": 4, "test": 20}, **more}
-    stages = {"instruct": RECIPE | {"trains": ["projector"]}}
+    stages = {"instruct": RECIPE | {"trains": ["projector"], "batch_size": 4}}
     evaluate = {"blind": 1, **evaluate}
     return validate({"data": data, "stages": stages, "evaluate": evaluate}, "test.yaml")
 

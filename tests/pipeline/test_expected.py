@@ -52,7 +52,7 @@ def test_a_run_passes_warns_or_fails_by_its_distance(reference, obtained, tmp_pa
     assert table.loc["pope", "sd"] == pytest.approx(0.5**0.5)
     assert list(table["difference"]) == pytest.approx([-0.4, -70, 3.5])
     printed = (tmp_path / "out.md").read_text()
-    assert "| mme | 1500.0 | 1430.0 | n/a | -70.0 | warn | a page [R] |" in printed
+    assert "| mme | 1500.0 | 1430.0 | n/a | -70.0 | warn | a page \\[R\\] |" in printed
     assert "1 pass, 1 warn, 1 FAIL" in printed
 
 

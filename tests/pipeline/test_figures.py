@@ -68,7 +68,7 @@ def results(tmp_path_factory, kept):
 
 
 def draw(name, results, stem, ids=IDS):
-    figures.figure(name, results, ids, stem, labels={"sts": "STS <ours> & co"})
+    figures.figure(name, results, ids, stem, labels={"sts": r"_<ours> & $\frac{$ $x$"})
     return stem.with_suffix(".svg"), stem.with_suffix(".png")
 
 
@@ -76,6 +76,8 @@ def draw(name, results, stem, ids=IDS):
 def test_every_figure_is_valid_and_the_same_twice(name, results, tmp_path):
     svg, png = draw(name, results, tmp_path / "new" / "first")
     ElementTree.parse(svg)
+    legend = r"<!-- {}_&lt;ours&gt; &amp; $\frac{{$ $x$ -->".format(" ")
+    assert name == "tokens" or legend in svg.read_text()
     with Image.open(png) as image:
         assert image.width > 500
         assert len(image.convert("L").getcolors()) > 10  # something is drawn

@@ -3,6 +3,7 @@ needs a GPU; the benches are rehearsed on the CPU."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -108,6 +109,8 @@ def test_an_error_is_named_without_this_folder(here):
     assert gpu_check.reason(log) == "torch.OutOfMemoryError: a is full"
     log.write_text("2 %\r3 %\n\n")
     assert gpu_check.reason(log) == "3 %"
+    log.write_text(f"ConnectionError: {socket.gethostname()}:80 is closed\n")
+    assert gpu_check.reason(log) == "ConnectionError: this machine:80 is closed"
 
 
 def test_tests_that_were_all_skipped_are_no_success(here):

@@ -8,8 +8,8 @@ import pytest
 from project import ROOT, SMOKE, planned, real_project, run
 
 from sts.pipeline import plan as plans
-from sts.pipeline.config import ConfigError, load_ablations, load_scale
-from sts.pipeline.plan import Training, load_plan, make_plan
+from sts.pipeline.config import ConfigError, load_ablations
+from sts.pipeline.plan import Training, load_plan
 
 SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
 TABLE = """
@@ -39,8 +39,7 @@ late:
 def small(tmp_path):
     """The plan of `TABLE` at the smoke scale, whose one seed is 0."""
     (tmp_path / "ablations.yaml").write_text(TABLE)
-    scale = load_scale(ROOT / "workflow/config/smoke.yaml")
-    return make_plan(scale, load_ablations(tmp_path / "ablations.yaml"))
+    return load_plan(ROOT / SMOKE, tmp_path / "ablations.yaml")
 
 
 def test_equal_stages_of_different_models_are_trainings_of_their_own(small):

@@ -25,6 +25,11 @@ def rows(file: Path) -> list[str]:
     return [line for line in file.read_text().splitlines() if line.count("|") > 10]
 
 
+def test_committed_results_name_no_host():
+    files = [*REFERENCES.rglob("provenance.json")]
+    assert files and not any("host" in json.loads(file.read_text()) for file in files)
+
+
 def test_the_readme_quotes_the_reference_table():
     assert rows(ROOT / "README.md") == rows(REFERENCE / "tables/main.md")
 

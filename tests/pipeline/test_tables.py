@@ -1,5 +1,6 @@
 """Tables from small result files whose numbers can be checked by hand."""
 
+import csv
 import json
 import shutil
 from xml.etree import ElementTree
@@ -7,6 +8,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 from made_results import make, write
+from markdown_it import MarkdownIt
 
 from sts.pipeline.report import tables
 from sts.pipeline.report.compare import interval
@@ -96,6 +98,30 @@ def test_latex_is_escaped_booktabs(results):
     assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
 
 
+TEXT = r"[=1+1] $\frac{$ 50% & `a|b` *c* _d_ <b>e</b> &copy; ~f~ #g \ $x$"
+
+
+def test_a_label_is_text_in_every_format(results):
+    _, markdown, latex, _ = make(results, "dense", "sts", labels={"dense": TEXT, "sts": "=1+1"})
+    rendered = MarkdownIt("commonmark").enable("table").render(markdown)
+    tree = ElementTree.fromstring(f"<page>{rendered}</page>")
+    cells = [["".join(cell.itertext()) for cell in line] for line in tree.iter("tr")]
+    assert [line[0] for line in cells[1:3]] == [TEXT, "=1+1"]
+    assert f"relative to {TEXT}." in "".join(next(tree.iter("li")).itertext())
+    page = ElementTree.fromstring(f"<page>{(results / 'tables/main.html').read_text()}</page>")
+    assert TEXT in ["".join(cell.itertext()) for cell in page.iter("td")]
+    (line,) = [line for line in latex.splitlines() if "frac" in line and line[0] != "%"]
+    assert line.startswith(r"{[}=1+1] \$\textbackslash frac\{\$ 50\% \& `a|b` *c* \_d\_ <b>")
+    with open(results / "tables/main.csv") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == [TEXT, "'=1+1"]
+
+
+@pytest.mark.parametrize("label", ["two\nlines", "two\u2028lines", "\x1b[31mred", " ", "\ud800"])
+def test_a_label_is_a_line(results, label):
+    with pytest.raises(ValueError, match=r"labels\.sts=.*: expected a line of text"):
+        make(results, "dense", "sts", labels={"sts": label})
+
+
 def test_the_page_holds_the_table_escaped_and_as_itself_every_time(results):
     make(results, "dense", "sts", labels={"sts": "STS <ours> & co"})
     page = (results / "tables/main.html").read_text()
@@ -179,7 +205,7 @@ def test_each_family_is_compared_with_its_own_dense_row(results):
     assert float(rows["sts_tiles"]["average"]) == pytest.approx(float(rows["sts"]["average"]) / 2)
     assert [row["relative_to"] for row in rows.values()] == list(bases.values())
     assert "The paper's" not in markdown  # families stand together, not whose method it is
-    assert "relative to dense or dense_tiles" in markdown
+    assert r"relative to dense or dense\_tiles" in markdown
 
 
 def test_every_source_that_an_ablation_may_name_has_a_head():

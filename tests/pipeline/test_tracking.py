@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sts.__main__ import main
 from sts.pipeline.cost.history import read_history
 from sts.pipeline.files import read_json
 from sts.pipeline.run import store, tracking
@@ -277,7 +279,15 @@ def test_artifacts_are_copied_and_a_missing_one_is_a_warning(caplog):
     assert fetch("artifact").info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "file:mlruns", "sqlite:////proc/no/such.db"])
+SECRET = [
+    "http://me:s%40cret@127.0.0.1:9", "http://s%40cret@127.0.0.1:9",
+    "postgresql://me:s%40cret@127.0.0.1:9/db", "mysql+odd://me:s%40cret/x@127.0.0.1:9/db",
+    "odd://127.0.0.1:9/db?user=me&password=s%40cret",
+]  # fmt: skip
+BROKEN = ["http://127.0.0.1:9", "file:mlruns", "sqlite:////proc/no/such.db", *SECRET]
+
+
+@pytest.mark.parametrize("uri", BROKEN)
 def test_a_broken_store_gives_one_warning_and_the_job_goes_on(uri, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with tracking.run("broken", directory="broken", rows=lambda: [{"step": 1, "loss": 1.0}]) as run:
@@ -285,6 +295,8 @@ def test_a_broken_store_gives_one_warning_and_the_job_goes_on(uri, monkeypatch, 
         run.artifact("plot.svg")
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "the job goes on" in caplog.text
+    assert not re.search("s(%40|@)cret", caplog.text)
+    assert ("***" in caplog.text) is (uri in SECRET)
 
 
 def test_a_full_disk_costs_one_warning_and_no_metric(monkeypatch, caplog, capfd):
@@ -366,7 +378,42 @@ def test_reap_and_close_create_no_store(monkeypatch, tmp_path):
 
 def test_the_address_of_the_runs_is_that_of_the_experiment(monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "another")
-    command, address = store.ui_command(5007)
+    arguments, address = store.ui_command(5007)
     experiment = client().get_experiment_by_name("another").experiment_id
     assert address.startswith(f"http://127.0.0.1:5007/#/experiments/{experiment}/runs?")
-    assert command[1:4] == ["-m", "mlflow", "ui"] and command[-1] == "5007"
+    assert arguments == ["-m", "mlflow", "ui", "--port", "5007"], "the store is in the environment"
+
+
+def test_a_folder_of_any_name_has_a_store(tmp_path, monkeypatch):
+    folder = tmp_path / "a?b=c#d%20e*[f] {g}"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    Path("plot.svg").touch()
+    with tracking.run("odd", directory="odd") as run:
+        run.artifact("plot.svg")
+    assert fetch("odd").info.status == "FINISHED"
+    assert {file.name for file in Path("results").iterdir()} == {
+        "mlflow.db", "mlflow.lock", "mlflow-artifacts",
+    }  # fmt: skip
+    assert [*Path("results").rglob("plot.svg")] and [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("uri", SECRET)
+@pytest.mark.parametrize("verb", ["ui", "reap"])
+def test_a_verb_that_needs_the_store_ends_in_a_line_without_its_password(
+    verb, uri, monkeypatch, capfd
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert main([verb]) == 2
+    line = "".join(capfd.readouterr())
+    assert line.startswith("environment: MLFLOW_TRACKING_URI: ") and line.count("\n") == 1
+    assert "***" in line and not re.search("s(%40|@)cret", line)
+
+
+def test_the_pages_are_served_of_the_store_that_the_environment_names(monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "execv", lambda *call: calls.append(call))
+    monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", "elsewhere")
+    main(["ui"])
+    assert os.environ["MLFLOW_BACKEND_STORE_URI"] == store.uri()
+    assert store.uri() not in str(calls)

@@ -27,6 +27,7 @@ from project import (
     edit,
     environment,
     jobs_in,
+    make_project,
     planned,
     real_project,
     run,
@@ -93,7 +94,7 @@ def test_a_checkpoint_in_a_folder_is_one_entry_and_its_files_are_followed(projec
     arguments = (start, "--configfile", SMOKE, "whole.yaml")
     run(project, None, *arguments)
     assert planned(project, *arguments, scale=None) == {}
-    (whole / "config.json").write_text("[]")
+    (whole / "config.json").write_text('{"a": 1}')
     assert planned(project, *arguments, scale=None) == {"backbone": 1}
 
 
@@ -266,6 +267,19 @@ def test_a_wrong_entry_stops_everything_with_one_clear_error(project, before, af
     for words in ("workflow/ablations.yaml", *message):
         assert words in output
     assert not (project / "results").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a?b", "a*[b]", 'a\'b "c" $HOME;d&%s#ä'])
+def test_the_project_may_lie_in_a_folder_of_almost_any_name(name, tmp_path):
+    run(make_project(tmp_path / name, ABLATIONS), SMOKE, "table_components")
+
+
+def test_a_folder_that_snakemake_would_take_for_a_pattern_is_named_at_the_start(tmp_path):
+    folder = make_project(tmp_path / "a{b}c", ABLATIONS)
+    output = run(folder, SMOKE, ok=False)
+    assert f"{folder}: a path without {{ and }} is needed: rename it" in output
+    assert "Traceback" not in output and not (folder / "results").exists()
 
 
 # ---- GPUs, conda, style -------------------------------------------------------------------------

@@ -5,24 +5,25 @@ from collections.abc import Mapping
 from functools import cache, reduce
 from pathlib import Path
 
-import yaml
 from snakemake.exceptions import WorkflowError
 
 from sts.pipeline.config import (
     CODE,
     MINI,
+    SHIPPED,
+    SMOLLM2,
     SPLITS,
     ConfigError,
-    Loader,
     config_hash,
     datasets,
     deep_merge,
     load_ablations,
     load_yaml,
+    parse_yaml,
     validate,
 )
 from sts.pipeline.data.origins import state
-from sts.pipeline.plan import MAIN, SMOLLM2, make_plan, unique
+from sts.pipeline.plan import MAIN, make_plan, unique
 from sts.pipeline.plan import figures as figure_inputs
 from sts.pipeline.run import follows
 
@@ -35,7 +36,7 @@ def typed(value):
         return {key: typed(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [typed(inner) for inner in value]
-    return yaml.load(value, Loader) if isinstance(value, str) else value
+    return parse_yaml(value, "--config") if isinstance(value, str) else value
 
 
 def checked_plan():
@@ -44,8 +45,8 @@ def checked_plan():
     files, values = workflow.config_settings.configfiles, workflow.config_settings.config
     try:
         content = reduce(deep_merge, [*map(load_yaml, [MINI, *files]), typed(values)])
-        scale = validate(content, next(iter(files), MINI))
-        return make_plan(scale, load_ablations(ABLATIONS))
+        file = next(iter(files), MINI)
+        return make_plan(validate(content, file), load_ablations(ABLATIONS), file)
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
 
@@ -157,7 +158,7 @@ def backbone_code(ablation):
     be large, names, sizes and dates."""
     model = CONFIGS[ablation].model
     writers = [CODE / "pipeline/train" / name for name in ("model.py", "joined.py")]
-    folders = [folder for folder in model.sources or ["data/backbones/mini"] if folder != SMOLLM2]
+    folders = [folder for folder in model.sources or [SHIPPED] if folder != SMOLLM2]
     paths = [path for folder in folders for path in sorted(Path(folder).rglob("*"))]
     files = [path for path in paths if path.is_file()]
     if not model.sources:

@@ -18,6 +18,11 @@ from sts.pipeline.run.provenance import missing_packages
 
 CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
 
+# Snakemake takes braces in a path for wildcards, and PATH takes a colon for the end of a folder.
+for place, signs in ((workflow.basedir, "{}"), (Path(sys.executable).parent, os.pathsep)):
+    if {*signs} & {*str(place)}:
+        raise WorkflowError(f"{place}: a path without {' and '.join(signs)} is needed: rename it")
+
 # Jobs share these: the environment of this interpreter (also when it was not activated), and one
 # name for this call, under which MLflow gathers them.
 path = [str(Path(sys.executable).parent), *os.get_exec_path()]

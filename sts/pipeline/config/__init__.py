@@ -7,7 +7,7 @@ a `ConfigError` names the file, the key, the value and what is accepted. Only py
 needed, so that the workflow reads it in any environment.
 """
 
-from sts.pipeline.config.base import CODE, MINI, NAME, Block, datasets, deep_merge
+from sts.pipeline.config.base import CODE, MINI, NAME, Block, Line, Name, datasets, deep_merge, line
 from sts.pipeline.config.blocks import (
     REPEATS,
     BenchConfig,
@@ -19,14 +19,15 @@ from sts.pipeline.config.blocks import (
 )
 from sts.pipeline.config.errors import ConfigError
 from sts.pipeline.config.identity import ALWAYS, Neutral, config_hash, identity
+from sts.pipeline.config.inputs import SHIPPED, SMOLLM2, check_inputs
 from sts.pipeline.config.loading import (
     Ablation,
     Entry,
-    Loader,
     dump,
     load_ablations,
     load_scale,
     load_yaml,
+    parse_yaml,
     resolve,
     validate,
 )

@@ -5,9 +5,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import category
 
-from annotated_types import Ge, Gt, Le
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from annotated_types import Ge, Le
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+)
 
 from sts.checks import expect
 from sts.settings import LDS, VTC
@@ -15,14 +23,33 @@ from sts.settings import LDS, VTC
 CODE = Path(__file__).resolve().parents[2]
 MINI = CODE.parent / "workflow" / "config" / "mini.yaml"
 SETS = (CODE / "mini" / "sets", CODE / "pipeline" / "data" / "sets")  # folders of data sets
-NAME = re.compile(r"[a-z][a-z0-9_]*")
-NAME_ACCEPTED = "lower case letters, digits and _, a letter first"
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+NAME_ACCEPTED = "lower case letters, digits and _, a letter first, at most 64"
+
+
+def up_to(most: int) -> Any:
+    """A whole number of at least 1. What is above `most` is a slip of unit or of digits."""
+    return Annotated[int, Ge(1), Le(most)]
+
+
+def line(text: str, name: str = "") -> str:
+    """The text. Raises NotAccepted, with `name`, for what is no line of printable characters."""
+    is_line = bool(text.strip()) and not {"Cc", "Cs", "Zl", "Zp"} & {*map(category, text)}
+    expect(is_line, name, text, "a line of text, without control characters")
+    return text
+
+
+def _distinct(items: list) -> list:
+    expect(len({*items}) == len(items), "", items, "each once")
+    return items
+
 
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Line = Annotated[str, AfterValidator(line)]
+Distinct = AfterValidator(_distinct)  # of a list
 Share = Annotated[float, Ge(0), Le(1)]
-Count = Annotated[int, Ge(1)]
-Index = Annotated[int, Ge(0)]
-Positive = Annotated[float, Gt(0)]
+Count = up_to(10**8)
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # what NumPy takes
 
 
 class Block(BaseModel):

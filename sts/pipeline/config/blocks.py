@@ -1,11 +1,23 @@
 """The blocks of a configuration: data, model, evaluation, timing, and all of them together."""
 
+import math
 from typing import Annotated, Literal
 
+from annotated_types import Ge, Le
 from pydantic import Field, model_validator
 
 from sts.checks import NotAccepted, expect
-from sts.pipeline.config.base import Block, Count, Index, Name, Share, datasets
+from sts.pipeline.config.base import (
+    Block,
+    Count,
+    Distinct,
+    Line,
+    Name,
+    Seed,
+    Share,
+    datasets,
+    up_to,
+)
 from sts.pipeline.config.identity import ALWAYS, Neutral
 from sts.pipeline.config.stages import BACKBONE, StageConfig, Stages
 from sts.pipeline.tasks import registry as benchmarks
@@ -14,7 +26,7 @@ from sts.pipeline.tasks import registry as benchmarks
 class ScenesConfig(Block):
     """Size of the generated data set."""
 
-    seed: Index = 0
+    seed: Seed = 0
     """Seed of the scenes; every split draws from its own part of the seed space."""
     align: Count = 2400
     """Images of the align split."""
@@ -28,20 +40,20 @@ class CustomConfig(Block):
     """A user's own data, a file of rows and the folder its image paths start from, or a set of the
     hub with images, and texts, conversations, or a question and an answer."""
 
-    json_file: str | None = Field(alias="json", default=None)
+    json_file: Line | None = Field(alias="json", default=None)
     """JSON list of {id, image, conversations} or of {id, image, question, answer}; .jsonl: one a
     line."""
-    csv: Annotated[str | None, Neutral(None)] = None
+    csv: Annotated[Line | None, Neutral(None)] = None
     """CSV or TSV file with a line of names: image, question, answer, or also id."""
-    images: str | None = None
+    images: Line | None = None
     """Folder that the image paths are relative to."""
     outside: Annotated[bool, Neutral(False)] = False
     """Whether image paths may lead out of `images`: absolute, by .., or by a link."""
-    hub: str | None = None
+    hub: Line | None = None
     """Name of a set of the hub, or a folder with its files."""
-    files: str = "**/*.parquet"
+    files: Line = "**/*.parquet"
     """Which of its Parquet files, such as vqav2/*.parquet."""
-    revision: str = "main"
+    revision: Line = "main"
     """Its branch, tag or commit."""
     split: Literal["align", "instruct"] = "instruct"
     """Stage that trains on it."""
@@ -63,17 +75,17 @@ class CustomConfig(Block):
 class DataConfig(Block):
     """Where data come from and when preparation gives up."""
 
-    mirror: str | None = None
+    mirror: Line | None = None
     """Folder with copies of the source files; the variable STS_DATA_MIRROR wins over it."""
     max_bad_share: Share = 0.01
     """Share of rejected rows above which preparation stops."""
-    max_text_chars: Count = 4000
+    max_text_chars: up_to(10**6) = 4000
     """Characters of one turn above which a row is rejected."""
-    threads: Annotated[Count, Neutral(ALWAYS)] = 1
+    threads: Annotated[up_to(1000), Neutral(ALWAYS)] = 1
     """Threads that decode and check the images of a set."""
     rows: dict[str, Count] = {}
     """Data set -> rows that are taken of each training split, always the same; all of others."""
-    folders: dict[str, str] = {}
+    folders: dict[str, Line] = {}
     """Data set -> folder where its files lie already, for those that are fetched."""
     scenes: ScenesConfig = ScenesConfig()
     """The embedded data set."""
@@ -86,11 +98,13 @@ class ModelConfig(Block):
 
     family: Annotated[Literal["joined", "whole"], Neutral("joined")] = "joined"
     """A vision tower and a language model joined by a fresh projector (LLaVA), or `checkpoint`."""
-    checkpoint: Annotated[str | None, Neutral(None)] = None
+    checkpoint: Annotated[Line | None, Neutral(None)] = None
     """Hub id or folder of any image-text-to-text model, with its processor, where family: whole."""
     trust_remote_code: Annotated[bool, Neutral(False)] = False
     """Whether Python files beside the model's weights may run."""
-    fresh: Annotated[list[Literal["projector", "language_model", "vision_tower"]], Neutral([])] = []
+    fresh: Annotated[
+        list[Literal["projector", "language_model", "vision_tower"]], Distinct, Neutral([])
+    ] = []
     """Parts of `checkpoint` that are drawn anew from the run's seed."""
     template: Annotated[Literal["own", "v1"], Neutral("own")] = "own"
     """Chat template of joined parts: the language model's, if it has none ours; or LLaVA-1.5's."""
@@ -99,13 +113,13 @@ class ModelConfig(Block):
     centre out), or padded in its mean colour, as in LLaVA-1.5."""
     backbone: Literal["shipped", "pretrained"] = "shipped"
     """Parts that are joined: of this repository, or a hub id or folder for each."""
-    vision: str | None = None
+    vision: Line | None = None
     """Vision tower of `pretrained`."""
-    language: str | None = None
+    language: Line | None = None
     """Language model of `pretrained`."""
-    vision_feature_layer: int = -2
+    vision_feature_layer: Annotated[int, Ge(-1000), Le(1000)] = -2
     """Layer of the vision tower whose features are projected."""
-    layers: Count = 12
+    layers: up_to(1000) = 12
     """Decoder layers of the language model; what skip rates are checked against."""
 
     @model_validator(mode="after")
@@ -123,6 +137,9 @@ class ModelConfig(Block):
             is_there = self.backbone == "shipped" or getattr(self, key) is not None
             accepted = "a hub id or folder where model.backbone is pretrained"
             expect(is_there, f"model.{key}", None, accepted)
+            value = getattr(self, key) if self.backbone == "shipped" else None
+            accepted = "null where model.backbone is shipped (pretrained takes it)"
+            expect(value is None, f"model.{key}", value, accepted)
         return self
 
     @property
@@ -136,19 +153,19 @@ class ModelConfig(Block):
 class EvaluateConfig(Block):
     """How every finished run is measured."""
 
-    benchmarks: Annotated[list[str], Field(min_length=1)] = [
+    benchmarks: Annotated[list[Line], Field(min_length=1), Distinct] = [
         "existence", "colour", "shape", "counting", "relation", "text", "chart", "composition",
     ]  # fmt: skip
     """Names of benchmarks: files of sts/pipeline/tasks, image tasks or groups of lm-eval."""
     metrics: Annotated[dict[str, str], Neutral({})] = {}
     """Benchmark -> metric that is its score, where it is not the first one of its task."""
-    batch_size: Count = 64
+    batch_size: up_to(10_000) = 64
     """Questions answered at once; scores depend on it."""
     blind: Share = 0.25
     """Share of the questions that are also asked with a grey image; 0: none."""
-    max_new_tokens: Count = 4
+    max_new_tokens: up_to(10_000) = 4
     """Longest answer to our own questions; lm-eval's tasks have their own limits."""
-    limit: Count | None = None
+    limit: up_to(10**7) | None = None
     """At most this many questions of each benchmark, always the same ones; null: all."""
 
 
@@ -158,9 +175,9 @@ REPEATS = 3  # timed steps of a variant at a point; their median counts
 class BenchConfig(Block):
     """How the time of a training is measured."""
 
-    points: Count = 8
+    points: up_to(1000) = 8
     """Places in each stage where a step is timed."""
-    warmup: Index = 1
+    warmup: Annotated[int, Ge(0), Le(1000)] = 1
     """Steps before each that don't count."""
 
     @property
@@ -174,7 +191,7 @@ class Config(Block):
 
     scale: Name = "mini"
     """Names the folders results/<scale> and data/<scale>."""
-    seeds: Annotated[list[Index], Field(min_length=1)] = [0, 1, 2]
+    seeds: Annotated[list[Seed], Field(min_length=1), Distinct] = [0, 1, 2]
     """One run for each."""
     data: DataConfig = DataConfig()
     """Sources and preparation."""
@@ -190,8 +207,6 @@ class Config(Block):
     @model_validator(mode="after")
     def _check(self) -> "Config":
         """Refuse values of different blocks that do not go together."""
-        is_once = len({*self.seeds}) == len(self.seeds)
-        expect(is_once, "config.seeds", self.seeds, "each seed once: one run for each")
         sets = (*datasets(), *self.data.custom)
         for name in self.data.custom:
             accepted = f"another name than those of the package: {', '.join(datasets())}"
@@ -201,8 +216,6 @@ class Config(Block):
                 accepted = f"a key that is one of {', '.join(sets)}"
                 expect(name in sets, f"config.data.{key}.{name}", value, accepted)
         for name, stage in self.stages.items():
-            is_once = len({*stage.data}) == len(stage.data)
-            expect(is_once, f"config.stages.{name}.data", stage.data, "each data set once")
             for source in stage.data:
                 accepted = f"one of {', '.join(sets)}"
                 expect(source in sets, f"config.stages.{name}.data", source, accepted)
@@ -215,6 +228,13 @@ class Config(Block):
             except NotAccepted as error:
                 key = f"config.stages.{name}.lds.{error.name.partition('.')[2]}"
                 raise NotAccepted(key, error.value, error.accepted) from None
+            rows = self._rows(stage)
+            accepted = (
+                f"less: a step takes {stage.global_batch} samples (batch_size x processes x "
+                f"gradient_accumulation_steps), and {', '.join(stage.data)} has {rows:.0f}"
+            )
+            key = f"config.stages.{name}.batch_size"
+            expect(stage.global_batch <= rows, key, stage.batch_size, accepted)
         for name in self.evaluate.benchmarks:
             key, accepted = "config.evaluate.benchmarks", f"one of {benchmarks.accepted_names()}"
             expect(benchmarks.exists(name), key, name, accepted)
@@ -222,9 +242,18 @@ class Config(Block):
             accepted = f"a task file whose dataset is one of {', '.join(sets)}, not {dataset}"
             expect(dataset in (None, *sets), key, name, accepted)
         for name, metric in self.evaluate.metrics.items():
-            accepted = f"a key that is {benchmarks.accepted_names()}"
-            expect(benchmarks.exists(name), f"config.evaluate.metrics.{name}", metric, accepted)
+            key, asked = f"config.evaluate.metrics.{name}", self.evaluate.benchmarks
+            expect(name in asked, key, metric, f"a key that is one of {', '.join(asked)}")
+            metrics = benchmarks.metrics_of(name)
+            is_there = not metrics or metric in metrics
+            expect(is_there, key, metric, f"one of {', '.join(metrics)}")
         return self
+
+    def _rows(self, stage: StageConfig) -> float:
+        """The most rows that the data sets of a stage can have; infinite if nothing says so."""
+        generated = {"scenes": getattr(self.data.scenes, stage.split)}
+        known = (self.data.rows, generated)
+        return sum(min(rows.get(source, math.inf) for rows in known) for source in stage.data)
 
     def stage(self, name: str) -> StageConfig:
         """The block of a stage. Raises KeyError for one that there is not."""

@@ -61,6 +61,7 @@ _WORDS = {  # by pydantic's type of the problem
     "model_type": "a mapping",
     "dict_type": "a mapping",
     "too_short": "at least one",
+    "invalid_key": "text for every key",
     "string_pattern_mismatch": NAME_ACCEPTED,  # names are the only text that has a pattern
 }
 

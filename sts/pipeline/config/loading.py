@@ -1,7 +1,8 @@
 """Read scales and ablations, put an ablation's values into a scale, write a configuration."""
 
+import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,18 @@ import yaml
 from annotated_types import Gt, Le
 from pydantic import Field
 
-from sts.pipeline.config.base import MINI, NAME, NAME_ACCEPTED, Block, Index, Name, deep_merge
+from sts.checks import NotAccepted, expect
+from sts.pipeline.config.base import (
+    MINI,
+    NAME,
+    NAME_ACCEPTED,
+    Block,
+    Distinct,
+    Line,
+    Name,
+    Seed,
+    deep_merge,
+)
 from sts.pipeline.config.blocks import Config
 from sts.pipeline.config.errors import ConfigError, parsed
 from sts.pipeline.config.stages import merge_stage
@@ -19,13 +31,13 @@ from sts.pipeline.config.stages import merge_stage
 class Entry(Block):
     """An entry of the table of ablations."""
 
-    groups: list[Name] = []
+    groups: Annotated[list[Name], Distinct] = []
     """Tables that show the ablation."""
-    label: str
-    """Name in tables and figures."""
+    label: Line
+    """Name in tables and figures, no other ablation's."""
     source: Literal["baseline", "paper", "ours", "peers"] = "ours"
     """Whose method it is: the head it stands under in tables."""
-    seeds: Annotated[list[Index], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1), Distinct] | None = None
     """Instead of the scale's."""
     steps_share: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of the scale's steps that each stage trains: a control with less training."""
@@ -48,15 +60,33 @@ class Ablation(Entry):
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. ConfigError if a key stands twice, or if it is no YAML mapping."""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.load(file, Loader=Loader)
-    except yaml.YAMLError as error:
-        line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1
-        problem = getattr(error, "problem", str(error))
-        raise ConfigError(path, f"line {line}", problem, "valid YAML") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(path, "the file", error.strerror, "a file that can be read") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, f"byte {error.start}", error.reason, "text in UTF-8") from None
+    content = parse_yaml(text, path)
     if not isinstance(content, dict):
         raise ConfigError(path, "the file", content, "a mapping of keys to values")
     return content
+
+
+def parse_yaml(text: str, file: str | Path) -> Any:
+    """A value in YAML; `file` is what an error names. Raises ConfigError as `load_yaml`."""
+    try:
+        content = yaml.load(text, Loader)
+        json.dumps(content, default=str)  # ValueError for what holds itself
+        return content
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        key, problem = f"line {mark.line + 1 if mark else 1}", getattr(error, "problem", str(error))
+    except RecursionError:
+        key, problem = "the file", "nested without end"
+    except NotAccepted as error:
+        raise ConfigError(file, error.name, error.value, error.accepted) from None
+    except (TypeError, ValueError) as error:  # such as a date of month 13
+        key, problem = "the file", str(error)
+    raise ConfigError(file, key, problem, "valid YAML")
 
 
 class Loader(yaml.SafeLoader):
@@ -65,11 +95,11 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
-            key, mark = self.construct_object(key_node, deep=True), key_node.start_mark
-            if key in lines:
-                twice = f"given twice, in lines {lines[key]} and {mark.line + 1}"
-                raise ConfigError(mark.name, key, twice, "every key once")
-            lines[key] = mark.line + 1
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            expect(isinstance(key, Hashable), f"line {line}", key, "a key that is text")
+            twice = f"given twice, in lines {lines.get(key)} and {line}"
+            expect(key not in lines, str(key), twice, "every key once")
+            lines[key] = line
         return super().construct_mapping(node, deep)
 
 
@@ -98,14 +128,22 @@ def load_ablations(path: str | Path) -> dict[str, Ablation]:
     Raises ConfigError for what can be seen without a scale; `resolve` checks the overrides.
     """
     ablations: dict[str, Ablation] = {}
-    for id, content in load_yaml(path).items():
+    content_by_id = load_yaml(path)
+    if not content_by_id:
+        raise ConfigError(path, "the file", {}, "at least one ablation, the baseline")
+    for id, content in content_by_id.items():
         if not NAME.fullmatch(str(id)):
             raise ConfigError(path, "id", id, NAME_ACCEPTED)
         entry = parsed(Entry, content, path, id)
         ablations[id] = Ablation(id=id, file=str(path), **dict(entry))
+    id_by_label: dict[str, str] = {}
     for id, entry in ablations.items():
-        if entry.relative_to not in (None, *ablations):
-            accepted = f"an id of this file: {', '.join(ablations)}"
+        other = id_by_label.setdefault(entry.label, id)
+        if other != id:
+            raise ConfigError(path, f"{id}.label", entry.label, f"another: it is that of {other}")
+        same = [base for base in ablations if {*entry.groups} <= {*ablations[base].groups}]
+        if entry.relative_to not in (None, *same):
+            accepted = f"an id of this file that all its groups show: {', '.join(same)}"
             raise ConfigError(path, f"{id}.relative_to", entry.relative_to, accepted)
     baseline = next(iter(ablations.values()))
     if baseline.steps_share < 1:
@@ -121,6 +159,10 @@ def resolve(config: Config, ablation: Ablation) -> Config:
     """The scale's configuration with the ablation's values in place. Raises ConfigError."""
     base = config.model_dump(by_alias=True)
     overrides = dict(ablation.overrides)
+    benchmarks = (overrides.get("evaluate") or {}).get("benchmarks")
+    if isinstance(benchmarks, list):  # the scale's metrics are of its own
+        metrics = base["evaluate"]["metrics"].items()
+        base["evaluate"]["metrics"] = {name: it for name, it in metrics if name in benchmarks}
     delta = {block: overrides.pop(block) for block in ("model", "evaluate") if block in overrides}
     if ablation.seeds:
         delta["seeds"] = ablation.seeds
@@ -129,8 +171,11 @@ def resolve(config: Config, ablation: Ablation) -> Config:
         if not {"trains", "like"} & (overrides.get(name) or {}).keys():
             overrides.pop(name, None)  # it says how to train a stage that the scale took out
     _refuse_like(ablation.file, f"{ablation.id}.", overrides, stages)
-    for block in stages.values():
-        block["steps"] = max(1, round(block["steps"] * ablation.steps_share))
+    for name, block in stages.items():
+        all_steps, block["steps"] = block["steps"], round(block["steps"] * ablation.steps_share)
+        if not block["steps"]:
+            key, accepted = f"{ablation.id}.steps_share", f"more: {name} has {all_steps} steps"
+            raise ConfigError(ablation.file, key, ablation.steps_share, accepted)
     for name, block in overrides.items():
         stages[name] = merge_stage(stages.get(name, {}), block) if block is not None else None
     return parsed(Config, deep_merge(base, delta), ablation.file, ablation.id)

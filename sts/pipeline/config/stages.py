@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from sts.checks import expect
@@ -12,10 +12,11 @@ from sts.pipeline.config.base import (
     NAME_ACCEPTED,
     Block,
     Count,
+    Distinct,
     LDSSettings,
-    Positive,
     VTCSettings,
     deep_merge,
+    up_to,
 )
 from sts.pipeline.config.identity import ALWAYS, Neutral, identity
 from sts.settings import LDS, VTC
@@ -25,8 +26,9 @@ BACKBONE = "backbone"  # what the first stage starts from
 # no names of stages: they have files and keys of their own
 RESERVED = (BACKBONE, "model", "evaluate", "eval")
 Part = Literal["projector", "language_model", "vision_tower", "lora"]
+Rate = Annotated[float, Gt(0), Le(1)]  # Adam moves a weight by about this much in a step
 RateOfParts = Annotated[
-    Annotated[Positive, Tag("[rate]")] | Annotated[dict[Part, Positive], Tag("[rates]")],
+    Annotated[Rate, Tag("[rate]")] | Annotated[dict[Part, Rate], Tag("[rates]")],
     Discriminator(lambda value: "[rates]" if isinstance(value, Mapping) else "[rate]"),
 ]
 
@@ -34,9 +36,9 @@ RateOfParts = Annotated[
 class LoraConfig(Block):
     """Low-rank adapters on the linear layers of the language model's decoder, merged at the end."""
 
-    rank: Count = 16
+    rank: up_to(10_000) = 16
     """Rank of an adapter."""
-    alpha: Positive = 32.0
+    alpha: Annotated[float, Gt(0), Le(10_000)] = 32.0
     """What an adapter adds is multiplied by alpha / rank."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Of an adapter's input."""
@@ -48,13 +50,13 @@ class StageConfig(Block):
     What has no default is a recipe's decision: a new stage says it, or takes it with `like`.
     """
 
-    trains: Annotated[list[Part], Field(min_length=1)]
+    trains: Annotated[list[Part], Field(min_length=1), Distinct]
     """Parts that are trained; the others are frozen."""
     like: str | None = None
     """Of a new stage: another whose values it has, all but `init`, where it doesn't say its own."""
     init: str | None = None
     """Stage it comes right after, or `backbone`: it comes first; null: in the order of the list."""
-    data: Annotated[list[str], Field(min_length=1)]
+    data: Annotated[list[str], Field(min_length=1), Distinct]
     """Names of the data sets, mixed."""
     split: Literal["align", "instruct"] | None = None
     """Split of the data sets: captions or conversations; null: that of the stage's name."""
@@ -62,13 +64,13 @@ class StageConfig(Block):
     """Text of a row: the model's chat template, or plain, LLaVA's of alignment: image, caption."""
     steps: Count
     """Optimizer steps."""
-    batch_size: Count
+    batch_size: up_to(10_000)
     """Samples of one forward pass on one process."""
-    gradient_accumulation_steps: Annotated[Count, Neutral(1)] = 1
+    gradient_accumulation_steps: Annotated[up_to(10_000), Neutral(1)] = 1
     """Forward passes of one optimizer step."""
-    processes: Annotated[Count, Neutral(1)]
+    processes: Annotated[up_to(10_000), Neutral(1)]
     """Data-parallel processes (GPUs) of one training."""
-    nodes: Annotated[Count, Neutral(ALWAYS)] = 1
+    nodes: Annotated[up_to(10_000), Neutral(ALWAYS)] = 1
     """Machines that share the processes evenly; more than one needs Slurm."""
     parallel: Annotated[Literal["ddp", "fsdp2"], Neutral("ddp")]
     """What each process holds: a copy of the model, or a shard of every layer."""
@@ -76,9 +78,9 @@ class StageConfig(Block):
     """Peak learning rate, one for all or one for each part that is trained; cosine schedule."""
     warmup_ratio: Annotated[float, Ge(0), Lt(1), Neutral(0.0)] = 0.03
     """Share of the steps over which the learning rate rises."""
-    weight_decay: Annotated[float, Ge(0), Neutral(0.0)] = 0.0
+    weight_decay: Annotated[float, Ge(0), Le(1), Neutral(0.0)] = 0.0
     """Weight decay of AdamW."""
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Annotated[float, Gt(0), Le(1000)] = 1.0
     """Norm that gradients are clipped to."""
     precision: Literal["fp32", "bf16"]
     """Of the forward pass; bf16 by autocast, and fp32 on a CPU that does not compute in bf16."""
@@ -86,14 +88,14 @@ class StageConfig(Block):
     """Recompute activations in the backward pass to save memory."""
     group_by_length: Annotated[bool, Neutral(False)] = True
     """Batches of samples of similar length and the same modality."""
-    sorted_batches: Annotated[Count, Neutral(50)] = 50
+    sorted_batches: Annotated[up_to(10_000), Neutral(50)] = 50
     """So many batches' samples are sorted by length together; 1: a batch is of any length, as in
     LLaVA, and only its parts for processes and micro-batches are of similar length."""
-    max_length: Count = 2048
+    max_length: up_to(10**6) = 2048
     """Tokens of a sample; longer ones are cut."""
-    checkpoint_every: Count = 100
+    checkpoint_every: up_to(10**6) = 100
     """Steps between checkpoints; the trained weights don't depend on it."""
-    threads: Count = 1
+    threads: up_to(1000) = 1
     """CPU threads of one training; fixed, so that weights don't depend on the number of cores."""
     lora: LoraConfig = LoraConfig()
     """Adapters, where `lora` is among the parts that are trained."""
@@ -106,7 +108,6 @@ class StageConfig(Block):
     def _check(self) -> "StageConfig":
         """Refuse values that are fine alone and not together."""
         parts, accepted = self.trains, "lora or language_model: adapters train in its place"
-        expect(len(set(parts)) == len(parts), "stage.trains", parts, "every part once")
         expect(not {"lora", "language_model"} <= set(parts), "stage.trains", parts, accepted)
         accepted = f"a divisor of its processes, {self.processes}"
         expect(self.processes % self.nodes == 0, "stage.nodes", self.nodes, accepted)

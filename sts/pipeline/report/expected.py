@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import pandas as pd
 from annotated_types import Gt
 
-from sts.pipeline.config import Block, ConfigError, load_yaml
+from sts.pipeline.config import Block, ConfigError, Line, Name, load_yaml
 from sts.pipeline.config.errors import parsed
 from sts.pipeline.files import write_text_atomic
 from sts.pipeline.report.results import MISSING, UNDEFINED, evaluations
-from sts.pipeline.report.tables import page
+from sts.pipeline.report.tables import csv_text, page
 
 VERDICTS = {
     "pass": "as published, within `warn`",
@@ -30,7 +30,7 @@ class Published(Block):
 
     published: float
     """The score."""
-    source: str
+    source: Line
     """Who says so, and its mark."""
     warn: Annotated[float, Gt(0)]
     """Difference up to which a run passes."""
@@ -41,7 +41,7 @@ class Published(Block):
 class Reference(Block):
     """What is known of a run."""
 
-    ablation: str
+    ablation: Name
     """Id of the ablation that the scores are of."""
     scores: dict[str, Published]
     """Benchmark -> score."""
@@ -75,7 +75,7 @@ def expected(reference: str | Path, results: str | Path, out_stem: str | Path) -
     meaning = "; ".join(f"{verdict}: {text}" for verdict, text in VERDICTS.items())
     note = f"Row `{published.ablation}`, seeds: {len(runs)}. {counts}. {meaning}."
     grid = table.map(lambda cell: f"{cell:.1f}" if isinstance(cell, float) else str(cell))
-    write_text_atomic(stem.with_suffix(".csv"), table.to_csv(index=False))
+    write_text_atomic(stem.with_suffix(".csv"), csv_text(table))
     write_text_atomic(stem.with_suffix(".md"), page("expected", grid, [note]))
     return table
 

@@ -20,6 +20,14 @@ import pandas as pd
 from sts.pipeline.files import read_json, sha256_json, write_text_atomic
 from sts.pipeline.report.compare import COSTS, Cell, Row, compare
 from sts.pipeline.report.findings import configured, findings
+from sts.pipeline.report.labels import (
+    Labels,
+    code,
+    label_by_id,
+    of_csv,
+    of_latex_line,
+    of_markdown,
+)
 from sts.pipeline.report.results import (
     MISSING,
     UNDEFINED,
@@ -61,7 +69,7 @@ def table(
     results: str | Path,
     ablations: Sequence[str],
     out_stem: str | Path,
-    labels: Mapping[str, str] | None = None,
+    labels: Labels | None = None,
     sources: Mapping[str, str] | None = None,
     relative_to: Mapping[str, str] | None = None,
 ) -> None:
@@ -86,13 +94,15 @@ def table(
     rows = compare(lines, results, bases, name)
     if sources:
         rows = {id: rows[id] for id in sorted(rows, key=lambda id: [*HEADS].index(sources[id]))}
-    names = {id: (labels or {}).get(id, id) for id in ablations}
+    names = label_by_id(ablations, labels)
     numbers = pd.DataFrame(
         {"ablation": id, "method": names[id], "source": sources.get(id), "relative_to": bases[id]}
         | row
         for id, row in rows.items()
     )
-    notes = _notes(results, bases, lines, names)
+    notes = _notes(results, bases, lines)
+    base = " or ".join(names[id] for id in dict.fromkeys(bases.values()))
+    plain, marked = ([NOTE.format(base=text), *notes] for text in (base, of_markdown(base)))
     grid, heads = _grid(rows, lines, names, sources)
     lists = {
         "What was asked": configured(configuration(results, ablations[0])),
@@ -104,10 +114,10 @@ def table(
     }
     texts = {
         ".json": json.dumps(metrics, indent=2, sort_keys=True) + "\n",
-        ".csv": numbers.to_csv(index=False, na_rep=UNDEFINED),
-        ".md": page(name, grid, notes, heads),
-        ".tex": _latex(grid, heads, notes),
-        ".html": _html(name, grid, heads, notes, lists),
+        ".csv": csv_text(numbers),
+        ".md": page(name, grid, marked, heads),
+        ".tex": _latex(grid, heads, plain),
+        ".html": _html(name, grid, heads, plain, lists),
     }
     for suffix, text in texts.items():
         write_text_atomic(stem.with_suffix(suffix), text)
@@ -116,18 +126,16 @@ def table(
 # ---- the lines under a table ------------------------------------------------------------------
 
 
-def _notes(
-    results: Path, bases: Mapping[str, str], lines: pd.DataFrame, names: Mapping[str, str]
-) -> list[str]:
-    """How to read a table; its command, commit and configuration; what is missing."""
+def _notes(results: Path, bases: Mapping[str, str], lines: pd.DataFrame) -> list[str]:
+    """A table's command, commit and configuration; what is missing."""
     configs = {id: configuration(results, id) for id in bases}
     git = provenance.git()
     commit = (git["commit"] or f"unknown ({git['note']})") + " with edits" * bool(git["dirty"])
-    notes = [NOTE.format(base=" or ".join(names[id] for id in dict.fromkeys(bases.values())))]
+    notes = []
     if others := ", ".join(other_scales(lines)):
         notes += [f"On scales of their own, so not in % and not in Average and Blind: {others}"]
     notes += [
-        f"Command: `{provenance.command_line()}`",
+        f"Command: {code(provenance.command_line())}",
         f"Commit: {commit}",
         f"Configuration: {results}/configs/{{{','.join(bases)}}}.yaml, "
         f"SHA-256 {sha256_json(configs)[:16]}",
@@ -219,10 +227,16 @@ def _number(cell: Any, factor: int = 100, digits: int = 1) -> str:
     return MISSING if pd.isna(cell) else f"{factor * float(cell):.{digits}f}"
 
 
+def csv_text(rows: pd.DataFrame) -> str:
+    """Rows as CSV, in which no text is a spreadsheet's formula."""
+    texts = rows.map(lambda cell: of_csv(cell) if isinstance(cell, str) else cell)
+    return texts.to_csv(index=False, na_rep=UNDEFINED)
+
+
 def page(name: str, grid: pd.DataFrame, notes: list[str], heads: Sequence[int] = ()) -> str:
     """A table of texts as Markdown, with the lines under it; no cell is filled to a width.
     heads: Numbers of the rows that are heads over those that follow."""
-    grid = grid.map(lambda cell: cell.replace("|", r"\|"))
+    grid = grid.map(of_markdown).rename(columns=of_markdown)
     for row in heads:
         grid.iloc[row, 0] = f"*{grid.iloc[row, 0]}*"
     title, *rows = (f"| {' | '.join(row)} |" for row in [grid.columns, *grid.to_numpy()])
@@ -239,7 +253,8 @@ def _latex(grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
     style = _styled(grid, "latex")
     style.map(lambda _: "emph:--rwrap;", subset=pd.IndexSlice[heads, ["Method"]])
     text = style.to_latex(hrules=True, column_format="l" + "r" * (len(grid.columns) - 1))
-    above, majority, below = text.replace("±", r"$\pm$").rpartition("Majority answer")
+    text = "".join(map(of_latex_line, text.replace("±", r"$\pm$").splitlines(keepends=True)))
+    above, majority, below = text.rpartition("Majority answer")
     return "".join([*(f"% {note}\n" for note in notes), above, "\\midrule\n", majority, below])
 
 

@@ -10,14 +10,16 @@ MLflow takes seconds to import, so functions import it when they need it.
 
 import logging
 import os
+import re
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from filelock import FileLock
 
+from sts.pipeline.config import ConfigError
 from sts.pipeline.run import provenance
 
 INVOCATION_TAG = "sts.invocation"
@@ -45,8 +47,12 @@ def is_wanted() -> bool:
 
 def uri() -> str:
     """Address of the store."""
-    default = f"sqlite:///{Path.cwd() / 'results' / 'mlflow.db'}"
-    return os.environ.get("MLFLOW_TRACKING_URI") or default
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite(Path.cwd() / "results" / "mlflow.db")
+
+
+def _sqlite(file: Path) -> str:
+    """Address of a database. What follows a ? would be taken for options."""
+    return f"sqlite:///{os.path.relpath(file) if '?' in str(file) else file}"
 
 
 def database() -> Path | None:
@@ -63,11 +69,33 @@ def attempt(action: Callable[[], Any], quiet: bool = False) -> bool:
         return True
     except Exception as error:
         if not quiet:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            without_password = uri().rpartition("@")[2]
             text = "MLflow at %s failed, the job goes on without it: %s"
-            log.warning(text, without_password, reason)
+            log.warning(text, without_secrets(uri()), _reason(error))
         return False
+
+
+def insist(action: Callable[[], Any]) -> Any:
+    """What `action` returns; for verbs that are of no use without a store. Raises ConfigError."""
+    try:
+        return action()
+    except Exception as error:
+        accepted = f"a store that answers ({_reason(error)})"
+    raise ConfigError("environment", "MLFLOW_TRACKING_URI", without_secrets(uri()), accepted)
+
+
+def _reason(error: Exception) -> str:
+    return without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def without_secrets(text: str) -> str:
+    """A text in which *** stands for the password, or the token, of the store's address."""
+    address, _, query = uri().partition("?")
+    user, _, password = address.partition("//")[2].rpartition("@")[0].partition(":")
+    values = re.findall("(?:pass|token|secret)[^=&]*=([^&]*)", query)
+    values += [password or (user if address.startswith("http") else "")]
+    for value in filter(None, [*values, *map(unquote, values)]):
+        text = text.replace(value, "***")
+    return text
 
 
 def load_mlflow() -> Any:
@@ -97,13 +125,13 @@ def open_store() -> tuple[Any, str]:
         if file and not file.exists():
             part = file.with_name(f"{file.name}.part")
             part.unlink(missing_ok=True)
-            mlflow.MlflowClient(f"sqlite:///{part}").search_experiments()
+            mlflow.MlflowClient(_sqlite(part)).search_experiments()
             part.rename(file)
         client = mlflow.MlflowClient(uri())
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "sts")
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            artifacts = str(file.parent / "mlflow-artifacts") if file else None
+            artifacts = (file.parent / "mlflow-artifacts").as_uri() if file else None
             experiment = client.get_experiment(client.create_experiment(name, artifacts))
         for key in EXPERIMENT_TAGS.keys() - experiment.tags.keys():  # what a user wrote stays
             client.set_experiment_tag(experiment.experiment_id, key, EXPERIMENT_TAGS[key])
@@ -176,10 +204,12 @@ def reap() -> list[str]:
     """Set runs that say RUNNING though their process died to KILLED; return their names.
 
     Looks at processes of this host only. A parent is closed once none of its jobs runs; the next
-    job of the same call, if there is one, opens it again.
+    job of the same call, if there is one, opens it again. Raises ConfigError if the store fails.
     """
-    if not _is_there():
-        return []
+    return insist(_reaped) if _is_there() else []
+
+
+def _reaped() -> list[str]:
     client, experiment = open_store()
     running = client.search_runs([experiment], "attributes.status = 'RUNNING'", max_results=50_000)
     jobs = [run for run in running if "host" in run.data.tags]  # which a parent has not
@@ -208,15 +238,15 @@ def close_invocation(status: str, artifacts: Sequence[str | Path] = ()) -> None:
 
 
 def ui_command(port: int) -> tuple[list[str], str]:
-    """The command that serves MLflow's pages of the store, and the address of our runs there.
+    """The arguments of `python` that serve MLflow's pages of the store, by the variable
+    MLFLOW_BACKEND_STORE_URI, and the address of our runs there. Raises ConfigError.
 
-    A store that is a server has its pages: the command is empty. MLflow 3.17 opens an experiment on
-    an empty page of GenAI traces, whatever its kind says, unless the address names the runs or
+    A store that is a server has its pages: there are no arguments. MLflow 3.17 opens an experiment
+    on an empty page of GenAI traces, whatever its kind says, unless the address names the runs or
     "Model training" was chosen in this browser.
     """
-    _, experiment = open_store()
+    _, experiment = insist(open_store)
     page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"
     if uri().startswith("http"):
-        return [], f"{uri().rstrip('/')}/{page}"
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri()]
-    return [*command, "--port", str(port)], f"http://127.0.0.1:{port}/{page}"
+        return [], f"{without_secrets(uri()).rstrip('/')}/{page}"
+    return ["-m", "mlflow", "ui", "--port", str(port)], f"http://127.0.0.1:{port}/{page}"

@@ -49,6 +49,17 @@ def questions_of(name: str) -> int | None:
     return _value(name, "metadata", "questions")
 
 
+def metrics_of(name: str) -> list[str]:
+    """The metrics that a benchmark's task file lists; none where it leaves them to another."""
+    file = file_of(name)
+    try:
+        content = read(file) if file else {}
+    except OSError:  # lm-eval's own ways to include
+        return []
+    listed = content.get("metric_list") or content.get("aggregate_metric_list") or []
+    return [metric["metric"].rpartition(".")[2] for metric in listed]  # a function's own name
+
+
 def _value(name: str, block: str, key: str) -> Any:
     """A value in the task file of a benchmark of ours, if it is one and there is one."""
     content = read(TASKS / f"{name}.yaml") if name in ours() else {}

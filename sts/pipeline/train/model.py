@@ -21,7 +21,7 @@ from transformers import (
 
 from sts.architectures import PARTS, part_finder
 from sts.checks import expect
-from sts.pipeline.config import ConfigError, ModelConfig
+from sts.pipeline.config import SHIPPED, ConfigError, ModelConfig
 from sts.pipeline.files import (
     check_files,
     read_json,
@@ -31,7 +31,6 @@ from sts.pipeline.files import (
 )
 from sts.pipeline.train.joined import join_parts, tower_config
 
-SHIPPED = Path("data/backbones/mini")
 GET_BACK = f"Get it back: git checkout -- {SHIPPED.parent}"
 
 

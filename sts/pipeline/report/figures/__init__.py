@@ -12,7 +12,7 @@ A new figure is a file with
 The same results give the same SVG, byte by byte.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 
 from sts.pipeline.plan import figures
 from sts.pipeline.report.figures._shared import STYLE
+from sts.pipeline.report.labels import Labels, label_by_id, of_figure
 
 
 def figure(
@@ -27,7 +28,7 @@ def figure(
     results: str | Path,
     ablations: Sequence[str],
     out_stem: str | Path,
-    labels: Mapping[str, str] | None = None,
+    labels: Labels | None = None,
 ) -> None:
     """Draw a figure and write `out_stem`.svg and .png.
 
@@ -44,10 +45,10 @@ def figure(
     if name not in figures():
         raise KeyError(f"figure {name!r}: expected one of {', '.join(figures())}")
     stem = Path(out_stem)
-    label_by_id = {id: (labels or {}).get(id, id) for id in ablations}
+    names = {id: of_figure(label) for id, label in label_by_id(ablations, labels).items()}
     stem.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        page = import_module(f"{__name__}.{name}").draw(Path(results), label_by_id)
+        page = import_module(f"{__name__}.{name}").draw(Path(results), names)
         page.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
         page.savefig(stem.with_suffix(".png"), metadata={"Software": None})
         plt.close(page)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sts.pipeline.files import read_json
+from sts.pipeline.report.labels import Labels
 from sts.pipeline.report.results import stages_of
 from sts.pipeline.run.weights import read_history
 
@@ -33,7 +34,6 @@ STYLE = {
 }
 SMOOTH = 0.05  # share of a stage that one plotted point averages
 
-Labels = Mapping[str, str]  # id of an ablation -> its name in the figure
 History = list[dict[str, Any]]  # history.jsonl of a training: a row for each optimizer step
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
@@ -77,29 +78,37 @@ class Compression:
     def _record(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         self.recorded[name] = output.detach()  # [tiles, 1 + N, width]
 
-    def __call__(self, batch: Batch, kwargs: dict[str, Any], count: int) -> tuple[dict, Tensor]:
+    def __call__(self, batch: Batch, kwargs: dict[str, Any]) -> tuple[dict, Tensor]:
         """Shorten the visual tokens at the language model.
 
         Args:
             batch: Its mask and `shows` become those of the shortened sequence.
             kwargs: Keywords of the language model.
-            count: The number of visual tokens, V.
 
         Returns:
             Keywords for the shortened sequence, and the number of visual tokens in it.
         """
-        _check_inputs(batch.inputs, kwargs, count)
-        full, visual = self._compress(batch, kwargs, count), batch.visual
+        # What follows from the placeholders alone is computed on the CPU: one wait for the device
+        media = dict(zip(batch.media, torch.stack([*batch.media.values()]).cpu(), strict=True))
+        places = torch.stack([*media.values()]).any(0).flatten().nonzero()[:, 0]
+        if not len(places):
+            return kwargs, batch.visual.sum()
+        _check_inputs(batch.inputs, kwargs, len(places))
+        index_of = self._images(batch, media, places)
+        places, visual = places.to(batch.visual.device), batch.visual
+        full = self._compress(batch, kwargs, index_of, places)
         embeddings = full.embeddings.view_as(kwargs["inputs_embeds"])
         positions = full.positions.T.reshape(*position_ids(kwargs).shape)
-        keep = full.keep.view_as(visual) & batch.mask
+        keep = full.keep.view_as(visual) & batch.mask | _read_padding(batch)
         left = keep & visual
-        is_left = left[visual]
-        if is_left.all():  # as where strides leave all of a grid
+        numbers = keep.sum(1).max(), (left != visual).sum()
+        longest, removed = torch.stack(numbers).tolist()  # the second wait, and the last
+        if not removed:  # as where strides leave all of a grid
             changed = {"inputs_embeds": embeddings} | full.features
             changed |= {"position_ids": positions} if self.vtc.positions == "mean" else {}
             return kwargs | changed, left.sum()
-        order, real = pack(keep)
+        order, real = pack(keep, longest)
+        real = real & batch.mask.gather(1, order)
         # each place shows the last kept one up to it, or the first
         batch.mask, batch.shows = real, (keep.cumsum(1) - 1).clamp(min=0)
         embeddings = take(embeddings, order)
@@ -110,6 +119,7 @@ class Compression:
             "attention_mask": self._shorten_mask(kwargs, embeddings, order, real),
             "position_ids": positions_at(positions, order),
         }
+        is_left = left.flatten()[places]
         shortened |= {name: [x[is_left] for x in each] for name, each in full.features.items()}
         others = {
             name: _shorten(name, value, order, real, visual.shape[1])
@@ -118,35 +128,43 @@ class Compression:
         }
         return others | shortened, left.sum()
 
-    def _compress(self, batch: Batch, kwargs: dict, count: int) -> FullSequence:
-        """Write the compressed tokens to the places of the tokens they stand at."""
+    def _compress(
+        self, batch: Batch, kwargs: dict, index_of: dict[Grid, Tensor], places: Tensor
+    ) -> FullSequence:
+        """Write the compressed tokens to the places of the tokens they stand at.
+
+        Args:
+            batch: The micro-batch.
+            kwargs: Keywords of the language model.
+            index_of: See `_images`.
+            places: Of the batch's visual tokens in the full sequence, [V].
+        """
         visual, embeddings = batch.visual, kwargs["inputs_embeds"]
         positions = position_ids(kwargs)
         positions = positions.float() if self.vtc.positions == "mean" else positions
         full = FullSequence(
             embeddings=embeddings.flatten(0, 1),
             positions=positions.reshape(-1, visual.numel()).T,
-            features=_visual_features(kwargs, visual, count),
+            features=_visual_features(kwargs, visual, len(places)),
             keep=(batch.mask & ~visual).flatten(),
         )
-        text, text_mask = self._text(batch, embeddings)
-        scores = self._scores(batch, count)
+        text, text_mask, samples = self._text(batch, kwargs)
+        scores = self._scores(batch, len(places))
         generator = self.generator() if "generator" in wants(self.vtc.kind) else None
-        places = visual.flatten().nonzero()[:, 0]
-        for grid, index in self._images(batch).items():
+        for grid, index in index_of.items():
             index, newlines = _without_newlines(grid, index.to(visual.device), self.keep)
             full.keep = full.keep.index_fill(0, places[newlines.flatten()], True)
             if not grid.width:
                 continue
-            rows = places[index[:, 0]] // visual.shape[1]
+            sample = samples[places[index[:, 0]]]
             tokens, outputs = compress(
                 self.kind,
                 full.embeddings[places[index]],
                 self.keep,
                 (grid.height, grid.width),
                 scores=None if scores is None else scores[index],
-                text=None if text is None else text[rows],
-                text_mask=None if text is None else text_mask[rows],
+                text=None if text is None else text[sample],
+                text_mask=None if text is None else text_mask[sample],
                 generator=generator,
             )
             self._write(full, places, index, tokens, outputs)
@@ -164,28 +182,32 @@ class Compression:
             tokens: The images' compressed tokens, [images, k, D].
             outputs: How they were made.
         """
-        chosen, real = outputs.positions, outputs.real
-        real = torch.ones_like(chosen, dtype=torch.bool) if real is None else real
-        where = places[index]
-        written = where.gather(1, chosen)[real]
+        chosen, where = outputs.positions, places[index]
+        real = None if outputs.real is None else outputs.real.flatten().nonzero()[:, 0]
+
+        def real_of(x: Tensor) -> Tensor:
+            """The outputs [images, k, ...] that are no padding, one after the other."""
+            return x.flatten(0, 1) if real is None else x.flatten(0, 1).index_select(0, real)
+
+        written = real_of(where.gather(1, chosen))
         full.keep = full.keep.index_fill(0, written, True)
         if outputs.selects and outputs.tokens is None:  # they are there already
             return
-        full.embeddings = write_places(full.embeddings, written, tokens[real])
+        full.embeddings = write_places(full.embeddings, written, real_of(tokens))
         if self.vtc.positions == "mean":
-            means = outputs.apply(full.positions[where])[real]
+            means = real_of(outputs.apply(full.positions[where]))
             full.positions = write_places(full.positions, written, means)
-        written = index.gather(1, chosen)[real]
+        written = real_of(index.gather(1, chosen))
         for name, each in full.features.items():
             full.features[name] = [
-                write_places(x, written, outputs.apply(x[index])[real]) for x in each
+                write_places(x, written, real_of(outputs.apply(x[index]))) for x in each
             ]
 
     def _shorten_mask(
         self, kwargs: dict, embeddings: Tensor, order: Tensor, real: Tensor
     ) -> object:
         """The language model's attention mask for the places `order` [B, T'], which are `real`."""
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask = kwargs.get("attention_mask")
         if isinstance(mask, dict):  # made already, one for each kind of layer
             return {
                 kind: None if layers_mask is None else shorten_mask(layers_mask, order, real)
@@ -193,7 +215,7 @@ class Compression:
             }
         if mask is not None:
             return shorten_mask(mask, order, real)
-        packed = None if positions is None else segments(positions)
+        packed = segments(kwargs.get("position_ids"), torch.ones_like(order[:, :1]).bool())
         if packed is None:
             # Explicit even if all true: without a mask, gaps in the positions read as packing.
             return real.long()
@@ -214,15 +236,14 @@ class Compression:
             config, embeddings, None, None, restarting, allow_is_causal_skip=False
         )
 
-    def _images(self, batch: Batch) -> dict[Grid, Tensor]:
+    def _images(self, batch: Batch, media: dict[str, Tensor], places: Tensor) -> dict[Grid, Tensor]:
         """Grid -> which of the batch's visual tokens are its images', [images, tokens]; a frame of
-        a video is an image."""
+        a video is an image. All on the CPU: where the placeholders of each medium stand, [B, T],
+        and those of all, [V]."""
         grids_of = {"image": self.architecture.grids, "video": self.architecture.video_grids}
         indexes: dict[Grid, list[Tensor]] = {}
-        visual = batch.visual.cpu()  # all that follows is on the CPU, so that it waits only once
-        for medium, placeholders in batch.media.items():
-            placeholders = placeholders.cpu()
-            index = placeholders[visual].nonzero()[:, 0]
+        for medium, placeholders in media.items():
+            index = placeholders.flatten()[places].nonzero()[:, 0]
             if not len(index):
                 continue
             grids = grids_of[medium](self.model, batch.inputs, run_lengths(placeholders))
@@ -238,18 +259,26 @@ class Compression:
                 indexes.setdefault(grid, []).append(image)
         return {grid: torch.stack(images) for grid, images in indexes.items()}
 
-    def _text(self, batch: Batch, embeddings: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Embeddings [B, T', D] of each row's text and which are real [B, T'], for a kind that
-        looks at text; the answer's tokens are no part of the `prompt`."""
+    def _text(self, batch: Batch, kwargs: dict) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Embeddings [S, T', D] of each sample's text and which are real [S, T'], for a kind that
+        looks at text; the answer's tokens are no part of the `prompt`. Also the sample of each
+        place of the full sequence, [M]: a packed row holds several."""
+        embeddings, places = kwargs["inputs_embeds"].detach(), batch.mask & ~batch.visual
+        rows = torch.arange(len(places), device=places.device)[:, None]
         if not wants(self.vtc.kind) & {"text", "text_mask"}:
-            return None, None
-        places = batch.mask & ~batch.visual
+            return None, None, rows.expand_as(places).flatten()
         if self.vtc.text == "prompt":
             labels = batch.inputs.get("labels")
             expect(labels is not None, "labels", None, "labels, for VTC.text='prompt'")
             places = places & (labels == IGNORE_INDEX)
-        order, real = pack(places)
-        return take(embeddings.detach(), order), real
+        number = segments(kwargs.get("position_ids"), batch.mask)
+        most = 1 if number is None else int(number.max()) + 1
+        number = torch.zeros_like(rows) if number is None else number
+        each = torch.arange(most, device=places.device)[:, None]
+        of_sample = places[:, None] & (number[:, None] == each)  # [B, most, T]
+        order, real = pack(of_sample.flatten(0, 1))
+        text = take(embeddings, order.reshape(len(rows), -1)).view(*order.shape, -1)
+        return text, real, (rows * most + number).expand_as(places).flatten()
 
     def _scores(self, batch: Batch, count: int) -> Tensor | None:
         """A score for each of the `count` visual tokens, where the kind wants one."""
@@ -295,6 +324,15 @@ def class_attention(queries: Tensor, keys: Tensor, attention: ClassAttention) ->
     return weights.mean(1)[:, 1:]
 
 
+def _read_padding(batch: Batch) -> Tensor:
+    """The padding [B, T] right before a target, whose hidden state the loss reads: where rows are
+    padded on the left and their first token has a label, or padding has labels."""
+    labels = batch.inputs.get("labels")
+    if labels is None:
+        return torch.zeros_like(batch.mask)
+    return ~batch.mask & (F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX)
+
+
 def _check_inputs(inputs: dict[str, Any], kwargs: dict[str, Any], count: int) -> None:
     """Raise ValueError for what VTC can't take: no images, or a cache that holds tokens."""
     names = [name for name, value in inputs.items() if value is not None]
@@ -305,7 +343,9 @@ def _check_inputs(inputs: dict[str, Any], kwargs: dict[str, Any], count: int) ->
         )
     cache = kwargs.get("past_key_values")
     length = 0 if cache is None else cache.get_seq_length()
-    accepted = "none: VTC trains on whole sequences, so leave the cache out"
+    accepted = (
+        "0: VTC trains on whole sequences, without a cache (as prefix tuning passes: use LoRA)"
+    )
     expect(length == 0, "past_key_values of the length", length, accepted)
 
 

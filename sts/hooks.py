@@ -308,16 +308,17 @@ class Hooks:
         if kwargs.get("inputs_embeds") is None:
             embed = self.model.get_input_embeddings()
             kwargs = kwargs | {"inputs_embeds": embed(kwargs["input_ids"]), "input_ids": None}
-        if kwargs.get("past_key_values") is None and call.inputs.get("position_ids") is None:
-            # A cache is of no use here. Where positions are given it stays: without one,
-            # transformers reads restarts among them as packed sequences.
+        is_plain = self.vtc.keep == 1 and call.inputs.get("position_ids") is not None
+        if kwargs.get("past_key_values") is None and not is_plain:
+            # A cache is of no use here, and without one transformers reads restarts among positions
+            # as packed samples, which VTC keeps apart in every step; without VTC as the model does.
             kwargs = kwargs | {"use_cache": False}
         media = self._placeholders(call.inputs, kwargs["inputs_embeds"])
         visual = torch.stack([*media.values()]).any(0)
         call.batch = Batch(call.inputs, media, visual, not_padding(call.inputs, visual))
         before = after = visual.sum()
-        if call.compression and (count := int(before)):
-            kwargs, after = call.compression(call.batch, kwargs, count)
+        if call.compression:
+            kwargs, after = call.compression(call.batch, kwargs)
         call.tokens = list(kwargs["inputs_embeds"].shape[:2])
         call.visual = (before, after)
         self._skip_layers(call)
@@ -351,6 +352,9 @@ class Hooks:
         is_refused = is_partial and self._balances_experts(call.inputs)
         accepted = f"unset for LDS unit {skipper.lds.unit!r}: experts see other tokens in each "
         expect(not is_refused, "output_router_logits", True, accepted + "layer")
+        is_refused = is_partial and call.inputs.get("past_key_values") is not None
+        accepted = f"none for LDS unit {skipper.lds.unit!r} (prefix tuning passes one: use LoRA)"
+        expect(not is_refused, "past_key_values", "a cache", accepted)
         if call.counts:
             for hook in skipper.measuring_hooks(call.batch, call.replacements):
                 call.stack.enter_context(hook)
@@ -372,6 +376,9 @@ class Hooks:
                 f"{call.tokens} tokens: do its decoder layers return something else than one "
                 "tensor? LDS can't replace them"
             )
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # text alone where a projector is trained: a backward then leaves no gradient
+            hidden = hidden.detach().requires_grad_()
         work = self.skipper.work(call.replacements)
         self.skipper.check_backward(hidden)
         batch, call.batch = call.batch, None

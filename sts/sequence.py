@@ -35,6 +35,8 @@ def not_padding(inputs: dict[str, Any], visual: Tensor) -> Tensor:
     """Which places [B, T] are no padding, by the attention mask of the outer forward."""
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
+        if inputs.get("past_key_values") is not None:  # whose places come first: prefix tuning
+            mask = mask[:, -visual.shape[1] :]
         expected = list(visual.shape)
         expect(list(mask.shape) == expected, "attention_mask.shape", list(mask.shape), expected)
         return mask.bool()
@@ -101,14 +103,14 @@ def run_lengths(where: Tensor) -> Tensor:
     return (steps == -1).nonzero()[:, 0] - (steps == 1).nonzero()[:, 0]
 
 
-def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
+def pack(keep: Tensor, longest: int | None = None) -> tuple[Tensor, Tensor]:
     """The gather index [B, T'] that moves the kept places of each row to its front, in order.
 
     Also which of them are no padding, [B, T']; T' is the number of places that the fullest row
-    keeps.
+    keeps, `longest` where that is computed already.
     """
     counts = keep.sum(1)
-    longest = int(counts.max())
+    longest = int(counts.max()) if longest is None else longest
     order = (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
     return order, torch.arange(longest, device=keep.device) < counts[:, None]
 
@@ -154,17 +156,16 @@ def position_ids(kwargs: dict[str, Any]) -> Tensor:
     return positions.expand(*positions.shape[:-2], *shape)
 
 
-def segments(positions: Tensor) -> Tensor | None:
+def segments(positions: Tensor | None, real: Tensor) -> Tensor | None:
     """The number of the packed sample that each token belongs to, [B, T]; None: nothing is packed.
 
     As transformers reads it: where positions [B, T], or the text row of [4, B, T], don't go up by
-    one, another sample begins.
+    one, another sample begins. Padding begins none: `real` [B, T].
     """
-    if positions.ndim == 3:
-        if len(positions) != 4:
-            return None
-        positions = positions[0]
-    starts = positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1
+    if positions is None or (positions.ndim == 3 and len(positions) != 4):
+        return None
+    positions = positions[0] if positions.ndim == 3 else positions
+    starts = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1) & real
     return starts.cumsum(-1) if starts.any() else None
 
 

@@ -103,8 +103,8 @@ class LDS(_Settings):
     draw: str | None = setting(None, one_of(DRAWS), "How layers are drawn by their chances")
     unit: str | None = setting(None, one_of(UNITS), "What is skipped")
     epsilon: float = setting(0.0, interval(-1, 1),
-        "Of depth `slope`: how much more deep layers are skipped; no policy sets it, and at 0 all "
-        "layers are alike", neutral=True)
+        "Of depth `slope`: how much more deep layers are skipped; no policy sets it, and `slope` "
+        "wants one other than 0", neutral=True)
     protect_first: int | None = setting(None, LAYERS, "First layers, which always run")
     protect_last: int | None = setting(None, LAYERS, "Last layers, which always run")
     dense_tail: float = setting(0.0, SHARE, "Last share of the stage with all layers", neutral=True)
@@ -133,6 +133,9 @@ class LDS(_Settings):
         expect(unit.rescales or not self.rescale, "LDS.rescale", self.rescale, accepted)
         is_possible = self.policy != "none" or self.rate == 0
         expect(is_possible, "LDS.rate", self.rate, "0.0 where LDS.policy is none")
+        is_sloped = self.depth != "slope" or self.epsilon != 0 or self.rate == 0
+        accepted = "another number for depth 'slope' (row sts: 1.0); depth='uniform' has none"
+        expect(is_sloped, "LDS.epsilon", self.epsilon, accepted)
         self._check_chances(2)
 
     def check_layers(self, num_layers: int) -> None:
@@ -193,7 +196,7 @@ def _down(limit: float) -> str:
 # The scheme's default values, which are those of row `sts` of workflow/ablations.yaml. The paper's
 # are: one of its three kinds of VTC (uniform, random, text_guided) in alignment, the formula of
 # policy `sts` in instruction tuning. Its sources that we know give no values, so these are our
-# choices: the kind, keep, rate (alpha) and epsilon. Epsilon is no part of the policy:
-# LDS("sts", rate=0.5) has epsilon 0, every layer alike, and is not the paper's depth adjustment.
+# choices: the kind, keep, rate (alpha) and epsilon. Policy `sts` has none of its own and is refused
+# without one: at epsilon 0 every layer is alike, which is not the paper's depth adjustment.
 STS_VTC = VTC("random", keep=0.5)
 STS_LDS = LDS("sts", rate=0.5, epsilon=1.0)

@@ -18,6 +18,7 @@ ROWS = {
     "one image": [["big", 5, 6, 7, 8], ["big", 9, 10, 11]],
     "no image": [[3, 4, 5], [6, 7, 8, 9]],
 }
+SIDE_BY_SIDE = [[3, "big", "small", 6, 7, 8], [9, 10, 11, 12], ["small", 14, 15, 16]]
 FOUR = [*ROWS[MIXED], ["big", 17, 18, 19]]
 ALIKE = [["big", 5, 6, 7, 8], ["big", 9, 10, 11], [12, "big", 13, 14], ["big", 15, 16, 17, 18]]
 CLASS_TOKEN = ("internvl", "llava", "llava_next", "vipllava")

@@ -25,8 +25,7 @@ for _module in (tiny, zoo_llava, zoo_qwen, zoo_grids, zoo_tiles, zoo_others):
 
 # Where nothing tells the library how an image lies, a run of placeholders that is a square is taken
 # for one, and any other for a sequence
-AS_RUNS = ("deepseek_ocr2", "unlimited_ocr", "step3p7", "fast_vlm", "fuyu", "gemma4",
-           "gemma4_unified", "instructblipvideo", "inkling_mm_model")  # fmt: skip
+AS_RUNS = ("deepseek_ocr2", "unlimited_ocr", "step3p7", "fast_vlm", "fuyu", "inkling_mm_model")
 
 
 def _run(tokens: int) -> list[tuple[int, int, bool]]:

@@ -1,5 +1,6 @@
 """What the entry of an architecture is, and what several of them share."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from sts.checks import expect
 
 
 class Grid(NamedTuple):
@@ -49,7 +52,7 @@ def no_class_attention(model: PreTrainedModel) -> ClassAttention:
 
 # ---- grids: (outer model, outer inputs, runs) -> the grids of the images, or of the frames of the
 # videos, in the order in which their tokens stand in the batch. runs: the lengths of the runs of
-# placeholders, [runs]; a run is an image, or some of an image's tiles.
+# placeholders, [runs]; a run is an image, several side by side, or some of an image's tiles.
 
 # What processors call the sizes of each image, [images, 2 or 3]: (frames,) rows and columns, in
 # patches or in pixels
@@ -59,33 +62,72 @@ SIZES = {
 }
 
 
-def grids_by_sizes(sizes: Tensor, tokens: int) -> list[Grid]:
+def input_of(inputs: Inputs, name: str) -> Any:
+    """An input of the outer forward that says how the images lie.
+
+    Raises:
+        ValueError: It is not there, as where features take the place of pixels.
+    """
+    value = inputs.get(name)
+    expect(
+        value is not None, name, None, "what the processor gives: VTC needs it, also without pixels"
+    )
+    return value
+
+
+def grids_by_sizes(sizes: Any, tokens: int) -> list[Grid]:
     """The grids of images of which step x step patches or pixels became one token.
 
     Args:
         sizes: [images, 2 or 3]: (frames,) rows and columns.
         tokens: The visual tokens of all of them, from which the step follows.
     """
-    step = max(1, round((int(sizes.prod(1).sum()) / max(tokens, 1)) ** 0.5))
-    rows = [(*[1] * (3 - len(size)), *size) for size in sizes.tolist()]
+    rows = [(*[1] * (3 - len(size)), *size) for size in torch.as_tensor(sizes).tolist()]
+    step = max(1, round((sum(map(math.prod, rows)) / max(tokens, 1)) ** 0.5))
     return [Grid(h // step, w // step) for frames, h, w in rows for _ in range(frames)]
+
+
+def _lengths(medium: str, inputs: Inputs, runs: list[int]) -> list[int]:
+    """The visual tokens of each picture: an image, a tile of one or a frame of a video.
+
+    Pictures that lie in one tensor have as many tokens each, wherever runs of placeholders begin
+    and end. Of patches and of images with `pixel_values_local` a run is taken for a picture.
+
+    Raises:
+        ValueError: The runs can't be those of so many pictures.
+    """
+    encoded = getattr((inputs.get("mm_encoder_outputs") or {}).get(medium), "pooler_output", None)
+    if encoded is not None and getattr(encoded, "ndim", 3) == 3:
+        return [len(tokens) for tokens in encoded]
+    pixels = inputs.get("pixel_values" if medium == "image" else "pixel_values_videos")
+    if pixels is None or pixels.ndim < 4 or pixels.shape[-3] != 3:
+        return runs
+    has_views = inputs.get("pixel_values_local") is not None
+    pictures = len(pixels) if has_views else pixels.shape[:-3].numel()
+    size, rest = divmod(sum(runs), pictures)
+    is_even = not rest and all(n % size == 0 or size % n == 0 for n in runs)
+    is_right = len(runs) >= pictures if has_views else is_even
+    accepted = (
+        f"those of {pictures} pictures of one size"
+        if not has_views
+        else (f"one or more for each of {pictures} images, with other tokens between images")
+    )
+    expect(is_right, f"runs of {medium} placeholders", runs, accepted)
+    return runs if has_views else [size] * pictures
 
 
 def _grids_of(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Of `image` or `video`, where an entry doesn't say: by the sizes that the processor gave if
-    they explain the number of tokens, else a square where a run of placeholders is one, else a
+    they explain the number of tokens, else a square where a picture's tokens make one, else a
     sequence."""
     tokens = int(runs.sum())
     for name in SIZES[medium]:
         if inputs.get(name) is not None:
-            grids = grids_by_sizes(torch.as_tensor(inputs[name]), tokens)
+            grids = grids_by_sizes(inputs[name], tokens)
             if sum(grid.tokens for grid in grids) == tokens:
                 return grids
-    frames = inputs.get("pixel_values_videos") if medium == "video" else None
-    if frames is not None and frames.ndim == 5 and tokens % frames.shape[:2].numel() == 0:
-        count = frames.shape[:2].numel()  # [videos, frames, channels, height, width]
-        runs = torch.full((count,), tokens // count)
-    sides = [(length, round(length**0.5)) for length in runs.tolist()]
+    lengths = _lengths(medium, inputs, runs.tolist())
+    sides = [(length, round(length**0.5)) for length in lengths]
     return [Grid(side, side) if side**2 == length else Grid(1, length) for length, side in sides]
 
 

@@ -11,6 +11,7 @@ from sts.architectures._base import (
     Grid,
     Inputs,
     class_token_error,
+    input_of,
     vit_side,
 )
 
@@ -25,7 +26,7 @@ def _pack(model: PreTrainedModel, inputs: Inputs, tiles: Tensor, newline: float)
     Returns:
         [tokens, 1] of each image.
     """
-    config, sizes = model.config, inputs["image_sizes"]
+    config, sizes = model.config, input_of(inputs, "image_sizes")
     size_of_tile = (config.image_grid_pinpoints, config.vision_config.image_size)
     counts = [
         image_size_to_num_patches(size, *size_of_tile) if is_tiled else 1
@@ -49,7 +50,7 @@ def _are_tiled(inputs: Inputs) -> list[bool]:
     several images as they are."""
     images = inputs.get("batch_num_images")  # of each sample
     if images is None:
-        return [True] * len(inputs["image_sizes"])
+        return [True] * len(input_of(inputs, "image_sizes"))
     return [count == 1 for count in images for _ in range(count)]
 
 
@@ -87,7 +88,7 @@ def _anyres_scores(model: PreTrainedModel, inputs: Inputs, scores: Tensor) -> Te
 
 def _pooled_frames(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """LLaVA-OneVision: frames at half the resolution, and a newline after the last of a video."""
-    videos, frames = inputs["pixel_values_videos"].shape[:2]
+    videos, frames = input_of(inputs, "pixel_values_videos").shape[:2]
     side = -(-vit_side(model.config) // 2)
     return ([Grid(side, side)] * frames + [Grid(1, 0, newline=True)]) * videos
 

@@ -11,13 +11,15 @@ from sts.architectures._base import (
     Grid,
     Inputs,
     grids_by_sizes,
+    input_of,
 )
 
 
 def _with_row_ends(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Emu 3: every row of an image ends in one more token."""
-    sizes = torch.as_tensor(inputs["image_sizes"]) // model.model.vqmodel.vision_spatial_factor
-    return [Grid(h, w, newline=True) for h, w in sizes.tolist()]
+    factor = model.model.vqmodel.vision_spatial_factor
+    sizes = torch.as_tensor(input_of(inputs, "image_sizes")).tolist()
+    return [Grid(height // factor, width // factor, newline=True) for height, width in sizes]
 
 
 def _between_two(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
@@ -25,22 +27,34 @@ def _between_two(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[G
     merge = model.config.vision_config.spatial_merge_size
     return [
         grid
-        for _, height, width in torch.as_tensor(inputs["image_grid_thw"]).tolist()
+        for _, height, width in torch.as_tensor(input_of(inputs, "image_grid_thw")).tolist()
         for grid in (Grid(1, 1), Grid(height // merge, width // merge, newline=True), Grid(1, 1))
     ]
 
 
 def _overview_and_crops(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Molmo 2: (rows, columns) of the overview and of the crops, of each image."""
-    sizes = torch.as_tensor(inputs["image_grids"]).reshape(-1, 2)
-    return grids_by_sizes(sizes, int(sizes.prod(1).sum()))
+    sizes = torch.as_tensor(input_of(inputs, "image_grids")).reshape(-1, 2)
+    return [Grid(*size) for size in sizes.tolist()]
 
 
 def _as_many_tiles(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
     """Perception LM: pixel_values [images, tiles, 3, H, W], every tile a square of tokens."""
-    tiles = inputs["pixel_values"].shape[:2].numel()
+    tiles = input_of(inputs, "pixel_values").shape[:2].numel()
     side = round((int(runs.sum()) / tiles) ** 0.5)
     return [Grid(side, side)] * tiles
+
+
+def _by_places(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+    """Gemma 4: (column, row) of each patch, [images, patches, 2], and -1 where there is none."""
+    places = torch.as_tensor(input_of(inputs, "image_position_ids"))
+    return grids_by_sizes(places.amax(1).flip(1) + 1, int(runs.sum()))
+
+
+def _queries(model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:
+    """Idefics 2: as many queries an image, whatever its size."""
+    queries = model.config.perceiver_config.resampler_n_latents
+    return [Grid(1, queries)] * (int(runs.sum()) // queries)
 
 
 def _is_read(layer: nn.Module) -> bool:
@@ -56,6 +70,7 @@ def _with_indices(hidden: Tensor, kwargs: dict[str, Any]) -> tuple:
 ARCHITECTURES = {
     "emu3": Architecture(grids=_with_row_ends),
     "hunyuan_vl": Architecture(grids=_between_two),
+    "idefics2": Architecture(grids=_queries),
     "molmo2": Architecture(grids=_overview_and_crops),
     "perception_lm": Architecture(grids=_as_many_tiles),
     # no vision tower: patches are embedded as they are
@@ -64,7 +79,8 @@ ARCHITECTURES = {
     "llama4": Architecture(language_model="language_model.model"),
     "nemotron_h_omni": Architecture(),
     "gemma3n": Architecture(always=_is_read, partial=False),
-    "gemma4": Architecture(always=_is_read, partial=False),
+    "gemma4": Architecture(grids=_by_places, always=_is_read, partial=False),
+    "gemma4_unified": Architecture(grids=_by_places),
     # a layer returns more than the hidden state
     "glm5_next": Architecture(returned=_with_indices, partial=False),
     "mistral_large4": Architecture(returned=_with_indices, partial=False),

@@ -58,35 +58,46 @@ def crossings(tokens: Tensor, width: int, rows: Tensor, columns: Tensor) -> Tens
     return places.flatten().to(tokens.device).expand(len(tokens), -1)
 
 
+def rows_at(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, N, C] at `positions` [B, k]: [B, k, C], by one index [B * k] into [B * N, C].
+
+    So whole rows are copied, and the backward holds nothing else.
+    """
+    return x.flatten(0, 1).index_select(0, _flat(positions, x.shape[1])).view(*positions.shape, -1)
+
+
+def _flat(positions: Tensor, length: int) -> Tensor:
+    start = torch.arange(len(positions), device=positions.device)[:, None] * length
+    return (start + positions).flatten()
+
+
+def first_true(where: Tensor, count: int) -> Tensor:
+    """The first `count` true places of each row of `where` [B, N], ascending: [B, count]."""
+    return (~where).to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+
+
 def select(positions: Tensor) -> Outputs:
     """Keep the tokens at `positions` [B, k], in their original order."""
     positions = positions.sort(dim=1).values
-
-    def apply(x: Tensor) -> Tensor:
-        # one index [B * k] into [B * N, C]: the backward holds nothing else
-        start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-        chosen = x.flatten(0, 1).index_select(0, (start + positions).flatten())
-        return chosen.view(*positions.shape, x.shape[2])
-
-    return Outputs(positions, apply, selects=True)
+    return Outputs(positions, lambda x: rows_at(x, positions), selects=True)
 
 
-def merge(owner: Tensor) -> Outputs:
+def merge(owner: Tensor, count: int) -> Outputs:
     """Average each group of tokens into one output.
 
     Args:
         owner: For each token [B, N] the token that stands for its group; that one is its own owner.
-            Every row has the same number of owners.
+        count: The number of owners, the same in every row.
     """
     owns_itself = owner == torch.arange(owner.shape[1], device=owner.device)
-    positions = owns_itself.nonzero()[:, 1].view(len(owner), -1)
+    positions = first_true(owns_itself, count)
     slot = (owns_itself.cumsum(1) - 1).gather(1, owner)
     sizes = torch.zeros_like(positions).scatter_add_(1, slot, torch.ones_like(slot))
 
     def apply(x: Tensor) -> Tensor:
-        total = x.new_zeros(*positions.shape, x.shape[2])
-        total = total.scatter_add(1, slot[..., None].expand_as(x), x)
-        return total / sizes[..., None].to(x.dtype)
+        total = x.new_zeros(positions.numel(), x.shape[2])
+        total = total.index_add(0, _flat(slot, count), x.flatten(0, 1))
+        return total.view(*positions.shape, -1) / sizes[..., None].to(x.dtype)
 
     return Outputs(positions, apply)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sts.vtc import Outputs
-from sts.vtc._shared import count_of, directions, merge, products, select
+from sts.vtc._shared import count_of, directions, first_true, merge, products, rows_at, select
 
 # Share of merged tokens in the outputs of cls_merge: VisionZip's 54 dominant + 10 contextual tokens
 CONTEXTUAL = 10 / 64
@@ -28,15 +28,13 @@ def cls_merge(tokens: Tensor, keep: float, *, scores: Tensor) -> Outputs:
     if not contextual:
         return select(dominant)
     is_rest = torch.ones_like(owner, dtype=torch.bool).scatter(1, dominant, False)
-    rest = is_rest.nonzero()[:, 1].view(batch, -1)
-    spaced = torch.arange(contextual, device=tokens.device) * rest.shape[1] // contextual
-    targets = rest[:, spaced]
-    unit = directions(tokens)
-    similarity = products(
-        unit.take_along_dim(rest[..., None], 1), unit.take_along_dim(targets[..., None], 1)
-    )
-    similarity[:, spaced, torch.arange(contextual)] = math.inf  # a target goes to itself
-    return merge(owner.scatter(1, rest, targets.gather(1, similarity.argmax(2))))
+    rest = first_true(is_rest, length - count + contextual)
+    every = torch.arange(contextual, device=tokens.device)
+    spaced = every * rest.shape[1] // contextual
+    targets, of_rest = rest[:, spaced], rows_at(directions(tokens), rest)
+    similarity = products(of_rest, of_rest[:, spaced])
+    similarity[:, spaced, every] = math.inf  # a target goes to itself
+    return merge(owner.scatter(1, rest, targets.gather(1, similarity.argmax(2))), count)
 
 
 def bipartite(tokens: Tensor, keep: float) -> Outputs:
@@ -48,19 +46,17 @@ def bipartite(tokens: Tensor, keep: float) -> Outputs:
     this the projected tokens as merged so far.
     """
     count = count_of(tokens, keep)
-    batch, length = tokens.shape[:2]
-    detached = tokens.detach()
-    owner = torch.arange(length, device=tokens.device).repeat(batch, 1)
+    batch, left = tokens.shape[:2]
+    everything = torch.arange(left, device=tokens.device).expand(batch, -1)
+    owner, detached = everything, tokens.detach()
     while True:
-        outputs = merge(owner)
-        positions = outputs.positions
-        excess = positions.shape[1] - count
-        if not excess:
+        outputs = merge(owner, left)
+        if left == count:
             return outputs
-        unit = directions(outputs.apply(detached))
+        unit, positions = directions(outputs.apply(detached)), outputs.positions
         even, odd = positions[:, ::2], positions[:, 1::2]
         best, partner = products(unit[:, ::2], unit[:, 1::2]).max(2)
-        merged = best.topk(min(excess, odd.shape[1]), dim=1).indices
-        target = owner.new_empty(batch, length).copy_(torch.arange(length))
-        target.scatter_(1, even.gather(1, merged), odd.gather(1, partner.gather(1, merged)))
-        owner = target.gather(1, owner)
+        merged = best.topk(min(left - count, odd.shape[1]), dim=1).indices
+        target = odd.gather(1, partner.gather(1, merged))
+        owner = everything.scatter(1, even.gather(1, merged), target).gather(1, owner)
+        left -= merged.shape[1]

@@ -25,7 +25,7 @@ from by_hand import (
     strided,
     the_positive,
 )
-from cases import ALIKE, CLASS_TOKEN, EVERY, FOUR, MIXED, ROWS
+from cases import ALIKE, CLASS_TOKEN, EVERY, FOUR, MIXED, ROWS, SIDE_BY_SIDE
 from tiny import CASES, IMAGE, LAYERS, PAD
 from torch import nn
 from torch.nn import functional as F
@@ -97,6 +97,19 @@ def test_vtc_equals_the_sequence_shortened_by_hand(name, side, rows):
     case = CASES[name]
     model, batch = case.build(), case.batch(rows, side)
     expected = by_hand(model, case, rows, batch, pooled)
+    sparsify(model, VTC("avgpool2d", keep=KEEP)).begin_step(0)
+    assert_same(backward(model, batch), expected)
+
+
+@EVERY
+def test_images_side_by_side_are_images_of_their_own(name):
+    case = CASES[name]
+    model, batch = case.build(), case.batch(SIDE_BY_SIDE)
+    if name.startswith("qwen"):  # its own positions take a run of placeholders for one image
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            model(**batch)
+        return
+    expected = by_hand(model, case, SIDE_BY_SIDE, batch, pooled)
     sparsify(model, VTC("avgpool2d", keep=KEEP)).begin_step(0)
     assert_same(backward(model, batch), expected)
 

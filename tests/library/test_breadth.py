@@ -15,6 +15,7 @@ from by_hand import (
     pooled,
     skipping_is_by_hand,
 )
+from cases import SIDE_BY_SIDE
 from tiny import CASES, LAYERS
 from zoo import NO_BACKWARD, PAGE, TYPES, ZOO, table
 
@@ -23,6 +24,13 @@ from sts.architectures import NO_LDS, NO_VTC, REFUSED
 from sts.lds.units import kept_rows
 
 ROWS = [[3, "big", 5, "small", 6, 7, 8], [9, 10, 11, 12], ["small", 14, 15, 16]]
+# How many images there are is said by nothing but the tokens between them
+PATCHES = ("fuyu", "inkling_mm_model")
+VIEWS = ("deepseek_ocr2", "unlimited_ocr", "step3p7")
+# The model's own positions take a run of placeholders for one image, and its forward raises
+ONE_RUN = ("cohere_compass", "cosmos3_edge", "cosmos3_omni", "ernie4_5_vl_moe", "glm46v", "glm4v",
+           "glm4v_moe", "glm_ocr", "glmga", "hunyuan_vl", "minicpmv4_7", "paddleocr_vl", "qwen3_5",
+           "qwen3_5_moe", "qwen3_vl_moe", "qwen4_exp")  # fmt: skip
 NO_PARTS = ("gemma3n", "gemma4", "glm5_next", "minimax_m3_vl", "mistral_large4")
 # The types of tiny.py are those of test_architectures.py
 OTHERS = sorted(set(ZOO) - set(CASES))
@@ -41,12 +49,21 @@ def test_an_idle_scheme_is_the_model_itself(name):
 
 @EVERY
 def test_vtc_and_lds_are_the_sequence_and_the_layers_taken_out_by_hand(name):
-    """First both, then LDS alone."""
+    """First both, then LDS alone; with images side by side, no token between them."""
+    rows = ROWS if name in PATCHES + VIEWS + ONE_RUN else SIDE_BY_SIDE
     vtc = None if name in NO_VTC else VTC("avgpool2d", keep=KEEP, dense_tail=0.5)
     lds = LDS() if name in NO_LDS else LDS("layerdrop", rate=0.5, draw="fixed_count")
-    ever = skipping_is_by_hand(ZOO[name], ROWS, vtc, pooled, lds, steps=(2, 4))
+    ever = skipping_is_by_hand(ZOO[name], rows, vtc, pooled, lds, steps=(2, 4))
     stored = name in ("gemma3n", "gemma4")  # later layers read what the first two store
     assert ever == (set() if name in NO_LDS else {2, 3} if stored else set(range(LAYERS)))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_images_with_views_are_refused_side_by_side(name):
+    model, batch = ZOO[name].build(), ZOO[name].batch(SIDE_BY_SIDE)
+    sparsify(model, VTC("avgpool2d", keep=KEEP)).begin_step(0)
+    with pytest.raises(ValueError, match=r"image placeholders=\[.*of 3 images, with other tokens"):
+        model(**batch)
 
 
 @FOR_LDS

@@ -390,7 +390,7 @@ def test_the_papers_scheme_follows_its_formula_over_the_stage():
 
 
 def test_with_the_clock_in_epochs_chances_move_once_an_epoch():
-    lds = LDS("sts", rate=0.6, clock="epochs")
+    lds = LDS("sts", rate=0.6, epsilon=0.5, clock="epochs")
     scheme = sparsify(build(), lds=lds, total_steps=12, steps_per_epoch=4)
     by_formula = []
     for step in range(12):
@@ -718,7 +718,7 @@ def test_autocast_computes_in_low_precision_and_keeps_the_loss_in_float32(lds):
     assert set(dtypes) == {torch.bfloat16} and loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("lds", [LDS("sts", rate=0.3), *UNITS.values()])
+@pytest.mark.parametrize("lds", [LDS("sts", rate=0.3, epsilon=1), *UNITS.values()])
 def test_global_random_streams_do_not_move(lds):
     model, batch = build(), CASE.batch(MIXED)
     scheme = sparsify(model, VTC("random", keep=0.25), lds, total_steps=8)

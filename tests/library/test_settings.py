@@ -107,14 +107,14 @@ def test_nothing_is_left_out_by_default():
     assert (VTC().kind, VTC().keep, LDS().policy, LDS().rate) == ("none", 1.0, "none", 0.0)
     assert not VTC().timed and not LDS().timed
     assert VTC("uniform", 0.25) == VTC(kind="uniform", keep=0.25)
-    assert LDS("sts", 0.5) == LDS(policy="sts", rate=0.5)
+    assert LDS("pld", 0.5) == LDS(policy="pld", rate=0.5)
 
 
 def test_settings_do_not_change():
     for made, name in ((VTC(), "keep"), (LDS(), "rate")):
         with pytest.raises(FrozenInstanceError):
             setattr(made, name, 0.5)
-    assert len({LDS("sts", 0.5), LDS("sts", 0.5), LDS("pld", 0.5)}) == 2  # they can be keys
+    assert len({LDS("dropbp", 0.5), LDS("dropbp", 0.5), LDS("pld", 0.5)}) == 2  # they can be keys
 
 
 # ---- chances must be chances -------------------------------------------------------------------
@@ -216,7 +216,7 @@ def test_settings_survive_a_file_and_parts_that_are_not_set_are_the_policys(poli
 def test_a_part_takes_the_place_of_the_policys():
     parts = {"schedule": "rising_cosine", "depth": "linear", "draw": "fixed_count"}
     parts |= {"unit": "samples", "protect_first": 2, "protect_last": 3}
-    made = LDS("sts", rate=0.5, **parts)
+    made = LDS("sts", rate=0.5, epsilon=1, **parts)
     assert {part: getattr(made, part) for part in PARTS} == parts
     some = LDS("sts", depth="uniform")
     assert (some.schedule, some.depth, some.draw) == ("falling_quadratic", "uniform", "independent")

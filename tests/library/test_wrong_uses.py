@@ -57,9 +57,11 @@ CALLS = {
     lambda: sparsify(build(), SOME, total_steps="9"): r"total_steps='9': expected a number of opt",
     lambda: sparsify(build(), SOME, total_steps=9.5): r"total_steps=9.5: expected a number of opt",
     lambda: sparsify(build(), SOME, total_steps=0): r"total_steps=0: expected the number of opt",
-    lambda: sparsify(build(), lds=LDS("sts", rate=0.5)): r"total_steps=None: expected the number",
     lambda: sparsify(
-        build(), lds=LDS("sts", rate=0.5, clock="epochs"), total_steps=9
+        build(), lds=LDS("sts", 0.5, epsilon=1)
+    ): r"total_steps=None: expected the number",
+    lambda: sparsify(
+        build(), lds=LDS("sts", rate=0.5, epsilon=1, clock="epochs"), total_steps=9
     ): r"steps_per_epoch=None: expected the number of optimizer steps of an epoch",
     lambda: sparsify(build(), SOME, seed="a"): r"seed='a': expected a whole number",
     lambda: sparsify(build(), SOME, dense_step="ok"): r"dense_step='ok': expected one of",

@@ -132,7 +132,7 @@ FALLING = {
     "layer": LDS("sts", rate=0.6, epsilon=0.5),
     "constant": LDS("layerdrop", rate=0.5),
     "backward": LDS("dropbp", rate=0.5, schedule="falling_linear"),
-    "samples": LDS("sts", rate=0.6, unit="samples"),
+    "samples": LDS("sts", rate=0.6, epsilon=0.5, unit="samples"),
     "tokens": LDS("random_ltd", rate=0.5, schedule="falling_cosine"),
 }
 

@@ -728,6 +728,28 @@ def test_global_random_streams_do_not_move(lds):
     assert torch.equal(torch.random.get_rng_state(), states[0]) and random.getstate() == states[1]
 
 
+def test_a_label_on_a_rows_first_token_counts_as_in_the_plain_model():
+    """Padded on the left, it is predicted from the padding before it. Row 1 has no image."""
+    model, batch = build(), CASE.batch([["big", 5, 6, 7], [8, 9, 10]], "left")
+    batch["labels"][:] = -100
+    batch["labels"][1, -3:] = batch["input_ids"][1, -3:]
+    expected, _ = backward(model, batch)
+    scheme = begun(model, POOLED)
+    torch.testing.assert_close(backward(model, batch)[0], expected)
+    assert scheme.metrics()["keep_ratio"] == 0.25
+
+
+@pytest.mark.parametrize("vtc", [None, POOLED], ids=["plain", "vtc"])
+def test_text_alone_leaves_a_projector_without_gradient(vtc):
+    model = build().requires_grad_(False)
+    projector = model.model.multi_modal_projector.requires_grad_()
+    begun(model, vtc)
+    model(**CASE.batch([[3, 4, 5], [6, 7, 8, 9]])).loss.backward()
+    assert all(p.grad is None for p in projector.parameters())
+    model(**CASE.batch(ONE_IMAGE)).loss.backward()  # of the same step
+    assert all(p.grad is not None for p in projector.parameters())
+
+
 # --- bad input -------------------------------------------------------------------------------
 
 

@@ -43,6 +43,12 @@ REFUSED = [  # settings, the name, what is accepted
     (LDS, {"unit": "tokens"}, "draw", "one of fixed_count for unit 'tokens'"),
     (LDS, {"policy": "random_ltd", "draw": "independent"}, "draw", "one of fixed_count for unit"),
     (LDS, {"epsilon": 1.1}, "epsilon", "a number in [-1, 1]"),
+    (
+        LDS,
+        {"policy": "sts", "rate": 0.5},
+        "epsilon",
+        "another number for depth 'slope' (row sts: 1.0)",
+    ),
     (LDS, {"protect_first": -1}, "protect_first", "0 or more layers"),
     (LDS, {"protect_last": 1.0}, "protect_last", "0 or more layers"),
     (LDS, {"clock": "hours"}, "clock", "one of steps, epochs"),

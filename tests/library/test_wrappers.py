@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from processors import tiny_processor
 from tiny import LAYERS
 from torch.nn import functional as F
@@ -148,6 +148,37 @@ def test_lds_alone_with_soft_prompts():
     wrapped(**text).loss.backward()
     assert scheme.metrics()["layers_run"] == 2 and scheme.metrics()["tokens"] == 23
     assert wrapped.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+
+
+def test_prefix_tuning_takes_layers_out_and_refuses_what_shortens_or_splits():
+    """A cache with the prefixes goes in, and a mask that covers them."""
+    model, batch = tiny("llava")
+    prefixes = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=4, num_attention_heads=1,
+        token_dim=8,
+    )  # fmt: skip
+    wrapped = get_peft_model(model, prefixes).train()
+    expected = wrapped(**batch).loss
+    with sparsify(wrapped) as scheme:
+        scheme.begin_step(0)
+        assert wrapped(**batch).loss.item() == pytest.approx(expected.item())
+    with sparsify(wrapped, lds=HALF) as scheme:
+        scheme.begin_step(0)
+        wrapped(**batch).loss.backward()
+        assert scheme.metrics()["layers_run"] == 2
+    for vtc, lds, refusal in (
+        (VISUAL, None, r"past_key_values of the length=3.*prefix tuning"),
+        (
+            None,
+            LDS("layerdrop", rate=0.5, unit="samples"),
+            r"past_key_values='a cache'.*unit 'samples'.*LoRA",
+        ),
+    ):
+        scheme = sparsify(wrapped, vtc, lds)
+        scheme.begin_step(0)
+        with pytest.raises(ValueError, match=refusal):
+            wrapped(**batch)
+        unsparsify(wrapped)
 
 
 def test_vtc_finds_the_placeholders_of_inputs_embeds():

@@ -27,6 +27,15 @@ def begun(vtc=None, lds=None, **more):
     return model, scheme
 
 
+def next_features():
+    """LLaVA-NeXT with what its tower gave in the place of pixels."""
+    case = CASES["llava_next"]
+    model, batch = case.build(), case.batch(ROWS)
+    features = model.get_image_features(batch.pop("pixel_values"), batch.pop("image_sizes"))
+    sparsify(model, SOME).begin_step(0)
+    model(**batch, mm_encoder_outputs={"image": features})
+
+
 def forward(change, vtc=None, lds=None):
     model, _ = begun(vtc, lds)
     batch = CASES["llava"].batch(ROWS)
@@ -85,6 +94,9 @@ BATCHES = {
     lambda: forward(
         lambda b: {"attention_mask": torch.ones(2, 3)}, SOME
     ): r"attention_mask.shape=\[2, 3\]: expected \[2, 20\]",
+    lambda: (
+        next_features()
+    ): r"image_sizes=None: expected what the processor gives: VTC needs it, also without pixels",
     lambda: forward(lambda b: {"pixel_values": None}, SOME): r"32 image placeholders.*no images",
     lambda: forward(
         lambda b: {"pixel_values": b["pixel_values"][:1]}, SOME

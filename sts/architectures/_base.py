@@ -102,18 +102,16 @@ def _lengths(medium: str, inputs: Inputs, runs: list[int]) -> list[int]:
     pixels = inputs.get("pixel_values" if medium == "image" else "pixel_values_videos")
     if pixels is None or pixels.ndim < 4 or pixels.shape[-3] != 3:
         return runs
-    has_views = inputs.get("pixel_values_local") is not None
-    pictures = len(pixels) if has_views else pixels.shape[:-3].numel()
+    name = f"runs of {medium} placeholders"
+    if inputs.get("pixel_values_local") is not None:
+        accepted = f"one or more for each of {len(pixels)} images, with other tokens between them"
+        expect(len(runs) >= len(pixels), name, runs, accepted)
+        return runs
+    pictures = pixels.shape[:-3].numel()
     size, rest = divmod(sum(runs), pictures)
-    is_even = not rest and all(n % size == 0 or size % n == 0 for n in runs)
-    is_right = len(runs) >= pictures if has_views else is_even
-    accepted = (
-        f"those of {pictures} pictures of one size"
-        if not has_views
-        else (f"one or more for each of {pictures} images, with other tokens between images")
-    )
-    expect(is_right, f"runs of {medium} placeholders", runs, accepted)
-    return runs if has_views else [size] * pictures
+    is_even = not rest and all(run % size == 0 or size % run == 0 for run in runs)
+    expect(is_even, name, runs, f"those of {pictures} pictures of one size")
+    return [size] * pictures
 
 
 def _grids_of(medium: str, model: PreTrainedModel, inputs: Inputs, runs: Tensor) -> list[Grid]:

@@ -390,7 +390,7 @@ def test_the_papers_scheme_follows_its_formula_over_the_stage():
 
 
 def test_with_the_clock_in_epochs_chances_move_once_an_epoch():
-    lds = LDS("sts", rate=0.6, epsilon=0.5, clock="epochs")
+    lds = LDS("layerdrop", rate=0.6, schedule="falling_quadratic", clock="epochs")
     scheme = sparsify(build(), lds=lds, total_steps=12, steps_per_epoch=4)
     by_formula = []
     for step in range(12):

@@ -45,7 +45,7 @@ REFUSED = [  # settings, the name, what is accepted
     (LDS, {"epsilon": 1.1}, "epsilon", "a number in [-1, 1]"),
     (
         LDS,
-        {"policy": "sts", "rate": 0.5},
+        {"policy": "sts", "rate": 0.5, "epsilon": 0.0},
         "epsilon",
         "another number for depth 'slope' (row sts: 1.0)",
     ),
@@ -265,7 +265,7 @@ from sts.lds.decision import decide, expected_work
 from sts.vtc import KINDS
 
 for policy in POLICIES:
-    lds = LDS(policy, rate=0.0 if policy == "none" else 0.5)
+    lds = LDS(policy, rate=0.0 if policy == "none" else 0.5, epsilon=0.5)
     lds.check_layers(8), lds.formula(8), decide(lds, 8, 0.5, 0, 0), expected_work(lds, 8, 0.5)
 for kind in KINDS:
     VTC(kind)

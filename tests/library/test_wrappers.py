@@ -348,7 +348,7 @@ def test_a_trainer_that_looks_for_a_batch_size_goes_on_after_running_out_of_memo
 
 def test_a_stream_has_no_epochs_for_the_clock(tmp_path):
     model, batch = tiny("smolvlm")
-    lds = LDS("sts", rate=0.5, clock="epochs")
+    lds = LDS("sts", rate=0.5, epsilon=1, clock="epochs")
     stream = IterableDataset.from_generator(lambda: iter(samples(batch)))
     arguments = TrainingArguments(str(tmp_path), **USUAL | LOOP)
     callbacks = [SparseCallback(model, VISUAL, lds)]

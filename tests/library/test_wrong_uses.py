@@ -51,6 +51,7 @@ def tuples():
 SOME = VTC("uniform", keep=0.25)
 CALLS = {
     lambda: sparsify(build(), VTC("avgpool2d")): r"VTC.keep=1.0: expected less than 1.*avgpool2d",
+    lambda: LDS("sts", rate=0.5): r"LDS.epsilon=0.0: .*'slope' \(row sts: 1.0\); depth='uniform'",
     lambda: sparsify(build(), lds=LDS("sts"), total_steps=9): r"LDS.rate=0.0: expected more.*sts",
     lambda: sparsify(build(), LDS(**HALF)): r"vtc=LDS\(.*: expected a VTC\(...\), before the LDS",
     lambda: sparsify(build(), lds=SOME): r"lds=VTC\(.*: expected an LDS\(...\), after the VTC",

@@ -156,7 +156,7 @@ RESUMED = {
     "measured": {"lds": {"policy": "block_influence", "rate": 0.4}},
     "in epochs, by samples": {
         "vtc": {"kind": "random", "keep": 0.5},
-        "lds": {"policy": "sts", "rate": 0.6, "unit": "samples", "rescale": True,
+        "lds": {"policy": "sts", "rate": 0.6, "epsilon": 0.5, "unit": "samples", "rescale": True,
                 "clock": "epochs"},
     },
 }  # fmt: skip
@@ -212,7 +212,10 @@ def test_all_that_a_training_imports_is_followed_or_a_file_of_another_choice():
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     files = {Path(file) for file in loaded.stdout.split()}
-    every = {"vtc": {"kind": "random", "keep": 0.5}, "lds": {"policy": "sts", "rate": 0.6}}
+    every = {
+        "vtc": {"kind": "random", "keep": 0.5},
+        "lds": {"policy": "sts", "rate": 0.6, "epsilon": 0.5},
+    }
     followed = set(follows.training(config(**every).stages["align"]))
     other = {"__init__.py", "block_influence.py"}  # packages; a depth that this one doesn't use
     families = {CODE / "architectures" / f"{name}.py" for name in ("others", "tiles")}

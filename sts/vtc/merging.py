@@ -31,7 +31,7 @@ def cls_merge(tokens: Tensor, keep: float, *, scores: Tensor) -> Outputs:
     rest = first_true(is_rest, length - count + contextual)
     every = torch.arange(contextual, device=tokens.device)
     spaced = every * rest.shape[1] // contextual
-    targets, of_rest = rest[:, spaced], rows_at(directions(tokens), rest)
+    targets, of_rest = rest[:, spaced], directions(rows_at(tokens.detach(), rest))
     similarity = products(of_rest, of_rest[:, spaced])
     similarity[:, spaced, every] = math.inf  # a target goes to itself
     return merge(owner.scatter(1, rest, targets.gather(1, similarity.argmax(2))), count)
@@ -46,14 +46,15 @@ def bipartite(tokens: Tensor, keep: float) -> Outputs:
     this the projected tokens as merged so far.
     """
     count = count_of(tokens, keep)
-    batch, left = tokens.shape[:2]
-    everything = torch.arange(left, device=tokens.device).expand(batch, -1)
-    owner, detached = everything, tokens.detach()
+    batch, length = tokens.shape[:2]
+    everything = torch.arange(length, device=tokens.device).expand(batch, -1)
+    owner, left, detached = everything, length, tokens.detach()
     while True:
         outputs = merge(owner, left)
         if left == count:
             return outputs
-        unit, positions = directions(outputs.apply(detached)), outputs.positions
+        means = outputs.apply(detached) if left < length else detached
+        unit, positions = directions(means), outputs.positions
         even, odd = positions[:, ::2], positions[:, 1::2]
         best, partner = products(unit[:, ::2], unit[:, 1::2]).max(2)
         merged = best.topk(min(left - count, odd.shape[1]), dim=1).indices

@@ -295,7 +295,7 @@ def test_what_a_host_is_told_is_checked(settings, named):
 
 
 def test_a_host_gets_the_settings():
-    settings = {"vtc": {"kind": "uniform", "keep": 0.5}, "lds": {"policy": "sts", "rate": 0.5}}
+    settings = {"vtc": {"kind": "uniform", "keep": 0.5}, "lds": {"policy": "pld", "rate": 0.5}}
     callback = callback_of(settings | {"seed": 3})
-    assert callback.vtc == VTC("uniform", keep=0.5) and callback.lds == LDS("sts", rate=0.5)
+    assert callback.vtc == VTC("uniform", keep=0.5) and callback.lds == LDS("pld", rate=0.5)
     assert callback.seed == 3

@@ -435,7 +435,7 @@ def all_random_states():
 
 @pytest.mark.parametrize("policy", ["sts", "dropbp", "block_influence"])
 def test_a_decision_depends_on_settings_seed_and_step_alone(policy):
-    lds = LDS(policy, rate=0.4)
+    lds = LDS(policy, rate=0.4, epsilon=0.5)
     ahead = drawn(lds, 20, measured=MEASURED)
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     states = all_random_states()

@@ -267,6 +267,20 @@ def test_what_precedes_an_answer_is_the_prompt_that_asks_for_it(own):
         assert np.array_equal(expected["input_ids"][0], ids[:start])
 
 
+def test_a_placeholder_in_words_stays_words(own):
+    """The ids of all else are those of any other word in its place."""
+    ids_of, count = own.tokenizer.convert_tokens_to_ids, np.count_nonzero
+    placeholder = own.image_token if own.image_token != "<image>" else None
+    for token in filter(None, (placeholder, getattr(own, "video_token", None))):
+        asked = turns([f"<image> what is {token}?", "no"], [f"it is {token} or", token])
+        ids, labels = sample_of(own, asked, [SHOWN[0]])
+        plain = turns(["<image> what is ZQ?", "no"], ["it is ZQ or", "ZQ"])
+        expected, _ = sample_of(own, plain, [SHOWN[0]])
+        assert count(ids == ids_of(token)) == count(expected == ids_of(token))
+        assert own.tokenizer.decode(ids) == own.tokenizer.decode(expected).replace("ZQ", token)
+        assert len(labelled(own, labels)) == 2
+
+
 def test_text_alone_needs_no_image(kind, own):
     _, labels = sample_of(own, turns(["plain"], ["two"]), [])
     [answer] = labelled(own, labels)

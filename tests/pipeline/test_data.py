@@ -1,5 +1,6 @@
 """Data sets are found, checked, prepared and batched; what is wrong with them is said."""
 
+import csv
 import dataclasses
 import http.server
 import io
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import zipfile
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -27,7 +29,7 @@ from processors import tiny_processor
 from sts.mini import pictures, scenes
 from sts.mini.sets.scenes import TURNS
 from sts.pipeline.config import Config, datasets
-from sts.pipeline.data import source
+from sts.pipeline.data import fetch, source
 from sts.pipeline.data.collator import batch_indices, batch_order, collate, split_files
 from sts.pipeline.data.origins import state
 from sts.pipeline.data.prepare import prepare
@@ -330,6 +332,18 @@ def test_an_archive_member_can_not_leave_the_folder(tiny_source, serve, tmp_path
     assert not list(tmp_path.rglob("evil"))
 
 
+def test_an_archive_that_unpacks_to_too_much_is_refused(tiny_source, serve, tmp_path, monkeypatch):
+    tiny_source(nlvr, NLVR_PUBLIC, archive=serve(NLVR_ARCHIVE))
+    monkeypatch.setattr(source, "MOST_BYTES", 100)
+    with pytest.raises(DataError, match=r"more than .* 100 bytes"):
+        prepare(config(), "nlvr", tmp_path / "manifest.json")
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("zeros", bytes(1_000_000))
+    with pytest.raises(OSError, match=r"bomb\.zip unpacks to 1 files of 1000000 bytes"):
+        fetch.unpack(tmp_path / "bomb.zip", tmp_path / "unpacked")
+    assert not (tmp_path / "unpacked").exists() and list((tmp_path / "raw").iterdir()) == []
+
+
 def test_offline_without_a_mirror_one_error_names_set_source_and_both_fixes(tiny_source, tmp_path):
     tiny_source(nlvr, NLVR_PUBLIC, archive="http://127.0.0.1:9/nlvr.tar.gz")  # nobody listens
     with pytest.raises(DataError) as error:
@@ -396,6 +410,9 @@ GOOD = [
 ]
 
 
+HUGE = picture(4).replace(b"\0\0\0\x08\0\0\0\x08", b"\0\0\x40\0\0\0\x40\0")  # by its header
+
+
 @pytest.fixture
 def own(tmp_path):
     """Writes rows and images of a user's data set; gives its configuration."""
@@ -403,6 +420,7 @@ def own(tmp_path):
     def make(rows, **data) -> Config:
         images = tmp_path / "images"
         write(images, {"a.png": picture(1), "broken.png": picture(2)[:50], "text.png": b"hello"})
+        write(images, {"thread.png": picture(3, (201, 1)), "huge.png": HUGE})
         (images / "sub").mkdir(exist_ok=True)
         Image.new("L", (20, 10), 77).save(images / "sub" / "b.jpg")
         file = tmp_path / "own.json"
@@ -459,6 +477,8 @@ BAD = {
     "malformed": {"conversations": "hello"},
     "wrong turn order": {"conversations": turns("hello", "x", "unanswered")},
     "wrong placeholders": {"image": "a.png", "conversations": turns("no placeholder", "x")},
+    "image outside": {"image": "../own.json", "conversations": turns("<image>", "x")},
+    "unusable size": {"image": "thread.png", "conversations": turns("<image>", "x")},
 }
 
 
@@ -491,6 +511,11 @@ def test_a_bad_row_is_left_out_counted_and_listed(own, tmp_path, reason):
         {"image": "a\ud83d.png", "conversations": turns("<image>", "x")},
         {"image": "a\0b.png", "conversations": turns("<image>", "x")},
         {"image": "data:image/png;base64," + 400 * "A", "conversations": turns("<image>", "x")},
+        {"image": "huge.png", "conversations": turns("<image>", "x")},
+        {"image": "/etc/hostname", "conversations": turns("<image>", "x")},
+        {"image": "sub/../../a.png", "conversations": turns("<image>", "x")},
+        {"image": "a.png", "question": "what?"}, {"question": 5, "answer": "x"},
+        {"image": "a.png", "question": "what?", "answer": None},
     ],
 )  # fmt: skip
 def test_whatever_a_row_holds_it_can_not_break_the_preparation(own, tmp_path, row):
@@ -498,10 +523,82 @@ def test_whatever_a_row_holds_it_can_not_break_the_preparation(own, tmp_path, ro
     assert sum(manifest["bad_rows"].values()) == 1
 
 
+def test_paths_may_lead_out_of_the_folder_where_the_entry_says_so(tmp_path):
+    write(tmp_path, {"a.png": picture(1), "own/b.png": picture(2)})
+    (tmp_path / "own" / "link.png").symlink_to(tmp_path / "a.png")
+    names = ["b.png", "./b.png", "../a.png", str(tmp_path / "a.png"), "link.png"]
+    rows = [{"image": name, "question": "what?", "answer": "x"} for name in names]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    own = {"json": str(tmp_path / "own.json"), "images": str(tmp_path / "own")}
+    for outside, bad in ((False, {"image outside": 3}), (True, {})):
+        data = config(custom={"own": own | {"outside": outside}}, max_bad_share=1.0)
+        assert prepare(data, "own", tmp_path / "out" / "manifest.json")["bad_rows"] == bad
+        listed = (tmp_path / "out" / "bad_rows.jsonl").read_text()
+        assert listed.count("`outside: true`") == sum(bad.values())
+
+
+ASKED = [
+    {"id": "1", "image": "a.png", "question": "what, and where?", "answer": 'a "dog"\nhere'},
+    {"id": "2", "image": None, "question": "hello", "answer": "hello"},
+]
+
+
+def as_csv(separator: str) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ASKED[0], delimiter=separator)
+    writer.writeheader()
+    writer.writerows(ASKED)
+    return text.getvalue()
+
+
+FORMS = {
+    "a.json": json.dumps(ASKED),
+    "a.jsonl": "\n".join(map(json.dumps, ASKED)) + "\n\n",
+    "a.csv": "\ufeff" + as_csv(","),
+    "b.csv": as_csv(";"),
+    "a.tsv": as_csv("\t"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_questions_and_answers_are_taken_in_any_form(tmp_path, name):
+    write(tmp_path, {"a.png": picture(1), name: FORMS[name].encode()})
+    key = "json" if "json" in name else "csv"
+    data = config(custom={"own": {key: str(tmp_path / name), "images": str(tmp_path)}})
+    assert prepare(data, "own", tmp_path / "manifest.json")["bad_rows"] == {}
+    first, second = rows_of(tmp_path / "manifest.json", "instruct")
+    assert first["conversations"] == turns("<image>\nwhat, and where?", 'a "dog"\nhere')
+    assert first["id"] == "1" and first["image"].size == (8, 8) and second["image"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"image,caption\na.png,x\n", "without question and answer.*data.custom.own.csv"),
+        ("a.csv", b"question,answer\n" + b"x" * 200_000 + b",y\n", "larger than field limit"),
+        ("a.csv", b"question,answer\nwhat,is,it\n", "1 of 1 rows .*malformed"),
+        ("a.csv", b"question,answer\nwhat\n", "1 of 1 rows .*malformed"),
+        ("a.csv", b"question,answer\n\xe9,x\n", "utf-8.*data.custom.own.csv"),
+        ("a.jsonl", b'{"question": "a", "answer": "b"}\n{"question"', "line 2 is no JSON.*after 1"),
+        ("a.jsonl", b'[{"id": 1}]\n', "1 of 1 rows .*malformed"),
+        ("a.json", "[1]".encode("utf-16"), "utf-8.*data.custom.own.json"),
+        ("a.json", b'[{"id": ' + b"9" * 5000 + b"}]", "limit.*data.custom.own.json"),
+        ("a.json", b"[" * 100_000 + b"]" * 100_000, "recursion.*data.custom.own.json"),
+    ],
+)
+def test_what_no_file_of_rows_is_names_the_file_and_its_key(tmp_path, name, content, message):
+    write(tmp_path, {name: content})
+    key = "json" if "json" in name else "csv"
+    data = config(custom={"own": {key: str(tmp_path / name), "images": str(tmp_path)}})
+    with pytest.raises(DataError, match=message) as error:
+        prepare(data, "own", tmp_path / "out" / "manifest.json")
+    assert str(tmp_path / name) in str(error.value)
+
+
 def test_too_many_bad_rows_stop_and_the_report_stays(own, tmp_path):
     out = tmp_path / "out" / "manifest.json"
     data = own([*GOOD, *BAD.values()], max_bad_share=0.5, max_text_chars=100)
-    with pytest.raises(DataError, match=r"8 of 11 rows of .*own\.json.*data\.max_bad_share = 0\.5"):
+    with pytest.raises(DataError, match=r"10 of 13 rows of .*own\.json.*data\.max_bad_share = 0"):
         prepare(data, "own", out)
     assert [p.name for p in out.parent.iterdir()] == ["bad_rows.jsonl"]
     assert len((out.parent / "bad_rows.jsonl").read_text().splitlines()) == len(BAD)

@@ -26,6 +26,7 @@ from sts.pipeline.data import collator, llava
 from sts.pipeline.data.llava import objects
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.rows import turns as llava_turns
+from sts.pipeline.data.sets import llava_mix665k as mix
 from sts.pipeline.data.source import DataError
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.train.feed import load_data, tokens_key
@@ -46,7 +47,7 @@ from sts.pipeline.data.sets import llava_mix665k as mix
 constants.DOWNLOAD_CHUNK_SIZE = 100  # of files as small as here
 here = os.environ["HF_ENDPOINT"]
 local = [
-    dataclasses.replace(file, url=f"{here}/{file.url.partition('://')[2]}")
+    dataclasses.replace(file, url=f"{here}/{file.url.partition('://')[2]}", sha256="")
     if "://" in file.url else file for file in mix.DATASET.files
 ]
 mix.DATASET = dataclasses.replace(mix.DATASET, files=tuple(local))
@@ -96,7 +97,7 @@ def source(tmp_path):
     files = {
         f"hub/{MIX}": json.dumps(ROWS).encode(),
         f"hub/{OCR}": zipped(inner("ocr_vqa/images/")),
-        "images.cocodataset.org/zips/train2017.zip": zipped(inner("coco/")),
+        "s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip": zipped(inner("coco/")),
         "downloads.cs.stanford.edu/nlp/data/gqa/images.zip": zipped(inner("gqa/")),
         "dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip": zipped(inner("textvqa/")),
         "cs.stanford.edu/people/rak248/VG_100K_2/images.zip": zipped(
@@ -130,14 +131,14 @@ def test_the_665k_set_is_fetched_checked_and_reported(source, tmp_path):
     download that breaks goes on where it was; what is whole is not fetched again; what is known to
     be bad in the real set is said, and only what can't be used is left out."""
     prepared = partial(run, source, tmp_path, "llava_mix665k", max_bad_share=0.3, threads=3)
-    wrong = f"/datasets/{MIX.replace('/llava_v1', '/resolve/main/llava_v1')}"
+    wrong = f"/datasets/{MIX.replace('/llava_v1', f'/resolve/{mix.COMMIT}/llava_v1')}"
     source.wrong.add(wrong)
     done = prepared()
     assert done.returncode and "SHA-256" in done.stderr and "as the hub says" in done.stderr
     assert "data.folders.llava_mix665k" in done.stderr
     source.wrong.clear()
 
-    source.cut["/images.cocodataset.org/zips/train2017.zip"] = 400
+    source.cut["/s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip"] = 400
     gqa = source.folder / "downloads.cs.stanford.edu/nlp/data/gqa/images.zip"
     content = gqa.read_bytes()
     gqa.unlink()

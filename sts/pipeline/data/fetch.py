@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
-from sts.pipeline.data.source import DOWNLOADS, DataError, mirror_folder
+from sts.pipeline.data.source import DOWNLOADS, MOST_FILES, DataError, mirror_folder
 from sts.pipeline.files import sha256_file, write_json_atomic
 
 NOTES = ".whole"  # folder of notes: of each file that is there in full, its size and SHA-256
@@ -31,6 +31,10 @@ class File:
     """What of it lies there in a folder that the user has; its own name by default."""
     gigabytes: float = 0.0
     """Its size, as the hub lists it or a copy of it; for the estimate."""
+    revision: str = "main"
+    """Commit of the data set of the hub."""
+    sha256: str = ""
+    """Of the file, where it is known."""
 
     @property
     def place(self) -> str:
@@ -93,14 +97,18 @@ def _fetch(file: File, folder: Path, note: Path) -> None:
     else:
         owner, name, at = file.url.split("/", 2)
         hub = {"repo_id": f"{owner}/{name}", "filename": at, "repo_type": "dataset"}
+        hub["revision"] = file.revision
         Path(hf_hub_download(**hub, local_dir=path.parent / ".hub")).replace(path)
         head = get_hf_file_metadata(hf_hub_url(**hub))
     facts = {"url": file.url, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    expected, by = file.sha256, "its entry"
     if head:
         facts["commit"] = head.commit_hash
-        if head.etag and len(head.etag) == 64 and head.etag != facts["sha256"]:  # SHA-256
-            path.unlink()
-            raise OSError(f"SHA-256 {facts['sha256']}, not {head.etag} as the hub says")
+        if not expected and head.etag and len(head.etag) == 64:  # SHA-256
+            expected, by = head.etag, "the hub"
+    if expected and expected != facts["sha256"]:
+        path.unlink()
+        raise OSError(f"SHA-256 {facts['sha256']}, not {expected} as {by} says")
     if path.suffix == ".zip":
         unpack(path, path.parent)
         path.unlink()
@@ -123,9 +131,17 @@ def _from_web(url: str, path: Path) -> None:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .zip into a folder; what lies there in full already, from a call before, is left.
-    Raises OSError if a path leads out of the folder, zipfile.BadZipFile if it is damaged."""
+    Raises OSError if a path leads out of the folder or it is a bomb: pictures hardly shrink in an
+    archive; zipfile.BadZipFile if it is damaged."""
     with zipfile.ZipFile(archive) as packed:
-        for member in tqdm(packed.infolist(), f"unpack {archive.name}", unit="file", disable=None):
+        members = packed.infolist()
+        unpacked, most = sum(member.file_size for member in members), 10 * archive.stat().st_size
+        if unpacked > most or len(members) > MOST_FILES:
+            raise OSError(
+                f"{archive.name} unpacks to {len(members)} files of {unpacked} bytes: more than "
+                f"{MOST_FILES} files, or than ten times itself"
+            )
+        for member in tqdm(members, f"unpack {archive.name}", unit="file", disable=None):
             path = folder / member.filename
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise OSError(f"{archive.name} has the path {member.filename}")

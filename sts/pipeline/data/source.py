@@ -20,6 +20,7 @@ from sts.pipeline.data.rows import Rows
 from sts.pipeline.files import sha256_file
 
 DOWNLOADS = Path("data/raw")
+MOST_FILES, MOST_BYTES = 2_000_000, 2 * 10**9  # of an archive; bytes of one of a small set
 
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # what PIL raises for a damaged image; SyntaxError is a broken PNG chunk
@@ -112,11 +113,13 @@ def download(name: str, source: Source, folder: Path) -> None:
 def _members(archive: tarfile.TarFile, folder: str) -> Iterator[tarfile.TarInfo]:
     """The files below `folder`, by their paths in it. GitHub's archives are sorted, so what comes
     after the folder need not be fetched."""
-    is_inside = False
+    is_inside, count, size = False, 0, 0
     for member in archive:
         path = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # without <repo>-<commit>
         if path.is_relative_to(folder):
-            is_inside = True
+            is_inside, count, size = True, count + 1, size + member.size
+            if count > MOST_FILES or size > MOST_BYTES:
+                raise tarfile.TarError(f"more than {MOST_FILES} files or {MOST_BYTES} bytes in it")
             if member.isfile():
                 yield member.replace(name=str(path.relative_to(folder)))
         elif is_inside:

@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from sts.pipeline.data import conversation
-from sts.pipeline.data.conversation import WRITERS, Spans, answers, messages
+from sts.pipeline.data.conversation import WRITERS, Message, Spans, answers, messages
+from sts.pipeline.data.literal import HIDDEN, encode, hide
 from sts.pipeline.data.rows import IMAGE_TOKEN
 from sts.settings import IGNORE_INDEX
 
@@ -72,13 +73,15 @@ def _tokenise(
     sizes: Sequence[Sequence[Size]],
     write: Callable[..., tuple[str, Spans]],
 ) -> list[dict]:
+    chats = [_hidden(processor, messages(turns)) for turns in conversations]
     written = [
-        _with_placeholders(processor, *write(processor, messages(turns)), images)
-        for turns, images in zip(conversations, sizes, strict=True)
+        _with_placeholders(processor, *write(processor, chat), images)
+        for chat, images in zip(chats, sizes, strict=True)
     ]
+    adds = conversation.adds_special_tokens(processor)
     encoded = processor.tokenizer(
         [text for text, *_ in written],
-        add_special_tokens=conversation.adds_special_tokens(processor),
+        add_special_tokens=adds,
         return_offsets_mapping=True,
         return_attention_mask=False,
     )
@@ -86,6 +89,8 @@ def _tokenise(
     for (text, spans, counts, images_end), ids, offsets in zip(
         written, encoded["input_ids"], encoded["offset_mapping"], strict=True
     ):
+        if HIDDEN.search(text):
+            ids, offsets = encode(processor, text, adds)
         ids = np.array(ids, np.int32)
         is_placeholder = np.isin(ids, placeholder_ids(processor))
         if is_placeholder.sum() != len(counts):
@@ -101,6 +106,13 @@ def _tokenise(
         sample = {"ids": ids, "repeats": repeats, "is_answer": is_answer}
         samples.append(sample | {"images_end": int(repeats[:before].sum())})
     return samples
+
+
+def _hidden(processor: ProcessorMixin, chat: list[Message]) -> list[Message]:
+    return [
+        (role, tuple(piece and hide(processor, piece) for piece in content))
+        for role, content in chat
+    ]
 
 
 def _with_placeholders(

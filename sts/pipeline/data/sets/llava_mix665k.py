@@ -9,6 +9,10 @@ from sts.pipeline.data.registry import DataSet
 from sts.pipeline.data.rows import Rows
 
 JSON = "llava_v1_5_mix665k.json"
+COMMIT = "9d451dc7629cfe0469f6ae4432b765cd603d5fcb"
+# images.cocodataset.org itself, by a name that has a certificate
+COCO = "https://s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip"
+COCO_SHA256 = "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"
 TEXTVQA = "https://dl.fbaipublicfiles.com/textvqa/images"
 VISUAL_GENOME = "https://cs.stanford.edu/people/rak248/VG_100K_2"
 OCR_VQA = "weizhiwang/llava_v15_instruction_images"
@@ -26,8 +30,8 @@ DATASET = DataSet(
     load=_rows,
     # where LLaVA's README says that the images are
     files=(
-        File(f"liuhaotian/LLaVA-Instruct-150K/{JSON}", gigabytes=1.03),
-        File("http://images.cocodataset.org/zips/train2017.zip", "coco", "train2017", 19.3),
+        File(f"liuhaotian/LLaVA-Instruct-150K/{JSON}", gigabytes=1.03, revision=COMMIT),
+        File(COCO, "coco", "train2017", 19.3, sha256=COCO_SHA256),
         File("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip", "gqa", "images", 21.8),
         File(f"{TEXTVQA}/train_val_images.zip", "textvqa", "train_images", 7.07),
         File(f"{VISUAL_GENOME}/images.zip", "vg", "VG_100K", 9.73),

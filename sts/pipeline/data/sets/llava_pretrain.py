@@ -8,6 +8,7 @@ from sts.pipeline.data.llava import llava_rows
 from sts.pipeline.data.registry import DataSet
 from sts.pipeline.data.rows import Rows
 
+COMMIT = "70f9d1e5e1a697fe35830875cfc7de1dd590d727"
 JSON = "blip_laion_cc_sbu_558k.json"
 
 
@@ -22,8 +23,8 @@ DATASET = DataSet(
     citation="Liu et al. Visual Instruction Tuning. NeurIPS 2023.",
     load=_rows,
     files=(
-        File(f"liuhaotian/LLaVA-Pretrain/{JSON}", gigabytes=0.18),
-        File("liuhaotian/LLaVA-Pretrain/images.zip", "images", ".", gigabytes=27.4),
+        File(f"liuhaotian/LLaVA-Pretrain/{JSON}", gigabytes=0.18, revision=COMMIT),
+        File("liuhaotian/LLaVA-Pretrain/images.zip", "images", ".", 27.4, COMMIT),
     ),
     embed=False,
 )

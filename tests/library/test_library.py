@@ -269,9 +269,8 @@ def test_in_a_trainer_the_stage_is_as_long_as_its_training(tmp_path):
 
 
 def test_in_a_trainer_the_clock_may_go_by_epochs(tmp_path):
-    lds = LDS(
-        "sts", rate=0.6, epsilon=0.5, clock="epochs"
-    )  # 9 batches an epoch are 5 steps, the last a half
+    # 9 batches an epoch are 5 steps, the last a half
+    lds = LDS("layerdrop", rate=0.6, schedule="falling_quadratic", clock="epochs")
     settings = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
     result = steps_of(trainer_for(tmp_path, lds, save_strategy="no", **settings))
     by_formula = [one["asked"][0] for one in result]

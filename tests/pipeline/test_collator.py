@@ -145,6 +145,16 @@ def test_sets_with_one_image_a_row_and_with_several_are_mixed(qwen, folder, file
     assert shown == [[a], [], [a], [], [b, a], [c]]
 
 
+def test_the_row_that_a_processor_refuses_is_named(files):
+    refusing = PROCESSORS["qwen2_5_vl"]()
+    condition = (
+        "{% if 'ready?' in messages | string %}{{ raise_exception('no offers') }}{% endif %}"
+    )
+    refusing.chat_template = condition + refusing.chat_template
+    with pytest.raises(ValueError, match="row later can't be tokenised: no offers"):
+        samples_of(files, refusing)
+
+
 def test_a_cut_leaves_images_and_an_answer_or_is_refused(qwen, files, caplog):
     uncut = samples_of(files, qwen)
     longest = max(uncut.lengths)

@@ -137,7 +137,7 @@ def _write_tokens(
             # one row at a time: all encoded images of a chunk may be large
             cells = (images.slice(row, 1).to_pylist()[0] for row in range(len(chunk)))
             sizes = [_sizes(of_row) for of_row in cells]
-            samples = tokenise(processor, chunk["conversations"].to_pylist(), sizes, template)
+            samples = _tokenised(processor, chunk, sizes, template)
             kept = []
             for place, (sample, of_row) in enumerate(zip(samples, sizes, strict=True)):
                 if sample["images_end"] > max_length:
@@ -151,6 +151,22 @@ def _write_tokens(
                     facts = {"row": start + place, "length": int(sample["repeats"].sum())}
                     kept.append(sample | facts | {"has_image": bool(of_row)})
             writer.write_batch(pa.RecordBatch.from_pylist(kept, schema=TOKENS))
+
+
+def _tokenised(
+    processor: ProcessorMixin, chunk: Table, sizes: list[list[Size]], template: str | None
+) -> list[dict]:
+    """`tokenise` of rows. Raises ValueError with the id of the first that the processor refuses."""
+    texts = chunk["conversations"].to_pylist()
+    try:
+        return tokenise(processor, texts, sizes, template)
+    except Exception:  # whatever a processor raises
+        for id, text, of_row in zip(chunk["id"].to_pylist(), texts, sizes, strict=True):
+            try:
+                tokenise(processor, [text], [of_row], template)
+            except Exception as error:
+                raise ValueError(f"row {id} can't be tokenised: {error}") from error
+        raise
 
 
 def _sizes(row: dict) -> list[Size]:

@@ -21,6 +21,7 @@ from zoo import NO_BACKWARD, PAGE, TYPES, ZOO, table
 
 from sts import LDS, VTC, sparsify
 from sts.architectures import NO_LDS, NO_VTC, REFUSED
+from sts.draws import digest
 from sts.lds.units import kept_rows
 
 ROWS = [[3, "big", 5, "small", 6, 7, 8], [9, 10, 11, 12], ["small", 14, 15, 16]]
@@ -85,7 +86,8 @@ def test_a_part_of_a_layer_is_that_part_or_refused(name, unit):
     assert torch.isfinite(result[0]) and all(share in of_layer for of_layer in work)
     if unit == "tokens":
         return
-    decisions = map(scheme.skipper.decision_of, range(LAYERS))  # as drawn in this micro-batch
+    drawn_by = digest(batch["input_ids"])  # what is drawn in a micro-batch
+    decisions = [scheme.skipper.decision_of(i, lambda: drawn_by) for i in range(LAYERS)]
     kept = [kept_rows(3, decision).tolist() for decision in decisions]
     off = [[layer for layer in range(LAYERS) if row not in kept[layer]] for row in range(3)]
     model.eval()

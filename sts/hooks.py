@@ -31,7 +31,13 @@ from sts.compression import Compression
 from sts.draws import digest, keyed_torch_generator
 from sts.lds.skipper import Skipper
 from sts.lds.units import with_replacements
-from sts.loss import answer_keywords, before_targets, is_of_library, needs_only_answers
+from sts.loss import (
+    answer_keywords,
+    before_targets,
+    is_of_library,
+    needs_only_answers,
+    whole_labels,
+)
 from sts.realised import Realised
 from sts.sequence import Batch, not_padding, take
 from sts.settings import VTC
@@ -242,12 +248,12 @@ class Hooks:
         labels = None if inputs is None else inputs.get("labels")
         if labels is None or inputs.get("shift_labels") is not None:
             return None
-        _check_labels(labels, inputs)
+        labels = self._call.inputs["labels"] = whole_labels(labels, inputs)
         if not self._needs_only_answers(inputs):
             return None
         call = self._call
         call.answers_only, call.places = True, before_targets(labels)
-        call.originals = {name: inputs.get(name) for name in ("labels", "attention_mask")}
+        call.originals = {"labels": labels, "attention_mask": inputs.get("attention_mask")}
         changed = inputs | answer_keywords(labels, *call.places)
         changed.pop("logits_to_keep", None)
         if self._balances_experts(inputs):
@@ -429,16 +435,3 @@ def _generates(inputs: dict[str, Any]) -> bool:
     has_cache = inputs.get("past_key_values") is not None or inputs.get("use_cache") is True
     last = inputs.get("logits_to_keep")
     return has_cache or (isinstance(last, int) and last == 1)
-
-
-def _check_labels(labels: object, inputs: dict[str, Any]) -> None:
-    """Raise ValueError for labels that are not [B, T] whole numbers beside the inputs."""
-    kind = type(labels).__name__
-    expect(isinstance(labels, Tensor), "labels", kind, "a tensor [batch, tokens]")
-    expect(labels.ndim == 2, "labels.shape", list(labels.shape), "[batch, tokens]")
-    expect(labels.dtype == torch.long, "labels.dtype", str(labels.dtype), "torch.int64")
-    tokens = inputs.get("input_ids")
-    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-    if tokens is not None:
-        expected = list(tokens.shape[:2])
-        expect(list(labels.shape) == expected, "labels.shape", list(labels.shape), expected)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sts.architectures import head_of
+from sts.checks import expect
 from sts.draws import keyed_torch_generator
 from sts.modules import replaced
 from sts.settings import IGNORE_INDEX
@@ -39,6 +40,34 @@ def is_of_library(function: Callable | None) -> bool:
             return False
         function = getattr(function, "__wrapped__", None)
     return True
+
+
+def whole_labels(labels: Any, inputs: dict[str, Any]) -> Tensor:
+    """Labels [B, T] of those that stand beside a forward's `inputs`: [B, T], or [B, N] where
+    `logits_to_keep` keeps N tokens and its caller shortened them alike, as ms-swift does.
+
+    Raises:
+        ValueError: They are no whole numbers of such a shape.
+    """
+    kind = type(labels).__name__
+    expect(isinstance(labels, Tensor), "labels", kind, "a tensor [batch, tokens]")
+    expect(labels.ndim == 2, "labels.shape", list(labels.shape), "[batch, tokens]")
+    expect(labels.dtype == torch.long, "labels.dtype", str(labels.dtype), "torch.int64")
+    tokens, keep = inputs.get("input_ids"), inputs.get("logits_to_keep")
+    tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+    if tokens is None:
+        return labels
+    rows, length = tokens.shape[:2]
+    places = torch.arange(length, device=labels.device)
+    if keep is not None and labels.shape[1] != length:
+        places = places[-keep:] if isinstance(keep, int) else places[keep]
+    expected = [rows, len(places)]
+    expect(list(labels.shape) == expected, "labels.shape", list(labels.shape), expected)
+    if len(places) == length:
+        return labels
+    whole = labels.new_full((rows, length), IGNORE_INDEX)
+    whole[:, places[:-1] + 1] = labels[:, 1:]  # as the loss compares each token with the next
+    return whole
 
 
 def before_targets(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ is said to be not run, which is no failure: some need what only a GPU's machine 
 """
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -31,6 +32,12 @@ STS = {"vtc": {"kind": "uniform", "keep": 0.5}, "lds": {"policy": "layerdrop", "
 COLOURS = ("red", "green", "blue", "white")
 STEPS = 4
 TESTS = ("scheme", "library", "wrappers", "wrong_uses")
+# torchvision's import asks for these two, whether they were loaded or not
+DECLARED = """
+_declared = torch.library.Library("torchvision", "FRAGMENT")
+for _name in () if _has_ops() else ("nms", "qnms"):
+    _declared.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 # What every Trainer of transformers is told
 USUAL = {
     "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1, "gradient_accumulation_steps": 2,
@@ -58,7 +65,7 @@ def write_samples(folder: Path) -> list[dict]:
     rows = []
     for colour in COLOURS:
         picture = folder / f"{colour}.png"
-        Image.new("RGB", (64, 64), colour).save(picture)
+        Image.new("RGB", (84, 84), colour).save(picture)
         messages = [
             {"role": "user", "content": "<image>what color is it?"},
             {"role": "assistant", "content": colour},
@@ -93,10 +100,13 @@ def llama_factory(bin: Path, folder: Path) -> list[str]:
 
 
 def ms_swift(bin: Path, folder: Path) -> list[str]:
+    token = json.loads((QWEN / "config.json").read_text())["image_token_id"]
     (folder / "sparse.py").write_text(
         "from sts import LDS, VTC\n"
         "from sts.hosts.ms_swift import register\n"
+        "from swift.template.templates.qwen import Qwen2VLTemplate\n"
         f"register('sts', VTC(**{STS['vtc']}), LDS(**{STS['lds']}))\n"
+        f"Qwen2VLTemplate.image_token_id = {token}  # not of the large models\n"
     )
     values = USUAL | {
         "model": QWEN, "model_type": "qwen2_5_vl", "template": "qwen2_5_vl",
@@ -119,7 +129,7 @@ def axolotl(bin: Path, folder: Path) -> list[str]:
             turns += [answer | {"content": [{"type": "text", "text": answer["content"]}]}]
             file.write(json.dumps({"messages": turns}) + "\n")
     values = USUAL | {
-        "base_model": str(QWEN), "processor_type": "AutoProcessor", "micro_batch_size": 2,
+        "base_model": str(NEXT), "processor_type": "AutoProcessor", "micro_batch_size": 2,
         "plugins": ["sts.hosts.axolotl.SparsePlugin"], "sts": STS,
         "datasets": [{"path": str(folder / "samples.jsonl"), "type": "chat_template"}],
         "chat_template": "tokenizer_default", "skip_prepare_dataset": True,
@@ -158,8 +168,22 @@ def install(name: str, host: Host) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return next((x for x in done.stderr.splitlines() if x.startswith("ERROR")), done.stderr)
+    if "+cpu" in metadata.version("torch"):
+        fit_to_cpu(folder / inside)
     stamp.write_text(needs)
     return None
+
+
+def fit_to_cpu(packages: Path) -> None:
+    """Let torchvision and torchaudio be imported beside torch's CPU build: what PyPI has of them
+    was built for the other one. Their compiled operators are not there then; no host here calls
+    one."""
+    for library in packages.glob("torchaudio/lib/*.so"):
+        library.unlink()
+    extension = packages / "torchvision/extension.py"
+    if extension.exists():
+        with open(extension, "a") as file:
+            file.write(DECLARED)
 
 
 def run(name: str, host: Host) -> str:
@@ -188,12 +212,14 @@ def run(name: str, host: Host) -> str:
 def trained(folder: Path, log: Path) -> str:
     """What a training's log says was sparse."""
     states = sorted(folder.glob("out/**/trainer_state.json"), key=lambda file: file.stat().st_mtime)
-    if not states:
-        return f"failed: no trainer_state.json (see {log})"
-    rows = [row for row in json.loads(states[-1].read_text())["log_history"] if "loss" in row]
-    kept = {round(row.get("sts_keep_ratio", 1), 2) for row in rows}
-    layers = [row.get("sts_layers_run") for row in rows]
-    is_sparse = "sts: trains sparsely" in log.read_text() and max(kept) < 0.7
+    if states:
+        rows = [x for x in json.loads(states[-1].read_text())["log_history"] if "loss" in x]
+    else:  # Lightning's
+        tables = [csv.DictReader(file.open()) for file in folder.glob("out/**/metrics.csv")]
+        rows = [row for table in tables for row in table]
+    kept = {round(float(row.get("sts_keep_ratio", 1)), 2) for row in rows}
+    layers = [float(row.get("sts_layers_run", 0)) for row in rows]
+    is_sparse = "sts: trains sparsely" in log.read_text() and max(kept, default=1) < 0.7
     text = f"{len(rows)} steps, keep ratio {sorted(kept)}, layers run {layers}"
     return text if is_sparse and len(rows) == STEPS else f"failed: not sparse: {text} (see {log})"
 

@@ -13,12 +13,17 @@ log = logging.getLogger(__name__)
 KEYS = ("vtc", "lds", "seed")  # of `sts` in a host's configuration
 
 
+def say(vtc: VTC | None, lds: LDS | None) -> None:
+    """What a sparse training has in its log and a dense one has not."""
+    log.warning("sts: trains sparsely, with %s and %s", vtc, lds)
+
+
 class HostCallback(SparseCallback):
     """A SparseCallback that says that it is there: a host that lost it would train dense."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        log.warning("sts: trains sparsely, with %s and %s", self.vtc, self.lds)
+        say(self.vtc, self.lds)
 
 
 def check_settings(settings: Any) -> dict[str, Any]:

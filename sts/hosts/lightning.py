@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sts.callback import check_ddp
 from sts.checks import expect
+from sts.hosts import say
 from sts.scheme import Scheme, unsparsify
 from sts.settings import LDS, VTC
 
@@ -64,6 +65,7 @@ class SparseTraining(Callback):
         )
         if self.stored:
             self.scheme.load_state_dict(self.stored)
+        say(self.scheme.vtc, self.scheme.lds)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -50,6 +50,34 @@ def test_softcapped_logits():
     assert_same(backward(model, batch), expected)
 
 
+@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("answers_alone", [False, True])
+def test_labels_shortened_with_logits_to_keep(one_row, answers_alone, monkeypatch):
+    """As ms-swift does: to the last tokens, or in one row to the targets with one before."""
+    if not answers_alone:
+        monkeypatch.setattr("sts.hooks.needs_only_answers", lambda *_: False)
+    rows = ROWS[:1] if one_row else ROWS
+    model, batch = CASES["llava"].build(), CASES["llava"].batch(rows)
+    if one_row:
+        is_target = batch["labels"][0] != -100
+        keep = F.pad(is_target[1:], (0, 1), value=True)
+        labels = F.pad(batch["labels"][:, is_target], (1, 0), value=-100)
+    else:
+        keep = (
+            batch["labels"].shape[1] - (batch["labels"] != -100).int().argmax(-1).min().item() + 1
+        )
+        labels = batch["labels"][:, -keep:]
+    short = batch | {"labels": labels, "logits_to_keep": keep}
+    assert_same(backward(model, short), backward(model, batch))
+    with sparsify(model, VTC("avgpool2d", keep=KEEP)) as scheme:
+        scheme.begin_step(0)
+        assert_same(backward(model, short), backward(model, batch))
+        assert scheme.metrics()["keep_ratio"] < 1
+        short["labels"] = labels[:, 1:]
+        with pytest.raises(ValueError, match=r"labels\.shape"):
+            model(**short)
+
+
 def routed(name):
     """A mixture of experts that balances them, which its own forward sees in the mask."""
     model = ZOO[name].build()

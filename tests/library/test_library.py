@@ -154,7 +154,10 @@ def test_every_place_that_the_glossary_names_is_there():
     rows = [line.split(" | ") for line in GLOSSARY.read_text().splitlines() if line[:2] == "| "]
     assert all(len(cells) == 3 for cells in rows) and len(rows) > 50
     for *_, where in rows:
-        places = [*re.findall(r"`([\w/]+/[\w./]*)`", where), *re.findall(r"\]\(([\w.]+)\)", where)]
+        places = [
+            *re.findall(r"`([\w/]+/[\w./]*)`", where),
+            *re.findall(r"\]\(([\w.]+)[#)]", where),
+        ]
         missing = [place for place in places if not any((f / place).exists() for f in (ROOT, DOCS))]
         assert not missing and (places or where == "where |"), where
 

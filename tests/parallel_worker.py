@@ -3,7 +3,8 @@
 torchrun --nproc-per-node 2 tests/parallel_worker.py MODE OUT STEPS
 
 MODE is alone, ddp, fsdp2, zero2 or zero3. With _samples after it whole layers are replaced by
-samples: four of them, and one process trains on the halves of two as they would.
+samples: four of them, and one process trains on the halves of two as they would. With _mixed
+only one process's samples of a step have pictures, in each unit of LDS in turn.
 """
 
 import gc
@@ -31,12 +32,15 @@ LAYERS = LDS(
     protect_last=1,
 )
 SAMPLES = replace(LAYERS, unit="samples", protect_first=0, protect_last=0)
+UNITS = ("layer", "samples", "tokens", "backward")
 MORE = [["big", 13, 14, 15, 16, 17], ["big", 18, 19, 20, 21]]
 
 
 def main(mode: str, out: str, steps: int) -> None:
     mode, _, samples = mode.partition("_")
     dist.init_process_group("gloo")
+    if samples == "mixed":
+        return mixed(mode, out, steps)
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     # in double precision the order of a sum does not matter over 200 steps; DeepSpeed has none
@@ -46,16 +50,8 @@ def main(mode: str, out: str, steps: int) -> None:
     vtc = VTC("avgpool2d", keep=0.25, schedule="falling_linear", dense_tail=0.1)
     scheme = sparsify(model, vtc, SAMPLES if samples else LAYERS, total_steps=steps, seed=3)
     layers = model.model.language_model.layers
-    runner, engine = model, None
-    if mode == "ddp":
-        runner = DistributedDataParallel(model, find_unused_parameters=not samples)
-    elif mode == "fsdp2":
-        for layer in layers:
-            fully_shard(layer)
-        fully_shard(model)
-    elif mode.startswith("zero"):
-        engine = deepspeed_engine(model, int(mode[-1]))
-        runner = engine
+    runner = shared(model, mode, find_unused_parameters=not samples)
+    engine = runner if mode.startswith("zero") else None
     calls = [0] * len(layers)
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(lambda *_, i=index: calls.__setitem__(i, calls[i] + 1))
@@ -109,6 +105,50 @@ def main(mode: str, out: str, steps: int) -> None:
     # thread with the interpreter lock that this thread may be waiting for (torch 2.13, gloo)
     del runner
     gc.collect()
+    dist.destroy_process_group()
+
+
+def shared(model: torch.nn.Module, mode: str, find_unused_parameters: bool) -> torch.nn.Module:
+    """The model as the processes of a mode share it."""
+    if mode == "ddp":
+        return DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
+    if mode == "fsdp2":
+        for layer in model.model.language_model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    return deepspeed_engine(model, int(mode[-1])) if mode.startswith("zero") else model
+
+
+def mixed(mode: str, out: str, steps: int) -> None:
+    """Train in each unit on batches of which one process's has a picture, which another is shown
+    too, without its labels; write the losses."""
+    rank, result = dist.get_rank(), {}
+    torch.set_num_threads(1)
+    for unit in UNITS:
+        model = CASES["llava"].build(torch.float32)
+        lds = LDS("layerdrop", rate=0.5, unit=unit, draw="fixed_count")
+        with sparsify(model, VTC("avgpool2d", keep=0.25), lds, seed=3) as scheme:
+            runner = shared(model, mode, find_unused_parameters=True)
+            is_engine = mode.startswith("zero")
+            optimizer = runner if is_engine else torch.optim.SGD(runner.parameters(), lr=0.05)
+            losses = []
+            for step in range(steps):
+                has_picture = rank == step % 2
+                rows = [["big", 5, 6, 7, 8]] * 2 if has_picture else [[9, 10, 11], ["big", 5, 6]]
+                batch = CASES["llava"].batch(rows)
+                batch["labels"][int(has_picture) + 1 :] = -100
+                scheme.begin_step(step)
+                loss = runner(**batch).loss
+                runner.backward(loss) if is_engine else loss.backward()
+                optimizer.step()
+                if not is_engine:
+                    optimizer.zero_grad()
+                losses.append(loss.item())
+        result[unit] = losses
+        del runner, optimizer
+        gc.collect()
+    if rank == 0:
+        Path(out).write_text(json.dumps(result))
     dist.destroy_process_group()
 
 

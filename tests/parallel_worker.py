@@ -129,8 +129,7 @@ def mixed(mode: str, out: str, steps: int) -> None:
         lds = LDS("layerdrop", rate=0.5, unit=unit, draw="fixed_count")
         with sparsify(model, VTC("avgpool2d", keep=0.25), lds, seed=3) as scheme:
             runner = shared(model, mode, find_unused_parameters=True)
-            is_engine = mode.startswith("zero")
-            optimizer = runner if is_engine else torch.optim.SGD(runner.parameters(), lr=0.05)
+            optimizer = torch.optim.SGD(runner.parameters(), lr=0.05)
             losses = []
             for step in range(steps):
                 has_picture = rank == step % 2
@@ -139,10 +138,9 @@ def mixed(mode: str, out: str, steps: int) -> None:
                 batch["labels"][int(has_picture) + 1 :] = -100
                 scheme.begin_step(step)
                 loss = runner(**batch).loss
-                runner.backward(loss) if is_engine else loss.backward()
+                loss.backward()
                 optimizer.step()
-                if not is_engine:
-                    optimizer.zero_grad()
+                optimizer.zero_grad()
                 losses.append(loss.item())
         result[unit] = losses
         del runner, optimizer

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import compare_versions
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from processors import tiny_processor
@@ -31,6 +32,7 @@ from trl import (
 from sts import LDS, VTC, SparseCallback, sparsify, unsparsify
 from sts.scheme import SCHEME
 
+is_older = partial(compare_versions, "transformers", "<")
 HALF = LDS("layerdrop", rate=0.5, draw="fixed_count")  # two of four layers, another two each step
 
 
@@ -195,6 +197,8 @@ def test_vtc_finds_the_placeholders_of_inputs_embeds():
 @pytest.mark.parametrize("first", ["sparsify", "accelerate"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(first, precision):
+    if precision == "bf16" and is_older("5.19"):
+        pytest.skip("transformers' own SmolVLM fails in autocast")
     model, batch = tiny("smolvlm")
     AcceleratorState._reset_state(True)  # other tests leave theirs behind
     accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)

@@ -87,6 +87,15 @@ envs/sts.yaml: requirements.lock
 	@{ sed '/pip:$$/q' $@; sed -n 's/^[^#]/      - &/p' requirements.lock; } > $@.part
 	@mv $@.part $@
 
+# The name of the machine, and the seal over it, are no part of a committed file.
+define WITHOUT_HOST
+import json, pathlib, sys
+for file in map(pathlib.Path, sys.argv[1:]):
+    facts = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("host", "seal")}
+    file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+endef
+export WITHOUT_HOST
+
 reference:
 	rm -rf results/reference/$(INTO)
 	mkdir -p results/reference/$(INTO)
@@ -94,7 +103,7 @@ reference:
 	  -not -name '*.html' \( -not -path 'runs/*' -o -regex 'runs/[^/]*/[^/]*/[^/]*\.json' \
 	    -o -path 'runs/*/eval/provenance.json' \) \
 	  -exec cp --parents -t ../reference/$(INTO) {} +
-	find results/reference/$(INTO) -name provenance.json -exec sed -i '/^  "host": /d' {} +
+	find results/reference/$(INTO) -name provenance.json -exec $(PYTHON) -c "$$WITHOUT_HOST" {} +
 
 clean:
 	rm -rf $(RESULTS) data/$(SCALE)

@@ -13,6 +13,7 @@ import pytest
 from project import ROOT, SMOKE, run
 
 from sts.pipeline.config import load_ablations, load_scale, resolve
+from sts.pipeline.files import read_json
 from sts.pipeline.measure import requests as needs
 from sts.pipeline.plan import Plan, make_plan
 from sts.pipeline.run import cluster
@@ -107,7 +108,7 @@ def requests(out: Path, gpus: bool, scale: str = PAPER, **align) -> dict[str, di
 def test_requests_come_from_the_estimate(tmp_path):
     """Of LLaVA-1.5-7B: published are 3.5 and 10 hours on 8 A100, and float32 weights are 28 GB."""
     requested = requests(tmp_path / "new/requests.json", gpus=True)
-    assert requested == json.loads((tmp_path / "new/requests.json").read_text())
+    assert requested == read_json(tmp_path / "new/requests.json")
     align, instruct = (requested[f"train/dense/{stage}"] for stage in ("align", "instruct"))
     assert 3.5 * 60 < align["runtime"] < 3.5 * 60 * 4
     assert 10 * 60 < instruct["runtime"] < 10 * 60 * 4

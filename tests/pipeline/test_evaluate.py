@@ -438,8 +438,8 @@ def test_a_metric_that_is_none_is_refused_before_the_model(
 ):
     (tasks / "counted.yaml").write_text(COUNTED)
     (tasks / "counted.py").write_text(LETTERS)
-    config = configured({"benchmarks": ["counted"], "metrics": {"counted": metric}})
     with pytest.raises(ConfigError, match=rf"metrics\.counted: '{metric}'.*{accepted}"):
+        config = configured({"benchmarks": ["counted"], "metrics": {"counted": metric}})
         evaluate(config, "sts", 0, trained("no/model"), [scenes], tmp_path / "eval.json")
 
 

@@ -20,10 +20,10 @@ from project import call, edit, environment, real_project, wait_for
 
 PAPER = "workflow/config/paper.yaml"
 COMMAND = ("--configfile", PAPER, "small.yaml", "--", "all", "expected")
-URLS = ("http://images.cocodataset.org", "https://downloads.cs.stanford.edu",
+URLS = ("https://s3.amazonaws.com", "https://downloads.cs.stanford.edu",
         "https://dl.fbaipublicfiles.com", "https://cs.stanford.edu")  # fmt: skip
 FOLDERS = {
-    "coco/train2017": "images.cocodataset.org/zips/train2017.zip",
+    "coco/train2017": "s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip",
     "gqa/images": "downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
     "textvqa/train_images": "dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
     "vg/VG_100K": "cs.stanford.edu/people/rak248/VG_100K_2/images.zip",
@@ -106,6 +106,7 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
         for url in URLS:
             address = f"{served.url}/{url.partition('://')[2]}"
             edit(project / "sts/pipeline/data/sets/llava_mix665k.py", url, address)
+        edit(project / "sts/pipeline/data/sets/llava_mix665k.py", ", sha256=COCO_SHA256", "")
         served.cut[f"/{FOLDERS['coco/train2017']}"] = 500
         env = environment(
             HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1"

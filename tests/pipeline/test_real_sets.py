@@ -29,6 +29,7 @@ from sts.pipeline.data.rows import turns as llava_turns
 from sts.pipeline.data.sets import llava_mix665k as mix
 from sts.pipeline.data.source import DataError
 from sts.pipeline.data.templates import CHAT_TEMPLATE
+from sts.pipeline.files import read_json, write_json_atomic
 from sts.pipeline.train.feed import load_data, tokens_key
 from sts.pipeline.train.job import Job
 
@@ -445,8 +446,7 @@ def test_tokens_are_made_once_for_all_that_ask_for_the_same(prepared, tmp_path, 
     keys.add(tokens_key(job(max_length=99), processor))
     processor.chat_template = CHAT_TEMPLATE.replace("user", "human")
     keys.add(tokens_key(job(), processor))
-    described = json.loads(prepared.read_text())
-    prepared.write_text(json.dumps(described | {"sha256": "0" * 64}))
+    write_json_atomic(prepared, read_json(prepared) | {"sha256": "0" * 64})
     keys.add(tokens_key(job(), processor))
     assert len(keys) == 4
 

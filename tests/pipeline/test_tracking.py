@@ -97,7 +97,7 @@ def test_parallel_first_use_makes_one_whole_store_and_one_parent(tmp_path, monke
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {run.data.metrics["loss"] for run in runs} == {0.5}
     assert len({run.data.tags["mlflow.parentRunId"] for run in runs}) == 1
-    artifacts = str(tmp_path / "results" / "mlflow-artifacts")
+    artifacts = (tmp_path / "results" / "mlflow-artifacts").as_uri()
     assert all(run.info.artifact_uri.startswith(artifacts) for run in runs)
 
 

@@ -501,5 +501,6 @@ def test_a_process_needs_no_more_memory_for_more_rows(tmp_path):
         )
         taken[rows] = json.loads(done.stdout.splitlines()[-1])
     for step, last in taken[many].items():
-        a_row = (last["mb"] - taken[few][step]["mb"]) / (many - few)
+        grown = last["mb"] - taken[few][step]["mb"] - 15  # which equal runs differ by
+        a_row = max(0, grown) / (many - few)
         assert last["mb"] + (665_298 - many) * a_row < 2000, (step, taken)

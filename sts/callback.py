@@ -16,7 +16,6 @@ from transformers.trainer_callback import ExportableState
 
 from sts.checks import NotAccepted, expect
 from sts.comparison import check_loss, check_references
-from sts.lds import UNITS
 from sts.scheme import SCHEME, Scheme, model_in, unsparsify
 from sts.settings import LDS, VTC
 
@@ -102,12 +101,11 @@ class SparseCallback(TrainerCallback, ExportableState):
 
     def _check_ddp(self, args: Any) -> None:
         """DDP waits for gradients of skipped layers unless it is told that there may be none."""
-        leaves_out = self.lds.rate > 0 and not UNITS[self.lds.unit].trains_all
         is_sharded = bool(args.fsdp) or args.deepspeed is not None
         accepted = f"False with LDS unit {self.lds.unit!r}: each step trains other parameters"
         is_static = getattr(args, "ddp_static_graph", False)  # transformers 5.20 has it first
-        expect(not (is_static and leaves_out), "ddp_static_graph", is_static, accepted)
-        if args.world_size > 1 and leaves_out and not is_sharded:
+        expect(not (is_static and self.lds.leaves_out), "ddp_static_graph", is_static, accepted)
+        if args.world_size > 1 and not is_sharded:
             check_ddp(self.lds, "ddp_find_unused_parameters", args.ddp_find_unused_parameters)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -174,5 +172,4 @@ def check_ddp(lds: LDS, name: str, find_unused: object) -> None:
     setting `name`, that there may be none."""
     accepted = f"True with LDS unit {lds.unit!r}, whose skipped layers have no gradient (units "
     accepted += "samples and tokens need it not)"
-    has_all = lds.rate == 0 or UNITS[lds.unit].trains_all
-    expect(has_all or find_unused is True, name, find_unused, accepted)
+    expect(not lds.leaves_out or find_unused is True, name, find_unused, accepted)

@@ -138,6 +138,11 @@ class LDS(_Settings):
         expect(is_sloped, "LDS.epsilon", self.epsilon, accepted)
         self._check_chances(2)
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether skipped layers have no gradient in their step, so that DDP must look for them."""
+        return self.rate > 0 and not UNITS[self.unit].trains_all
+
     def check_layers(self, num_layers: int) -> None:
         """Check the settings against a language model of `num_layers` decoder layers.
 

@@ -73,6 +73,12 @@ def read_json(path: str | Path, cure: str = "Delete it and run snakemake again")
     return value
 
 
+def json_text(value: Any) -> str:
+    """JSON whose keys are sorted, so that the same value gives the same text. ValueError for NaN or
+    infinity: not JSON."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
 def write_json_atomic(path: str | Path, value: Any) -> None:
     """Write JSON so that the same value gives the same bytes and no reader sees half a file; an
     object with a seal.
@@ -83,7 +89,7 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
         if isinstance(value, dict):
             value = json.loads(json.dumps(value, allow_nan=False))  # keys are text
             value[SEAL] = sha256_json(value)
-        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = json_text(value)
     except ValueError as error:
         raise ValueError(f"{path}: not written: {error}") from error
     write_text_atomic(path, text)

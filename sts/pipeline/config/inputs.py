@@ -47,9 +47,9 @@ def _check_places(config: Config) -> None:
     sources = {}
     for name, custom in data.custom.items():
         key = f"data.custom.{name}"
-        for name, file in (("json", custom.json_file), ("csv", custom.csv)):
-            is_there = file is None or os.path.isfile(file)
-            expect(is_there, f"{key}.{name}", file, "a file that is there")
+        kind, file = custom.table
+        is_there = file is None or os.path.isfile(file)
+        expect(is_there, f"{key}.{kind}", file, "a file that is there")
         folders[f"{key}.images"] = custom.images
         sources[f"{key}.hub"] = custom.hub
     for key in ("checkpoint", "vision", "language"):
@@ -87,9 +87,10 @@ def _check_sizes(config: Config) -> None:
         depth, layer = of_tower.get("num_hidden_layers", 1000), model.vision_feature_layer
         accepted = f"a layer of {tower[1]}, {-depth - 1} to {depth}"
         expect(-depth - 1 <= layer <= depth, "model.vision_feature_layer", layer, accepted)
-    if model.family == "joined" or _sizes(*tower).get("model_type") in OF_PATCHES:
+    of_model = _sizes(*tower)
+    if model.family == "joined" or of_model.get("model_type") in OF_PATCHES:
         size, patch = of_tower.get("image_size", 0), of_tower.get("patch_size", 1)
-        patches = (size // patch // _sizes(*tower).get("scale_factor", 1)) ** 2
+        patches = (size // patch // of_model.get("scale_factor", 1)) ** 2
     for name, block in config.stages.items():
         accepted = f"more than {patches}, the visual tokens of a picture"
         key = f"stages.{name}.max_length"

@@ -10,14 +10,13 @@ saving of nothing). Nothing that was asked for is dropped, and nothing missing c
 """
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from sts.pipeline.files import read_json, sha256_json, write_text_atomic
+from sts.pipeline.files import json_text, read_json, sha256_json, write_text_atomic
 from sts.pipeline.report.compare import COSTS, Cell, Row, compare
 from sts.pipeline.report.findings import configured, findings
 from sts.pipeline.report.labels import (
@@ -113,7 +112,7 @@ def table(
         for id, row in rows.items()
     }
     texts = {
-        ".json": json.dumps(metrics, indent=2, sort_keys=True) + "\n",
+        ".json": json_text(metrics),
         ".csv": csv_text(numbers),
         ".md": page(name, grid, marked, heads),
         ".tex": _latex(grid, heads, plain),

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sts.architectures import part_finder
-from sts.lds import UNITS
 from sts.pipeline.config import StageConfig
 from sts.pipeline.run.device import attention_here, precision_here
 from sts.pipeline.train.job import Job
@@ -37,9 +36,8 @@ def prepare_process(block: StageConfig) -> Accelerator:
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
     # skipped layers have no gradient, nor have tower and projector in a batch of text alone:
     # without this, data-parallel processes would wait for them
-    unused = not {"projector", "vision_tower"}.isdisjoint(block.trains) or (
-        block.skips and not UNITS[block.lds.unit].trains_all
-    )
+    has_vision = not {"projector", "vision_tower"}.isdisjoint(block.trains)
+    unused = has_vision or block.lds.leaves_out
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     if accelerator.num_processes != block.processes:

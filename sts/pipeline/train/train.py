@@ -248,6 +248,7 @@ def take_steps(
     block, scheme = job.block, training.scheme
     rising = math.ceil(block.warmup_ratio * block.steps)
     bar = bar_of(f"{job.ablation} seed {job.seed} {job.stage}", first, block.steps)
+    peak = device_peak(block.processes)
     last_save = began = time.monotonic()
     batches_of_steps = feed(
         block, training.samples, training.order, training.processor, training.accelerator, first
@@ -274,7 +275,7 @@ def take_steps(
             has_image = [training.samples.has_image[i] for i in training.order(step)]
             row |= measure(scheme, training.meter, block, has_image, batches)
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
-            row |= device_peak(block.processes)
+            row |= peak
             history.write(json.dumps(row) + "\n")
         began = time.monotonic()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -387,18 +387,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(status or 0)
     except typer.Exit as end:  # of --help
         return end.exit_code
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (SpoiltError, PlanError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    except typer.TyperException as error:
-        print(*error.format_message().split(), "(--help tells more)", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # its reader, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    except Exception as error:
+        _tell_torchrun(error)
+        if isinstance(error, ConfigError):
+            print(error, file=sys.stderr)
+            return 2
+        if isinstance(error, SpoiltError | PlanError):
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 1
+        if isinstance(error, typer.TyperException):
+            print(*error.format_message().split(), "(--help tells more)", file=sys.stderr)
+            return 2
+        raise
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Have torchrun, if it started this process, end its output with the traceback of the first
+    process that failed: its own words at the end hide every traceback above them."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from typing import NamedTuple
 from sts.pipeline.config import (
     BACKBONE,
     CODE,
+    SHIPPED,
     SMOLLM2,
     Ablation,
     Config,
+    ConfigError,
     StageConfig,
     check_inputs,
     config_hash,
@@ -76,6 +78,20 @@ class Plan:
         """The tables that compare with the scale's baseline; others have data or a model of their
         own, which may have to be fetched."""
         return [table for table in self.tables if self.baseline in self.members(table)]
+
+    def why_not(self, table: str) -> ConfigError | None:
+        """Why this scale can't make a table, if it can't: a toy checkpoint would stand beside a
+        pretrained model, whose recipe and benchmarks are nothing for toys."""
+        toys = [id for id in self.members(table) if _is_toy(self.configs[id].model.checkpoint)]
+        if not toys or all(map(_is_toy, self.scale.model.sources)):
+            return None
+        toy, *_ = toys
+        key, value = f"{toy}.model.checkpoint", self.configs[toy].model.checkpoint
+        scale = self.scale.scale
+        accepted = (
+            f"in scale {scale} a checkpoint of its size, without which it has no table {table}"
+        )
+        return ConfigError(self.ablations[toy].file, key, value, accepted)
 
     def stages(self, table: str) -> list[StageConfig]:
         """The stages of all members of a table."""
@@ -222,6 +238,11 @@ class Plan:
         """Names of the data sets that these ablations are trained or evaluated on."""
         configs = [self.configs[id] for id in ablations]
         return unique(name for c in configs for name in c.training_data() + c.evaluation_data())
+
+
+def _is_toy(checkpoint: str | None) -> bool:
+    """Whether a checkpoint is one of the mini scale's."""
+    return checkpoint is not None and Path(checkpoint).parent == SHIPPED.parent
 
 
 def make_plan(scale: Config, ablations: Mapping[str, Ablation], file: str | Path) -> Plan:

@@ -40,10 +40,7 @@ SLOW = pytest.mark.slow
 each_family = pytest.mark.parametrize("family", FAMILIES)
 some_families = pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(name, marks=SLOW if name in ("llava_next", "qwen2_5_vl") else ())
-        for name in FAMILIES
-    ],
+    [pytest.param(name, marks=() if name == "llava" else SLOW) for name in FAMILIES],
 )
 
 

@@ -129,3 +129,17 @@ def test_close_without_a_store_does_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert main(["close", "--status", "FINISHED"]) == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_of_processes_that_fail_the_last_lines_show_the_error_and_not_what_torchrun_says(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "sts", "train", "--config", "workflow/config/smoke.yaml", "--ablation", "dense",
+        "--seed", "0", "--stage", "algin", "--data", "none.json", "--init", "none.json",
+        "--out", tmp_path / "out.json",
+    ]  # fmt: skip
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode != 0
+    shown = "\n".join(ended.stderr.splitlines()[-30:])  # of the log, when a job has failed
+    assert "--stage: 'algin' is not accepted. Accepted: one of align, instruct" in shown

@@ -69,6 +69,20 @@ def test_tables_are_the_groups_of_the_entries(small):
     assert small.tables_with_baseline() == ["main"]
 
 
+@pytest.mark.parametrize("scale", SCALES, ids=lambda file: file.stem)
+def test_a_scale_of_pretrained_models_has_no_table_of_toy_checkpoints(scale):
+    plan = load_plan(scale, ROOT / "workflow/ablations.yaml")
+    refused = {table: str(error) for table in plan.tables if (error := plan.why_not(table))}
+    if scale.stem in ("mini", "smoke"):
+        assert refused == {}
+    else:
+        assert list(refused) == ["architectures"]
+        assert (
+            "next_dense.model.checkpoint: 'data/backbones/llava_next'" in refused["architectures"]
+        )
+        assert f"scale {scale.stem} " in refused["architectures"]
+
+
 def test_a_name_that_can_be_no_file_is_no_table(tmp_path):
     (tmp_path / "ablations.yaml").write_text("dense: {groups: [my table], label: Dense}\n")
     with pytest.raises(ConfigError, match=r"dense\.groups\.0: 'my table' is not accepted"):
@@ -98,7 +112,24 @@ def copy(tmp_path_factory):
     return real_project(tmp_path_factory.mktemp("project"))
 
 
-@pytest.mark.parametrize("scale", SCALES, ids=lambda file: file.stem)
+@pytest.mark.slow
+def test_a_table_that_a_scale_cannot_make_is_refused_by_its_target_and_no_part_of_all_ablations(
+    copy,
+):
+    paper = "workflow/config/paper.yaml"
+    output = run(copy, paper, "-n", "table_architectures", ok=False)
+    assert "next_dense.model.checkpoint: 'data/backbones/llava_next' is not accepted" in output
+    assert "in scale paper" in output and "no table architectures" in output
+    assert planned(copy, "ablations", scale=paper)["table"] == 4
+
+
+BY_LENGTH = [
+    pytest.param(file, marks=[] if file.stem == "smoke" else [pytest.mark.slow], id=file.stem)
+    for file in SCALES
+]
+
+
+@pytest.mark.parametrize("scale", BY_LENGTH)
 def test_the_jobs_of_a_dry_run_are_those_of_the_plan(copy, scale):
     """Of the smallest scale all tables are planned, of the others what the bare command makes."""
     plan = load_plan(scale, ROOT / "workflow/ablations.yaml")
@@ -115,6 +146,7 @@ def groups_with(project: Path, name: str) -> None:
     (project / "workflow/ablations.yaml").write_text(more)
 
 
+@pytest.mark.slow
 def test_a_new_table_is_one_word_in_an_entry_but_no_name_of_a_rule(copy):
     try:
         groups_with(copy, "mine")

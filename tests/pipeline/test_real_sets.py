@@ -127,6 +127,7 @@ def run(source: Hub, folder: Path, name: str, **data) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.slow
 def test_the_665k_set_is_fetched_checked_and_reported(source, tmp_path):
     """A file that is not what the hub says is fetched again; a source that is gone is named; a
     download that breaks goes on where it was; what is whole is not fetched again; what is known to

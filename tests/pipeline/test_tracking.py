@@ -112,6 +112,7 @@ def test_tags_say_what_ran_where():
     assert "mlflow.parentRunId" not in data.tags  # STS_INVOCATION is not set
 
 
+@pytest.mark.slow
 def test_killed_process_is_reaped_and_a_living_one_is_not():
     dead, living = start("dead", 300, STS_INVOCATION="call-2"), start("living", 300)
     wait_for(Path("dead/ready"))
@@ -136,6 +137,7 @@ def test_a_reused_process_number_counts_as_dead():
         assert store.reap() == ["reused"]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_as_killed_with_status_143():
     job = start("terminated", 300)
     wait_for(Path("terminated/ready"))

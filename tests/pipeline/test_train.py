@@ -205,6 +205,7 @@ def test_all_code_that_a_training_runs_is_followed(run, name):
     assert {CODE / "pipeline/train/step.py", CODE / "scheme.py"} < ours
 
 
+@pytest.mark.slow
 def test_all_that_a_training_imports_is_followed_or_a_file_of_another_choice():
     code = (
         "import sts.pipeline.train.train, sys\n"

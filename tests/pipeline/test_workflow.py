@@ -55,6 +55,7 @@ def test_a_stage_that_two_ablations_share_is_trained_once(finished):
     assert len(files) == len(set(files)), "something was made twice"
 
 
+SLOW = pytest.mark.slow
 PLAN = load_plan(ROOT / SMOKE, ROOT / "workflow/ablations.yaml")
 
 
@@ -63,7 +64,7 @@ def members(table: str) -> int:
     return len(PLAN.members(table))
 
 
-@pytest.mark.parametrize("target", ["table_compressor", "real"])
+@pytest.mark.parametrize("target", ["table_compressor", pytest.param("real", marks=SLOW)])
 def test_a_table_plans_the_runs_that_it_shows(project, target):
     jobs, shown = planned(project, target), members(target.removeprefix("table_"))
     assert {"table": 1, "timing": 1, "evaluate": shown}.items() <= jobs.items()
@@ -75,8 +76,14 @@ def test_a_table_plans_the_runs_that_it_shows(project, target):
     ("targets", "expected"),
     [
         (["fig_tokens"], {"figure": 1, "tokens": 1, "prepare": 1, "backbone": 1}),
-        (["bench", "data", "backbones"], {"timing": 1, "prepare": 1, "rebuild": 4}),
-        (["ablations", "fig_pareto"], {"table": 5, "timing": 5, "figure": 1}),
+        pytest.param(
+            ["bench", "data", "backbones"],
+            {"timing": 1, "prepare": 1, "rebuild": 4},
+            marks=SLOW,
+        ),
+        pytest.param(
+            ["ablations", "fig_pareto"], {"table": 5, "timing": 5, "figure": 1}, marks=SLOW
+        ),
     ],
 )
 def test_every_other_named_target_plans_its_jobs(project, targets, expected):
@@ -115,6 +122,7 @@ def test_by_default_the_scale_is_mini_and_a_baseline_of_its_own_is_compared_with
     assert f"--relative-to {pairs} --out-stem results/mini/tables/architectures" in output
 
 
+@pytest.mark.slow
 def test_values_on_the_command_line_have_their_types(project):
     values = (
         "--config",
@@ -275,6 +283,7 @@ def test_the_project_may_lie_in_a_folder_of_almost_any_name(name, tmp_path):
     run(make_project(tmp_path / name, ABLATIONS), SMOKE, "table_components")
 
 
+@pytest.mark.slow
 def test_a_folder_that_snakemake_would_take_for_a_pattern_is_named_at_the_start(tmp_path):
     folder = make_project(tmp_path / "a{b}c", ABLATIONS)
     output = run(folder, SMOKE, ok=False)
@@ -319,6 +328,7 @@ def state(folder: Path) -> dict[Path, tuple]:
     return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
+@pytest.mark.slow
 def test_use_conda_plans_one_environment(project, conda):
     output = run(project, SMOKE, "-n", "--use-conda", **conda)
     created = re.findall(r"Conda environment .*envs/sts.yaml will be created", output)

@@ -86,6 +86,13 @@ def tables(names):
     return [f"{RESULTS}/tables/{name}.md" for name in names]
 
 
+def runs_of(table, stage=None):
+    """Manifests of the runs that a table shows, which the scale must be able to make."""
+    if error := PLAN.why_not(table):
+        raise WorkflowError(str(error))
+    return PLAN.run_files(table, stage)
+
+
 def figures(names):
     return [f"{RESULTS}/figures/{name}.svg" for name in names]
 
@@ -93,7 +100,7 @@ def figures(names):
 TARGETS = {
     **{f"table_{name}": tables([name]) for name in PLAN.tables},
     **{f"fig_{name}": figures([name]) for name in figure_inputs()},
-    "ablations": tables(PLAN.tables_with_baseline()),
+    "ablations": tables(t for t in PLAN.tables_with_baseline() if not PLAN.why_not(t)),
 }
 # Tables with data or a model of their own have a short name too.
 SHORT_TARGETS = {

@@ -3,8 +3,8 @@
 
 rule table:
     input:
-        lambda wildcards: PLAN.run_files(wildcards.group, "eval"),
-        lambda wildcards: PLAN.run_files(wildcards.group),
+        lambda wildcards: runs_of(wildcards.group, "eval"),
+        lambda wildcards: runs_of(wildcards.group),
         "<results>/bench/{group}.json",
     output:
         "<results>/tables/{group}.md",

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from sts.pipeline.config import ConfigError, dump, load_ablations, load_scale
+from sts.pipeline.config import ConfigError, datasets, dump, load_ablations, load_scale
 from sts.pipeline.cost.machines import GPUS
 from sts.pipeline.files import SpoiltError
 from sts.pipeline.plan import make_plan
@@ -84,10 +84,18 @@ ABLATIONS = Path("workflow/ablations.yaml")
 
 @verb
 def prepare(config: ConfigFile, dataset: Name, out: Out) -> None:
-    """Make a data set ready: rows as Arrow files, a manifest, a report of rejected rows."""
+    """Make a data set ready: rows as Arrow files, a manifest, a report of rejected rows. Or fetch
+    the data of a benchmark of the hub, and note them."""
     from sts.pipeline.data.prepare import prepare
+    from sts.pipeline.tasks.registry import is_of_hub
 
-    prepare(config=load_scale(config), name=dataset, out=out)
+    scale = load_scale(config)
+    if dataset not in (*datasets(), *scale.data.custom) and is_of_hub(dataset):
+        from sts.pipeline.evaluate.loading import fetch
+
+        fetch(dataset, scale.data.mirror, out)
+    else:
+        prepare(config=scale, name=dataset, out=out)
 
 
 @verb

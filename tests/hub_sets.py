@@ -20,7 +20,7 @@ QUESTION = {"question_id": TEXT, "question": TEXT, "image": IMAGE}
 LETTERED = {"A": TEXT, "B": TEXT, "C": TEXT, "D": TEXT}
 # data set -> configuration -> split -> (columns, rows)
 OFFICIAL = {
-    "lmms-lab/POPE": {"default": {"test": (
+    "lmms-lab-encoder/POPE": {"default": {"test": (
         QUESTION | {"answer": TEXT, "category": TEXT},
         [{"question": f"Is there a {thing}?", "answer": right, "category": kind}
          for kind in ("random", "popular", "adversarial")
@@ -60,6 +60,11 @@ OFFICIAL = {
         [{"question_id": kind, "question": f"say {right} Please answer yes or no.",
           "answer": right, "category": kind}
          for kind in ("count", "scene", "code_reasoning") for right in ("Yes", "No")],
+    )}},
+    "lmms-lab-encoder/ChartQA": {"default": {"test": (
+        {"type": TEXT, "question": TEXT, "answer": TEXT, "image": IMAGE},
+        [{"type": "human_test", "question": "say 14", "answer": "14"},
+         {"type": "augmented_test", "question": "say Peru", "answer": "Peru"}],
     )}},
     "lmms-lab/SEED-Bench": {"default": {"test": (
         {"question_id": TEXT, "question": TEXT, "image": datasets.List(IMAGE), "answer": TEXT,

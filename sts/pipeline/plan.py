@@ -221,7 +221,7 @@ class Plan:
             data += self.scale.training_data()[:1]
             models.add(self.baseline)
         counts = {
-            "prepare": len(set(data)),
+            "prepare": len({*data, *self.hub_benchmarks(ids)}),
             "smollm2": int(any(self.configs[id].model.language == SMOLLM2 for id in models)),
             "backbone": len(models),
             "train": len(trainings),
@@ -238,6 +238,10 @@ class Plan:
         """Names of the data sets that these ablations are trained or evaluated on."""
         configs = [self.configs[id] for id in ablations]
         return unique(name for c in configs for name in c.training_data() + c.evaluation_data())
+
+    def hub_benchmarks(self, ablations: Iterable[str]) -> list[str]:
+        """Names of the benchmarks of the hub that these ablations are evaluated on."""
+        return unique(name for id in ablations for name in self.configs[id].hub_benchmarks())
 
 
 def _is_toy(checkpoint: str | None) -> bool:

@@ -75,8 +75,9 @@ def _missing(plan: Plan, results: Path) -> Iterator[str]:
     for name in plan.tables:
         stem = results / "tables" / name
         sources = [*plan.run_files(name, "eval"), *plan.run_files(name)]
-        data = plan.data(plan.members(name))
-        backbones = [plan.backbone(id) for id in plan.members(name)]
+        members = plan.members(name)
+        data = [*plan.data(members), *plan.hub_benchmarks(members)]
+        backbones = [plan.backbone(id) for id in members]
         manifests = [f"data/{results.name}/{id}/manifest.json" for id in data]
         sources += [f"{results}/bench/{name}.json", *backbones, *manifests]
         yield from _behind(stem, TABLE, sources)

@@ -160,7 +160,8 @@ GROUP = "mmmu_val_art_and_design"
 @pytest.fixture
 def theirs(mirror):
     """Configuration of tasks of lm-eval, whose data lie in a mirror."""
-    names = {"benchmarks": ["chartqa", GROUP], "metrics": {"chartqa": "relaxed_accuracy"}}
+    names = {"benchmarks": ["chartqa_llama", GROUP]}
+    names["metrics"] = {"chartqa_llama": "relaxed_accuracy"}
     return configured(names, mirror=str(mirror))
 
 
@@ -468,12 +469,12 @@ def test_a_task_file_of_an_unknown_data_set_is_refused_with_the_configuration(ta
 
 
 def test_tasks_and_groups_of_lm_eval_are_found_by_name():
-    assert benchmarks.file_of("chartqa").name == "chartqa.yaml"
+    assert benchmarks.file_of("chartqa_llama").name == "chartqa_llama.yaml"
     assert benchmarks.file_of("mmmu_val").name == "_mmmu.yaml"
     assert benchmarks.dataset_of("mmmu_val") is None
-    config = configured({"benchmarks": ["mmmu_val", "chartqa", "text"]})
+    config = configured({"benchmarks": ["mmmu_val", "chartqa_llama", "text"]})
     assert config.evaluation_data() == ["scenes"]
-    with pytest.raises(ConfigError, match=r"'chartqx'.*chart, .*lm-eval.*such as chartqa"):
+    with pytest.raises(ConfigError, match=r"'chartqx'.*chart, .*lm-eval.*such as mmmu_val"):
         configured({"benchmarks": ["chartqx"]})
     with pytest.raises(ConfigError, match=r"evaluate\.metrics\.chartqx"):
         configured({"benchmarks": ["text"], "metrics": {"chartqx": "acc"}})
@@ -499,19 +500,19 @@ def test_lm_evals_tasks_are_scored_by_their_own_metrics(measure, theirs, answers
         return "(B)" if "(A)" in prompt else "nothing"
 
     oracle, result = measure(reply, theirs, data=())
-    chart, group = (result["benchmarks"][name] for name in ("chartqa", GROUP))
+    chart, group = (result["benchmarks"][name] for name in ("chartqa_llama", GROUP))
     assert (chart["metric"], chart["score"], chart["n"]) == ("relaxed_accuracy", 1, 4)
     assert (group["metric"], group["n"], group["version"]) == ("acc", 12, "0.0")
     assert group["score"] == pytest.approx(1 / 3) and group["share"]
     assert {chart["majority"], chart["chance"], group["majority"], group["chance"]} == {None}
-    assert answers("chartqa")[3] == {
-        "id": "chartqa/3", "question": next(p for p, *_ in oracle.shown if "value 3" in p),
+    assert answers("chartqa_llama")[3] == {
+        "id": "chartqa_llama/3", "question": next(p for p, *_ in oracle.shown if "value 3" in p),
         "form": None, "target": "103", "output": "it is so. Final Answer: 106", "correct": True,
     }  # fmt: skip
     assert [row["correct"] for row in answers(GROUP)] == 4 * [True, False, False]
     assert len({row["id"] for row in answers(GROUP)}) == 12
     _, result = measure(reply, varied(theirs, metrics={}), data=())
-    chart = result["benchmarks"]["chartqa"]
+    chart = result["benchmarks"]["chartqa_llama"]
     assert (chart["metric"], chart["score"]) == ("exact_match", 0.5), "its first metric"
 
 
@@ -530,7 +531,7 @@ def test_lm_evals_tasks_keep_their_limit_of_words_and_get_grey_images(measure, t
 
 def test_a_limit_is_of_a_whole_group(measure, theirs, answers):
     _, result = measure(lambda *_: "(A)", varied(theirs, limit=5), data=())
-    assert [result["benchmarks"][name]["n"] for name in ("chartqa", GROUP)] == [4, 5]
+    assert [result["benchmarks"][name]["n"] for name in ("chartqa_llama", GROUP)] == [4, 5]
     ids = [row["id"] for row in answers(GROUP)]
     assert ids == [row["id"] for row in answers(f"{GROUP}_blind")] and len(set(ids)) == 5
 
@@ -568,10 +569,10 @@ def test_a_question_that_is_too_long_for_the_model_is_refused(theirs, backbone, 
 
 def test_data_of_lm_evals_that_cant_be_had_are_named_with_the_fix(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    config = configured({"benchmarks": ["chartqa"]})
+    config = configured({"benchmarks": ["chartqa_llama"]})
     words = (
-        r"chartqa: its data set HuggingFaceM4/ChartQA can't be had.*HF_HOME.*hf download "
-        r"HuggingFaceM4/ChartQA --repo-type dataset.*STS_DATA_MIRROR.*evaluate\.benchmarks"
+        r"chartqa_llama: its data set HuggingFaceM4/ChartQA can't be had.*hf download "
+        r"HuggingFaceM4/ChartQA --repo-type dataset.*STS_DATA_MIRROR.*evaluate\.benchmarks.*HF_HOME"
     )
     with pytest.raises(DataError, match=words):
         evaluate(config, "sts", 0, trained("no/model"), [], tmp_path / "eval.json")

@@ -62,13 +62,46 @@ def test_text_of_people_is_made_alike_on_both_sides():
     assert score == pytest.approx((7 + 3 * 2 / 3) / 10)
 
 
-@pytest.mark.parametrize(
-    ("output", "correct"),
-    [("No", False), ("Yes, there is no dog.", False), ("There is. No doubt", True), ("Yes", True)],
-)
-def test_pope_hears_yes_unless_the_first_sentence_says_no(output, correct):
-    row = {"category": "random", "answer": "yes"}
-    assert official.score_pope(row, [output])["accuracy"] == float(correct)
+CHOICES = {"A": "a dog", "B": "two cats", "C": "nan", "D": "three"}
+# rule, row -> what the official scorer makes of an answer, worked out by hand from its text
+VERDICTS = [
+    (official.score_pope, {"category": "random", "answer": "no"},
+     {"No": 1, "no, there is none": 1, "It is not.": 1, "NO": 0, "Yes. No": 0, "No\nIt is": 0,
+      " No.": 1, "Nope": 0, "": 0}),
+    (official.score_gqa, {"answer": "t-shirt"},
+     {"t-shirt": 1, "T-shirt..": 1, " T-Shirt. ": 1, "tshirt": 0, "t-shirt!": 0, "a t-shirt": 0}),
+    (official.score_scienceqa, {"answer": 1},
+     {"B": 1, " B ": 1, "B. a dog": 1, "B.": 0, "B.a dog": 0, "b": 0, "A": 0, "(B)": 0,
+      "The answer is B.": 1, "So: The answer is B, I think": 1, "The answer is B": 0,
+      "The answer is B. The answer is A.": 0, "Because": 0}),
+    (official.score_letter, {"answer": "C"}, {"C": 1, " C\n": 1, "C.": 0, "C. red": 0, "Cat": 0}),
+    (official.score_mme, {"category": "count", "question_id": "a", "answer": "No"},
+     {"No": 1, "no, it is": 1, "NO.": 1, "not so": 1, "n": 0, "Yes": 0, "It is no": 0, "oh no": 0,
+      "a no": 1, "yes/no": 0}),
+    (official.score_chartqa, {"answer": "14"},
+     {"14": 1, "14.7": 1, "14.71": 0, "13.3": 1, "14%": 0, "1400%": 1, "$14": 0, "fourteen": 0}),
+    (official.score_chartqa, {"answer": "0"}, {"0": 1, "0.0": 0, "0.01": 0}),
+    (official.score_chartqa, {"answer": "Peru"}, {"peru": 1, " Peru ": 1, "Peru.": 0, "the Peru": 0}),
+    (official.score_mmbench, {"index": 7, "answer": "B"} | CHOICES,
+     {"B": 1, "B.": 1, "(B)": 1, "**B**": 1, "B: two cats": 1, "It shows Two cats": 1, "A or B": 0,
+      "b": 0, "D": 0, "two cats and a dog": 0, "": 0}),
+]  # fmt: skip
+CASES = [
+    (rule, row, output, right)
+    for rule, row, verdicts in VERDICTS
+    for output, right in verdicts.items()
+]
+
+
+@pytest.mark.parametrize(("rule", "row", "output", "right"), CASES)
+def test_an_answer_is_right_where_the_official_scorer_says_so(rule, row, output, right):
+    scores = rule(row, [output])
+    assert scores.get("accuracy", scores.get("relaxed_accuracy")) == right
+
+
+def test_options_of_mmbench_end_at_the_first_that_is_none():
+    assert official.options_of(CHOICES) == {"A": "a dog", "B": "two cats"}
+    assert official.options_of(CHOICES | {"C": "x", "E": "y"}) == CHOICES | {"C": "x"}
 
 
 def test_pope_is_the_mean_of_the_f1_of_each_way_of_choosing():
@@ -93,34 +126,20 @@ def test_mme_adds_the_share_of_answers_and_of_whole_pairs():
     scene = verdicts("scene", "a", False, False)
     assert official.mme_total(count) == pytest.approx(100 * (3 / 4 + 1 / 2))
     assert official.mme_total(count + scene) == official.mme_total(count)
-    assert official.mme_total(count + verdicts("scene", "c", True)) == pytest.approx(125 + 100)
-    row = {"category": "count", "question_id": "x.png", "answer": "No"}
-    for output, right in (("No.", 1), ("no, it is", 1), ("n", 1), ("Yes", 0), ("maybe not", 0)):
-        assert official.score_mme(row, [output])["accuracy"] == right, output
-
-
-@pytest.mark.parametrize(
-    ("output", "right"),
-    [("B", 1), ("B. a dog", 1), ("The answer is B.", 1), ("A", 0), ("Because", 0), ("b", 0)],
-)
-def test_scienceqa_reads_a_letter(output, right):
-    assert official.score_scienceqa({"answer": 1}, [output])["accuracy"] == right
+    landmark = verdicts("landmark", "c", True, True)
+    assert official.mme_total(count + landmark) == pytest.approx(125 + 200)
 
 
 def test_mmbench_counts_a_question_if_every_turn_of_it_is_right():
-    options = {"A": "a dog", "B": "two cats", "C": "nan", "D": None}
     rows = [
-        {"index": 7, "answer": "A", **options},
-        {"index": 1_000_007, "answer": "B", **options},
-        {"index": 8, "answer": "B", **options},
+        {"index": 7, "answer": "A"} | CHOICES,
+        {"index": 1_000_007, "answer": "B"} | CHOICES,
+        {"index": 8, "answer": "B"} | CHOICES,
     ]
     verdicts = [official.score_mmbench(row, [output])["circular"] for row, output in zip(
         rows, ["A", "A.", "(B)"], strict=True)]  # fmt: skip
     assert [verdict["correct"] for verdict in verdicts] == [True, False, True]
     assert official.all_copies(verdicts) == 0.5
-    assert official.letter_in("It shows Two cats", official.options_of(rows[0])) == "B"
-    assert official.letter_in("A or B", official.options_of(rows[0])) is None
-    assert official.letter_in("A thing with a tail", official.options_of(rows[0])) is None
 
 
 # ---- through lm-eval, on files of the form of the hub's ----------------------------------------
@@ -130,7 +149,7 @@ HIGHEST = {"mme_perception": 400.0, "mme_cognition": 200.0}  # two categories, a
 ASKED = {
     "pope": 6, "gqa": 3, "scienceqa_img": 2, "textvqa": 1, "textvqa_ocr": 1, "vizwiz": 1,
     "vqav2": 1, "mme_perception": 4, "mme_cognition": 2, "seed_image": 1, "mmbench_en": 2,
-    "mmbench_cn": 2,
+    "mmbench_cn": 2, "chartqa": 2,
 }  # fmt: skip
 
 
@@ -172,7 +191,7 @@ def test_every_benchmark_of_the_hub_is_asked_and_scored(mirror, monkeypatch):
         assert all(row["correct"] is True for row in samples[name]), name
     for prompt, options, images in oracle.shown:
         assert prompt.count("<image>") == len(images) and all(image.std() > 0 for image in images)
-        assert options["max_gen_toks"] == 16
+        assert options["max_gen_toks"] == 128 and not options["until"]
     wrong, _ = answer(Oracle(lambda *_: "what of it"), loaded, metrics)
     assert {name for name, entry in wrong.items() if entry["score"]} == {"pope"}, "that is a yes"
 
@@ -219,8 +238,9 @@ def test_questions_are_llavas(mirror, monkeypatch):
         "textvqa_ocr": "<image>\nSay stop\nReference OCR token: STOP, ALL" + word,
         "vizwiz": f"<image>\nSay unanswerable\n{official.UNKNOWN}" + word,
         "vqav2": "<image>\nsay two" + word,
-        "mme_perception": "<image>\nsay Yes Please answer yes or no.",
-        "mme_cognition": "<image>\nsay Yes Please answer yes or no.",
+        "mme_perception": "<image>\nsay Yes" + word,
+        "mme_cognition": "<image>\nsay Yes" + word,
+        "chartqa": "<image>\nsay 14" + word,
         "seed_image": "<image>\nsay C\nA. choice_a 0\nB. choice_b 0\nC. choice_c 0\nD. choice_d 0"
         + letter,
         "mmbench_en": "<image>\nsay A\nA. x\nB. y\nC. C 0\nD. D 0" + letter,

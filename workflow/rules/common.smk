@@ -26,6 +26,7 @@ from sts.pipeline.data.origins import state
 from sts.pipeline.plan import MAIN, make_plan, unique
 from sts.pipeline.plan import figures as figure_inputs
 from sts.pipeline.run import follows
+from sts.pipeline.tasks.registry import hub_set_of
 
 ABLATIONS = "workflow/ablations.yaml"
 
@@ -80,6 +81,11 @@ def config_file(ablation):
 
 def prepared(datasets):
     return [f"data/{SCALE.scale}/{name}/manifest.json" for name in unique(datasets)]
+
+
+def benchmark_data(ablation):
+    config = CONFIGS[ablation]
+    return prepared(config.evaluation_data() + config.hub_benchmarks())
 
 
 def tables(names):
@@ -181,6 +187,8 @@ def preparation(dataset):
     for key in ("rows", "folders"):
         if dataset in getattr(SCALE.data, key):
             values[key] = getattr(SCALE.data, key)[dataset]
+    if wanted := hub_set_of(dataset):  # of a benchmark
+        values["hub_set"] = wanted
     hub = getattr(of_set, "hub", None)
     if hub and Path(hub).is_dir():  # a file more
         values["files"] = sorted(map(str, Path(hub).glob(of_set.files)))
@@ -194,5 +202,7 @@ def origins(dataset):
 
 
 def preparation_code(dataset):
+    if dataset not in (*datasets(), *SCALE.data.custom):
+        return code("pipeline/data/benchmark_sets.py")
     source = datasets().get(dataset, CODE / "pipeline/data/registry.py")
     return code("pipeline/data/prepare.py", str(source.relative_to(CODE)))

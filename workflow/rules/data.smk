@@ -4,7 +4,7 @@ FAMILIES = ["llava", "llava_next", "idefics3", "qwen2_5_vl"]  # of the toy backb
 
 rule data:
     input:
-        prepared(SCALE.training_data() + SCALE.evaluation_data()),
+        prepared(SCALE.training_data() + SCALE.evaluation_data() + SCALE.hub_benchmarks()),
 
 
 rule backbones:

@@ -12,7 +12,7 @@ rule bench:
 rule evaluate:
     input:
         run=lambda wildcards: PLAN.manifest(**wildcards, stage=CONFIGS[wildcards.ablation].last),
-        data=lambda wildcards: prepared(CONFIGS[wildcards.ablation].evaluation_data()),
+        data=lambda wildcards: benchmark_data(wildcards.ablation),
     output:
         "<results>/runs/{ablation}/seed{seed}/eval.json",
     log:

@@ -277,3 +277,7 @@ class Config(Block):
         """Names of the prepared data sets that hold the benchmarks, each once."""
         sets = map(benchmarks.dataset_of, self.evaluate.benchmarks)
         return list(dict.fromkeys(filter(None, sets)))
+
+    def hub_benchmarks(self) -> list[str]:
+        """Names of the benchmarks whose data come from the hub."""
+        return list(filter(benchmarks.is_of_hub, self.evaluate.benchmarks))

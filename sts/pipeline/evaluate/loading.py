@@ -8,13 +8,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from PIL import Image
 
 from sts.pipeline.config import ConfigError, EvaluateConfig
+from sts.pipeline.data.benchmark_sets import (
+    HOW,
+    files_of,
+    folder_of,
+    mirrored_files,
+    noted,
+    write_note,
+)
 from sts.pipeline.data.source import DataError, mirror_folder
+from sts.pipeline.files import sha256_json
 from sts.pipeline.tasks import registry
 
 GREY = (128, 128, 128)
@@ -45,14 +55,18 @@ def load_benchmarks(
     # it warns of defaults of its own choice, once for each task
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     metadata = {"manifests": [str(Path(manifest).absolute()) for manifest in data]}
-    metadata |= {"instead": split} if split else {}
     benchmarks = {}
     for name in options.benchmarks:
         file = registry.file_of(name)
         if file is None:
             raise _refused("benchmarks", name, f"one of {registry.accepted_names()}")
+        of_task = dict(metadata)
+        if registry.hub_set_of(name):
+            note = noted(name, data)
+            folder = note["folder"] if note else folder_of(name, mirror, split)
+            of_task |= {"folder": str(folder), "instead": split}
         # of that folder alone: indexing all of lm-eval's tasks takes long
-        manager = TaskManager(include_defaults=False, include_path=file.parent, metadata=metadata)
+        manager = TaskManager(include_defaults=False, include_path=file.parent, metadata=of_task)
         benchmarks[name] = _load(name, manager, file, mirror)
         for task in tasks_of(benchmarks[name]):
             task.set_fewshot_seed(FEWSHOT_SEED)
@@ -71,24 +85,60 @@ def _load(name: str, manager: TaskManager, file: Path, mirror: str | None) -> Be
         if not task.get("doc_to_image") or kind != "generate_until":
             accepted = "tasks that show images and ask for words: doc_to_image and output_type: "
             raise _refused("benchmarks", name, f"{accepted}generate_until in {file}")
-    sets = dict.fromkeys(task["dataset_path"] for task in entries if "dataset_path" in task)
-    root = mirror_folder(mirror) if sets else None
-    is_mirrored = root and all((root / path).is_dir() for path in sets)
+    sets = [*dict.fromkeys(task["dataset_path"] for task in entries if "dataset_path" in task)]
+    root = _mirror_of(sets, mirror)
     try:
         # `datasets` takes a folder of the set's name where we stand, before it asks the hub
-        with contextlib.chdir(root if is_mirrored else "."):
+        with contextlib.chdir(root or "."), _cache_of(root, sets):
             loaded = manager.load(inner)
     except (OSError, ValueError, RuntimeError) as error:
         if not sets:  # the error is our own: prepared data
             raise
         [path, *_] = sets
         raise DataError(
-            f"benchmark {name}: its data set {', '.join(sets)} can't be had: {error}. Go online; "
-            "or set HF_HOME to the folder of a cache that it was loaded into; or copy it with `hf "
-            f"download {path} --repo-type dataset --local-dir MIRROR/{path}` and set "
-            "STS_DATA_MIRROR (or data.mirror) to that MIRROR; or take it out of evaluate.benchmarks"
+            f"benchmark {name}: its data set {', '.join(sets)} can't be had: {error}. "
+            f"{HOW.format(path=path)}; or set HF_HOME to the folder of a cache that it was loaded "
+            "into"
         ) from error
     return next(iter((loaded["groups"] or loaded["tasks"]).values()))
+
+
+def _mirror_of(sets: Sequence[str], mirror: str | None) -> Path | None:
+    """The mirror, if it has all these sets."""
+    root = mirror_folder(mirror) if sets else None
+    return root if root and all((root / path).is_dir() for path in sets) else None
+
+
+@contextlib.contextmanager
+def _cache_of(root: Path | None, sets: Sequence[str]) -> Iterator[None]:
+    """`datasets` keeps what it reads by the name of a set, also when the files of a folder have
+    changed: for each state of a mirror it gets a cache of its own."""
+    before = datasets.config.HF_DATASETS_CACHE
+    if root:
+        files = [file for path in sets for file in mirrored_files(root, path)]
+        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        datasets.config.HF_DATASETS_CACHE = Path(before, "mirrors", sha256_json(stamps)[:16])
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+
+
+def fetch(name: str, mirror: str | None, out: str | Path) -> None:
+    """Have the data of a benchmark of the hub here, and note them in the manifest `out`."""
+    if registry.hub_set_of(name):
+        folder = folder_of(name, mirror)
+        write_note(name, folder, files_of(name, folder), out)
+        return
+    [benchmark] = load_benchmarks(EvaluateConfig(benchmarks=[name]), [], mirror).values()
+    sets = [*dict.fromkeys(task.DATASET_PATH for task in tasks_of(benchmark))]
+    if root := _mirror_of(sets, mirror):
+        files = [file for path in sets for file in mirrored_files(root, path)]
+    else:
+        root = Path(datasets.config.HF_DATASETS_CACHE)
+        caches = (task.eval_docs.cache_files for task in tasks_of(benchmark))
+        files = [Path(entry["filename"]) for cache in caches for entry in cache]
+    write_note(name, root, files, out)
 
 
 def _task_entries(manager: TaskManager, name: str) -> Iterator[Mapping[str, Any]]:

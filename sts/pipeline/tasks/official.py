@@ -7,10 +7,11 @@ its aggregation needs, and `correct`.
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from sts.pipeline.tasks.parquet import ParquetRows, split_files
 
 Row = Mapping[str, Any]
 
@@ -21,32 +22,29 @@ CIRCLE = 1_000_000  # MMBench numbers the copies of a question, options turned, 
 
 
 def load(
+    folder: str = "",
     path: str = "",
     name: str | None = None,
     split: str = "",
     column: str = "",
     values: Sequence[str] = (),
     images: str = "",
-    instead: str = "",
+    instead: str | None = None,
     **_: object,
-) -> dict[str, Dataset]:
+) -> dict[str, ParquetRows]:
     """{"test": rows of a split of a hub's data set}; of those with one of `values` in `column`.
 
+    folder, instead: where the files of the set lie, and another split; both from the metadata.
     images: configuration that holds the pictures, by `id`, where the rows name them by `imageId`.
-    instead: another split, from the metadata, which wins over the task file's.
     """
     split = instead or split
-    rows = load_dataset(path, name, split=split)
+    if not folder:
+        raise ValueError(f'metadata must name the folder of the files of {path}: {{"folder": ...}}')
+    rows = ParquetRows(split_files(folder, name, split))
     if column:
-        rows = rows.select([i for i, value in enumerate(rows[column]) if value in values])
+        rows.places = [i for i, value in enumerate(rows[column]) if value in values]
     if images:
-        pictures = load_dataset(path, images, split=split)
-        place = {id: i for i, id in enumerate(pictures["id"])}
-        rows = rows.with_transform(
-            lambda batch: (
-                batch | {"image": [pictures[place[id]]["image"] for id in batch["imageId"]]}
-            )
-        )
+        rows.pictures = ParquetRows(split_files(folder, images, split))
     return {"test": rows}
 
 
@@ -60,6 +58,12 @@ def images(row: Row) -> list[Any]:
 
 def word_prompt(row: Row) -> str:
     return f"<image>\n{row['question']}\n{WORD}"
+
+
+def mme_prompt(row: Row) -> str:
+    """LLaVA's wording in the place of MME's own."""
+    question = row["question"].replace("Please answer yes or no.", "").strip()
+    return f"<image>\n{question}\n{WORD}"
 
 
 def textvqa_prompt(row: Row) -> str:
@@ -77,7 +81,7 @@ def vizwiz_prompt(row: Row) -> str:
 
 def scienceqa_prompt(row: Row) -> str:
     context = f"Context: {row['hint']}\n" if row["hint"] else ""
-    options = _lines(dict(zip("ABCDEFGH", row["choices"], strict=False)))
+    options = _lines(dict(zip("ABCDE", row["choices"], strict=False)))
     return f"<image>\n{context}{row['question']}\n{options}\n{LETTER}"
 
 
@@ -95,13 +99,14 @@ mmbench_cn_prompt = partial(mmbench_prompt, request="请直接回答选项字母
 
 
 def options_of(row: Row) -> dict[str, str]:
-    """Letter -> option of a question of MMBench."""
-    return {letter: row[letter] for letter in "ABCDE" if is_filled(row.get(letter))}
+    """Letter -> option of a question of MMBench, up to the first that is none."""
+    options = takewhile(lambda item: is_filled(item[1]), ((key, row.get(key)) for key in "ABCD"))
+    return dict(options)
 
 
 def is_filled(value: Any) -> bool:
     """Whether a field of MMBench holds something."""
-    return value is not None and str(value) not in ("", "nan")
+    return value is not None and str(value).lower() not in ("", "nan", "none")
 
 
 def _lines(options: Mapping[str, str]) -> str:
@@ -174,10 +179,15 @@ def score_textvqa(row: Row, results: Sequence[str]) -> dict[str, Any]:
     return {"accuracy": agreement(normalise(results[0]), list(map(normalise, row["answers"])))}
 
 
+def score_gqa(row: Row, results: Sequence[str]) -> dict[str, Any]:
+    """GQA: the same words, without periods at the end."""
+    return {"accuracy": float(results[0].strip().rstrip(".").lower() == row["answer"])}
+
+
 def score_pope(row: Row, results: Sequence[str]) -> dict[str, Any]:
     """POPE (arXiv 2305.10355): of the first sentence, `no` if it says no or not, else `yes`."""
-    words = results[0].split(".")[0].replace(",", "").lower().split()
-    output = "no" if {"no", "not"} & set(words) else "yes"
+    words = results[0].strip().split(".")[0].replace(",", "").split(" ")
+    output = "no" if {"No", "no", "not"} & set(words) else "yes"
     answer = row["answer"].strip().lower()
     correct = output == answer
     verdict = {"category": row["category"], "output": output, "answer": answer, "correct": correct}
@@ -196,37 +206,58 @@ def _f1(verdicts: Sequence[Row]) -> float:
 
 
 def score_mme(row: Row, results: Sequence[str]) -> dict[str, Any]:
-    """MME (arXiv 2306.13394): yes or no by how the answer begins."""
-    output = results[0].strip().lower().replace(".", "")
-    begin = output if len(output) == 1 else output[:4]
-    answer = next((word for word in ("yes", "no") if word in begin or output == word[0]), "other")
-    correct = answer == row["answer"].strip().lower().replace(".", "")
+    """MME (arXiv 2306.13394): yes or no by the first four characters of the answer."""
+    begin = results[0].strip().lower()[:4]
+    answer = next((word for word in ("yes", "no") if word in begin), "other")
+    correct = answer == row["answer"].strip().lower()
     verdict = {"category": row["category"], "image": row["question_id"], "correct": correct}
     return {"score": verdict, "accuracy": float(correct)}
 
 
 def mme_total(verdicts: Sequence[Row]) -> float:
     """Sum over the categories of 100 (acc + acc+): the share of questions answered rightly, and of
-    images of which both are. An image of which a limit asks one question is in acc alone."""
+    pictures of which both are."""
     total = 0.0
     for rows in group_by(verdicts, "category").values():
         pairs = group_by(rows, "image").values()
-        both = [all(row["correct"] for row in pair) for pair in pairs if len(pair) == 2]
-        total += 100 * (fmean(row["correct"] for row in rows) + (fmean(both) if both else 0))
+        both = fmean(all(row["correct"] for row in pair) for pair in pairs)
+        total += 100 * (fmean(row["correct"] for row in rows) + both)
     return total
 
 
+def pictures_of(rows: ParquetRows) -> list[str]:
+    """Of each question of MME the picture, whose two questions are scored together."""
+    return rows["question_id"]
+
+
 def score_scienceqa(row: Row, results: Sequence[str]) -> dict[str, Any]:
-    """ScienceQA, as LLaVA reads it: a letter alone, or with a period, or `The answer is A.`"""
+    """ScienceQA, as LLaVA reads it: a letter alone, or with its option, or `The answer is A.`"""
     output = results[0].strip()
-    match = re.fullmatch(r"([A-H])", output) or re.match(r"([A-H])\.( |$)", output)
-    match = match or re.search(r"The answer is ([A-H])\.", output)
-    return {"accuracy": float(match is not None and match[1] == "ABCDEFGH"[row["answer"]])}
+    match = re.fullmatch("[A-E]", output) or re.match(r"[A-E](?=\. )", output)
+    letters = [match[0]] if match else re.findall(r"The answer is ([A-Z]).", output)
+    return {"accuracy": float(letters == ["ABCDE"[row["answer"]]])}
 
 
 def score_letter(row: Row, results: Sequence[str]) -> dict[str, Any]:
-    """SEED-Bench: the first letter."""
-    return {"accuracy": float(results[0].strip()[:1] == row["answer"])}
+    """SEED-Bench, as LLaVA reads it: the letter and nothing else."""
+    return {"accuracy": float(results[0].strip() == row["answer"])}
+
+
+def score_chartqa(row: Row, results: Sequence[str]) -> dict[str, Any]:
+    """ChartQA (arXiv 2203.10244): a number within 5 % of the right one, or the same words."""
+    output, answer = results[0].strip(), row["answer"]
+    value, right = number_of(output), number_of(answer)
+    if value is not None and right:  # of zero there are no percents
+        return {"relaxed_accuracy": float(abs(value - right) / abs(right) <= 0.05)}
+    return {"relaxed_accuracy": float(output.lower() == answer.lower())}
+
+
+def number_of(text: str) -> float | None:
+    """The number that a text is, in percent or not."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
 
 
 def score_mmbench(row: Row, results: Sequence[str]) -> dict[str, Any]:
@@ -239,12 +270,17 @@ def score_mmbench(row: Row, results: Sequence[str]) -> dict[str, Any]:
 
 def letter_in(output: str, options: Mapping[str, str]) -> str | None:
     """The letter of the one option that an answer names; None if there is none, or several."""
-    words = [word.strip("().,:") for word in output.split()]
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", output).split()
     letters = [letter for letter in options if letter in words]
-    if len(letters) == 1 and not ("A" in words and len(words) > 3):  # "A" may be an article
+    if len(letters) == 1:
         return letters[0]
     by_text = [key for key, option in options.items() if str(option).lower() in output.lower()]
     return by_text[0] if len(by_text) == 1 else None
+
+
+def copies_of(rows: ParquetRows) -> list[int]:
+    """Of each row of MMBench the question, whose copies are scored together."""
+    return [int(index) % CIRCLE for index in rows["index"]]
 
 
 def all_copies(verdicts: Sequence[Row]) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 TASKS = Path(__file__).parent
+OF_LM_EVALS = {"mmmu_val": 3_600_000_000}  # bytes of their data sets; our guess
 
 
 def ours() -> tuple[str, ...]:
@@ -34,19 +35,43 @@ def accepted_names() -> str:
     """What a benchmark may be, for errors."""
     return (
         f"{', '.join(ours())} (the files of sts/pipeline/tasks), or the name of a task or group of "
-        "lm-eval that shows images, such as chartqa or mmmu_val"
+        "lm-eval that shows images, such as mmmu_val"
     )
 
 
 def dataset_of(name: str) -> str | None:
     """The data set that a benchmark's task file names (dataset_kwargs.dataset), which is prepared
-    here; None where lm-eval fetches the data itself."""
+    here; None where they come from the hub."""
     return _value(name, "dataset_kwargs", "dataset")
 
 
 def questions_of(name: str) -> int | None:
     """How many questions a benchmark of ours on the hub says that it has; None for others."""
     return _value(name, "metadata", "questions")
+
+
+def hub_set_of(name: str) -> dict[str, Any]:
+    """Of a benchmark of ours on the hub: `path`, `revision`, `name`, `split` and `images` of its
+    data set, as `official.load` takes them; nothing of others."""
+    content = read(TASKS / f"{name}.yaml") if name in ours() else {}
+    kwargs = content.get("dataset_kwargs") or {}
+    return kwargs if "path" in kwargs else {}
+
+
+def is_of_hub(name: str) -> bool:
+    """Whether it is a benchmark whose data come from the hub, and not a set prepared here."""
+    return exists(name) and dataset_of(name) is None
+
+
+def bytes_of(*names: str) -> int:
+    """Bytes of the files on the hub that hold the data of benchmarks, each file once; of one that
+    says nothing, and of those prepared here, none."""
+    sizes = {}
+    for name in names:
+        hub_set = hub_set_of(name)
+        files = (hub_set["path"], hub_set.get("name"), hub_set["split"]) if hub_set else name
+        sizes[files] = _value(name, "metadata", "bytes") or OF_LM_EVALS.get(name, 0)
+    return sum(sizes.values())
 
 
 def metrics_of(name: str) -> list[str]:

@@ -1,0 +1,119 @@
+"""Data sets of the hub that benchmarks ask: had once, and noted in a manifest, which is what an
+evaluation reads and follows."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from sts.pipeline.data.origins import LIST, is_same, origin, state
+from sts.pipeline.data.source import DOWNLOADS, DataError, mirror_folder
+from sts.pipeline.files import read_json, sha256_json, write_json_atomic, write_text_atomic
+from sts.pipeline.tasks import registry as benchmarks
+from sts.pipeline.tasks.parquet import patterns_of, split_files
+
+FETCHED = "fetched.json"  # in a folder that was fetched: its commit, and which splits are whole
+FORMER = "lmms-lab"  # owner of the sets until July 2026, under whom a mirror may have them
+HOW = (
+    "Go online; or copy it with `hf download {path} --repo-type dataset --local-dir MIRROR/{path}` "
+    "and set STS_DATA_MIRROR (or data.mirror) to that MIRROR; or take it out of evaluate.benchmarks"
+)
+
+
+def folder_of(name: str, mirror: str | None, split: str | None = None) -> Path:
+    """The folder with the data set of a benchmark of ours on the hub: that of the mirror, else
+    data/raw/hub/<owner>/<set>/<revision>, where the files of its split are fetched if they are not
+    there. Raises DataError if they can't be had.
+
+    split: instead of the one that its task file says.
+    """
+    hub_set = benchmarks.hub_set_of(name)
+    path, revision = hub_set["path"], hub_set.get("revision", "main")
+    root = mirror_folder(mirror)
+    for place in (path, f"{FORMER}/{path.partition('/')[2]}"):
+        if root and (root / place).is_dir():
+            return root / place
+    folder = DOWNLOADS / "hub" / path / revision
+    split = split or hub_set["split"]
+    parts = [(part, split) for part in (hub_set.get("name"), hub_set.get("images"))]
+    try:
+        for part in dict.fromkeys(part for part in parts if part[0] or part is parts[0]):
+            _fetch(path, revision, folder, *part)
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        how = HOW.format(path=path)
+        raise DataError(
+            f"benchmark {name}: its data set {path}, revision {revision}, can't be had: {error}. "
+            f"{how}"
+        ) from error
+    return folder
+
+
+def _fetch(path: str, revision: str, folder: Path, name: str | None, split: str) -> None:
+    """Fetch the files of a split, and no others; what is noted as whole is not asked for again. The
+    commit of a branch is that of the first call."""
+    file, part = folder / FETCHED, f"{name or 'default'}/{split}"
+    note = read_json(file) if file.exists() else {"parts": []}
+    if part in note["parts"]:
+        return
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision)
+    if "commit" not in note:
+        info = None if is_commit else HfApi().dataset_info(path, revision=revision)
+        note["commit"] = info.sha if info else revision
+    options = {"repo_type": "dataset", "revision": note["commit"], "local_dir": folder}
+    snapshot_download(path, allow_patterns="README.md", **options)
+    snapshot_download(
+        path, allow_patterns=patterns_of(folder / "README.md", name, split), **options
+    )
+    split_files(folder, name, split)
+    write_json_atomic(file, note | {"parts": [*note["parts"], part]})
+
+
+def mirrored_files(root: Path, path: str) -> list[Path]:
+    """All files of a set in a mirror, but for the notes of the client that fetched them."""
+    files = filter(Path.is_file, sorted((root / path).rglob("*")))
+    return [file for file in files if "/." not in str(file.relative_to(root))]
+
+
+def files_of(name: str, folder: Path) -> list[Path]:
+    """The files in the folder of its data set that hold a benchmark's questions and pictures."""
+    hub_set = benchmarks.hub_set_of(name)
+    parts = dict.fromkeys((hub_set.get("name"), hub_set.get("images") or hub_set.get("name")))
+    return [file for part in parts for file in split_files(folder, part, hub_set["split"])]
+
+
+def write_note(name: str, folder: Path, files: Iterable[Path], out: str | Path) -> dict[str, Any]:
+    """Write and return the manifest of a benchmark's data in a folder, with the list of the files
+    as they are (origins.py) beside it; `sha256` depends on their bytes and names alone."""
+    out = Path(out)
+    word, entries = state(out), [origin(file) for file in files]
+    lines = "".join(f"{json.dumps(line)}\n" for line in (word, *entries))
+    hashes = {str(Path(e["path"]).relative_to(folder)): e["sha256"] for e in entries}
+    write_text_atomic(out.with_name(LIST), lines)
+    fetched = folder / FETCHED  # not in a mirror
+    commit = read_json(fetched)["commit"] if fetched.exists() else None
+    manifest = {"dataset": name, "folder": str(folder), "commit": commit, "splits": {}, "files": {}}
+    manifest["sha256"] = sha256_json(hashes)
+    write_json_atomic(out, manifest)
+    return manifest
+
+
+def noted(name: str, manifests: Sequence[str | Path]) -> dict[str, Any] | None:
+    """The manifest of a benchmark's data, if it is among these. Raises DataError if a file is not
+    as it was when it was noted."""
+    for file in map(Path, manifests):
+        manifest = read_json(file)
+        if manifest["dataset"] != name:
+            continue
+        with file.with_name(LIST).open(encoding="utf-8") as lines:
+            changed = [e["path"] for e in [*map(json.loads, lines)][1:] if not is_same(e)]
+        if changed:
+            raise DataError(
+                f"benchmark {name}: {changed[0]} is not the file any more that {file} lists. "
+                "Give the same command of the workflow again, or `python -m sts prepare` for it"
+            )
+        return manifest
+    return None

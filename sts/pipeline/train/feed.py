@@ -19,8 +19,6 @@ from sts.pipeline.run import follows
 from sts.pipeline.train.job import Job
 from sts.settings import IGNORE_INDEX
 
-LOADERS = 4  # processes that load data for a GPU; a CPU training loads its own
-
 
 def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], list[int]]]:
     """The samples of a stage, and the function step -> indices of that step's global batch."""
@@ -126,11 +124,12 @@ def feed(
         Shown(samples),
         batch_sampler=[piece for of_step in pieces for piece in of_step],
         collate_fn=partial(collate, processor),
-        num_workers=LOADERS if gpu else 0,
+        num_workers=block.threads if gpu else 0,  # a CPU training has no cores to spare
         worker_init_fn=leave_sigterm,
         pin_memory=gpu,
         generator=torch.Generator(),  # else a resumed training draws from torch's once more
     )
     batches = iter(loader)
     for step, of_step in zip(steps, pieces, strict=True):
-        yield step, [next(batches).to(accelerator.device) for _ in of_step]
+        device = accelerator.device  # pinned memory is copied while the GPU computes
+        yield step, [next(batches).to(device, non_blocking=gpu) for _ in of_step]

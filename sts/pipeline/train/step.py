@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -122,7 +122,8 @@ def optimizer_step(
     block: StageConfig,
     factor: float,
     scheme: Scheme,
-) -> tuple[float, float]:
+    asks: Callable[[], bool] = bool,
+) -> tuple[float, float, bool]:
     """Take one optimizer step.
 
     The loss is a mean over the answer tokens of the whole global batch, so that however a batch is
@@ -133,9 +134,11 @@ def optimizer_step(
         model: As this process holds it.
         batches: Micro-batches of this process, on its device.
         factor: Share of the peak learning rates.
+        asks: Whether this process asks for a checkpoint, at the end of the step. It goes along with
+            the loss: a collective of its own would be one more wait of all in every step.
 
     Returns:
-        Mean loss, and gradient norm before clipping.
+        Mean loss, gradient norm before clipping, and whether any process asks for a checkpoint.
     """
     is_bf16 = precision_here(block.precision) == "bf16"
     answers = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
@@ -154,13 +157,14 @@ def optimizer_step(
     scheme.after_backward()
     norm = accelerator.clip_grad_norm_(model.parameters(), block.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    loss = accelerator.reduce(total, "sum").item()
+    total = torch.stack([total, torch.full_like(total, float(asks()))])
+    loss, number = accelerator.reduce(total, "sum").tolist()
     if math.isfinite(loss + norm):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # no gradient at all: AdamW leaves skipped layers alone
-    return loss, norm
+    return loss, norm, number > 0
 
 
 def check_finite(job: Job, step: int, loss: float, norm: float, factor: float) -> None:

@@ -249,26 +249,29 @@ def take_steps(
     rising = math.ceil(block.warmup_ratio * block.steps)
     bar = bar_of(f"{job.ablation} seed {job.seed} {job.stage}", first, block.steps)
     peak = device_peak(block.processes)
-    last_save = began = time.monotonic()
+    parts = (training.accelerator, training.model, training.optimizer)
+    last_save, is_asked = time.monotonic(), False
+
+    def asks() -> bool:
+        """Whether this process wants a checkpoint after the step that is being taken."""
+        return has_sigterm() or time.monotonic() - last_save > CHECKPOINT_SECONDS
+
     batches_of_steps = feed(
         block, training.samples, training.order, training.processor, training.accelerator, first
     )
+    began = time.monotonic()
     for step, batches in batches_of_steps:
         scheme.begin_step(step)
         # checkpoints come after begin_step: what it measured is now averaged over the processes
-        is_late = time.monotonic() - last_save > CHECKPOINT_SECONDS
-        is_due = step % block.checkpoint_every == 0 or anywhere(is_late or has_sigterm())
-        if is_due and step > first:
+        if step > first and (is_asked or step % block.checkpoint_every == 0):
             save_state(job.folder, history, training.plain, training.optimizer, scheme, step)
             send()
             last_save = time.monotonic()
-        if is_due and anywhere(has_sigterm()):
-            log.info("SIGTERM: %s stops before step %d", job.stage, step)
-            raise SystemExit(tracking.TERMINATED)
+            if anywhere(has_sigterm()):
+                log.info("SIGTERM: %s stops before step %d", job.stage, step)
+                raise SystemExit(tracking.TERMINATED)
         factor = lr_factor(step, block.steps, rising)
-        loss, norm = optimizer_step(
-            training.accelerator, training.model, training.optimizer, batches, block, factor, scheme
-        )
+        loss, norm, is_asked = optimizer_step(*parts, batches, block, factor, scheme, asks)
         check_finite(job, step, loss, norm, factor)
         if history is not None:
             row = {"step": step, "loss": loss, "lr": peak_lr(block) * factor, "grad_norm": norm}

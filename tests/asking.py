@@ -15,6 +15,7 @@ class Oracle(LM):
 
     MULTIMODAL = True
     tokenizer_name = "oracle"
+    max_length, max_gen_toks = 4096, 256
 
     def __init__(self, reply):
         super().__init__()
@@ -22,6 +23,9 @@ class Oracle(LM):
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         return chat_history[-1]["content"]
+
+    def length(self, request):
+        return len(request.args[0])
 
     def generate_until(self, requests, disable_tqdm=False):
         shown = [

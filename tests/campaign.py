@@ -60,7 +60,7 @@ data: {{scenes: {{align: 64, instruct: 64, test: 4}}}}
 stages:
   align: {{steps: 9, batch_size: 4, checkpoint_every: {EVERY}}}
   instruct: {{steps: 11, batch_size: 4, checkpoint_every: {EVERY}}}
-evaluate: {{benchmarks: [existence, counting], batch_size: 16}}
+evaluate: {{benchmarks: [existence, counting], batch_tokens: 2048}}
 bench: {{points: 1, warmup: 0}}
 """
 ABLATIONS = """

@@ -10,7 +10,7 @@ from processors import PROCESSORS, model_of
 from transformers import AutoProcessor
 
 from sts.pipeline.data.conversation import content_of, end_token, render
-from sts.pipeline.evaluate.asking import load_model
+from sts.pipeline.evaluate.asking import batches, load_model
 
 # to be loaded
 NEED_TORCHVISION = (
@@ -49,17 +49,30 @@ def lm(request, tmp_path_factory):
             patch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
         else:
             processor.save_pretrained(folder)
-        yield load_model(folder, batch_size=3, threads=1)
+        yield load_model(folder, "fp32", threads=1)
 
 
-def ask(lm, images) -> list[str]:
-    """What lm-eval's own way from a question to its answer gives."""
+def requested(lm, images) -> list[Instance]:
+    """The questions as lm-eval asks them."""
     requests = []
     for number, (question, shown) in enumerate(zip(QUESTIONS, images, strict=True)):
         prompt = lm.apply_chat_template([{"role": "user", "content": question}])
         arguments = (prompt, UNTIL, {"visual": shown})
         requests.append(Instance("generate_until", {}, arguments, number, ("task", number, 1)))
-    return lm.generate_until(requests, disable_tqdm=True)
+    return requests
+
+
+def ask(lm, images) -> list[str]:
+    """What lm-eval's own way from a question to its answer gives."""
+    return lm.generate_until(requested(lm, images), disable_tqdm=True)
+
+
+def test_a_question_is_as_long_as_the_processor_makes_it(lm, images):
+    for request in requested(lm, images):
+        prompt, _, shown = request.args
+        pictures = [[image.convert("RGB") for image in shown["visual"]]]
+        [ids] = lm.processor(text=[prompt], images=pictures)["input_ids"]
+        assert lm.length(request) == len(ids) > 20
 
 
 def test_answers_of_a_batch_are_those_that_each_question_gets_alone(lm, images):
@@ -68,7 +81,7 @@ def test_answers_of_a_batch_are_those_that_each_question_gets_alone(lm, images):
         prompt = render(lm.processor, [("user", content_of(question))], ask=True)
         inputs = lm.processor(
             text=[prompt], images=[[image.convert("RGB") for image in shown]], return_tensors="pt"
-        ).to(lm.device, torch.float64)
+        ).to(lm.device, lm.model.dtype)
         output = lm.model.generate(**inputs, max_new_tokens=5, do_sample=False)
         new = output[0, inputs["input_ids"].shape[1] :]
         alone.append(lm.tokenizer.decode(new, skip_special_tokens=True))
@@ -93,3 +106,22 @@ def test_a_prompt_may_begin_the_answer(lm):
     chat = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "It is"}]
     prompt = lm.apply_chat_template(chat[:1])
     assert lm.apply_chat_template(chat, add_generation_prompt=False) == f"{prompt}It is"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_a_model_is_asked_in_the_precision_that_it_is_loaded_in(tmp_path, precision, dtype):
+    processor = PROCESSORS["llava"]()
+    model_of("llava", processor).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    lm = load_model(tmp_path, precision, threads=1)
+    assert {value.dtype for value in lm.model.parameters()} == {dtype}
+
+
+def test_a_batch_holds_so_many_tokens_with_its_padding_the_longest_first():
+    lengths = dict(enumerate([5, 9, 2, 5, 30, 3, 4, 8]))
+    kinds = dict.fromkeys(lengths, "word") | {7: "letter"}
+    assert batches(lengths, kinds, most=18) == [[4], [1, 0], [7], [3, 6, 5], [2]]
+    assert batches(lengths, kinds, most=10**6) == [[4, 1, 0, 3, 6, 5, 2], [7]]
+    assert batches(lengths, kinds, most=1) == [[4], [1], [7], [0], [3], [6], [5], [2]]

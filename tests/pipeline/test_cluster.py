@@ -50,13 +50,17 @@ def write_requests(project, **requests: dict) -> None:
 
 def test_jobs_of_a_cluster_ask_by_the_configuration_and_the_estimate(project):
     write_requests(project, train__dense__align={"mem_mb": 1234, "runtime": 56})
-    more = "stages={align: {processes: 4, threads: 3}, instruct: {processes: 4, nodes: 2}}"
-    jobs = resources_of(project, "--jobs", "9", "--config", more)
+    more = (
+        "stages={align: {processes: 4, threads: 3}, instruct: {processes: 4, nodes: 2, threads: 3}}"
+    )
+    questions = "evaluate={processes: 3}"
+    jobs = resources_of(project, "--jobs", "9", "--config", more, questions)
     train = jobs["train"]
     assert (train["threads"], train["gpu"], train["nodes"]) == ("12", "4", "1")
     assert (train["mem_mb"], train["runtime"]) == ("1234", "56")
     assert "mpi" not in train
-    assert (jobs["evaluate"]["gpu"], jobs["timing"]["gpu"]) == ("1", "1")
+    assert (jobs["evaluate"]["gpu"], jobs["timing"]["gpu"]) == ("3", "1")
+    assert jobs["evaluate"]["threads"] == "9", "of the last stage, each"
     assert jobs["evaluate"]["runtime"] == str(cluster.UNKNOWN["runtime"]), "of no estimate"
     assert jobs["timing"]["threads"] == "12", "what a training has, not what the login node has"
     assert "gpu" not in jobs["table"]

@@ -1,9 +1,12 @@
 """Scores are the share of right answers; the controls are what they claim to be."""
 
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -20,14 +23,16 @@ from sts.__main__ import main
 from sts.pipeline.config import ConfigError, dump, validate
 from sts.pipeline.data.prepare import prepare
 from sts.pipeline.data.source import DataError
+from sts.pipeline.evaluate import asking
 from sts.pipeline.evaluate import evaluate as module
 from sts.pipeline.evaluate.evaluate import evaluate
 from sts.pipeline.evaluate.loading import load_benchmarks
 from sts.pipeline.evaluate.scoring import guesses
-from sts.pipeline.files import SpoiltError, hashes, read_json, write_json_atomic
+from sts.pipeline.files import SpoiltError, hashes, read_json, sha256_json, write_json_atomic
 from sts.pipeline.tasks import registry as benchmarks
 from sts.pipeline.train.model import build
 
+NOT_ASKED = "too long for the model's context: not asked"
 PAGE = Path(__file__).resolve().parents[2] / "docs/evaluation.md"
 BENCHMARKS = ["existence", "colour"]
 GREY = 128
@@ -55,7 +60,7 @@ def varied(config, **evaluate):
 
 @pytest.fixture(scope="module")
 def config():
-    return configured({"benchmarks": BENCHMARKS, "batch_size": 8})
+    return configured({"benchmarks": BENCHMARKS, "batch_tokens": 512})
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +110,7 @@ def trained(tmp_path):
 
     def write(weights):
         manifest = {"ablation": "sts", "seed": 0, "stage": "instruct", "weights": str(weights)}
-        manifest["weights_sha256"] = "abc"
+        manifest |= {"weights_sha256": "abc", "precision": "fp32"}
         (tmp_path / "instruct.json").write_text(json.dumps(manifest))
         return tmp_path / "instruct.json"
 
@@ -117,7 +122,7 @@ def measure(config, scenes, trained, tmp_path, monkeypatch):
     """Evaluate an oracle; (the oracle, the result file's content)."""
 
     def run(reply, config=config, data=(scenes,)):
-        oracle = Oracle(reply)
+        oracle = reply if isinstance(reply, Oracle) else Oracle(reply)
         monkeypatch.setattr(module, "load_model", lambda *_: oracle)
         monkeypatch.setattr(module, "weights_of", Path)
         out = tmp_path / "eval.json"
@@ -242,7 +247,7 @@ def test_the_result_holds_the_controls_and_how_it_was_measured(measure, question
     )
     assert existence["chance"] == 0.5 and existence["version"] == 1
     assert existence["metric"] == "exact_match" and existence["share"]
-    assert result["lm_eval"] == lm_eval.__version__ and result["batch_size"] == 8
+    assert result["lm_eval"] == lm_eval.__version__ and result["batch_tokens"] == 512
 
 
 def test_every_answer_is_kept(measure, questions, answers, tmp_path):
@@ -265,7 +270,7 @@ def test_every_answer_is_kept(measure, questions, answers, tmp_path):
 def test_other_settings_are_another_mlflow_run(measure, config, tmp_path, monkeypatch):
     monkeypatch.setenv("STS_TRACKING", "on")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    for change in ({}, {}, {"batch_size": 9}):
+    for change in ({}, {}, {"batch_tokens": 9}):
         measure(lambda *_: "yes", varied(config, **change))
     runs = {file.read_text() for file in (tmp_path / "eval").glob("*/mlflow_run_id")}
     assert len(runs) == 2
@@ -333,7 +338,7 @@ def test_a_real_checkpoint_answers_without_the_network(
         assert len(rows) == 20
 
 
-def test_the_batch_size_changes_no_answer(weights, trained, tmp_path, answers):
+def test_the_size_of_batches_changes_no_answer_in_float32(weights, trained, tmp_path, answers):
     """Of one question and of all, most of them padded on the left; lengths are mixed."""
     words = 4 * "is there a red circle to the left of the blue square ?".split()  # noqa: SIM905
     rows = [
@@ -348,8 +353,8 @@ def test_the_batch_size_changes_no_answer(weights, trained, tmp_path, answers):
     manifest = {"dataset": "scenes", "splits": splits, "files": hashes(data, data.glob("*.arrow"))}
     (data / "manifest.json").write_text(json.dumps(manifest))
     outputs = []
-    for size in (1, 7, 64):
-        config = configured({"benchmarks": ["existence"], "batch_size": size, "blind": 0})
+    for size in (1, 1200, 10**6):
+        config = configured({"benchmarks": ["existence"], "batch_tokens": size, "blind": 0})
         evaluate(
             config, "dense", 1, trained(weights), [data / "manifest.json"], tmp_path / "eval.json"
         )
@@ -371,6 +376,127 @@ def test_a_limit_asks_the_same_part_of_the_questions_with_and_without_images(
     assert ids(7, "colour_blind") == some
     assert ids(50, "colour") == every
     assert set(some) < set(ids(9, "colour")), "fewer are a part of more"
+
+
+# ---- what doesn't fit, what was interrupted, and several processes -------------------------------
+
+
+def test_a_question_that_does_not_fit_is_wrong_and_said_and_the_rest_goes_on(
+    measure, answers, caplog
+):
+    oracle = Oracle(lambda *_: "yes")
+    oracle.max_length = 4 + len("<image>\nis there a red circle?")
+    _, result = measure(oracle)
+    entry, rows = result["benchmarks"]["existence"], answers("existence")
+    long = [row for row in rows if "note" in row]
+    assert 0 < len(long) == entry["too_long"] < entry["n"] == len(rows)
+    assert {(row["output"], row["correct"], row["note"]) for row in long} == {
+        ("", False, NOT_ASKED)
+    }
+    asked = {prompt for prompt, *_ in oracle.shown}
+    assert asked == {f"<image>\n{row['question']}" for name in BENCHMARKS for row in answers(name)
+                     if "note" not in row}  # fmt: skip
+    assert entry["score"] == np.mean([row["correct"] for row in rows])
+    message = f"existence: {len(long)} of 20 questions don't fit into the model's context"
+    assert caplog.text.count(message) == 1
+
+
+class Together(Oracle):
+    """What it says depends on all that it is asked at once; stops before one batch more."""
+
+    def __init__(self, batches=-1):
+        super().__init__(lambda *_: "")
+        self.left = batches
+
+    def generate_until(self, requests, disable_tqdm=False):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        super().generate_until(requests)
+        return len(requests) * [sha256_json(sorted(request.args[0] for request in requests))]
+
+
+def test_what_was_interrupted_asks_what_is_missing_in_the_same_batches(
+    measure, config, answers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(asking, "AT_ONCE", 30)
+    _, uncut = measure(Together())
+    expected = [answers(name) for name in BENCHMARKS]
+    total = len(answers("existence_blind")) * 4
+    for batches in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            measure(Together(batches))
+    [kept] = tmp_path.glob("eval/*/answers0.jsonl")
+    with kept.open("a") as file:
+        file.write('[[["existence", "sts_exis')  # torn
+    with pytest.raises(KeyboardInterrupt):
+        measure(Together(0), varied(config, max_new_tokens=5))  # other answers
+    oracle, result = measure(Together())
+    assert [answers(name) for name in BENCHMARKS] == expected and result == uncut
+    facts = read_json(tmp_path / "eval/provenance.json")
+    assert 0 < facts["kept"] == total - len(oracle.shown)
+    assert not kept.exists(), "kept until there is a result"
+
+
+# Evaluates, and dies before a batch if its number is given
+WORKER = """
+import os, signal, sys
+from sts.pipeline.config import Config
+from sts.pipeline.evaluate import asking
+from sts.pipeline.evaluate.evaluate import evaluate
+
+asking.AT_ONCE, left = 10, int(sys.argv[5])
+generate = asking._Model.generate_until
+
+def generate_until(self, requests, **options):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return generate(self, requests, **options)
+
+asking._Model.generate_until = generate_until
+config = Config.model_validate_json(sys.argv[1])
+evaluate(config, "dense", 1, sys.argv[2], [sys.argv[3]], sys.argv[4])
+"""
+
+
+@pytest.mark.slow
+def test_killed_processes_and_one_that_goes_on_give_what_one_gives(
+    config, scenes, weights, trained, tmp_path, monkeypatch
+):
+    script, run = tmp_path / "worker.py", trained(weights)
+    script.write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(PAGE.parents[1]), prepend=os.pathsep)
+    monkeypatch.setattr(asking, "AT_ONCE", 10)
+
+    def by_two(out, dies):
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+        settings = varied(config, processes=2).model_dump_json(by_alias=True)
+        arguments = [settings, run, scenes, tmp_path / out / "eval.json", dies]
+        command = [sys.executable, "-m", *map(str, launcher + arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    def by_one(out):
+        evaluate(config, "dense", 1, run, [scenes], tmp_path / out / "eval.json")
+
+    def files(out):
+        names = ("eval.json", *(f"samples/{name}.jsonl" for name in BENCHMARKS))
+        return [(tmp_path / out / name).read_bytes() for name in names]
+
+    by_one("uncut")
+    done = by_two("two", dies=-1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert files("two") == files("uncut")
+    assert by_two("killed", dies=2).returncode != 0
+    kept = sorted(file.name for file in tmp_path.glob("killed/eval/*/*"))
+    assert kept == ["answers0.jsonl", "answers1.jsonl"] and not [*tmp_path.glob("killed/*.json")]
+    by_one("killed")
+    assert files("killed") == files("uncut")
+    facts = [read_json(tmp_path / out / "eval/provenance.json") for out in ("uncut", "killed")]
+    assert facts[0]["kept"] == 0 < facts[1]["kept"] < facts[1]["samples"] == facts[0]["samples"]
+    with pytest.raises(ValueError, match=r"evaluate\.processes: the configuration says 2.*with 1"):
+        evaluate(varied(config, processes=2), "dense", 1, run, [scenes], tmp_path / "eval.json")
 
 
 # ---- benchmarks of one's own ------------------------------------------------------------------
@@ -519,14 +645,12 @@ def test_lm_evals_tasks_are_scored_by_their_own_metrics(measure, theirs, answers
 def test_lm_evals_tasks_keep_their_limit_of_words_and_get_grey_images(measure, theirs):
     oracle, _ = measure(lambda *_: "(A)", theirs, data=())
     assert {settings["max_gen_toks"] for _, settings, _ in oracle.shown} == {512}
-    half = len(oracle.shown) // 2
-    for (prompt, _, images), (again, _, blind) in zip(
-        oracle.shown[:half], oracle.shown[half:], strict=True
-    ):
-        assert prompt == again and len(images) == len(blind) == prompt.count("<image>")
-        for image, grey in zip(images, blind, strict=True):
-            assert image.shape[:2] == grey.shape[:2] and (grey == GREY).all()
-            assert image.std() > 0
+    questions = {True: Counter(), False: Counter()}
+    for prompt, _, images in oracle.shown:
+        [is_blind] = {bool((image == GREY).all()) for image in images}
+        assert len(images) == prompt.count("<image>") > 0
+        questions[is_blind][prompt, *(image.shape[:2] for image in images)] += 1
+    assert questions[True] == questions[False]
 
 
 def test_a_limit_is_of_a_whole_group(measure, theirs, answers):
@@ -559,12 +683,17 @@ def test_a_real_checkpoint_answers_lm_evals_tasks_from_the_command_line(
         assert all(answer["output"] for answer in answers(name))
 
 
-def test_a_question_that_is_too_long_for_the_model_is_refused(theirs, backbone, trained, tmp_path):
+def test_a_real_checkpoint_is_not_asked_what_is_too_long_for_it(
+    theirs, backbone, trained, tmp_path, answers
+):
+    """The answers of these tasks alone may have 512 tokens, of 256."""
     for part in build(backbone, seed=0):
         part.save_pretrained(tmp_path / "short")
-    with pytest.raises(ValueError, match=r"up to 512 don't fit into the 256 tokens.*'user"):
-        run = trained(finished(tmp_path / "short"))
-        evaluate(theirs, "dense", 1, run, [], tmp_path / "eval.json")
+    run = trained(finished(tmp_path / "short"))
+    result = evaluate(theirs, "dense", 1, run, [], tmp_path / "eval.json")
+    for name, entry in result["benchmarks"].items():
+        assert entry["score"] == entry["blind"] == 0 and entry["too_long"] == entry["n"] > 0
+        assert {row["note"] for row in answers(name)} == {NOT_ASKED}
 
 
 def test_data_of_lm_evals_that_cant_be_had_are_named_with_the_fix(trained, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """The hub's benchmarks: questions as LLaVA asks them, scores as their authors reckon them."""
 
+from itertools import chain
+
 import pytest
 from asking import Oracle, picture
 from configs import RECIPE
 from hub_sets import OFFICIAL, write_sets
 
-from sts.pipeline.config import validate
+from sts.pipeline.config import EvaluateConfig, validate
 from sts.pipeline.evaluate import asking
 from sts.pipeline.evaluate.loading import load_benchmarks, metric_of, tasks_of
 from sts.pipeline.evaluate.scoring import answer
@@ -179,12 +181,18 @@ def says(prompt, *_):
     return words[asks.index("say") + 1] if "say" in asks else words[4]
 
 
-def test_every_benchmark_of_the_hub_is_asked_and_scored(mirror, monkeypatch):
+def scored(oracle, loaded, metrics, folder, **options):
+    """`answer`, which keeps nothing that another call would find."""
+    folder = folder / str(len(list(folder.iterdir())))
+    return answer(oracle, loaded, metrics, EvaluateConfig(**options), folder)
+
+
+def test_every_benchmark_of_the_hub_is_asked_and_scored(mirror, tmp_path, monkeypatch):
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
     assert set(ASKED) == {name for name in benchmarks.ours() if not benchmarks.dataset_of(name)}
     loaded, metrics = load(mirror, *ASKED)
     oracle = Oracle(says)
-    scores, samples = answer(oracle, loaded, metrics)
+    scores, samples = scored(oracle, loaded, metrics, tmp_path)
     assert {name: len(rows) for name, rows in samples.items()} == ASKED
     for name, score in scores.items():
         assert score["score"] == HIGHEST.get(name, 1.0), name
@@ -193,19 +201,32 @@ def test_every_benchmark_of_the_hub_is_asked_and_scored(mirror, monkeypatch):
     for prompt, options, images in oracle.shown:
         assert prompt.count("<image>") == len(images) and all(image.std() > 0 for image in images)
         assert options["max_gen_toks"] == 128 and not options["until"]
-    wrong, _ = answer(Oracle(lambda *_: "what of it"), loaded, metrics)
+    wrong, _ = scored(Oracle(lambda *_: "what of it"), loaded, metrics, tmp_path)
     assert {name for name, entry in wrong.items() if entry["score"]} == {"pope"}, "that is a yes"
 
 
-def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, monkeypatch):
+def test_a_question_that_is_not_asked_is_wrong_by_every_rule(mirror, tmp_path, monkeypatch):
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    loaded, metrics = load(mirror, *ASKED)
+    oracle = Oracle(says)
+    oracle.max_length = 0
+    scores, samples = scored(oracle, loaded, metrics, tmp_path)
+    assert not oracle.shown and {entry["score"] for entry in scores.values()} == {0}
+    for row in chain(*samples.values()):
+        assert row["correct"] is False and row["output"] == "" and "not asked" in row["note"]
+
+
+def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(
+    mirror, tmp_path, monkeypatch
+):
     """Of MME and MMBench a score needs answers from several pieces at once."""
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
     some = ["pope", "mme_perception", "mmbench_en", "gqa"]
     loaded, metrics = load(mirror, *some)
-    at_once = answer(Oracle(says), loaded, metrics, limit=4)
+    at_once = scored(Oracle(says), loaded, metrics, tmp_path, limit=4)
     monkeypatch.setattr(asking, "AT_ONCE", 3)
     oracle = Oracle(says)
-    assert answer(oracle, loaded, metrics, limit=4) == at_once
+    assert scored(oracle, loaded, metrics, tmp_path, limit=4) == at_once
     assert oracle.at_once == [3, 3, 3, 3, 1]  # of 4 + 4 + 2 + 3
 
     [task] = tasks_of(loaded["pope"])
@@ -221,7 +242,8 @@ def test_scores_are_the_same_in_pieces_and_no_other_picture_is_decoded(mirror, m
 
     monkeypatch.setattr(type(task), "eval_docs", Counted())
     id = ("pope", "sts_pope")
-    samples = [sample for _, sample in asking.ask(Oracle(says), {id: task}, [(id, 1), (id, 4)])]
+    asked = asking.ask(Oracle(says), {id: task}, [(id, 1), (id, 4)], 100, tmp_path / "two")
+    samples = [sample for *_, sample in asked]
     assert [sample["doc_id"] for sample in samples] == [1, 4]
     assert set(taken) == {1, 4}
 

@@ -48,7 +48,7 @@ SMALL = {
         name: {"steps": 8, "batch_size": 2, "processes": 2, "checkpoint_every": 1, "threads": 1}
         for name in ("align", "instruct")
     },
-    "evaluate": {"limit": 2, "batch_size": 8},
+    "evaluate": {"limit": 2, "batch_tokens": 4096, "processes": 2},
     "bench": {"points": 1, "warmup": 0},
 }
 

@@ -357,7 +357,7 @@ def test_the_recipe_from_parts_in_folders_to_a_model_that_is_asked_as_it_was_tra
     labels = llava_plain(tokenizer, CAPTION)[1]
     assert captions == [4 * sum(label != IGNORE_INDEX for label in labels[1:])] * 2
 
-    lm = load_model(trained["instruct"]["weights"], batch_size=2, threads=1)
+    lm = load_model(trained["instruct"]["weights"], "fp32", threads=1)
     assert lm.processor.chat_template == V1 and lm.processor.image_processor.do_pad
     prompt = lm.apply_chat_template([{"role": "user", "content": "<image>\nwhat is it?"}])
     assert prompt.endswith(f"{SYSTEM} USER: <image>\nwhat is it? ASSISTANT:")

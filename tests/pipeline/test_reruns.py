@@ -116,6 +116,10 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
         "how often a training is saved",
         lambda p: edit(p / SMOKE, "checkpoint_every: 2", "checkpoint_every: 3"),
     ),
+    "processes": (
+        "how many processes share the questions of an evaluation",
+        lambda p: edit(p / SMOKE, "batch_tokens: 2048", "batch_tokens: 2048, processes: 2"),
+    ),
 }  # fmt: skip
 
 

@@ -65,7 +65,9 @@ def ask(mirror, tmp_path, monkeypatch):
 
     def call(benchmark, *more, reply=says, weights="abc"):
         run, out = tmp_path / "instruct.json", tmp_path / "new" / "out"
-        run.write_text(json.dumps({"weights": "unused", "weights_sha256": weights}))
+        run.write_text(
+            json.dumps({"weights": "unused", "weights_sha256": weights, "precision": "fp32"})
+        )
         oracle = Oracle(reply)
         monkeypatch.setattr(submission, "load_model", lambda *_: oracle)
         monkeypatch.setattr(submission, "weights_of", lambda run: run)
@@ -120,9 +122,9 @@ def test_vqav2_has_an_answer_to_every_question_of_the_servers(ask, questions):
     answers = json.loads(out.read_text())
     assert [item["question_id"] for item in answers] == ALL
     assert {item["question_id"]: item["answer"] for item in answers} == {7: "", 9: ""} | SAID
-    assert [prompt for prompt, *_ in oracle.shown] == [
+    assert {prompt for prompt, *_ in oracle.shown} == {
         f"<image>\nsay {word}\n{official.WORD}" for word in ("Two", "the dog", "red.", "a", "5")
-    ], "as for a score, and all of them whatever the limit"
+    }, "as for a score, and all of them whatever the limit"
     assert all(images[0].std() > 0 for *_, images in oracle.shown)
 
 
@@ -157,8 +159,7 @@ def test_an_interrupted_call_goes_on_where_it_was(ask, questions, monkeypatch):
     _, uncut, out = ask("vqav2_testdev", *more)
     assert uncut.at_once == [2, 2, 1]
     expected = out.read_bytes()
-    answers = out.with_name("out.answers.jsonl")
-    out.unlink(), answers.unlink()
+    out.unlink()
 
     def stops(prompt, *_):
         if "red" in prompt:
@@ -168,18 +169,14 @@ def test_an_interrupted_call_goes_on_where_it_was(ask, questions, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ask("vqav2_testdev", *more, reply=stops)
     assert not out.exists()
-    _, rest, _ = ask("vqav2_testdev", *more)
-    assert rest.at_once == [2, 1] and "red" in rest.shown[0][0]
-    assert out.read_bytes() == expected
-    with answers.open("a") as file:
-        file.write('"half a li')
-    _, none, _ = ask("vqav2_testdev", *more)
-    assert not none.shown and out.read_bytes() == expected
-    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:4]))  # three answers
-    _, rest, _ = ask("vqav2_testdev", *more)
-    assert rest.at_once == [2, 1], "those that were asked together are asked together"
     _, other, _ = ask("vqav2_testdev", *more, weights="def")
     assert len(other.shown) == 5, "other weights answer anew"
+    with pytest.raises(KeyboardInterrupt):
+        ask("vqav2_testdev", *more, reply=stops)
+    _, rest, _ = ask("vqav2_testdev", *more)
+    assert rest.at_once == [2, 1] and "red" in "".join(prompt for prompt, *_ in rest.shown)
+    assert out.read_bytes() == expected
+    assert [*out.parent.iterdir()] == [out], "answers are kept until the file is there"
 
 
 @pytest.mark.parametrize(

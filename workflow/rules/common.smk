@@ -131,9 +131,12 @@ def stage_of(wildcards):
     return CONFIGS[wildcards.ablation].stage(wildcards.stage)
 
 
-def last_stage(ablation):
-    """The block of a run's last stage, whose threads its evaluation has too."""
-    return CONFIGS[ablation].stage(CONFIGS[ablation].last)
+def evaluation_of(wildcards):
+    """The block of a run's last stage, whose threads its evaluation has too, with the processes of
+    that."""
+    config = CONFIGS[wildcards.ablation]
+    processes = {"processes": config.evaluate.processes, "nodes": 1}
+    return config.stage(config.last).model_copy(update=processes)
 
 
 def trained_by(itself):

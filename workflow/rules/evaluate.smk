@@ -19,17 +19,19 @@ rule evaluate:
         "<results>/logs/runs/{ablation}/seed{seed}/eval.log",
     conda:
         "../../envs/sts.yaml"
-    threads: lambda wildcards: last_stage(wildcards.ablation).threads
+    threads: lambda wildcards: cluster.cores(evaluation_of(wildcards))
     resources:
         **requested("evaluate/{wildcards.ablation}"),
-        gpu=gpus(),
+        gpu=lambda wildcards: gpus(evaluation_of(wildcards).processes),
     params:
         config=lambda wildcards: config_file(wildcards.ablation),
+        # what depends on `threads` is not followed: the result is that of any number of processes
+        launch=lambda wildcards, threads: cluster.launch(evaluation_of(wildcards)),
         follows=lambda wildcards: follows.of_evaluation(CONFIGS[wildcards.ablation]),
     message:
         "evaluate {wildcards.ablation}, seed {wildcards.seed}"
     shell:
-        "python -m sts evaluate --config {params.config} --ablation {wildcards.ablation}"
+        "{params.launch} evaluate --config {params.config} --ablation {wildcards.ablation}"
         " --seed {wildcards.seed} --run {input.run} --data {input.data}"
         " --follows {params.follows} --out {output} > {log} 2>&1"
 

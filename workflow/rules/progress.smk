@@ -21,7 +21,7 @@ def job_size(job):
     if job.rule.name == "evaluate":
         block = CONFIGS[job.wildcards.ablation].evaluate
         questions = block.limit or SCALE.data.scenes.test
-        return questions * len(block.benchmarks) * (1 + block.blind)
+        return questions * len(block.benchmarks) * (1 + block.blind) / block.processes
     return 0
 
 

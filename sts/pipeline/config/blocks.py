@@ -159,8 +159,11 @@ class EvaluateConfig(Block):
     """Names of benchmarks: files of sts/pipeline/tasks, image tasks or groups of lm-eval."""
     metrics: Annotated[dict[str, str], Neutral({})] = {}
     """Benchmark -> metric that is its score, where it is not the first one of its task."""
-    batch_size: up_to(10_000) = 64
-    """Questions answered at once; scores depend on it."""
+    batch_tokens: up_to(10**7) = 8192
+    """Tokens of questions answered at once, padding and visual tokens counted, or one question; in
+    bf16 scores depend on it."""
+    processes: Annotated[up_to(10_000), Neutral(ALWAYS)] = 1
+    """Processes (GPUs of one machine) that share the questions."""
     blind: Share = 0.25
     """Share of the questions that are also asked with a grey image; 0: none."""
     max_new_tokens: up_to(10_000) = 4

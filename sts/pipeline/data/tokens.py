@@ -144,6 +144,15 @@ def _with_placeholders(
     return text, spans, counts, ends[-1][1]
 
 
+def length(processor: ProcessorMixin, text: str, sizes: Sequence[Size]) -> int:
+    """How many tokens the processor makes of a rendered text with images of these sizes. Raises
+    ValueError as `tokenise`."""
+    text, _, counts, _ = _with_placeholders(processor, text, [], sizes)
+    adds = conversation.adds_special_tokens(processor)
+    ids = processor.tokenizer(text, add_special_tokens=adds)["input_ids"]
+    return len(ids) + sum(counts) - len(counts)
+
+
 @lru_cache(maxsize=2**16)
 def placeholders(
     processor: ProcessorMixin, sizes: tuple[Size, ...]

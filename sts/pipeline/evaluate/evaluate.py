@@ -6,19 +6,25 @@ majority is the most frequent answer of each question form, chance a guess among
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 
 from sts.pipeline.config import Config, config_hash
-from sts.pipeline.evaluate.asking import BLIND, load_model
+from sts.pipeline.evaluate.asking import (
+    BLIND,
+    forget_answers,
+    kept_answers,
+    load_model,
+    share_questions,
+)
 from sts.pipeline.evaluate.loading import Benchmark, load_benchmarks, metric_of, with_grey_images
 from sts.pipeline.evaluate.scoring import answer, summary
-from sts.pipeline.files import read_json, write_json_atomic, write_text_atomic
-from sts.pipeline.run import provenance, tracking
-from sts.pipeline.run.device import lease
+from sts.pipeline.files import read_json, sha256_file, write_json_atomic, write_text_atomic
+from sts.pipeline.run import follows, provenance, tracking
+from sts.pipeline.run.device import lease, precision_here
 from sts.pipeline.run.weights import weights_of
 
 
@@ -30,9 +36,10 @@ def evaluate(
     data: Sequence[str | Path],
     out: str | Path,
 ) -> dict[str, Any]:
-    """Measure a trained run; write and return the result.
+    """Measure a trained run; write and return the result. Goes on where a call was interrupted.
 
-    Answers go to samples/<benchmark>.jsonl beside `out`, time and place to eval/provenance.json.
+    Answers go to samples/<benchmark>.jsonl beside `out`, time and place to eval/provenance.json. Of
+    several processes the first writes, and the others return nothing.
 
     Args:
         config, ablation, seed: of the run.
@@ -44,38 +51,49 @@ def evaluate(
         FileNotFoundError: a manifest, a split or the weights are missing.
         DataError: the data of lm-eval's tasks can't be had.
         ConfigError: there is no such benchmark or metric.
+        ValueError: this is not the number of processes that the configuration says.
     """
     options, out, trained = config.evaluate, Path(out), read_json(run)
     benchmarks, metrics = _with_metrics(config, data)  # what is missing is said before the model
-    weights = weights_of(run)
-    key = config_hash(options, trained["weights_sha256"])
+    weights, precision = weights_of(run), precision_here(trained["precision"])
     tags = {"ablation": ablation, "seed": seed, "stage": "evaluate", "config": config_hash(config)}
-    tags["weights"] = trained["weights_sha256"]
-    folder = out.with_suffix("") / key  # another key is another run
+    tags |= {"weights": trained["weights_sha256"], "precision": precision}
+    # another key is another run: of other questions, or asked otherwise
+    parts = [tags["weights"], precision, *follows.of_evaluation(config), *map(sha256_file, data)]
+    folder = out.with_suffix("") / config_hash(*parts)
     noted = {"params": options.model_dump(), "tags": tags, "directory": folder}
     with lease(), tracking.run(f"{ablation}/seed{seed}/evaluate", **noted) as tracked:
+        state = share_questions(options.processes)
         threads = config.stage(config.last).threads
-        may_run = config.model.trust_remote_code
-        lm = load_model(weights, options.batch_size, threads, may_run)
+        lm = load_model(weights, precision, threads, config.model.trust_remote_code)
+        facts = {"kept": len(kept_answers(folder))}
         began, cpu_began = time.monotonic(), time.process_time()
-        scores, samples = answer(lm, benchmarks, metrics, options.limit, options.blind)
-        facts = {"samples": sum(map(len, samples.values())), "seconds": time.monotonic() - began}
+        scores, samples = answer(lm, benchmarks, metrics, options, folder)
+        facts |= {"samples": sum(map(len, samples.values())), "seconds": time.monotonic() - began}
         facts["cpu_seconds"] = time.process_time() - cpu_began
+        if not state.is_main_process:
+            return {}
         result = {"ablation": ablation, "seed": seed, "weights_sha256": trained["weights_sha256"]}
-        result |= {"lm_eval": lm_eval.__version__, "batch_size": options.batch_size}
+        result |= {"lm_eval": lm_eval.__version__, "precision": precision}
+        result["batch_tokens"] = options.batch_tokens
         names = options.benchmarks
         result["benchmarks"] = {name: summary(name, scores, samples[name]) for name in names}
-        for name, rows in samples.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            write_text_atomic(out.parent / "samples" / f"{name}.jsonl", lines)
-        facts |= provenance.collect(config_hash(config))
-        write_json_atomic(out.with_suffix("") / "provenance.json", facts)
-        write_json_atomic(out, result)  # last
+        _write(out, result, samples, facts | provenance.collect(tags["config"]))
+        forget_answers(folder)
         entries = result["benchmarks"].items()
         row = {f"{name}.{key}": value for name, entry in entries for key, value in entry.items()}
         tracked.rows = lambda: [{"step": 0} | row]
         tracked.artifact(out)
     return result
+
+
+def _write(out: Path, result: dict, samples: Mapping[str, list[dict]], facts: dict) -> None:
+    """Write the files of an evaluation."""
+    for name, rows in samples.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_text_atomic(out.parent / "samples" / f"{name}.jsonl", lines)
+    write_json_atomic(out.with_suffix("") / "provenance.json", facts)
+    write_json_atomic(out, result)  # last
 
 
 def _with_metrics(

@@ -4,14 +4,17 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from lm_eval.evaluator_utils import _compute_task_aggregations
-from transformers import set_seed
 
+from sts.pipeline.config import EvaluateConfig
 from sts.pipeline.evaluate.asking import BLIND, ask, draw_places
 from sts.pipeline.evaluate.loading import Benchmark, tasks_of
 
@@ -22,8 +25,8 @@ def answer(
     lm: LM,
     benchmarks: Mapping[str, Benchmark],
     metrics: Mapping[str, str],
-    limit: int | None = None,
-    grey: float = 1.0,
+    options: EvaluateConfig,
+    folder: Path,
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Let a model answer all questions at once, so that batches are full whatever the task.
 
@@ -31,24 +34,32 @@ def answer(
         lm: the model.
         benchmarks: by name, blind twins among them.
         metrics: the one that is each benchmark's score.
-        limit, grey: as in `draw_places`.
+        options: the block `evaluate`.
+        folder: as in `ask`.
 
     Returns:
         {name: {score, stderr, version, metric, share}} and
-        {name: [{id, question, form, target, output, correct}]}.
+        {name: [{id, question, form, target, output, correct}]}, where a row has a `note` too if its
+        question was not asked; on every process.
     """
     # by both names, as one task may be asked by two benchmarks
     tasks = {(name, task.task_name): task for name, b in benchmarks.items() for task in tasks_of(b)}
-    rows, values = defaultdict(list), defaultdict(lambda: defaultdict(list))
-    set_seed(0)  # MMMU's task guesses where it finds no letter in the answer
-    for id, sample in ask(lm, tasks, draw_places(tasks, limit, grey)):
+    places = draw_places(tasks, options.limit, options.blind)
+    answers = []
+    for piece, id, sample in ask(lm, tasks, places, options.batch_tokens, folder):
         metric, filtered = metrics[id[0]], sample["filter"]
         if metric not in sample:
             names = ", ".join(f"{name},{filtered}" for name in sample["metrics"])
             raise ValueError(f"{id[0]}: its task gave no {metric}, but {names}")
-        rows[id].append((filtered, _row(tasks[id], sample, metric)))
-        for name in sample["metrics"]:
-            values[id][name, filtered].append(sample[name])
+        if not sample["fits"]:
+            sample |= {name: _wrong(sample[name]) for name in sample["metrics"]}
+        of_metrics = {name: sample[name] for name in sample["metrics"]}
+        answers.append((piece, id, filtered, of_metrics, _row(tasks[id], sample, metric)))
+    rows, values = defaultdict(list), defaultdict(lambda: defaultdict(list))
+    for _, id, filtered, of_metrics, row in sorted(gather_object(answers), key=itemgetter(0)):
+        rows[id].append((filtered, row))
+        for name, value in of_metrics.items():
+            values[id][name, filtered].append(value)
     scores, samples = {}, {}
     for name, benchmark in benchmarks.items():
         ids = [id for id in rows if id[0] == name]
@@ -78,6 +89,13 @@ def _score(
     return score | {"version": version, "metric": metric}, filtered
 
 
+def _wrong(value: Any) -> Any:
+    """A value of a metric, as of an answer that is wrong: some rules take none for an answer."""
+    if isinstance(value, Mapping):  # what an aggregation needs to know
+        return {**value, **({"output": None} if "output" in value else {}), "correct": False}
+    return type(value)(0) if isinstance(value, Real) else value
+
+
 def _row(task: Task, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
     doc, value = sample["doc"], sample[metric]
     if isinstance(value, Mapping):  # what an aggregation needs to know
@@ -89,21 +107,26 @@ def _row(task: Task, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "target": sample["target"],
         "output": sample["filtered_resps"][0],
         "correct": bool(value) if value in (0, 1) else value,
+        **({} if sample["fits"] else {"note": "too long for the model's context: not asked"}),
     }
 
 
 def summary(name: str, scores: Mapping[str, Mapping], rows: Sequence[Mapping]) -> dict[str, Any]:
     """One benchmark's entry of the result. `blind` is None if it was not measured, `majority` and
-    `chance` are if the questions have no forms."""
+    `chance` are if the questions have no forms; `too_long`: questions that were not asked."""
     if not scores[name]["share"]:
         text = "%s: %s is not a share of 0 to 1 but kept as it is: compare it with itself alone"
         log.warning(text, name, scores[name]["metric"])
+    too_long = sum("note" in row for row in rows)
+    if too_long:
+        text = "%s: %d of %d questions don't fit into the model's context: counted as wrong"
+        log.warning(text, name, too_long, len(rows))
     majority = chance = None
     if all(row["form"] is not None for row in rows):
         majority, chance = guesses((row["form"], row["target"]) for row in rows)
     blind = scores[name + BLIND]["score"] if name + BLIND in scores else None
     controls = {"blind": blind, "majority": majority, "chance": chance}
-    return {**scores[name], **controls, "n": len(rows)}
+    return {**scores[name], **controls, "n": len(rows), "too_long": too_long}
 
 
 def guesses(questions: Iterable[tuple[str, str]]) -> tuple[float, float]:

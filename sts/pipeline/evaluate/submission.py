@@ -1,10 +1,11 @@
 """Files for benchmarks whose answers are not public: their servers give the score.
 
-A model is asked as it is for a score, by the same task, on another split. OUT.answers.jsonl keeps
-what it says, so that a call that was interrupted goes on.
+A model is asked as it is for a score, by the same task, on another split. OUT.answers keeps what it
+says until the file is there, so that a call that was interrupted goes on.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ from typing import Any
 import pandas as pd
 
 from sts.pipeline.config import Config, ConfigError, config_hash
-from sts.pipeline.evaluate import asking
 from sts.pipeline.evaluate.asking import ask, load_model
 from sts.pipeline.evaluate.loading import load_benchmarks, tasks_of
 from sts.pipeline.files import read_json, write_text_atomic
-from sts.pipeline.run.device import lease
+from sts.pipeline.run.device import lease, precision_here
 from sts.pipeline.run.weights import weights_of
 from sts.pipeline.tasks.official import is_filled, normalise
 
@@ -97,23 +97,18 @@ def submission(
     docs = task.eval_docs.remove_columns("image")
     if all_ids and {int(id) for id in docs["question_id"]} - set(all_ids):
         raise _refused("--questions", str(questions), f"a file with every question of {name}")
-    file = Path(f"{out}.answers.jsonl")
-    version = {"task": task.VERSION, "batch_size": options.batch_size}
-    key = config_hash(version, name, trained["weights_sha256"])
-    outputs = kept_outputs(file, key, len(docs))
-    if len(outputs) < len(docs):
-        with lease():
-            threads = config.stage(config.last).threads
-            may_run = config.model.trust_remote_code
-            lm = load_model(weights_of(run), options.batch_size, threads, may_run)
-            write_text_atomic(file, "".join(f"{json.dumps(line)}\n" for line in (key, *outputs)))
-            with open(file, "a", encoding="utf-8") as stream:
-                id = (name, name)
-                rest = [(id, place) for place in range(len(outputs), len(docs))]
-                for _, sample in ask(lm, {id: task}, rest):
-                    outputs.append(sample["filtered_resps"][0])
-                    stream.write(f"{json.dumps(outputs[-1])}\n")
+    precision = precision_here(trained["precision"])
+    parts = [trained["weights_sha256"], precision, task.VERSION, options.batch_tokens]
+    folder = Path(f"{out}.answers", config_hash(parts))
+    with lease():
+        threads, may_run = config.stage(config.last).threads, config.model.trust_remote_code
+        lm = load_model(weights_of(run), precision, threads, may_run)
+        id = (name, name)
+        places = [(id, place) for place in range(len(docs))]
+        answers = ask(lm, {id: task}, places, options.batch_tokens, folder)
+        outputs = [sample["filtered_resps"][0] for *_, sample in answers]
     write_text_atomic(out, FORMS[benchmark](list(docs), outputs, all_ids))
+    shutil.rmtree(folder.parent)
 
 
 def _all_ids(name: str, questions: str | Path | None) -> list[int]:
@@ -132,17 +127,6 @@ def _all_ids(name: str, questions: str | Path | None) -> list[int]:
         return [int(question["question_id"]) for question in content["questions"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _refused("--questions", str(questions), f"{ALL_IDS} ({error})") from None
-
-
-def kept_outputs(file: Path, key: str, count: int) -> list[str]:
-    """What an interrupted call kept of the answers to `count` questions, if its key is the same; of
-    those that were asked together all or none, so that batches are as they were."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    key_of_file, *outputs = [json.loads(line) for line in text.split("\n")[:-1]] or [None]
-    if key_of_file != key:
-        return []
-    size = asking.AT_ONCE
-    return outputs if len(outputs) == count else outputs[: len(outputs) // size * size]
 
 
 def _refused(key: str, value: Any, accepted: str) -> ConfigError:

@@ -14,19 +14,20 @@ from pathlib import Path
 from asking import picture
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-RESOLVE = re.compile(r"/datasets/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-API = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)/(?P<what>revision|tree)/.+")
+REPO = r"(?P<repo>[^/]+/[^/]+)"
+RESOLVE = re.compile(rf"(/datasets)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+API = re.compile(rf"/api/(datasets|models)/{REPO}/(?P<what>revision|tree)/.+")
 
 
 class Hub:
-    """Serves `folder`: data sets as hub/<owner>/<name>/..., other files by their path.
+    """Serves `folder`: data sets and models as hub/<owner>/<name>/..., other files by their path.
 
-    requests: (method, path, first byte) of every request. cut: path -> bytes after which the
-    connection breaks, once. wrong: paths whose checksum is said wrongly.
+    commit: that of all of them. requests: (method, path, first byte) of every request. cut: path ->
+    bytes after which the connection breaks, once. wrong: paths whose checksum is said wrongly.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.url = folder, ""
+        self.folder, self.url, self.commit = folder, "", COMMIT
         self.requests: list[tuple[str, str, int]] = []
         self.cut: dict[str, int] = {}
         self.wrong: set[str] = set()
@@ -68,7 +69,7 @@ def hub(folder: Path) -> Iterator[Hub]:
             headers = {"Accept-Ranges": "bytes"}
             if at:
                 reply = b"other" if path in served.wrong else content
-                headers |= {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(reply)}"'}
+                headers |= {"X-Repo-Commit": served.commit, "ETag": f'"{sha256(reply)}"'}
             if first >= len(content) > 0:
                 return self.reply(416, b"", {"Content-Range": f"bytes */{len(content)}"}, body)
             if requested_range:
@@ -81,7 +82,7 @@ def hub(folder: Path) -> Iterator[Hub]:
             files = sorted(
                 str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()
             )
-            reply = {"id": match["repo"], "sha": COMMIT}
+            reply = {"id": match["repo"], "sha": served.commit}
             reply |= {"siblings": [{"rfilename": file} for file in files]}
             if match["what"] == "tree":
                 reply = [

@@ -1,18 +1,17 @@
 """A tower and a language model of the real classes in two folders, as joined models start from."""
 
+import io
 import json
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaTokenizer,
     Qwen2Config,
     Qwen2ForCausalLM,
     SiglipVisionConfig,
@@ -40,19 +39,31 @@ LANGUAGES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qw
 TEXTS = ("USER: what is it? ASSISTANT: a red bowl",)
 
 
-def llama_tokenizer(texts: Iterable[str], legacy: bool) -> LlamaTokenizer:
-    """Llama's, over the words of these texts; what it does not know it spells in bytes.
+def sentencepiece_model(texts: Iterable[str], size: int = 700) -> bytes:
+    """A SentencePiece file of Llama's settings, over the words of these texts."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in texts for line in text.split("\n")]),
+        model_writer=model, model_type="bpe", vocab_size=size, hard_vocab_limit=False,
+        byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def save_tokenizer(folder: Path, model: bytes, legacy: bool) -> None:
+    """The files of Vicuna's tokenizer, which are not those that transformers saves.
 
     legacy: what follows a special token begins with a space, as a text does.
     """
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
-    words.train_from_iterator(chain(*(text.split("\n") for text in texts)), trainer)
-    made = json.loads(words.to_str())["model"]
-    merges = [tuple(pair) for pair in made["merges"]]
-    return LlamaTokenizer(vocab=made["vocab"], merges=merges, legacy=legacy, add_bos_token=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"add_bos_token": True, "add_eos_token": False, "legacy": legacy, "pad_token": None}
+    settings |= {"tokenizer_class": "LlamaTokenizer", "padding_side": "right"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | special))
+    text = json.dumps(special | {"pad_token": "<unk>"})
+    (folder / "special_tokens_map.json").write_text(text)
 
 
 def joined(
@@ -69,16 +80,15 @@ def joined(
     vision = config(**SIZES, num_hidden_layers=3, image_size=SIDE, patch_size=PATCH)
     model(vision).save_pretrained(folder / "vision")
     images().save_pretrained(folder / "vision")
-    tokenizer = llama_tokenizer(texts, legacy)
+    words = sentencepiece_model(texts)
+    size = SentencePieceProcessor(model_proto=words).vocab_size()
     config, model = LANGUAGES[language]
     decoder = config(
-        **SIZES, vocab_size=len(tokenizer), num_hidden_layers=2, num_key_value_heads=2,
+        **SIZES, vocab_size=size, num_hidden_layers=2, num_key_value_heads=2,
         max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     model(decoder).save_pretrained(folder / "language")
-    tokenizer.save_pretrained(folder / "language")
-    file = folder / "language" / "tokenizer_config.json"  # where transformers forgets to say it
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"legacy": legacy}))
+    save_tokenizer(folder / "language", words, legacy)
     parts = {name: str(folder / name) for name in ("vision", "language")}
     settings = ModelConfig(backbone="pretrained", **parts, layers=2, **more)
     write_manifest(settings, folder / "backbone.json")

@@ -70,7 +70,7 @@ def test_a_resolved_configuration_reads_back_as_it_was_written(scale, tmp_path):
 
 
 def test_a_folder_whose_name_looks_like_a_number_reads_back(mini, tmp_path):
-    data = mini.data.model_copy(update={"folders": {"scenes": "1e3"}})
+    data = mini.data.model_copy(update={"folders": {"nlvr": "1e3"}})
     config = mini.model_copy(update={"data": data})
     (tmp_path / "resolved.yaml").write_text(dump(config))
     assert load_scale(tmp_path / "resolved.yaml") == config

@@ -1,28 +1,41 @@
 """Parts join to a model, from shipped files or pretrained ones, and are trained or frozen."""
 
 import json
+import re
+import shutil
+from functools import partial
 from pathlib import Path
 
+import hypothesis.strategies as some
 import pytest
 import torch
 import transformers
-from parts import LANGUAGES, SIZES, TOWERS, VISUAL, joined
+from configs import two_stages
+from hub_server import COMMIT, hub
+from huggingface_hub import snapshot_download
+from hypothesis import given, settings
+from parts import LANGUAGES, SIZES, TOWERS, VISUAL, joined, save_tokenizer, sentencepiece_model
+from sentencepiece import SentencePieceProcessor
 from tiny import CASES, LAYERS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoImageProcessor,
+    AutoTokenizer,
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.convert_slow_tokenizer import import_protobuf
 from zoo_tiles import CASES as OTHERS
 
 from sts.architectures import PARTS, decoder_layers_of, projector_of, tower_layers_of, tower_of
-from sts.pipeline.config import MINI, ConfigError, ModelConfig, load_scale
+from sts.pipeline.config import MINI, ConfigError, ModelConfig, check_inputs, load_scale
+from sts.pipeline.data.source import DataError
 from sts.pipeline.data.tokens import tokenise
 from sts.pipeline.files import SpoiltError, read_json
-from sts.pipeline.train.joined import load_tower
+from sts.pipeline.train import fetch
+from sts.pipeline.train.joined import load_tokenizer, load_tower
 from sts.pipeline.train.model import (
     SHIPPED,
     build,
@@ -115,6 +128,69 @@ def test_towers_with_and_without_a_class_token_are_joined_to_any_language_model(
     assert not [name for name, _ in model.named_parameters() if "vision_tower.head" in name]
 
 
+CODE = Path(joined.__code__.co_filename).read_text().replace("s>", "z>").replace("<unk", "")
+PLAIN = [
+    CODE,
+    "\n".join(f"a{' ' * count}b\n{' ' * count}c" for count in range(1, 80)),
+    "| a |  b   |     c |\n|---|---|---|\n| 1 |  2   |\t\t3 |",
+    "-  one\n   -  two\n\n\n  * three",
+    "中文  的   数据，红色。 é à ü ß 😀 👩‍👧  x",
+    "\t\ttabs\tand  \n ends  \n12345 3.14",
+    "",
+]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["by id", "by score"])
+def words(request, tmp_path_factory) -> tuple[SentencePieceProcessor, Path]:
+    """SentencePiece's own, and a folder with the files of Vicuna's tokenizer; the ids of pieces in
+    the order of their scores, or not."""
+    folder = tmp_path_factory.mktemp("words")
+    file = import_protobuf().ModelProto.FromString(sentencepiece_model([CODE, *PLAIN], 900))
+    if request.param:
+        merged = [piece for piece in file.pieces if len(piece.piece) > 1 and piece.score < 0]
+        scores = [piece.score for piece in merged]
+        moved = scores[3::4] + scores[2::4] + scores[1::4] + scores[::4]
+        for piece, score in zip(merged, moved, strict=True):
+            piece.score = score
+    save_tokenizer(folder, file.SerializeToString(), legacy=False)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return SentencePieceProcessor(model_proto=file.SerializeToString()), folder
+
+
+@pytest.fixture(scope="module")
+def tokenizers(words, tmp_path_factory) -> list[PreTrainedTokenizerFast]:
+    """The tokenizer of the folder, and what a checkpoint gives that it was saved with."""
+    saved, tokenizer = tmp_path_factory.mktemp("saved"), load_tokenizer(str(words[1]))
+    tokenizer.save_pretrained(saved)
+    return [tokenizer, AutoTokenizer.from_pretrained(saved)]
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_a_sentencepiece_file_gives_the_ids_of_sentencepiece(words, tokenizers, text):
+    for tokenizer in tokenizers:
+        assert tokenizer(text)["input_ids"] == [1, *words[0].encode(text)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(some.text(some.characters(codec="utf-8") | some.sampled_from("  \n\tab<>/s|-1中")))
+def test_any_text_has_the_ids_of_sentencepiece(words, tokenizers, text):
+    """Behind a letter: before a space that begins a text transformers writes no other one."""
+    text = "x" + re.sub("</?s>|<unk>|\N{LOWER ONE EIGHTH BLOCK}", "", text)
+    for tokenizer in tokenizers:
+        assert tokenizer(text)["input_ids"] == [1, *words[0].encode(text)]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_what_follows_a_special_token_is_the_same_in_a_saved_checkpoint(words, tmp_path, legacy):
+    save_tokenizer(tmp_path, (words[1] / "tokenizer.model").read_bytes(), legacy)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    ids = [one("a</s>if x</s> y")["input_ids"] for one in (tokenizer, saved)]
+    assert ids[0] == ids[1] and (words[0].encode("if")[0] in ids[0]) == legacy
+
+
 PARTS_OF_LLAVA = ("vision", "language", "processor")
 
 
@@ -168,8 +244,66 @@ def test_python_files_beside_weights_run_only_if_the_configuration_says_so(tmp_p
         write_manifest(settings, tmp_path / "no.json")
     assert not Path("ran").exists()
     trusting = settings.model_copy(update={"trust_remote_code": True})
-    assert write_manifest(trusting, tmp_path / "yes.json")["trust_remote_code"] is True
+    with pytest.raises(DataError, match=r"theirs: its tokenizer and image processor can't be used"):
+        write_manifest(trusting, tmp_path / "yes.json")
     assert Path("ran").exists()
+
+
+def test_a_projector_is_drawn_as_llava_draws_it(tmp_path):
+    """torch's default of a linear layer, in the order of its layers, from the seed."""
+    model, _ = build(joined(tmp_path), 3)
+    projector = model.model.multi_modal_projector
+    for layer in (projector.linear_1, projector.linear_2):
+        bound = layer.in_features**-0.5
+        for values in (layer.weight, layer.bias):
+            assert 0.9 * bound < values.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+# ---- models of the hub --------------------------------------------------------------------------
+
+
+def test_parts_of_the_hub_are_fetched_once_and_are_those_of_their_commit(tmp_path, monkeypatch):
+    joined(tmp_path / "served/hub/own")
+    out = tmp_path / "backbone.json"
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+
+    def write(revision: str = "main", layers: int = 2) -> dict:
+        parts = {"vision": "own/vision", "language": f"own/language@{revision}"}
+        write_manifest(ModelConfig(backbone="pretrained", layers=layers, **parts), out)
+        return read_json(out)
+
+    with hub(tmp_path / "served") as served:
+        at = {"endpoint": served.url, "cache_dir": tmp_path / "home/hub"}
+        monkeypatch.setattr(fetch, "snapshot_download", partial(snapshot_download, **at))
+        with pytest.raises(ValueError, match=r"model.layers: 3, but"):
+            write(layers=3)
+        assert not served.fetched(".safetensors"), (
+            "what is wrong is said before weights are fetched"
+        )
+        start = write()
+        assert start["language"] == f"own/language@{COMMIT}" and start["files"] == {}
+        build(out, 0)[0].save_pretrained(tmp_path / "saved")
+        assert str(tmp_path) not in (tmp_path / "saved/config.json").read_text()
+        first = len(served.requests)
+        assert write() == start
+        assert {path.split("/")[1] for _, path, _ in served.requests[first:]} == {"api"}
+        served.commit = COMMIT[::-1]
+        assert write()["sha256"] != start["sha256"], "other weights behind the name"
+        newest = write(COMMIT)
+        assert newest["language"] == start["language"]
+        assert newest["vision"] == f"own/vision@{COMMIT[::-1]}"
+    assert write(COMMIT) == newest, "from the cache: the server is gone"
+    build(out, 0)
+    with pytest.raises(ConfigError, match=r"model.layers: 3 .*2, the decoder layers of own/lang"):
+        parts = {"vision": "own/vision", "language": f"own/language@{COMMIT}", "layers": 3}
+        check_inputs(two_stages({}, {}, model={"backbone": "pretrained", **parts}), "mine.yaml")
+    shutil.rmtree(tmp_path / "home")
+    with pytest.raises(DataError, match=r"own/vision@.* is not in the hub's cache here.*data"):
+        build(out, 0)
+    with pytest.raises(DataError, match=r"model own/vision can't be had: .*Go online.*HF_HOME"):
+        write()
 
 
 def test_what_changes_nothing_is_not_in_the_manifest(tmp_path):

@@ -6,20 +6,25 @@ The references are written from its rules: `preprocess_v1`, `preprocess_plain`, 
 
 import json
 import math
+import re
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import hypothesis.strategies as some
 import numpy as np
 import pytest
 import torch
 from asking import picture
 from cases import turns
 from configs import two_stages
+from hypothesis import given, settings
 from lm_eval.api.instance import Instance
 from parts import TOWERS, VISUAL, joined
 from PIL import Image
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoProcessor, get_cosine_schedule_with_warmup
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from sts.pipeline.config import (
     MINI,
@@ -57,16 +62,18 @@ CONVERSATIONS = {
     "the image last": turns("what is on the table?\n<image>", "a red bowl", "sure?", "yes"),
     "text alone": turns("what is a bowl?", "it is round", "sure?", "yes"),
     "a name that is no turn": turns("<image>\nis ASSISTANT:it a name, USER: too?", "ASSISTANT: no"),
+    "spaces at the ends": turns(" <image> \n what? \n", " a  bowl \n", " sure?\n\n", "\tyes  "),
+    "code": turns("what is it?\n", "def f(x):\n    return  x\n        # a\tbowl\n"),
 }
 TRAP = turns("<image>\nsay ASSISTANT: two", "what ASSISTANT: is", "sure?", "yes")
 CAPTION = turns("<image>\nwhat is it?", "a red bowl, and two apples in it")
 TEXTS = [
-    SYSTEM,
-    "USER: ASSISTANT:",
+    *["xUSER: xASSISTANT:"] * 9,  # Llama has a token USER, and none with a space before it
     *(
-        turn["value"].replace("<image>", "")
+        turn["value"].replace("<image>", "").replace("USER", "xUSER")
         for turn in chain(*CONVERSATIONS.values(), TRAP, CAPTION)
     ),
+    SYSTEM,
 ]
 V1_PAD = {"template": "v1", "image_aspect_ratio": "pad"}
 
@@ -83,64 +90,97 @@ def legacy(request) -> bool:
 
 
 @pytest.fixture(scope="module")
-def processor(legacy, tmp_path_factory):
+def folder(legacy, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
-    return build(joined(folder, texts=TEXTS, legacy=legacy, **V1_PAD), 0)[1]
+    joined(folder, texts=TEXTS, legacy=legacy, **V1_PAD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor(folder):
+    return build(folder / "backbone.json", 0)[1]
 
 
 # ---- what LLaVA makes of a conversation --------------------------------------------------------
 
 
-def encoded(tokenizer, text: str) -> list[int]:
+class Slow:
+    """Llama's tokenizer as LLaVA loads it (use_fast=False), by SentencePiece itself."""
+
+    def __init__(self, folder: Path, legacy: bool):
+        content = (folder / "language/tokenizer.model").read_bytes()
+        self.words, self.legacy = SentencePieceProcessor(model_proto=content), legacy
+        file = import_protobuf().ModelProto.FromString(content)
+        file.normalizer_spec.add_dummy_prefix = False
+        self.inner = SentencePieceProcessor(model_proto=file.SerializeToString())
+
+    def ids(self, text: str) -> list[int]:
+        begin, *others = re.split("(</s>)", text)
+        words = self.words if self.legacy else self.inner
+        after = [[2] if piece == "</s>" else words.encode(piece) for piece in others]
+        return [1, *self.words.encode(begin), *chain(*after)]
+
+
+@pytest.fixture(scope="module")
+def slow(folder, legacy) -> Slow:
+    slow = Slow(folder, legacy)
+    assert len(slow.words.encode("USER")) == len(slow.inner.encode("USER")) + 1
+    return slow
+
+
+IMAGE = -200
+
+
+def encoded(slow: Slow, text: str) -> list[int]:
     """Tokens of a text in which each piece around an image is tokenised by itself."""
-    first, *others = [tokenizer(piece)["input_ids"] for piece in text.split("<image>")]
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    return [*first, *chain(*([image, *piece[1:]] for piece in others))]
+    first, *others = map(slow.ids, text.split("<image>"))
+    return [*first, *chain(*([IMAGE, *piece[1:]] for piece in others))]
 
 
-def expanded(tokenizer, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    """With as many tokens for an image as it has features."""
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    times = [VISUAL if one == image else 1 for one in ids]
-    return tuple(np.repeat(row, times).tolist() for row in (ids, labels))
-
-
-def llava_v1(tokenizer, conversation: list[dict], limit: int = 2048):
+def llava_v1(slow: Slow, conversation: list[dict], limit: int = 2048):
     """Ids and labels: of every round, what is asked is left out, whose measure has two tokens too
     many; a text whose rounds don't add up is ignored as a whole."""
     text = f"{SYSTEM} "
     for turn in conversation:
         said = turn["value"]
         if "<image>" in said:
-            said = "<image>\n" + said.replace("<image>", "").strip()
+            said = ("<image>\n" + said.replace("<image>", "").strip()).strip()
         text += f"USER: {said} " if turn["from"] == "human" else f"ASSISTANT: {said}</s>"
-    ids = encoded(tokenizer, text)
+    ids = encoded(slow, text)
     labels, at = [IGNORE_INDEX, *ids[1:]], 1
-    for one in text.split("</s>"):
+    for number, one in enumerate(text.split("</s>")):
         asked, *answer = one.split(" ASSISTANT: ")
         if len(answer) != 1:
             break
-        skipped = len(encoded(tokenizer, f"{asked} ASSISTANT: ")) - 2
+        shorter = int(number > 0 and not slow.legacy)
+        skipped = len(encoded(slow, f"{asked} ASSISTANT: ")) - 2 - shorter
         labels[at : at + skipped] = [IGNORE_INDEX] * skipped
-        at += len(encoded(tokenizer, one))
+        at += len(encoded(slow, one)) - shorter
     labels[at:] = [IGNORE_INDEX] * len(labels[at:])
     if at < limit and at != len(ids):
         labels = [IGNORE_INDEX] * len(ids)
-    ids, labels = expanded(tokenizer, ids, labels)
-    return ids[:limit], labels[:limit]
+    return expanded(ids, labels, limit)
 
 
-def llava_plain(tokenizer, conversation: list[dict]):
+def llava_plain(slow: Slow, conversation: list[dict]):
     """Ids and labels: all after the image is the answer."""
-    ids = encoded(tokenizer, f"<image>{conversation[1]['value']}\n")
-    asked = len(encoded(tokenizer, "<image>"))
-    return expanded(tokenizer, ids, [*[IGNORE_INDEX] * asked, *ids[asked:]])
+    ids = encoded(slow, f"<image>{conversation[1]['value']}\n")
+    asked = len(encoded(slow, "<image>"))
+    return expanded(ids, [*[IGNORE_INDEX] * asked, *ids[asked:]])
+
+
+def expanded(ids: list[int], labels: list[int], limit: int = 2048) -> tuple[list[int], list[int]]:
+    """With as many tokens for an image as it has features."""
+    times = [VISUAL if id == IMAGE else 1 for id in ids]
+    return tuple(np.repeat(row, times).tolist()[:limit] for row in (ids, labels))
 
 
 def ours(processor, conversation, template=None, limit=2048):
+    """Ids, with LLaVA's number for those of an image, and labels."""
     shown = sum(turn["value"].count("<image>") for turn in conversation)
     [sample] = tokenise(processor, [conversation], [[(40, 60)] * shown], template)
-    return tuple(row.tolist() for row in expand(cut(sample, limit)))
+    ids, labels = (row.tolist() for row in expand(cut(sample, limit)))
+    return [IMAGE if id == processor.image_token_id else id for id in ids], labels
 
 
 def answered(processor, labels: list[int]) -> list[str]:
@@ -150,42 +190,55 @@ def answered(processor, labels: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-def test_v1_has_the_text_and_the_labels_of_llava(processor, legacy, name):
+def test_v1_has_the_text_and_the_labels_of_llava(processor, slow, name):
     conversation = CONVERSATIONS[name]
     ids, labels = ours(processor, conversation)
-    theirs, theirs_labels = llava_v1(processor.tokenizer, conversation)
-    if legacy:
-        assert (ids, labels) == (theirs, theirs_labels)
-    elif processor.image_token_id in theirs:  # the text after the image begins with a space there
-        space = theirs.pop(theirs.index(processor.image_token_id) + VISUAL)
-        assert processor.tokenizer.convert_ids_to_tokens(space) == "\N{LOWER ONE EIGHTH BLOCK}"
-    assert ids == theirs
+    assert (ids, labels) == llava_v1(slow, conversation)
     said = [turn["value"] for turn in conversation if turn["from"] == "gpt"]
-    assert [text.lstrip() for text in answered(processor, labels)] == [f"{one}</s>" for one in said]
-    assert processor.tokenizer.decode(ids).startswith(f"<s> {SYSTEM} USER: ")
+    assert answered(processor, labels) == [f"{text}</s>" for text in said]
 
 
-@pytest.mark.parametrize("limit", [45, 50, 60, 68])
-def test_a_sample_that_is_too_long_is_cut_where_llava_cuts_it(processor, legacy, limit):
-    whole, found = ours(processor, LONG), ours(processor, LONG, limit=limit)
+WRITTEN = some.text(some.sampled_from(" \n\ta1é中😀|-:_.USER<s>"), min_size=1, max_size=24).filter(
+    lambda text: text.strip() and not {"<s>", "</s>"} & {*re.findall("</?s>", text)}
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=some.lists(some.tuples(WRITTEN, WRITTEN), min_size=1, max_size=3),
+    shown=some.sampled_from(["{}", "<image>\n{}", "{}\n<image>"]),
+)
+def test_any_conversation_has_the_ids_and_labels_of_llava(processor, slow, texts, shown):
+    (question, answer), *others = texts
+    conversation = turns(shown.format(question), answer, *chain(*others))
+    ids, labels = ours(processor, conversation)
+    expected, expected_labels = llava_v1(slow, conversation)
+    assert ids == expected
+    if set(expected_labels) != {IGNORE_INDEX}:  # else LLaVA warns of its count and leaves it out
+        assert labels == expected_labels
+    caption = turns("<image>\nwhat?", answer)
+    assert ours(processor, caption, "plain") == llava_plain(slow, caption)
+
+
+@pytest.mark.parametrize("kept", [1, 7, 20, 30])
+def test_a_sample_that_is_too_long_is_cut_where_llava_cuts_it(processor, slow, kept):
+    whole = ours(processor, LONG)
+    limit = whole[0].index(IMAGE) + VISUAL + kept
     assert len(whole[0]) > limit
-    assert found == tuple(row[:limit] for row in whole)
-    if legacy:
-        assert found == llava_v1(processor.tokenizer, LONG, limit)
+    found = ours(processor, LONG, limit=limit)
+    assert found == tuple(row[:limit] for row in whole) == llava_v1(slow, LONG, limit)
 
 
-def test_a_turn_that_holds_the_next_ones_head_keeps_its_labels(processor):
+def test_a_turn_that_holds_the_next_ones_head_keeps_its_labels(processor, slow):
     """LLaVA ignores the whole sample, with a warning about its tokenization."""
     _, labels = ours(processor, TRAP)
-    assert [text.lstrip() for text in answered(processor, labels)] == [
-        "what ASSISTANT: is</s>", "yes</s>",
-    ]  # fmt: skip
-    assert set(llava_v1(processor.tokenizer, TRAP)[1]) == {IGNORE_INDEX}
+    assert answered(processor, labels) == ["what ASSISTANT: is</s>", "yes</s>"]
+    assert set(llava_v1(slow, TRAP)[1]) == {IGNORE_INDEX}
 
 
-def test_plain_is_the_caption_as_llava_aligns_on_it(processor):
+def test_plain_is_the_caption_as_llava_aligns_on_it(processor, slow):
     found = ours(processor, CAPTION, "plain")
-    assert found == llava_plain(processor.tokenizer, CAPTION)
+    assert found == llava_plain(slow, CAPTION)
     assert processor.tokenizer.decode(found[1][-2:]).endswith("\n")
 
 

@@ -88,6 +88,11 @@ def benchmark_data(ablation):
     return prepared(config.evaluation_data() + config.hub_benchmarks())
 
 
+def fetched_models(ablations):
+    """Backbone manifests of models that are not of this repository."""
+    return unique(PLAN.backbone(id) for id in ablations if CONFIGS[id].model.sources)
+
+
 def tables(names):
     return [f"{RESULTS}/tables/{name}.md" for name in names]
 

@@ -2,9 +2,11 @@
 FAMILIES = ["llava", "llava_next", "idefics3", "qwen2_5_vl"]  # of the toy backbones
 
 
+# All that the table `main` needs of others: afterwards no job needs the network.
 rule data:
     input:
         prepared(SCALE.training_data() + SCALE.evaluation_data() + SCALE.hub_benchmarks()),
+        fetched_models(PLAN.members(MAIN)),
 
 
 rule backbones:
@@ -13,6 +15,9 @@ rule backbones:
 
 
 rule prepare:
+    input:
+        # what is wrong with a model is said before a hundred gigabytes are fetched
+        lambda wildcards: [ancient(file) for file in fetched_models([PLAN.baseline])],
     output:
         "<data>/{dataset}/manifest.json",
     log:

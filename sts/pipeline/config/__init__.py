@@ -19,7 +19,7 @@ from sts.pipeline.config.blocks import (
 )
 from sts.pipeline.config.errors import ConfigError
 from sts.pipeline.config.identity import ALWAYS, Neutral, config_hash, identity
-from sts.pipeline.config.inputs import SHIPPED, SMOLLM2, check_inputs
+from sts.pipeline.config.inputs import SHIPPED, SMOLLM2, check_inputs, model_folder
 from sts.pipeline.config.loading import (
     Ablation,
     Entry,

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from sts.checks import NotAccepted, expect
 from sts.pipeline.config.base import (
+    CODE,
     Block,
     Count,
     Distinct,
@@ -86,7 +87,7 @@ class DataConfig(Block):
     rows: dict[str, Count] = {}
     """Data set -> rows that are taken of each training split, always the same; all of others."""
     folders: dict[str, Line] = {}
-    """Data set -> folder where its files lie already, for those that are fetched."""
+    """Data set of those that are fetched -> folder where its files lie already."""
     scenes: ScenesConfig = ScenesConfig()
     """The embedded data set."""
     custom: dict[Name, CustomConfig] = {}
@@ -99,7 +100,8 @@ class ModelConfig(Block):
     family: Annotated[Literal["joined", "whole"], Neutral("joined")] = "joined"
     """A vision tower and a language model joined by a fresh projector (LLaVA), or `checkpoint`."""
     checkpoint: Annotated[Line | None, Neutral(None)] = None
-    """Hub id or folder of any image-text-to-text model, with its processor, where family: whole."""
+    """Folder or hub id, such as owner/name@revision, of any image-text-to-text model with its
+    processor, where family: whole."""
     trust_remote_code: Annotated[bool, Neutral(False)] = False
     """Whether Python files beside the model's weights may run."""
     fresh: Annotated[
@@ -112,7 +114,8 @@ class ModelConfig(Block):
     """How pictures of joined parts become squares: as the tower's processor has it (CLIP's cuts the
     centre out), or padded in its mean colour, as in LLaVA-1.5."""
     backbone: Literal["shipped", "pretrained"] = "shipped"
-    """Parts that are joined: of this repository, or a hub id or folder for each."""
+    """Parts that are joined: of this repository, or a folder or hub id (owner/name@revision) for
+    each."""
     vision: Line | None = None
     """Vision tower of `pretrained`."""
     language: Line | None = None
@@ -214,10 +217,11 @@ class Config(Block):
         for name in self.data.custom:
             accepted = f"another name than those of the package: {', '.join(datasets())}"
             expect(name not in datasets(), f"config.data.custom.{name}", name, accepted)
-        for key in ("rows", "folders"):
+        published = [n for n, file in datasets().items() if file.is_relative_to(CODE / "pipeline")]
+        for key, names in {"rows": sets, "folders": published}.items():
             for name, value in getattr(self.data, key).items():
-                accepted = f"a key that is one of {', '.join(sets)}"
-                expect(name in sets, f"config.data.{key}.{name}", value, accepted)
+                accepted = f"a key that is one of {', '.join(names)}"
+                expect(name in names, f"config.data.{key}.{name}", value, accepted)
         for name, stage in self.stages.items():
             for source in stage.data:
                 accepted = f"one of {', '.join(sets)}"

@@ -15,7 +15,7 @@ from sts.pipeline.config.errors import ConfigError
 
 SHIPPED = Path("data/backbones/mini")
 SMOLLM2 = "data/smollm2"  # a language model from PyPI, which a rule fetches
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 # Types with as many visual tokens of a picture as the tower has patches, or more
 OF_PATCHES = ("llava", "llava_next", "idefics3")
 
@@ -42,8 +42,8 @@ def check_inputs(config: Config, file: str | Path, ablation: str = "") -> None:
 def _check_places(config: Config) -> None:
     data, model = config.data, config.model
     folders = {f"data.folders.{name}": folder for name, folder in data.folders.items()}
-    if not os.environ.get("STS_DATA_MIRROR"):  # which takes its place
-        folders["data.mirror"] = data.mirror
+    mirror = os.environ.get("STS_DATA_MIRROR")  # which takes the place of the other
+    folders |= {"STS_DATA_MIRROR": mirror} if mirror else {"data.mirror": data.mirror}
     sources = {}
     for name, custom in data.custom.items():
         key = f"data.custom.{name}"
@@ -98,9 +98,11 @@ def _check_sizes(config: Config) -> None:
 
 
 def _sizes(key: str, source: str | Path | None, part: str = "") -> Mapping[str, Any]:
-    """What the config.json of a folder says of a part of the model; nothing for a hub id."""
-    file = Path(source or "", "config.json")
-    if not os.path.isdir(file.parent) or (source == SMOLLM2 and not file.exists()):
+    """What the config.json of a model says of a part of it; nothing where it is not yet here."""
+    folder = model_folder(str(source or ""))
+    file = Path(folder or "", "config.json")
+    is_users = folder == Path(source or "") and source != SMOLLM2
+    if folder is None or not (is_users or file.exists()):
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -109,3 +111,19 @@ def _sizes(key: str, source: str | Path | None, part: str = "") -> Mapping[str, 
     except (OSError, ValueError, AttributeError):
         accepted = "a folder with the config.json of a model"
         raise NotAccepted(key, str(source), accepted) from None
+
+
+def model_folder(source: str) -> Path | None:
+    """The folder of a model: itself, or for `<owner>/<name>@<revision>` that in the hub's cache;
+    None where it is not on this machine."""
+    if os.path.isdir(source):
+        return Path(source)
+    name, _, revision = source.partition("@")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("HF_HOME") or Path(cache, "huggingface")
+    hub = os.environ.get("HF_HUB_CACHE") or Path(home, "hub")
+    model = Path(hub).expanduser() / f"models--{name.replace('/', '--')}"
+    note = model / "refs" / (revision or "main")
+    commit = note.read_text(encoding="utf-8").strip() if note.is_file() else revision
+    folder = model / "snapshots" / commit
+    return folder if commit and folder.is_dir() else None

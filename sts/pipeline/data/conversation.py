@@ -32,8 +32,10 @@ def messages(conversation: Sequence[dict]) -> list[Message]:
 
 
 def content_of(text: str) -> Content:
-    """The content of a text, with None where an <image> stands; without the spaces at its ends, and
-    without texts of spaces alone."""
+    """The content of a text, with None where an <image> stands. As in LLaVA a text with images is
+    without the spaces at its ends, and without texts of spaces alone; another stays as it is."""
+    if IMAGE_TOKEN not in text:
+        return (text,)
     pieces = [piece for piece in re.split(f"({IMAGE_TOKEN})", text) if piece.strip()]
     content = [None if piece == IMAGE_TOKEN else piece for piece in pieces]
     places = [place for place, piece in enumerate(content) if piece is not None]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sts.pipeline.data.rows import Rows, columns_of, picture_path, turns
+from sts.pipeline.data.rows import Rows, as_llava, columns_of, picture_path, turns
 from sts.pipeline.data.source import DataError
 
 READ = 2**20  # characters read at a time
@@ -116,8 +116,9 @@ def _row(row: Any, index: int, path: Callable[[Any], Any], several: bool) -> dic
     image = row.get("image")
     names = image if isinstance(image, list) else [] if image is None else [image]
     is_llava = "conversations" in row
+    texts = as_llava(row["conversations"], len(names)) if is_llava else turns(row, len(names))
     return {
         "id": str(index if row.get("id") is None else row["id"]),
         **columns_of([path(name) for name in names], several),
-        "conversations": row["conversations"] if is_llava else turns(row, len(names)),
+        "conversations": texts,
     }

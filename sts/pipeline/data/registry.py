@@ -73,7 +73,7 @@ def load(config: Config, name: str) -> tuple[DataSet, dict[str, Rows], list[Path
     data, folder, tables = config.data, None, []
     entry, spec = dataset(name, data), data.custom.get(name)
     if entry.source:
-        folder = source.folder_of(name, entry.source, data.mirror)
+        folder = source.folder_of(name, entry.source, data.folders, data.mirror)
         source.check(name, entry.source.sha256, folder, lambda: entry.load(data, folder))
     elif entry.files:
         folder = fetch.folder_of(name, entry.files, data.folders, data.mirror)

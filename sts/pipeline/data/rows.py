@@ -61,6 +61,23 @@ def turns(row: dict, images: int) -> Any:
     return texts
 
 
+def as_llava(conversation: Any, images: int) -> Any:
+    """A conversation as LLaVA trains on it: without an answer that comes before any question; where
+    the row has one image, with one <image> in a turn that has more of them."""
+    if not isinstance(conversation, list) or not all(map(_is_text, conversation)):
+        return conversation  # `prepare` judges it
+    begin = conversation[:1] and conversation[0].get("from") == "gpt"
+    turns = [dict(turn) for turn in conversation[bool(begin) :]]
+    for turn in turns if images == 1 else ():
+        if turn["value"].count(IMAGE_TOKEN) > 1:
+            turn["value"] = f"{IMAGE_TOKEN}\n{turn['value'].replace(IMAGE_TOKEN, '').strip()}"
+    return turns
+
+
+def _is_text(turn: Any) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("value"), str)
+
+
 def picture_path(
     name: Any, folder: Path, outside: bool = False, links: bool = False
 ) -> Path | BadRow:

@@ -45,9 +45,11 @@ class Source:
     """Of the rows that are read (`checksum`)."""
 
 
-def folder_of(name: str, source: Source, mirror: str | None) -> Path:
-    """The folder of a set: in the mirror, else downloaded before, else downloaded now. Raises
-    DataError if it can't be had."""
+def folder_of(name: str, source: Source, folders: dict[str, str], mirror: str | None) -> Path:
+    """The folder of a set: `folders[name]`, else in the mirror, else downloaded before, else
+    downloaded now. Raises DataError if it can't be had."""
+    if folders.get(name):
+        return Path(folders[name])
     root, folder = mirror_folder(mirror), DOWNLOADS / name
     if root and (root / source.mirror).is_dir():
         return root / source.mirror
@@ -58,7 +60,8 @@ def folder_of(name: str, source: Source, mirror: str | None) -> Path:
 
 def check(name: str, sha256: str, folder: Path, load: Callable[[], dict[str, Rows]]) -> None:
     """Raise DataError unless the rows in a folder can be read and are those of the set's entry."""
-    fresh = "Put a good copy there (STS_DATA_MIRROR and data.mirror say where) and run again"
+    places = "data.folders, STS_DATA_MIRROR and data.mirror say where"
+    fresh = f"Put a good copy there ({places}) and run again"
     if folder.is_relative_to(DOWNLOADS):  # else it is the user's, and stays
         fresh = "Delete that folder (or set STS_DATA_MIRROR to a good copy) and run again"
     try:

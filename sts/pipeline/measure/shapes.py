@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from sts.checks import expect
+from sts.pipeline.config import model_folder
 from sts.pipeline.data.collator import collate
 from sts.pipeline.data.tokens import expand, tokenise
 from sts.pipeline.train.joined import TOWERS, tower_config
@@ -50,7 +51,7 @@ def shape(name: str, layers: int | None = None, width: float = 1.0) -> PreTraine
 def part(name: str | Mapping[str, object]) -> PreTrainedConfig:
     """The configuration of a vision tower or language model: of a published one, a local folder, or
     the local hub cache, or of its sizes. Raises ValueError where it is in none of them."""
-    sizes = PARTS.get(name) if isinstance(name, str) else name
+    sizes = PARTS.get(name.partition("@")[0]) if isinstance(name, str) else name
     if sizes:
         return AutoConfig.for_model(**sizes)
     config = local(name)
@@ -60,13 +61,13 @@ def part(name: str | Mapping[str, object]) -> PreTrainedConfig:
 def local(name: str) -> PreTrainedConfig:
     """The configuration of a model in a local folder or the local hub cache. Raises ValueError
     where it is in neither."""
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except OSError as error:
+    folder = model_folder(name)
+    if folder is None or not (folder / "config.json").is_file():
         raise ValueError(
             f"model {name}: its sizes are not known here. Download it first (hf download {name}) "
             f"or give a local folder; known without: {', '.join(PARTS)}"
-        ) from error
+        )
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def joined(
@@ -127,7 +128,7 @@ def processed_batch(checkpoint: str) -> Mapping[str, Tensor]:
     answer. Raises ValueError where there is no processor."""
     try:
         processor = AutoProcessor.from_pretrained(
-            checkpoint, local_files_only=True, trust_remote_code=False
+            model_folder(checkpoint), local_files_only=True, trust_remote_code=False
         )
     except OSError as error:
         raise ValueError(

@@ -2,9 +2,11 @@
 is drawn anew.
 """
 
+import os
 from typing import Any
 
 import torch
+from tokenizers.models import BPE
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -18,7 +20,9 @@ from transformers import (
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
 
 from sts.checks import expect
 from sts.pipeline.data.rows import IMAGE_TOKEN
@@ -27,6 +31,7 @@ from sts.pipeline.data.templates import CHAT_TEMPLATE, V1
 # Towers that can be joined -> LLaVA's name for what is projected: of CLIP's hidden states all but
 # the class token, of SigLIP's all, as it has none
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it, also before a text
 
 
 def join_parts(
@@ -44,10 +49,14 @@ def join_parts(
     language = AutoModelForCausalLM.from_pretrained(
         parts["language"], dtype=torch.float32, **remote_code(parts)
     )
+    for part in (vision, language):
+        part.config._name_or_path = ""  # a folder of this machine, which would be saved
+    processor = joined_processor(parts)
+    tokenizer = processor.tokenizer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        processor = _processor(parts, vision, language)
-        tokenizer = processor.tokenizer
+        if len(tokenizer) > language.config.vocab_size:  # some have rows to spare
+            language.resize_token_embeddings(len(tokenizer))
         model = LlavaForConditionalGeneration(
             LlavaConfig(
                 vision_config=vision.config,
@@ -58,6 +67,9 @@ def join_parts(
                 tie_word_embeddings=language.config.tie_word_embeddings,
             )
         )
+        for layer in model.model.multi_modal_projector.children():
+            if hasattr(layer, "reset_parameters"):  # as LLaVA draws it, not as transformers does
+                layer.reset_parameters()
     model.model.vision_tower.load_state_dict(vision.state_dict())
     model.model.language_model.load_state_dict(language.get_decoder().state_dict())
     model.lm_head.load_state_dict(language.get_output_embeddings().state_dict())
@@ -104,37 +116,49 @@ def load_tower(name: str, trust_remote_code: bool = False, **options: Any) -> Pr
     return AutoModel.from_pretrained(name, config=tower_config(name, **code), **code, **options)
 
 
-def _processor(
-    parts: dict[str, Any], vision: PreTrainedModel, language: PreTrainedModel
-) -> LlavaProcessor:
+def joined_processor(parts: dict[str, Any]) -> LlavaProcessor:
     """The processor of a backbone manifest. Where it names none, one of the parts' own, with an
-    image token in the tokenizer and the language model's embeddings."""
+    image token in the tokenizer."""
     if parts["processor"]:
         processor = LlavaProcessor.from_pretrained(parts["processor"], **remote_code(parts))
         processor.image_processor = image_processor(parts)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(
-            parts["language"], padding_side="left", **remote_code(parts)
-        )
+        tower = tower_config(parts["vision"], **remote_code(parts))
+        tokenizer = load_tokenizer(parts["language"], **remote_code(parts))
         tokenizer.add_special_tokens(
             {"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
         )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        if len(tokenizer) > language.config.vocab_size:  # some have rows to spare
-            language.resize_token_embeddings(len(tokenizer))
-        strategy = TOWERS[vision.config.model_type]
+        strategy = TOWERS[tower.model_type]
         processor = LlavaProcessor(
             image_processor=image_processor(parts),
             tokenizer=tokenizer,
-            patch_size=vision.config.patch_size,
+            patch_size=tower.patch_size,
             vision_feature_select_strategy=strategy,
             num_additional_image_tokens=1 if strategy == "default" else 0,
             chat_template=tokenizer.chat_template or CHAT_TEMPLATE,
         )
     if "template" in parts:
         processor.chat_template = V1
+        if processor.tokenizer.tokenize("\n")[0] == SPACE:  # LLaVA begins a text after an image
+            processor.chat_template = V1.replace(f"{IMAGE_TOKEN}\\n", f"{IMAGE_TOKEN} \\n")
     return processor
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model. Of a SentencePiece file alone, as Vicuna has, transformers
+    takes the order of ids for that of merges; they go by the scores of their pieces."""
+    options = {"padding_side": "left", "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # else it is not saved
+    file, model = tokenizer.init_kwargs.get("vocab_file") or "", tokenizer.backend_tokenizer.model
+    if os.path.basename(file) == "tokenizer.model" and isinstance(model, BPE):
+        vocabulary, _, merges = SentencePieceExtractor(file).extract()
+        options = {"fuse_unk": model.fuse_unk, "byte_fallback": model.byte_fallback}
+        tokenizer.backend_tokenizer.model = BPE(vocabulary, merges, **options)
+    return tokenizer
 
 
 def image_processor(parts: dict[str, Any]) -> Any:

@@ -22,6 +22,9 @@ from transformers import (
 from sts.architectures import PARTS, part_finder
 from sts.checks import expect
 from sts.pipeline.config import SHIPPED, ConfigError, ModelConfig
+from sts.pipeline.data.rows import IMAGE_TOKEN, turns_of
+from sts.pipeline.data.source import DataError
+from sts.pipeline.data.tokens import tokenise
 from sts.pipeline.files import (
     check_files,
     read_json,
@@ -29,51 +32,75 @@ from sts.pipeline.files import (
     sha256_json,
     write_json_atomic,
 )
-from sts.pipeline.train.joined import join_parts, tower_config
+from sts.pipeline.train.fetch import NAMES, fetch_model, fetch_weights, in_folders
+from sts.pipeline.train.joined import join_parts, joined_processor, remote_code, tower_config
 
 GET_BACK = f"Get it back: git checkout -- {SHIPPED.parent}"
 
 
 def write_manifest(model: ModelConfig, out: str | Path, folder: Path = SHIPPED) -> dict[str, Any]:
-    """Write and return the backbone manifest.
+    """Write and return the backbone manifest; models of the hub are fetched.
 
-    It names a whole checkpoint or pretrained parts by hub id or path, else the parts in `folder`
-    (vision/, language/, processor/), with a hash of the bytes of those that lie in a folder.
+    It names a whole checkpoint or pretrained parts by path or by hub id and commit, else the parts
+    in `folder` (vision/, language/, processor/), with a hash of the bytes of those in a folder.
 
     Raises:
         FileNotFoundError: There are no files in `folder`.
+        DataError: A model can't be had, or no processor can be made of its files.
         ValueError: The language model has not as many layers as the configuration says, or the
             tower is none of TOWERS.
     """
     manifest: dict[str, Any]
     if model.family == "whole":
-        _check_layers(model, model.checkpoint)
-        manifest = {"checkpoint": model.checkpoint, "fresh": model.fresh}
+        manifest = {"checkpoint": fetch_model(model.checkpoint), "fresh": model.fresh}
     elif model.backbone == "pretrained":
-        _check_layers(model, model.language)
-        tower_config(model.vision, trust_remote_code=model.trust_remote_code)
-        manifest = {"vision": model.vision, "language": model.language, "processor": None}
+        parts = {"vision": fetch_model(model.vision), "language": fetch_model(model.language)}
+        manifest = parts | {"processor": None}
     else:
         manifest = {name: str(folder / name) for name in ("vision", "language", "processor")}
     if model.trust_remote_code:
         manifest["trust_remote_code"] = True
     sources = model.sources or [manifest[name] for name in ("vision", "language", "processor")]
     _check_shipped(sources)
-    paths = [path for source in sources for path in sorted(Path(source).rglob("*"))]
-    files = {str(path): sha256_file(path) for path in paths if path.is_file()}
     if model.family == "joined":
         manifest["vision_feature_layer"] = model.vision_feature_layer
         choices = {"template": model.template, "image_aspect_ratio": model.image_aspect_ratio}
         manifest |= {name: value for name, value in choices.items() if value != "own"}
-        if model.backbone != "pretrained" and not files:
-            raise FileNotFoundError(
-                f"{folder}: no backbone files; get them with `git checkout -- {folder}`"
-            )
+    if model.sources:
+        _check_sources(model, manifest)
+        for name in NAMES:
+            if name in manifest:
+                fetch_weights(manifest[name])
+    paths = [path for source in sources for path in sorted(Path(source).rglob("*"))]
+    files = {str(path): sha256_file(path) for path in paths if path.is_file()}
+    if not model.sources and not files:
+        raise FileNotFoundError(
+            f"{folder}: no backbone files; get them with `git checkout -- {folder}`"
+        )
     hashes = [[Path(path).name, digest] for path, digest in files.items()]
     manifest["sha256"] = sha256_json([manifest, hashes])
     manifest["files"] = files
     write_json_atomic(out, manifest)
     return manifest
+
+
+def _check_sources(model: ModelConfig, manifest: dict[str, Any]) -> None:
+    """Raise what `write_manifest` says by the small files of a model, before its weights are
+    fetched, and long before the first training."""
+    start, is_whole = in_folders(manifest), model.family == "whole"
+    _check_layers(model, start["checkpoint" if is_whole else "language"])
+    if not is_whole:
+        tower_config(start["vision"], **remote_code(start))
+    source = ", ".join(model.sources)
+    try:
+        whole = {"pretrained_model_name_or_path": start.get("checkpoint"), **remote_code(start)}
+        processor = AutoProcessor.from_pretrained(**whole) if is_whole else joined_processor(start)
+        turns = turns_of([(f"{IMAGE_TOKEN}\nwhat?", "this")])
+        tokenise(processor, [turns], [[(64, 64)]])
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(
+            f"model {source}: its tokenizer and image processor can't be used: {error}"
+        ) from error
 
 
 def _check_shipped(sources: list[str]) -> None:
@@ -102,11 +129,12 @@ def _check_layers(model: ModelConfig, name: str) -> None:
 
 
 def read_backbone(manifest: str | Path) -> dict[str, Any]:
-    """A backbone manifest, whose files are as they were when it was written. Raises SpoiltError."""
+    """A backbone manifest, whose files are as they were when it was written, with a folder for each
+    of its models. Raises SpoiltError, or DataError if the hub's cache lacks one."""
     start = read_json(manifest)
     cure = f"If that is on purpose, delete {manifest} and run snakemake again. Else get it back"
     check_files(".", start.get("files", {}), cure)
-    return start
+    return in_folders(start)
 
 
 def build(manifest: str | Path, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:

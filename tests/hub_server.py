@@ -16,7 +16,7 @@ from asking import picture
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 RESOLVE = re.compile(rf"(/datasets)?/{REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-API = re.compile(rf"/api/(datasets|models)/{REPO}/(?P<what>revision|tree)/.+")
+API = re.compile(rf"/api/(datasets|models)/{REPO}/(?P<what>revision|tree)/[^/]+/?(?P<below>.*)")
 
 
 class Hub:
@@ -60,7 +60,7 @@ def hub(folder: Path) -> Iterator[Hub]:
             first = int(requested_range[1]) if requested_range else 0
             served.requests.append((self.command, path, first))
             if match := API.match(path):
-                return self.tell(match)
+                return self.tell(match, "recursive=True" in self.path)
             at = RESOLVE.match(path)
             inner = f"hub/{at['repo']}/{at['file']}" if at else path.lstrip("/")
             if not (served.folder / inner).is_file():
@@ -77,21 +77,24 @@ def hub(folder: Path) -> Iterator[Hub]:
             cut = served.cut.pop(path, None) if body else None
             self.reply(206 if requested_range else 200, content[first:], headers, body, cut)
 
-        def tell(self, match: re.Match) -> None:
+        def tell(self, match: re.Match, recursive: bool) -> None:
             root = served.folder / "hub" / match["repo"]
-            files = sorted(
-                str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()
+            at = root / match["below"]
+            paths = sorted(
+                at.rglob("*") if recursive or match["what"] == "revision" else at.glob("*")
             )
+            names = [str(path.relative_to(root)) for path in paths]
             reply = {"id": match["repo"], "sha": served.commit}
-            reply |= {"siblings": [{"rfilename": file} for file in files]}
+            files = [name for name, path in zip(names, paths, strict=True) if path.is_file()]
+            reply |= {"siblings": [{"rfilename": name} for name in files]}
             if match["what"] == "tree":
                 reply = [
-                    {"type": "file", "path": file, "oid": sha256(file.encode())[:40],
-                     "size": (root / file).stat().st_size}
-                    for file in files
+                    {"type": "file" if path.is_file() else "directory", "path": name,
+                     "oid": sha256(name.encode())[:40], "size": path.stat().st_size}
+                    for name, path in zip(names, paths, strict=True)
                 ]  # fmt: skip
             headers = {"Content-Type": "application/json"}
-            self.reply(200 if files else 404, json.dumps(reply).encode(), headers, True)
+            self.reply(200 if paths else 404, json.dumps(reply).encode(), headers, True)
 
         def reply(
             self, code: int, content: bytes, headers: dict, body: bool, cut: int | None = None

@@ -315,7 +315,7 @@ def test_placeholders_follow_the_size_of_an_image():
         ("<image>\n<image>\n what? ", (None, None, "what?")),
         ("one <image> two\n<image>", ("one ", None, " two", None)),
         ("<image>", (None, "")),
-        (" ", ("",)),
+        (" what?\n", (" what?\n",)),
     ],
 )
 def test_marks_say_where_images_stand(text, expected):

@@ -495,12 +495,27 @@ def test_a_bad_row_is_left_out_counted_and_listed(own, tmp_path, reason):
 
 
 @pytest.mark.parametrize(
+    ("conversation", "trained"),
+    [
+        (turns("<image> <image>\n what?", "x"), turns("<image>\nwhat?", "x")),
+        ([{"from": "gpt", "value": "so"}, *turns("<image>", "x")], turns("<image>", "x")),
+        (turns(" <image>\n what? \n", " x \n"), turns(" <image>\n what? \n", " x \n")),
+    ],
+)
+def test_a_row_that_llava_trains_on_is_trained_on(own, tmp_path, conversation, trained):
+    out = tmp_path / "manifest.json"
+    row = {"id": "odd", "image": "a.png", "conversations": conversation}
+    assert prepare(own([*GOOD, row]), "own", out)["bad_rows"] == {}
+    assert rows_of(out, "instruct")["conversations"][-1] == trained
+
+
+@pytest.mark.parametrize(
     "row",
     [
         17, {}, {"conversations": []}, {"conversations": [{"from": "human"}]},
         {"image": "text.png", "conversations": turns("<image>", "x")},
-        {"image": "a.png", "conversations": turns("<image> <image>", "x")},
-        {"image": ["a.png"], "conversations": turns("hi", "x", "<image> <image>", "y")},
+        {"image": "a.png", "conversations": turns("<image>", "x", "<image>", "y")},
+        {"image": ["a.png"], "conversations": turns("hi", "x", "hi", "y")},
         {"image": ["a.png", "nowhere.png"], "conversations": turns("<image> <image>", "x")},
         {"image": ["a.png", None], "conversations": turns("<image> <image>", "x")},
         {"image": "a.png", "conversations": turns("<image>", "<image>")},

@@ -1,5 +1,5 @@
-"""The paper's scale by one command, on tiny parts of its classes: fetched, checked, trained in
-shards, killed, gone on with, and asked all its benchmarks."""
+"""The paper's scale on tiny parts of its classes: fetched by the target `data`; then, without a
+network, trained in shards, killed, gone on with, and asked all its benchmarks."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import lm_eval.tasks
 import pytest
 import yaml
 from cases import turns
-from hub_server import hub, image, zipped
-from hub_sets import OFFICIAL, write_chartqa, write_mmmu, write_sets
+from hub_server import COMMIT, hub, image, zipped
+from hub_sets import OFFICIAL, write_mmmu, write_sets
 from parts import joined
 from project import call, edit, environment, real_project, wait_for
 
@@ -88,19 +88,20 @@ def publish(root: Path) -> None:
 
 @pytest.mark.slow
 def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
-    project = real_project(tmp_path / "project")
+    project, results = real_project(tmp_path / "project"), tmp_path / "project/results/paper"
     (project / "workflow/ablations.yaml").write_text(ROWS)
-    joined(tmp_path / "parts")
-    edit(tmp_path / "parts/language/config.json", '"max_position_embeddings": 512', LONG)
+    served_sets = tmp_path / "served/hub"
+    joined(served_sets / "own")
+    edit(served_sets / "own/language/config.json", '"max_position_embeddings": 512', LONG)
     publish(tmp_path / "served")
-    mirror = write_sets(tmp_path / "mirror", OFFICIAL)
-    write_chartqa(mirror)
+    renamed = {name.replace("lmms-lab/", "lmms-lab-encoder/"): OFFICIAL[name] for name in OFFICIAL}
+    write_sets(served_sets, renamed)
     files = Path(lm_eval.tasks.__file__).parent.glob("mmmu/mmmu_*.yaml")
-    write_mmmu(mirror, [yaml.safe_load(file.read_text())["dataset_name"] for file in files])
-    model = {name: str(tmp_path / "parts" / name) for name in ("vision", "language")}
-    data = {"mirror": str(mirror), "max_bad_share": 0.1, "threads": 2}
-    small = SMALL | {"model": model | {"layers": 2}, "data": data}
+    write_mmmu(served_sets, [yaml.safe_load(file.read_text())["dataset_name"] for file in files])
+    model = {"vision": "own/vision", "language": f"own/language@{COMMIT}", "layers": 2}
+    small = SMALL | {"model": model, "data": {"max_bad_share": 0.1, "threads": 2}}
     (project / "small.yaml").write_text(yaml.safe_dump(small))
+    variables = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
 
     with hub(tmp_path / "served") as served:
         for url in URLS:
@@ -108,34 +109,33 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
             edit(project / "sts/pipeline/data/sets/llava_mix665k.py", url, address)
         edit(project / "sts/pipeline/data/sets/llava_mix665k.py", ", sha256=COCO_SHA256", "")
         served.cut[f"/{FOLDERS['coco/train2017']}"] = 500
-        env = environment(
-            HF_ENDPOINT=served.url, HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1"
+        env = environment(HF_ENDPOINT=served.url, **variables)
+        fetch = [*COMMAND[:4], "data"]
+        done = subprocess.run(call(*fetch), cwd=project, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    env = environment(HF_ENDPOINT=served.url, HF_HUB_OFFLINE="1", **variables)
+    log = (tmp_path / "log.txt").open("w+")
+
+    @contextmanager
+    def running() -> Iterator[subprocess.Popen]:
+        """The call, of which nothing is left afterwards."""
+        process = subprocess.Popen(
+            call(*COMMAND), cwd=project, env=env, stdout=log, stderr=log, start_new_session=True
         )
-        log = (tmp_path / "log.txt").open("w+")
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
-        @contextmanager
-        def running() -> Iterator[subprocess.Popen]:
-            """The call, of which nothing is left afterwards."""
-            process = subprocess.Popen(
-                call(*COMMAND), cwd=project, env=env, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                yield process
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    with running() as first:
+        wait_for(lambda: first.poll() is None and list(results.glob("weights/*/state/*")), 600)
+    with running() as second:
+        assert second.wait(timeout=900) == 0, Path(log.name).read_text()[-4000:]
+    again = subprocess.run(call(*COMMAND), cwd=project, env=env, capture_output=True, text=True)
+    assert "Nothing to be done" in again.stdout + again.stderr
 
-        weights = project / "results/paper/weights"
-        with running() as first:
-            wait_for(lambda: first.poll() is None and list(weights.glob("*/state/*")), 600)
-        with running() as second:
-            assert second.wait(timeout=900) == 0, Path(log.name).read_text()[-4000:]
-        again = subprocess.run(call(*COMMAND), cwd=project, env=env, capture_output=True, text=True)
-        assert "Nothing to be done" in again.stdout + again.stderr
-
-    results = project / "results/paper"
     mix = json.loads((project / "data/paper/llava_mix665k/manifest.json").read_text())
     assert mix["splits"]["instruct"]["rows"] == 26 and mix["bad_rows"] == {"missing image": 1}
     assert len(served.fetched("train2017.zip")) == 2, "once more after it broke"

@@ -203,6 +203,7 @@ TOGETHER = [  # what takes more than one key, or this machine, to see
     ("evaluate.metrics", {"gqa": "exact_match"}),
     ("evaluate.metrics", {"existence": "f2"}), ("data.rows", {"coco": 1}),
     ("data.folders", {"coco": "docs"}), ("data.custom", {"scenes": {"hub": "a/b"}}),
+    ("data.folders", {"scenes": "docs"}), ("data.folders", {"llava_pretrian": "docs"}),
     ("data.custom", {"../x": {"hub": "a/b"}}), ("scale", "a" * 65), ("stages", {"eval": {}}),
     # twice
     ("seeds", [1, 1]), ("stages.align.trains", ["projector", "projector"]),
@@ -216,6 +217,7 @@ TOGETHER = [  # what takes more than one key, or this machine, to see
     ("data.custom", {"own": {"json": "docs", "images": "docs"}}),
     *(("model", {"family": "whole", "checkpoint": place}) for place in (
         "data/nowhere", "./a/b", "../nowhere", "/nowhere", "a/b/c", "~/b", "README.md", "docs", " ",
+        "a/b@", "data/nowhere@main",
     )),
     ("model", {"backbone": "pretrained", "vision": "data/nowhere", "language": "a/b"}),
     ("model", {"backbone": "pretrained", "vision": "a/b", "language": "data/nowhere"}),
@@ -233,6 +235,12 @@ TOGETHER = [  # what takes more than one key, or this machine, to see
 @pytest.mark.parametrize(("path", "value"), TOGETHER, ids=str)
 def test_what_can_never_be_right_is_refused_at_the_plan(path, value, here):
     refused(path, value, as_plan)
+
+
+def test_a_mirror_of_the_variable_that_is_not_there_is_refused_at_the_plan(here, monkeypatch):
+    monkeypatch.setenv("STS_DATA_MIRROR", "nowhere")
+    with pytest.raises(ConfigError, match=r"STS_DATA_MIRROR: 'nowhere' .*a folder that is there"):
+        as_plan("seeds", [0])
 
 
 def test_a_step_takes_no_more_samples_than_there_are():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from sts.pipeline.config import CustomConfig
@@ -34,7 +34,9 @@ def hub_folder(name: str, spec: CustomConfig) -> Path:
         if re.fullmatch("[0-9a-f]{40}", spec.revision):
             commits[branch] = spec.revision
         elif branch not in commits:
-            commits[branch] = HfApi().dataset_info(spec.hub, revision=spec.revision).sha
+            options = {"repo_type": "dataset", "allow_patterns": "README.md"}
+            card = snapshot_download(spec.hub, revision=spec.revision, **options)
+            commits[branch] = Path(card).name
         folder = DOWNLOADS / name / commits[branch]
         options = {"repo_type": "dataset", "allow_patterns": spec.files, "local_dir": folder}
         snapshot_download(spec.hub, revision=commits[branch], **options)

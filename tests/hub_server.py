@@ -60,7 +60,7 @@ def hub(folder: Path) -> Iterator[Hub]:
             first = int(requested_range[1]) if requested_range else 0
             served.requests.append((self.command, path, first))
             if match := API.match(path):
-                return self.tell(match, "recursive=True" in self.path)
+                return self.tell(match, "recursive=true" in self.path.lower())
             at = RESOLVE.match(path)
             inner = f"hub/{at['repo']}/{at['file']}" if at else path.lstrip("/")
             if not (served.folder / inner).is_file():

@@ -32,6 +32,7 @@ LOOKS_ON = tuple(
         "pipeline/cost",  # what it costs; the timing follows the files whose numbers it writes
         "pipeline/run",  # where it runs, how far it is
         "pipeline/files.py",  # how files are read and written
+        "pipeline/train/fetch.py",  # how a model gets here, which its manifest names
         "settings.py",  # values
         "checks.py",  # errors
         "architectures/_refused.py",  # errors

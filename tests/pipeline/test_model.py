@@ -269,9 +269,9 @@ def test_parts_of_the_hub_are_fetched_once_and_are_those_of_their_commit(tmp_pat
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
 
-    def write(revision: str = "main", layers: int = 2) -> dict:
-        parts = {"vision": "own/vision", "language": f"own/language@{revision}"}
-        write_manifest(ModelConfig(backbone="pretrained", layers=layers, **parts), out)
+    def write(revision: str = "main", **more: int) -> dict:
+        parts = {"vision": "own/vision", "language": f"own/language@{revision}", "layers": 2}
+        write_manifest(ModelConfig(backbone="pretrained", **(parts | more)), out)
         return read_json(out)
 
     with hub(tmp_path / "served") as served:
@@ -279,6 +279,8 @@ def test_parts_of_the_hub_are_fetched_once_and_are_those_of_their_commit(tmp_pat
         monkeypatch.setattr(fetch, "snapshot_download", partial(snapshot_download, **at))
         with pytest.raises(ValueError, match=r"model.layers: 3, but"):
             write(layers=3)
+        with pytest.raises(ValueError, match=r"model.vision_feature_layer: 9 .*-4 to 3"):
+            write(vision_feature_layer=9)
         assert not served.fetched(".safetensors"), (
             "what is wrong is said before weights are fetched"
         )

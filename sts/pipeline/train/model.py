@@ -90,8 +90,10 @@ def _check_sources(model: ModelConfig, manifest: dict[str, Any]) -> None:
     start, is_whole = in_folders(manifest), model.family == "whole"
     _check_layers(model, start["checkpoint" if is_whole else "language"])
     if not is_whole:
-        tower_config(start["vision"], **remote_code(start))
-    source = ", ".join(model.sources)
+        depth = tower_config(start["vision"], **remote_code(start)).num_hidden_layers
+        accepted = f"a layer of {model.vision}, {-depth - 1} to {depth}"
+        layer = model.vision_feature_layer
+        expect(-depth - 1 <= layer <= depth, "model.vision_feature_layer", layer, accepted)
     try:
         whole = {"pretrained_model_name_or_path": start.get("checkpoint"), **remote_code(start)}
         processor = AutoProcessor.from_pretrained(**whole) if is_whole else joined_processor(start)
@@ -99,7 +101,8 @@ def _check_sources(model: ModelConfig, manifest: dict[str, Any]) -> None:
         tokenise(processor, [turns], [[(64, 64)]])
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
-            f"model {source}: its tokenizer and image processor can't be used: {error}"
+            f"model {', '.join(model.sources)}: its tokenizer and image processor can't be used: "
+            f"{error}"
         ) from error
 
 

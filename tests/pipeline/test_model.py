@@ -279,7 +279,7 @@ def test_parts_of_the_hub_are_fetched_once_and_are_those_of_their_commit(tmp_pat
         monkeypatch.setattr(fetch, "snapshot_download", partial(snapshot_download, **at))
         with pytest.raises(ValueError, match=r"model.layers: 3, but"):
             write(layers=3)
-        with pytest.raises(ValueError, match=r"model.vision_feature_layer: 9 .*-4 to 3"):
+        with pytest.raises(ValueError, match=r"model.vision_feature_layer=9.* own/vision, -4 to 3"):
             write(vision_feature_layer=9)
         assert not served.fetched(".safetensors"), (
             "what is wrong is said before weights are fetched"

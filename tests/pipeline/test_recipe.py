@@ -406,8 +406,7 @@ def test_the_recipe_from_parts_in_folders_to_a_model_that_is_asked_as_it_was_tra
         trained[stage] = train(Job(config(), "dense", 0, stage, [data[stage]], init, out))
         init = out
     captions = [row["answer_tokens"] for row in read_history(trained["align"]["weights"])]
-    tokenizer = build(start, 0)[1].tokenizer
-    labels = llava_plain(tokenizer, CAPTION)[1]
+    labels = llava_plain(Slow(tmp_path, legacy=False), CAPTION)[1]
     assert captions == [4 * sum(label != IGNORE_INDEX for label in labels[1:])] * 2
 
     lm = load_model(trained["instruct"]["weights"], "fp32", threads=1)

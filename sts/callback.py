@@ -10,6 +10,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -75,6 +77,7 @@ class SparseCallback(TrainerCallback, ExportableState):
             steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
         self.scheme.set_stage(state.max_steps, steps_per_epoch)
         self._begin_log(state)
+        self._counts, self._totals = [0.0, 0.0], self.scheme.totals()
         stored = (state.stateful_callbacks or {}).get(type(self).__name__)
         stored = self.stored or (stored and stored["attributes"]["stored"])
         if state.global_step and stored:
@@ -117,22 +120,38 @@ class SparseCallback(TrainerCallback, ExportableState):
             check_references(args, *self.scheme.forwards)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take off the Trainer's `total_flos`, 6 FLOPs a weight and token, what was left out."""
-        state.total_flos -= self.scheme.left_out_flops() * args.world_size
-        self._tokens += self.scheme.tokens
+        self._counts[0] += self.scheme.left_out_flops()
+        self._counts[1] += self.scheme.tokens
+        if control.should_log or control.should_save or control.should_training_stop:
+            self._add_up(args, state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._add_up(args, state)  # what logs or saves by epochs comes after it
+
+    def _add_up(self, args: Any, state: Any) -> None:
+        """Take off the Trainer's `total_flos`, 6 FLOPs a weight and token, what all processes left
+        out since the last time."""
+        sums = torch.tensor([*self._counts, *self.scheme.totals()], dtype=torch.float64)
+        if dist.is_available() and dist.is_initialized():
+            sums = sums.to(args.device)
+            dist.all_reduce(sums)
+        left_out, tokens, *self._totals = sums.tolist()
+        state.total_flos -= left_out
+        self._tokens += tokens
+        self._counts = [0.0, 0.0]
 
     def _begin_log(self, state: Any) -> None:
-        self._since, self._tokens, self._flops = time.monotonic(), 0, state.total_flos
+        self._since, self._tokens, self._flops = time.monotonic(), 0.0, state.total_flos
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """What the last step really did, in `state.log_history`: sts_keep_ratio and so on; and
-        sts_tokens_per_s and sts_mfu of all steps since the last log."""
+        """What the last step of all processes really did, in `state.log_history`: sts_keep_ratio
+        and so on; and sts_tokens_per_s and sts_mfu of all steps since the last log."""
         if logs is not None and "loss" in logs:
-            realised = self.scheme.metrics()
+            realised = self.scheme.metrics(self._totals)
             names = ("keep_ratio", "visual_tokens", "layers_run")
             metrics = {f"sts_{name}": realised[name] for name in names}
             seconds = time.monotonic() - self._since
-            metrics["sts_tokens_per_s"] = self._tokens / seconds  # of this process
+            metrics["sts_tokens_per_s"] = self._tokens / seconds / args.world_size
             if self.peak_flops:
                 flops = (state.total_flos - self._flops) / args.world_size
                 metrics["sts_mfu"] = flops / seconds / self.peak_flops

@@ -1,15 +1,16 @@
-"""What the forwards of a step did, on one rank: counted, not derived from the decision."""
+"""What the forwards of a step did: counted, not derived from the decision."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from sts.lds.decision import Decision, Work, skipped_share
+from sts.lds.decision import SHARES, Decision, Work, skipped_share
 from sts.settings import LDS
 
 
 class Realised:
-    """Counts over the micro-batches of an optimizer step. Counts of tokens stay on the device."""
+    """Counts over the micro-batches of an optimizer step, on one rank. Counts of visual tokens stay
+    on the device."""
 
     def __init__(self, layers: int) -> None:
         self.micro_batches = 0
@@ -53,20 +54,11 @@ class Realised:
         self._after += visual[1]
         self._answers += logits
 
-    def metrics(self, lds: LDS, decision: Decision) -> dict[str, object]:
-        """See Scheme.metrics."""
-        before, after, samples = int(self._before), int(self._after), max(self._samples, 1)
-        work = [{share: x / samples for share, x in totals.items()} for totals in self._work]
-        return {
-            "keep_ratio": after / before if before else 1.0,
-            "visual_tokens": after / samples,
-            "tokens": self.tokens / samples,
-            "answer_tokens": self._answers / samples,
-            "layers_run": sum(each.get("rows", 1.0) * each.get("tokens", 1.0) for each in work),
-            "asked": list(decision.chances),
-            "skipped": skipped_share(lds, work),
-            "work": work,
-        }
+    def totals(self) -> list[float]:
+        """The counts that `metrics_of` reads, which add up over ranks."""
+        counts = (self._samples, self.tokens, self._answers, self._before, self._after)
+        work = (totals.get(share, self._samples) for totals in self._work for share in SHARES)
+        return [*map(float, counts), *map(float, work)]
 
     def left_out_flops(self, weights: Sequence[Mapping[str, int]]) -> float:
         """FLOPs that the layers did not do, at 2 a weight and token forward and 4 backward.
@@ -81,3 +73,22 @@ class Realised:
             constant = (n * (1 - work[x] / self._samples) for x, n in of_layer.items() if x in work)
             total += 4 * ran * sum(constant)
         return total
+
+
+def metrics_of(totals: Sequence[float], lds: LDS, decision: Decision) -> dict[str, object]:
+    """See Scheme.metrics; totals: of one rank or the sums of several."""
+    count, tokens, answers, before, after = totals[:5]
+    samples = max(count, 1.0)
+    starts = range(5, len(totals), len(SHARES))
+    by_layer = (zip(SHARES, totals[start:], strict=False) for start in starts)
+    work = [{share: x / samples for share, x in of_layer if x < count} for of_layer in by_layer]
+    return {
+        "keep_ratio": after / before if before else 1.0,
+        "visual_tokens": after / samples,
+        "tokens": tokens / samples,
+        "answer_tokens": answers / samples,
+        "layers_run": sum(each.get("rows", 1.0) * each.get("tokens", 1.0) for each in work),
+        "asked": list(decision.chances),
+        "skipped": skipped_share(lds, work),
+        "work": work,
+    }

@@ -11,6 +11,7 @@ model or its base model, with whatever loss, trains sparsely, and gets the loss 
 
 import logging
 import math
+from collections.abc import Sequence
 from inspect import isclass
 
 import torch
@@ -23,6 +24,7 @@ from sts.draws import keyed_seed
 from sts.hooks import WEIGHTS, Hooks
 from sts.lds.decision import Decision
 from sts.lds.skipper import Skipper
+from sts.realised import metrics_of
 from sts.schedule import keep_at, share_done
 from sts.settings import LDS, VTC
 from sts.vtc import kind_of, wants
@@ -133,8 +135,15 @@ class Scheme:
         self.step, self._must_be_sparse = step, False
         self._hooks.begin_step(step, self.keep)
 
-    def metrics(self) -> dict[str, object]:
-        """What the forwards since `begin_step` really did, on this rank; none: of no samples.
+    def totals(self) -> list[float]:
+        """Counts of what the forwards since `begin_step` really did, on this rank."""
+        return self._hooks.realised.totals()
+
+    def metrics(self, totals: Sequence[float] | None = None) -> dict[str, object]:
+        """What the forwards since `begin_step` really did; none: of no samples.
+
+        Args:
+            totals: Those of all ranks, added up; by default this rank's.
 
         Returns:
             keep_ratio: Visual tokens that reached the language model / those there were.
@@ -146,7 +155,7 @@ class Scheme:
             skipped: Of each layer the share that was left out.
             work: Of each layer its shares below 1 (lds.decision.SHARES).
         """
-        return self._hooks.realised.metrics(self.lds, self.decision)
+        return metrics_of(self.totals() if totals is None else totals, self.lds, self.decision)
 
     @property
     def forwards(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from sts.pipeline.config import LoraConfig, StageConfig
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.history import Meter, measure, row_flops, with_speed
 from sts.pipeline.cost.machines import peak_flops
-from sts.pipeline.cost.memory import step_memory
+from sts.pipeline.cost.memory import ALLOCATOR, step_memory
 from sts.pipeline.measure.shape_bench import FUSED_ON_CPU
 from sts.pipeline.measure.shapes import joined, made_up_batch, random_model
 from sts.pipeline.measure.shapes import shape as known
@@ -419,7 +419,7 @@ def stored_and_foreseen(trained):
     memory = step_memory(
         trained.counts, block, metrics["tokens"], metrics["answer_tokens"], on_gpu=True
     )
-    return total, memory["activations"]
+    return total, (memory["activations"] + memory["logits"]) / ALLOCATOR
 
 
 @pytest.mark.parametrize("trains", TRAINED)

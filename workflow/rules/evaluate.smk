@@ -36,6 +36,20 @@ rule evaluate:
         " --follows {params.follows} --out {output} > {log} 2>&1"
 
 
+def timing_command(wildcards, input, output):
+    """A call for each way in which stages of the table are trained: each times its own."""
+    ids = PLAN.members(wildcards.group)
+    files = {
+        "configs": map(config_file, ids),
+        "init": map(PLAN.backbone, ids),
+        "data": input.data,
+        "out": output,
+    }
+    options = " ".join(f"--{name} {' '.join(paths)}" for name, paths in files.items())
+    launches = unique(map(cluster.launch, PLAN.stages(wildcards.group)))
+    return " && ".join(f"{launch} bench {options}" for launch in launches)
+
+
 rule timing:
     input:
         lambda wildcards: unique(map(PLAN.backbone, PLAN.members(wildcards.group))),
@@ -51,12 +65,17 @@ rule timing:
     threads: timing_threads
     resources:
         **requested("timing/{wildcards.group}"),
-        gpu=1 if CLUSTER else GPUS,
+        **several_nodes(widest_of_group),
+        gpu=lambda wildcards: gpus(widest_of_group(wildcards).processes) if CLUSTER else GPUS,
+        nodes=lambda wildcards: widest_of_group(wildcards).nodes,
     params:
-        configs=lambda wildcards: [config_file(id) for id in PLAN.members(wildcards.group)],
-        inits=lambda wildcards: [PLAN.backbone(id) for id in PLAN.members(wildcards.group)],
+        bench=timing_command,
         values=lambda wildcards: config_hash(
-            SCALE.bench, *(stage.identity() for stage in PLAN.stages(wildcards.group))
+            SCALE.bench,
+            *(
+                {**stage.identity(), "rows": stage.batch_size}
+                for stage in PLAN.stages(wildcards.group)
+            ),
         ),
         code=lambda wildcards: [
             training_code(id, *CONFIGS[id].stages, also=TIMED)
@@ -65,5 +84,4 @@ rule timing:
     message:
         "training time of the group {wildcards.group}"
     shell:
-        "python -m sts bench --configs {params.configs} --init {params.inits} --data {input.data}"
-        " --out {output} > {log} 2>&1"
+        "({params.bench}) > {log} 2>&1"

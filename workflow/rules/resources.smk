@@ -42,7 +42,12 @@ def requested(job):
     return {name: of(name) for name in cluster.UNKNOWN if CLUSTER}
 
 
-def several_nodes():
+def widest_of_group(wildcards):
+    """The block with the most processes of the stages that a timing takes."""
+    return max(PLAN.stages(wildcards.group), key=lambda stage: (stage.processes, stage.nodes))
+
+
+def several_nodes(stage_of):
     """The resources of a training on several nodes, of which others have none: Snakemake's plugin
     then leaves it to `launch` to call srun, with a task and as many GPUs on each node."""
     if not CLUSTER:

@@ -18,7 +18,7 @@ rule train:
     threads: lambda wildcards: cluster.cores(stage_of(wildcards))
     resources:
         **requested("train/{wildcards.ablation}/{wildcards.stage}"),
-        **several_nodes(),
+        **several_nodes(stage_of),
         gpu=lambda wildcards: gpus(stage_of(wildcards).processes),
         nodes=lambda wildcards: stage_of(wildcards).nodes,
     params:

@@ -44,46 +44,61 @@ class Meter:
 
 
 def measure(
-    scheme: Scheme,
-    meter: Meter,
-    block: StageConfig,
-    has_image: Sequence[bool],
-    batches: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    """What a step really did, for its row of the history. Of several processes the first counts for
-    all.
+    scheme: Scheme, meter: Meter, block: StageConfig, batches: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    """What this process really did in a step, as numbers that add up over processes: patches, pairs
+    (`TowerWatch`), FLOPs, those without VTC and LDS, and the scheme's totals.
 
     Args:
         scheme: On the model that took the step.
         meter: Of that model; it begins anew.
         block: The stage.
-        has_image: Of each sample of the global batch.
         batches: This process's micro-batches.
+    """
+    patches, pairs = meter.watch.read()
+    realised, samples = scheme.metrics(), sum(len(batch["input_ids"]) for batch in batches)
+    row = {"samples": samples, "patches": patches, "pairs": pairs, "work": realised["work"]}
+    row |= {"fused_attention": _is_fused(scheme)}
+    row |= {name: realised[name] * samples for name in ("tokens", "answer_tokens")}
+    left_out = realised["visual_tokens"] * (1 / realised["keep_ratio"] - 1) * samples
+    dense = row | {"tokens": row["tokens"] + left_out, "work": None}
+    flops = (row_flops(meter.counts, block, each) for each in (row, dense))
+    return [patches, pairs, *flops, *scheme.totals()]
+
+
+def step_row(scheme: Scheme, has_image: Sequence[bool], sums: Sequence[float]) -> dict[str, Any]:
+    """What all processes did in a step, for its row of the history.
+
+    Args:
+        scheme: On the model that took the step.
+        has_image: Of each sample of the global batch.
+        sums: Of `measure` over processes.
 
     Returns:
         `tokens` (that reached the decoder, padding included) and `answer_tokens` of the global
-        batch, `patches` and `pairs` (`TowerWatch`); `visual_tokens`, mean of a sample; of each
-        layer the chance `asked` for, the share `skipped` and its `work` (Scheme.metrics); `flops`,
-        and `flops_dense` of the same step without VTC and LDS.
+        batch, `patches` and `pairs`; `visual_tokens`, mean of a sample; of each layer the chance
+        `asked` for, the share `skipped` and its `work` (Scheme.metrics); `flops`, and `flops_dense`
+        of the same step without VTC and LDS.
     """
-    realised, samples = scheme.metrics(), len(has_image)
-    share = samples / sum(len(batch["input_ids"]) for batch in batches)
-    patches, pairs = (total * share for total in meter.watch.read())
-    row = {
-        "samples": samples,
+    patches, pairs, flops, flops_dense, *totals = sums
+    realised = scheme.metrics(totals)
+    counted = {name: round(realised.pop(name) * totals[0]) for name in ("tokens", "answer_tokens")}
+    return {
+        "samples": len(has_image),
         "images": sum(has_image),
-        "fused_attention": scheme.model.config.get_text_config()._attn_implementation != "eager",
-        **{name: round(realised.pop(name) * samples) for name in ("tokens", "answer_tokens")},
+        "fused_attention": _is_fused(scheme),
+        **counted,
         "patches": patches,
         "pairs": pairs,
         **realised,
+        "flops": flops,
+        "flops_dense": flops_dense,
     }
-    left_out = row["visual_tokens"] * (1 / row["keep_ratio"] - 1) * samples
-    dense = row | {"tokens": row["tokens"] + left_out, "work": None}
-    row["flops"], row["flops_dense"] = (
-        row_flops(meter.counts, block, each) for each in (row, dense)
-    )
-    return row
+
+
+def _is_fused(scheme: Scheme) -> bool:
+    """Whether the model's attention is fused."""
+    return scheme.model.config.get_text_config()._attn_implementation != "eager"
 
 
 def row_flops(counts: Counts, block: StageConfig, row: Mapping[str, Any]) -> float:

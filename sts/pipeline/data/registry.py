@@ -33,6 +33,9 @@ class DataSet:
     tokens: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Training split -> (text, answer) tokens of a sample, text with the padding of its batch; for
     the estimate, which guesses without."""
+    longest: Mapping[str, int] = field(default_factory=dict)
+    """Training split -> text tokens that no sample has more of; for the estimate of memory, which
+    takes the stage's max_length without."""
     image_bytes: int = 0
     """Of an image in the prepared data; for the estimate."""
 

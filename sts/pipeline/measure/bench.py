@@ -4,13 +4,16 @@
         --init results/mini/backbone/dense.json --data data/mini/scenes/manifest.json \
         --out results/mini/bench/main.json
 
-Trainings that ran next to each other say little about time. Here one process with all cores takes
-single steps of every variant in turn, on the same batch, at the same points of the stage.
+Trainings that ran next to each other say little about time. Here single steps of every variant are
+taken in turn, on the same batch, at the same points of the stage, as the training takes them: by as
+many processes, in shards. A call times the stages that have as many processes as it was started
+with; of several calls the next one adds to the result.
 """
 
+import gc
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,22 +21,22 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.utils.benchmark import timer
-from transformers import PreTrainedModel
 
+from sts.checks import expect
 from sts.pipeline.config import REPEATS, Config, StageConfig
-from sts.pipeline.cost.history import Meter, measure
-from sts.pipeline.data.collator import Conversations, collate, example
+from sts.pipeline.cost.history import measure, step_row
+from sts.pipeline.cost.memory import held, step_memory
+from sts.pipeline.data.collator import collate
 from sts.pipeline.files import read_json, write_json_atomic
-from sts.pipeline.measure.timing import in_turn, measured_on, typical_steps
+from sts.pipeline.measure.timing import in_turn, measured_on, typical_steps, what_is_held
 from sts.pipeline.run.device import lease
-from sts.pipeline.train.feed import load_data, my_pieces
+from sts.pipeline.train.feed import Shown, load_data, my_pieces
 from sts.pipeline.train.job import Job
-from sts.pipeline.train.lora import train_parts
-from sts.pipeline.train.model import build
-from sts.pipeline.train.step import make_optimizer, optimizer_step, prepare_process, put_scheme
-from sts.scheme import Scheme
+from sts.pipeline.train.parallel import rank, wait, world
+from sts.pipeline.train.step import optimizer_step, put_scheme
+from sts.pipeline.train.train import Training, set_up
+from sts.scheme import Scheme, unsparsify
 
 SEED = 0  # of data order, projector and layer draws
 
@@ -46,6 +49,7 @@ def bench(
     A stage's time is its number of steps times the mean over the points of a step's median seconds;
     its FLOPs come from the very steps that were timed. Stages of one name and one model are timed
     side by side. A measured depth has measured nothing yet and so draws uniformly at its rate.
+    Of several processes the clock of the first counts, which writes.
 
     Args:
         configs: Variant -> its configuration.
@@ -54,30 +58,52 @@ def bench(
         out: File to write.
 
     Raises:
-        ValueError: The variants don't agree on `bench`, or data of a stage are missing.
+        ValueError: The variants don't agree on `bench`, data of a stage are missing, or no stage
+            has as many processes as there are here.
     """
     plan, *others = (config.bench for config in configs.values())
     if any(other != plan for other in others):
         raise ValueError(f"bench: points and warmup must be the same in {', '.join(configs)}")
+    here = int(os.environ.get("WORLD_SIZE", "1"))
+    numbers = {block.processes for config in configs.values() for block in config.stages.values()}
+    accepted = f"{' or '.join(map(str, sorted(numbers)))}: torchrun --nproc-per-node N -m sts bench"
+    expect(here in numbers, "processes", here, accepted)
+    before = read_json(out)["variants"] if numbers != {here} and out.exists() else {}
     jobs: dict[tuple[str, Path], dict[str, Job]] = defaultdict(dict)  # (stage, model) -> variants'
     for variant, config in configs.items():
-        for stage in config.stages:
+        for stage, block in config.stages.items():
+            if block.processes != here:
+                continue
             init, sets = inits[variant], of_stage(data, config.stage(stage))
             manifest = out.parents[1] / f"runs/{variant}/seed{SEED}/{stage}.json"
             job = Job(config, variant, SEED, stage, sets, init, manifest)
             jobs[stage, init][variant] = job
+    timed: dict[str, dict[str, Any]] = {variant: {} for variant in configs}
     with lease():
-        timed = {key: time_stage(group) for key, group in jobs.items()}
+        for (stage, _), group in jobs.items():
+            for variant, times in time_stage(group).items():
+                timed[variant][stage] = times
+            gc.collect()  # else the models of this stage are held beside those of the next
         about = measured_on()
-    variants = {}
-    for variant, config in configs.items():
-        stages = {stage: timed[stage, inits[variant]][variant] for stage in config.stages}
-        time_s = sum(times["stage_s"] for times in stages.values())
-        flops = {stage: times.pop("flops") for stage, times in stages.items()}
-        variants[variant] = {**stages, "time_s": time_s, "flops": flops}
+    variants = {
+        variant: _of_variant(config, timed[variant], before.get(variant, {}))
+        for variant, config in configs.items()
+    }
     result = {**about, "warmup": plan.warmup, "repeats": REPEATS, "variants": variants}
-    write_json_atomic(out, result)
+    if rank() == 0:
+        write_json_atomic(out, result)
     return result
+
+
+def _of_variant(
+    config: Config, timed: Mapping[str, Any], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the result says of a variant: its stages in their order, those of a call before too."""
+    flops = {stage: times.pop("flops") for stage, times in timed.items()}
+    known = {**before, **timed}
+    stages = {stage: known[stage] for stage in config.stages if stage in known}
+    time_s = sum(times["stage_s"] for times in stages.values())
+    return {**stages, "time_s": time_s, "flops": before.get("flops", {}) | flops}
 
 
 def of_stage(data: Sequence[Path], block: StageConfig) -> list[Path]:
@@ -98,6 +124,7 @@ def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
         all)}.
     """
     variants = load_variants(jobs)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world()))  # nothing else runs
     first, *_ = jobs.values()
     plan = first.config.bench
     steps = {name: variant.typical_steps(plan.points) for name, variant in variants.items()}
@@ -127,18 +154,12 @@ class Variant:
     weights, so variants that train the same parts share model and optimizer."""
 
     job: Job
-    accelerator: Accelerator
-    processor: Any
-    meter: Meter
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    samples: Conversations
-    order: Callable[[int], list[int]]  # step -> samples of its global batch
+    training: Training
 
     def scheme(self) -> Scheme:
         """VTC and LDS on the model, for the body of a `with`."""
-        seed = self.job.seed_of("scheme")
-        return put_scheme(self.model, self.job.block, len(self.samples), seed)
+        training, seed = self.training, self.job.seed_of("scheme")
+        return put_scheme(training.plain, self.job.block, len(training.samples), seed)
 
     def typical_steps(self, points: int) -> list[int]:
         """Steps that stand for the whole stage."""
@@ -147,45 +168,41 @@ class Variant:
 
     def take(self, step: int, batch: int) -> tuple[float, dict[str, Any]]:
         """Take an optimizer step on batch number `batch`: (seconds, its row of a history)."""
-        block, device = self.job.block, self.accelerator.device
-        indices = self.order(batch)[: block.global_batch // block.processes]
-        pieces = my_pieces(indices, block.gradient_accumulation_steps, self.accelerator)
-        has_image = [self.samples.has_image[i] for i in indices]
+        block, training = self.job.block, self.training
+        accelerator, indices = training.accelerator, training.order(batch)
+        images, samples = training.samples.has_image, Shown(training.samples)
+        pieces = my_pieces(indices, block.gradient_accumulation_steps, accelerator, images)
         with self.scheme() as scheme:
             scheme.begin_step(step)
+            wait()
             began = timer()
-            samples = [[self.samples[i] for i in piece] for piece in pieces]
-            batches = [collate(self.processor, piece).to(device) for piece in samples]
-            if device.type == "cuda":  # other processes load while the GPU works: it takes no time
+            loaded = [[samples[i] for i in piece] for piece in pieces]
+            batches = [
+                collate(training.processor, piece).to(accelerator.device) for piece in loaded
+            ]
+            if accelerator.device.type == "cuda":
+                wait()  # other processes load while the GPU works: it takes no time
                 began = timer()
-            optimizer_step(
-                self.accelerator, self.model, self.optimizer, batches, block, 0.0, scheme
-            )
+            *_, sums = optimizer_step(
+                accelerator, training.model, training.optimizer, batches, block, 0.0, scheme,
+                partial(measure, scheme, training.meter, block, batches),
+            )  # fmt: skip
             seconds = timer() - began
-            return seconds, measure(scheme, self.meter, block, has_image, batches)
+            return seconds, step_row(scheme, [images[i] for i in indices], sums)
 
 
 def load_variants(jobs: Mapping[str, Job]) -> dict[str, Variant]:
-    """The variants of a stage, with one model for all that train the same parts of it."""
-    first, *_ = jobs.values()
-    accelerator = prepare_process(first.block.model_copy(update={"processes": 1}))
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # nothing else runs
-    by_parts: dict[tuple, Variant] = {}
-    variants = {}
+    """The variants of a stage, with one model for all that can share it."""
+    trainings: dict[tuple, Training] = {}
+    variants, others = {}, 0.0
     for name, job in jobs.items():
-        block = job.block
-        parts = (*sorted(block.trains), block.lora.rank if "lora" in block.trains else 0)
-        if twin := by_parts.get(parts):
-            samples, order = load_data(job, twin.processor)
-            variants[name] = replace(twin, job=job, samples=samples, order=order)
+        model = what_is_held(job.block)
+        if training := trainings.get(model):
+            samples, order = load_data(job, training.processor)
+            variants[name] = Variant(job, replace(training, samples=samples, order=order))
             continue
-        model, processor = build(job.init, SEED)
-        train_parts(model, block, SEED)
-        samples, order = load_data(job, processor)
-        meter = Meter(
-            model, example(samples, processor), partial(train_parts, stage=block, seed=SEED)
-        )
-        both = accelerator.prepare(model, make_optimizer(model, block))
-        by_parts[parts] = Variant(job, accelerator, processor, meter, *both, samples, order)
-        variants[name] = by_parts[parts]
+        trainings[model] = set_up(job, others)
+        unsparsify(trainings[model].plain)
+        variants[name] = Variant(job, trainings[model])
+        others += held(step_memory(trainings[model].meter.counts, job.block, 0.0, 0.0))
     return variants

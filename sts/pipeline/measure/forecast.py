@@ -21,7 +21,7 @@ from rich.table import Table
 
 from sts.pipeline.config import DataConfig
 from sts.pipeline.cost.machines import Machine
-from sts.pipeline.cost.memory import memory_here, what_lacks
+from sts.pipeline.cost.memory import lacking, memory_here
 from sts.pipeline.data.fetch import fetched_bytes, user_folder
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.measure.speed import at_once, calibrate, concurrent, fit
@@ -80,7 +80,7 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
         "checkpoints": slots * max(cost.checkpoint_bytes for cost in trainings),
     }
     free = float(shutil.disk_usage(".").free)
-    lacking = [what_lacks(cost.stage, cost.block, cost.memory, available) for cost in trainings]
+    lacks = [lacking(cost.stage, cost.block, cost.memory, available) for cost in trainings]
     return {
         "scale": plan.scale.scale,
         "jobs": plan.jobs(),
@@ -96,7 +96,7 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
             "at_once": slots * peak,
             "of_a_process": available,
         },
-        "lacking": unique(filter(None, [*lacking, "" if on else full(disk, free)])),
+        "lacking": unique(filter(None, [*lacks, "" if on else full(disk, free)])),
         "respread": unique(text for id in runs for text in pairs[id][1]),
         **(
             {"gpu_hours": _gpu_hours(runs, stage_seconds, seconds["total"], slots, on)}

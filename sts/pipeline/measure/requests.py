@@ -8,12 +8,13 @@ as much at the second attempt, where a training goes on from its last checkpoint
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from sts.pipeline.cost.machines import GPUS, SHARE
 from sts.pipeline.cost.memory import PROCESS_BYTES
 from sts.pipeline.files import write_json_atomic
-from sts.pipeline.measure.stage_cost import StageCost, stage_costs
+from sts.pipeline.measure.stage_cost import StageCost, stage_costs, timing_memory
 from sts.pipeline.plan import Plan
 
 TIME_SLACK, MEMORY_SLACK = 2.0, 1.5
@@ -58,8 +59,8 @@ def requests(plan: Plan, gpus: bool, out: str | Path) -> dict[str, dict[str, int
     for table in plan.tables:
         if all(id in costs for id in plan.members(table)):
             timed = [cost for id in plan.members(table) for cost in costs[id]]
-            memory = 2 * max(training_memory(cost.alone) for cost in timed)  # two models are held
-            seconds = sum(cost.timing_flops / speed(cost) for cost in timed)
+            memory = max(training_memory(cost, parts) for cost, parts in timing_memory(timed))
+            seconds = sum(cost.timing_flops / cost.block.processes / speed(cost) for cost in timed)
             by_job[f"timing/{table}"] = limits(memory, seconds)
     write_json_atomic(out, by_job)
     return by_job
@@ -76,13 +77,16 @@ def speed(cost: StageCost) -> float:
     return GPU_FLOPS if cost.on_gpu else CORE_FLOPS * cost.block.threads
 
 
-def training_memory(cost: StageCost) -> float:
+def training_memory(cost: StageCost, parts: Mapping[str, float] | None = None) -> float:
     """Bytes of host memory that a stage takes on each of its nodes. With GPUs it holds weights on
-    their way: a copy in each process, or if the model is sharded two in the first, at the end."""
+    their way: a copy in each process, or if the model is sharded two in the first, at the end.
+
+    parts: Of a process; by default those of the stage alone.
+    """
     block = cost.block
     processes = block.processes // block.nodes
     if not cost.on_gpu:
-        return processes * sum(cost.memory.values())
+        return processes * sum((parts or cost.memory).values())
     is_sharded = block.parallel == "fsdp2" and block.processes > 1
     copies = 2 if is_sharded else processes
     return processes * GPU_PROCESS_BYTES + copies * cost.weight_bytes

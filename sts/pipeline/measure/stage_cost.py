@@ -3,8 +3,9 @@
 Of a model whose weights are not here either: its sizes are known, or read from local files.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from statistics import fmean
 
@@ -14,9 +15,10 @@ from transformers import PreTrainedConfig
 from sts.lds.decision import expected_work
 from sts.pipeline.config import Config, LoraConfig, ModelConfig, StageConfig
 from sts.pipeline.cost.flops import Counts, count
-from sts.pipeline.cost.memory import FLOAT32, step_memory
+from sts.pipeline.cost.memory import FLOAT32, held, step_memory
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.measure import shapes
+from sts.pipeline.measure.timing import what_is_held
 from sts.pipeline.run.device import attention_here
 from sts.pipeline.tasks.registry import questions_of
 from sts.pipeline.train.checkpoint import KEPT
@@ -43,13 +45,6 @@ class StageCost:
     @property
     def block(self) -> StageConfig:
         return self.config.stage(self.stage)
-
-    @property
-    def alone(self) -> "StageCost":
-        """The same by one process with the micro-batches of one."""
-        block = self.block.model_copy(update={"processes": 1, "nodes": 1})
-        stages = {**self.config.stages, self.stage: block}
-        return replace(self, config=self.config.model_copy(update={"stages": stages}))
 
     @cached_property
     def counts(self) -> Counts:
@@ -92,8 +87,8 @@ class StageCost:
 
     @property
     def timing_flops(self) -> float:
-        """Of the steps that the stage's timing takes, by one process."""
-        return self.flops * self.config.bench.steps / self.block.steps / self.block.processes
+        """Of the steps that the stage's timing takes, on all processes."""
+        return self.flops * self.config.bench.steps / self.block.steps
 
     def evaluation_seconds(self, speed: float) -> float:
         """One evaluation job of a run with this last stage at so many FLOPs a second: a forward of
@@ -106,11 +101,24 @@ class StageCost:
         return START_SECONDS + questions * (flops / speed + ANSWER_SECONDS)
 
     @property
+    def longest(self) -> tuple[float, float]:
+        """(tokens, answer tokens) of a sample of the longest batch that the order can give: where
+        the data sets don't say more, all rows at the cut, in instruct of text alone."""
+        block, visual = self.block, self.counts.visual_tokens
+        of_sets = (dataset(name, self.config.data).longest for name in block.data)
+        texts = [longest.get(block.split, block.max_length) for longest in of_sets]
+        tokens = min(block.max_length, visual + max(texts))
+        has_images = block.split == "align" or max(texts) < block.max_length
+        return tokens, tokens - visual * has_images
+
+    @cached_property
     def memory(self) -> dict[str, float]:
-        """Peak bytes of one process, by what they hold (`step_memory`)."""
-        text, answer = self.tokens
-        tokens = self.counts.visual_tokens + text
-        return step_memory(self.counts, self.block, tokens, answer, self.on_gpu)
+        """Peak bytes of one process in the longest batch, by what they hold (`step_memory`)."""
+        return step_memory(self.counts, self.block, *self.longest, self.on_gpu)
+
+    def total(self) -> float:
+        """Sum of `memory`."""
+        return sum(self.memory.values())
 
     @property
     def weight_bytes(self) -> float:
@@ -126,6 +134,20 @@ class StageCost:
 def stage_costs(config: Config, on_gpu: bool) -> dict[str, StageCost]:
     """The cost of each stage of a run."""
     return {stage: StageCost(config, stage, on_gpu) for stage in config.stages}
+
+
+def timing_memory(costs: Iterable[StageCost]) -> list[tuple[StageCost, dict[str, float]]]:
+    """Of the stages that a timing takes one after the other, the variant that needs most, and the
+    peak bytes of a process then; `others`: of the models that are held beside its own."""
+    groups: dict[tuple[str, str], dict[tuple, StageCost]] = defaultdict(dict)
+    for cost in sorted(costs, key=StageCost.total):
+        groups[cost.stage, cost.config.model.model_dump_json()][what_is_held(cost.block)] = cost
+    needs = []
+    for models in groups.values():
+        *others, most = sorted(models.values(), key=StageCost.total)
+        besides = sum(held(cost.memory) for cost in others)
+        needs.append((most, most.memory | {"others": besides}))
+    return needs
 
 
 @lru_cache(maxsize=32)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from sts.pipeline.config import StageConfig
 from sts.pipeline.run import provenance
 from sts.pipeline.run.progress import bar_of
+from sts.pipeline.train.step import may_lack_gradients
 from sts.scheme import Scheme
 
 
@@ -47,6 +49,15 @@ def in_turn(
                         taken[variant][point].append((next(place), result))
                     bar.update()
     return taken
+
+
+def what_is_held(block: StageConfig) -> tuple:
+    """What the model and the optimizer of a stage that is timed depend on, beside the name of the
+    stage and what it starts from: stages alike in it share them."""
+    rank = block.lora.rank if "lora" in block.trains else 0
+    parts = (*sorted(block.trains), rank, block.precision, block.processes, block.parallel)
+    is_copied = block.parallel == "ddp" and block.processes > 1
+    return (*parts, is_copied and may_lack_gradients(block))
 
 
 def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:

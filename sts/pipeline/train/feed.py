@@ -37,6 +37,17 @@ def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], 
     return samples, order
 
 
+def longest_batch(samples: Conversations, rows: int, visual_tokens: float) -> tuple[float, float]:
+    """(tokens, answer tokens) of a sample, padding included, of the longest batch of so many rows
+    that an order can give; all that is no picture counts as answer.
+
+    visual_tokens: of a sample with an image.
+    """
+    lengths = np.array(samples.lengths, float)
+    texts = np.sort(lengths - visual_tokens * np.array(samples.has_image))
+    return lengths.max(), max(texts[-rows:].mean(), 0.0)
+
+
 def tokens_key(job: Job, processor: Any) -> str:
     """16 hex digits of all that the tokens of a stage's data depend on."""
     block = job.block

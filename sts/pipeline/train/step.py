@@ -34,11 +34,7 @@ def prepare_process(block: StageConfig) -> Accelerator:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes no result
-    # skipped layers have no gradient, nor have tower and projector in a batch of text alone:
-    # without this, data-parallel processes would wait for them
-    has_vision = not {"projector", "vision_tower"}.isdisjoint(block.trains)
-    unused = has_vision or block.lds.leaves_out
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=unused)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=may_lack_gradients(block))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
     if accelerator.num_processes != block.processes:
         raise ValueError(
@@ -47,6 +43,13 @@ def prepare_process(block: StageConfig) -> Accelerator:
             f"{block.processes} -m sts train ..."
         )
     return accelerator
+
+
+def may_lack_gradients(block: StageConfig) -> bool:
+    """Whether a step may leave what is trained without a gradient, for which data-parallel
+    processes would wait: skipped layers, and tower and projector in a batch of text alone."""
+    has_vision = not {"projector", "vision_tower"}.isdisjoint(block.trains)
+    return has_vision or block.lds.leaves_out
 
 
 def put_scheme(model: PreTrainedModel, block: StageConfig, samples: int, seed: int) -> Scheme:
@@ -122,8 +125,8 @@ def optimizer_step(
     block: StageConfig,
     factor: float,
     scheme: Scheme,
-    asks: Callable[[], bool] = bool,
-) -> tuple[float, float, bool]:
+    counts: Callable[[], Sequence[float]] = tuple,
+) -> tuple[float, float, list[float]]:
     """Take one optimizer step.
 
     The loss is a mean over the answer tokens of the whole global batch, so that however a batch is
@@ -134,11 +137,11 @@ def optimizer_step(
         model: As this process holds it.
         batches: Micro-batches of this process, on its device.
         factor: Share of the peak learning rates.
-        asks: Whether this process asks for a checkpoint, at the end of the step. It goes along with
-            the loss: a collective of its own would be one more wait of all in every step.
+        counts: Numbers of this process that add up, asked after its backwards. They go along with
+            the loss: a collective of their own would be one more wait of all in every step.
 
     Returns:
-        Mean loss, gradient norm before clipping, and whether any process asks for a checkpoint.
+        Mean loss, gradient norm before clipping, and the counts of all processes added up.
     """
     is_bf16 = precision_here(block.precision) == "bf16"
     answers = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
@@ -157,14 +160,15 @@ def optimizer_step(
     scheme.after_backward()
     norm = accelerator.clip_grad_norm_(model.parameters(), block.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    total = torch.stack([total, torch.full_like(total, float(asks()))])
-    loss, number = accelerator.reduce(total, "sum").tolist()
+    sums = torch.tensor([0.0, *counts()], dtype=torch.float64, device=accelerator.device)
+    sums[0] = total
+    loss, *sums = accelerator.reduce(sums, "sum").tolist()
     if math.isfinite(loss + norm):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # no gradient at all: AdamW leaves skipped layers alone
-    return loss, norm, number > 0
+    return loss, norm, sums
 
 
 def check_finite(job: Job, step: int, loss: float, norm: float, factor: float) -> None:

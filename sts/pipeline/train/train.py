@@ -14,11 +14,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from sts.pipeline.cost.history import (
     open_history,
     peak_memory_mb,
     read_history,
+    step_row,
     summary,
     with_speed,
 )
@@ -52,7 +52,7 @@ from sts.pipeline.train.checkpoint import (
     save_state,
     sigterm_put_off,
 )
-from sts.pipeline.train.feed import feed, load_data
+from sts.pipeline.train.feed import feed, load_data, longest_batch
 from sts.pipeline.train.job import Job, derived_seed
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import build, load_whole
@@ -200,16 +200,17 @@ def fit(job: Job, send: Callable[[], None], has_sigterm: Callable[[], bool]) -> 
     write_weights(job, training)
 
 
-def set_up(job: Job) -> Training:
-    """The model at the start of a stage, with its scheme and optimizer, and its data."""
+def set_up(job: Job, others: float = 0.0) -> Training:
+    """The model at the start of a stage, with its scheme and optimizer, and its data; others: bytes
+    of what else this process holds."""
     block = job.block
     accelerator = prepare_process(block)
     plain, processor = load_shared(block, lambda: load(job))
     adapters = train_parts(plain, block, job.seed_of("lora"))
     samples, order = load_data(job, processor)
     meter = Meter(plain, example(samples, processor), partial(train_parts, stage=block, seed=0))
-    tokens = fmean(samples.lengths)
-    check_memory(meter.counts, job.stage, block, tokens, tokens - meter.counts.visual_tokens)
+    longest = longest_batch(samples, block.batch_size, meter.counts.visual_tokens)
+    check_memory(meter.counts, job.stage, block, *longest, others)
     scheme = put_scheme(plain, block, len(samples), job.seed_of("scheme"))
     torch.manual_seed(job.seed_of("dropout"))  # nothing else draws from it
     if is_sharded(block):
@@ -252,9 +253,10 @@ def take_steps(
     parts = (training.accelerator, training.model, training.optimizer)
     last_save, is_asked = time.monotonic(), False
 
-    def asks() -> bool:
-        """Whether this process wants a checkpoint after the step that is being taken."""
-        return has_sigterm() or time.monotonic() - last_save > CHECKPOINT_SECONDS
+    def counts(batches: Sequence[Any]) -> list[float]:
+        """Whether this process asks for a checkpoint after this step, and what it did in it."""
+        asks = has_sigterm() or time.monotonic() - last_save > CHECKPOINT_SECONDS
+        return [float(asks), *measure(scheme, training.meter, block, batches)]
 
     batches_of_steps = feed(
         block, training.samples, training.order, training.processor, training.accelerator, first
@@ -271,12 +273,15 @@ def take_steps(
                 log.info("SIGTERM: %s stops before step %d", job.stage, step)
                 raise SystemExit(tracking.TERMINATED)
         factor = lr_factor(step, block.steps, rising)
-        loss, norm, is_asked = optimizer_step(*parts, batches, block, factor, scheme, asks)
+        loss, norm, (askers, *sums) = optimizer_step(
+            *parts, batches, block, factor, scheme, partial(counts, batches)
+        )
+        is_asked = askers > 0
         check_finite(job, step, loss, norm, factor)
         if history is not None:
             row = {"step": step, "loss": loss, "lr": peak_lr(block) * factor, "grad_norm": norm}
             has_image = [training.samples.has_image[i] for i in training.order(step)]
-            row |= measure(scheme, training.meter, block, has_image, batches)
+            row |= step_row(scheme, has_image, sums)
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             row |= peak
             history.write(json.dumps(row) + "\n")

@@ -50,5 +50,6 @@ DATASET = DataSet(
         sha256="a6d905349c8badd9879a3c7f99ff99695da2bc32e851394a77f47b457b47eed7",
     ),
     tokens={"instruct": (198, 19)},  # the mini scale's, in batches of 32, not grouped by length
+    longest={"instruct": 256},
     image_bytes=430,
 )

@@ -27,6 +27,7 @@ if workflow.is_main_process:
 
 onstart:
     check_environment()
+    warn_of_shares()
     write_configs()
     prepare_cluster()
     redate_future()

@@ -57,6 +57,8 @@ class SparseCallback(TrainerCallback, ExportableState):
         self.takes_any_model = model is None
         self.scheme: Scheme | None = None
         self.stored: dict[str, Any] | None = None  # set by a Trainer that restores callbacks
+        # of this process since the last sum: FLOPs left out, tokens; of all: Scheme.totals
+        self._counts, self._totals = [0.0, 0.0], None
         if model is not None:
             self._attach(model)
 
@@ -77,7 +79,6 @@ class SparseCallback(TrainerCallback, ExportableState):
             steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
         self.scheme.set_stage(state.max_steps, steps_per_epoch)
         self._begin_log(state)
-        self._counts, self._totals = [0.0, 0.0], self.scheme.totals()
         stored = (state.stateful_callbacks or {}).get(type(self).__name__)
         stored = self.stored or (stored and stored["attributes"]["stored"])
         if state.global_step and stored:

@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from tiny import CASES
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sts import LDS, VTC, sparsify
+from sts import LDS, VTC, SparseCallback, sparsify
 
 ROWS = [["big", 5, 6, 7, 8], ["big", 9, 10, 11, 12]]
 LAYERS = LDS(
@@ -86,6 +87,7 @@ def main(mode: str, out: str, steps: int) -> None:
         dist.all_reduce(mean)
         losses.append(mean.item() / world)
         skips.append(scheme.metrics()["skipped"] if samples else sorted(scheme.skipped))
+    counted = logged(scheme, world)
     all_skips = [None] * world
     dist.all_gather_object(all_skips, skips)
     if rank == 0:
@@ -95,6 +97,7 @@ def main(mode: str, out: str, steps: int) -> None:
             "same_on_all": all(other == skips for other in all_skips),
             "grad_where_not_skipped_alone": kept,
             "ran_only_what_was_not_skipped": calls == expected,
+            "counted": counted,
         }
         if mode == "fsdp2":
             result["gathers"] = gathers(runner, scheme, mine, steps)
@@ -106,6 +109,20 @@ def main(mode: str, out: str, steps: int) -> None:
     del runner
     gc.collect()
     dist.destroy_process_group()
+
+
+def logged(scheme, world: int) -> list[float]:
+    """What a callback says of the last step: FLOPs left out by all ranks, the share of layers run,
+    visual tokens."""
+    callback = SparseCallback(vtc=scheme.vtc, lds=scheme.lds)
+    callback.scheme = scheme
+    state = SimpleNamespace(total_flos=0.0, log_history=[{}])
+    args = SimpleNamespace(world_size=world, device="cpu")
+    callback._begin_log(state)
+    callback.on_step_end(args, state, SimpleNamespace(should_log=True))
+    callback.on_log(args, state, None, logs={"loss": 0.0})
+    names = ("sts_layers_run", "sts_visual_tokens", "sts_keep_ratio")
+    return [-state.total_flos, *map(state.log_history[-1].get, names)]
 
 
 def shared(model: torch.nn.Module, mode: str, find_unused_parameters: bool) -> torch.nn.Module:

@@ -27,9 +27,11 @@ from sts.pipeline.config import (
     load_scale,
     resolve,
 )
+from sts.pipeline.files import read_json
 
 MAIN = "main"  # the table that the bare command makes, and whose runs figures show
 FIGURES = CODE / "pipeline" / "report" / "figures"
+TIME_TOLERANCE = 0.05  # of a ratio of times; what two timings of one machine differ by
 INPUTS = ("runs", "eval", "bench", "tokens")  # what a figure may read
 
 
@@ -80,8 +82,16 @@ class Plan:
         return [table for table in self.tables if self.baseline in self.members(table)]
 
     def why_not(self, table: str) -> ConfigError | None:
-        """Why this scale can't make a table, if it can't: a toy checkpoint would stand beside a
-        pretrained model, whose recipe and benchmarks are nothing for toys."""
+        """Why this scale can't make a table, if it can't: it has no steps for an ablation, or a toy
+        checkpoint would stand beside a pretrained model, whose recipe and benchmarks are nothing
+        for toys."""
+        for entry in map(self.ablations.__getitem__, self.members(table)):
+            if entry.share_of(self.scale.scale) is None:
+                accepted = f"one more for scale {self.scale.scale}, without which it has no table "
+                accepted += f"{table}: the time of {entry.time_of} / of {self.baseline}, as "
+                accepted += f"{self.timing(MAIN)} has it"
+                key = f"{entry.id}.steps_share"
+                return ConfigError(entry.file, key, entry.steps_share, accepted)
         toys = [id for id in self.members(table) if _is_toy(self.configs[id].model.checkpoint)]
         if not toys or all(map(_is_toy, self.scale.model.sources)):
             return None
@@ -92,6 +102,23 @@ class Plan:
             f"in scale {scale} a checkpoint of its size, without which it has no table {table}"
         )
         return ConfigError(self.ablations[toy].file, key, value, accepted)
+
+    def unlike_timing(self) -> list[str]:
+        """What of `steps_share` is not what the scale's timing has measured, if there is one."""
+        file = Path(self.timing(MAIN))
+        times = read_json(file)["variants"] if file.exists() else {}
+        texts = []
+        for id, entry in self.ablations.items():
+            share = entry.share_of(self.scale.scale)
+            if share is None or not {entry.time_of, self.baseline} <= times.keys():
+                continue
+            ratio = times[entry.time_of]["time_s"] / times[self.baseline]["time_s"]
+            if abs(share - ratio) > TIME_TOLERANCE:
+                texts.append(
+                    f"{entry.file}: {id}.steps_share: {share:g}, but by {file} {entry.time_of} "
+                    f"takes {ratio:.3f} of the time of {self.baseline}: set that"
+                )
+        return texts
 
     def stages(self, table: str) -> list[StageConfig]:
         """The stages of all members of a table."""
@@ -185,6 +212,10 @@ class Plan:
         """The manifest of the model that a run starts from."""
         return f"{self.results}/backbone/{self.model_of(ablation)}.json"
 
+    def timing(self, table: str) -> str:
+        """The file with the times of a table's runs."""
+        return f"{self.results}/bench/{table}.json"
+
     def run_files(self, table: str, stage: str | None = None) -> list[str]:
         """The manifests of a stage, or of all stages, of every run that a table shows."""
         return [
@@ -198,7 +229,7 @@ class Plan:
         files = {
             "runs": self.run_files(MAIN),
             "eval": self.run_files(MAIN, "eval"),
-            "bench": [f"{self.results}/bench/{MAIN}.json"],
+            "bench": [self.timing(MAIN)],
             "tokens": [f"{self.results}/tokens.json"],
         }
         return [file for name in figures()[figure] for file in files[name]]

@@ -56,6 +56,7 @@ def test_with_samples_every_layer_is_trained_in_every_step_and_ddp_need_not_look
     assert result["skips"] == alone["skips"]
     assert {share for step in result["skips"] for share in step} == {0.0, 0.25, 0.5}
     assert not result["same_on_all"]  # other samples draw otherwise
+    assert result["counted"] == pytest.approx(alone["counted"]), "of all processes, not the first"
     assert result["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert result["grad_where_not_skipped_alone"] and result["ran_only_what_was_not_skipped"]
     assert "skipped layers are not computed, but" not in result["stderr"]

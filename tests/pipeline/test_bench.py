@@ -4,6 +4,8 @@ import copy
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -12,12 +14,14 @@ from configs import two_stages
 from tiny import CASES
 
 from sts import LDS, sparsify
-from sts.pipeline.config import REPEATS, Config
+from sts.pipeline.config import REPEATS, Config, dump
 from sts.pipeline.files import read_json
 from sts.pipeline.measure.bench import bench
 from sts.pipeline.measure.timing import in_turn, typical_steps
+from sts.pipeline.run.cluster import launch
 from sts.settings import VTC
 
+ROOT = Path(__file__).parents[2]
 POINTS = 2
 # skips 3 of 6 layers, then none
 SKIPPING = {"policy": "layerdrop", "rate": 0.5, "draw": "fixed_count", "dense_tail": 0.5}
@@ -123,6 +127,45 @@ def test_variants_must_agree_on_the_points(tmp_path, backbone, prepared):
     variants = {"a": config(), "b": config(points=3)}
     with pytest.raises(ValueError, match="must be the same in a, b"):
         bench(variants, [prepared], dict.fromkeys(variants, backbone), tmp_path / "out.json")
+
+
+@pytest.mark.slow
+def test_a_timing_runs_as_its_stages_are_trained(tmp_path, backbone, prepared, monkeypatch):
+    """One stage by two processes that have half of the model each, the other by one, each with a
+    call as the workflow makes it; both count what a training by one process does."""
+    monkeypatch.setenv("STS_TRACKING", "off")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    shards = {"processes": 2, "parallel": "fsdp2", "gradient_checkpointing": True}
+    pieces = {"batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    lds = {"lds": SKIPPING}
+    alone = {"dense": config(instruct=pieces), "lds": config(instruct=pieces | lds)}
+    pair = shards | {"batch_size": 4}
+    shared = {"dense": config(instruct=pair), "lds": config(instruct=pair | lds)}
+    files = [tmp_path / f"{name}.yaml" for name in shared]
+    for file in files:
+        file.write_text(dump(shared[file.stem]))
+    out = tmp_path / "results" / "bench" / "main.json"
+    options = ["--configs", *files, "--init", backbone, "--data", prepared, "--out", out]
+    for stage in shared["dense"].stages.values():
+        command = [*launch(stage).split(), "bench", *map(str, options)]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True, timeout=300)
+    result = read_json(out)["variants"]
+    one = bench(alone, [prepared], dict.fromkeys(alone, backbone), tmp_path / "one.json")
+    for name, variant in result.items():
+        assert variant["flops"] == pytest.approx(one["variants"][name]["flops"], rel=0.02)
+        assert [*variant] == ["align", "instruct", "time_s", "flops"]
+    assert result["lds"]["instruct"]["layers_run"] == [3, 6]
+    orders = [result[name]["instruct"]["order"][0] for name in ("dense", "lds")]
+    assert sorted(place for order in orders for place in order) == list(range(2 * REPEATS)), (
+        "in turn"
+    )
+
+
+def test_a_timing_by_another_number_of_processes_is_refused(tmp_path, backbone, prepared):
+    variants = {"pair": config(align={"processes": 2}, instruct={"processes": 2})}
+    with pytest.raises(ValueError, match=r"processes: 1 .* 2: torchrun --nproc-per-node N"):
+        bench(variants, [prepared], {"pair": backbone}, tmp_path / "bench.json")
 
 
 # ---- which steps are timed --------------------------------------------------------------------

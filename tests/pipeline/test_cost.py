@@ -23,7 +23,7 @@ from sts.lds.units import skip_backward
 from sts.pipeline.config import LoraConfig, StageConfig
 from sts.pipeline.cost import flops as cost
 from sts.pipeline.cost.history import Meter, measure, row_flops, with_speed
-from sts.pipeline.cost.machines import peak_flops
+from sts.pipeline.cost.machines import gpu_of
 from sts.pipeline.cost.memory import ALLOCATOR, step_memory
 from sts.pipeline.measure.shape_bench import FUSED_ON_CPU
 from sts.pipeline.measure.shapes import joined, made_up_batch, random_model
@@ -453,7 +453,8 @@ def test_checkpointing_and_freezing_need_less_memory():
 
 def test_mfu_is_the_share_of_the_peak_where_that_is_known():
     names = ("NVIDIA H200", "NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090", "AMD EPYC")
-    assert [*map(peak_flops, names)] == [989e12, 312e12, 165e12, None]
+    found = [gpu_of(name) for name in names]
+    assert [gpu and gpu.flops for gpu in found] == [989e12, 312e12, 165e12, None]
     row = {"tokens": 300, "seconds": 2.0, "flops": 10e12}
     assert with_speed(row) == row | {"tokens_per_s": 150}
     assert with_speed(row | {"peak_flops": 20e12})["mfu"] == 0.25

@@ -117,12 +117,18 @@ def same_steps(first: dict, second: dict) -> None:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_two_processes_take_the_same_steps_as_one(parallel, aligned, several):
     """Also with skipped layers, whose gradients no process sends, and what is saved is a plain
-    checkpoint."""
+    checkpoint. What both count of the same micro-batches is the same."""
     both = {"lds": HALF, "vtc": {"kind": "uniform", "keep": 0.5}}
-    alone = several(config(**both, batch_size=4), "instruct", aligned, "one")
+    pieces = {"batch_size": 2, "gradient_accumulation_steps": 2}
+    alone = several(config(**both, **pieces), "instruct", aligned, "one")
     split = config(**both, batch_size=2, processes=2, parallel=parallel)
     result = several(split, "instruct", aligned, "two")
     same_steps(alone, result)
+    for a, b in zip(*(read_history(run["weights"]) for run in (alone, result)), strict=True):
+        counted = ("tokens", "answer_tokens", "patches", "pairs", "visual_tokens", "work")
+        assert {name: a[name] for name in counted} == {name: b[name] for name in counted}
+        assert b["flops"] == pytest.approx(a["flops"], rel=0.01)
+        assert b["flops_dense"] == pytest.approx(a["flops_dense"], rel=0.01)
     for (name, a), (other, b) in zip(weights(alone).items(), weights(result).items(), strict=True):
         assert name == other
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)

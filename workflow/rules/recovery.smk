@@ -67,6 +67,12 @@ def check_environment():
             raise WorkflowError(f"{key}: {nodes} is not accepted without Slurm: 1")
 
 
+def warn_of_shares():
+    """Say which ablation doesn't have the time that it is to have."""
+    for text in PLAN.unlike_timing():
+        print(text, file=sys.stderr)
+
+
 def prepare_cluster():
     """Before the first job of a cluster: end those that a killed call has left, which would hold
     what the same jobs of this one wait for, and ask the estimate what the jobs need."""

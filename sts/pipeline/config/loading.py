@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Gt, Le
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from sts.checks import NotAccepted, expect
 from sts.pipeline.config.base import (
@@ -27,6 +27,8 @@ from sts.pipeline.config.blocks import Config
 from sts.pipeline.config.errors import ConfigError, parsed
 from sts.pipeline.config.stages import merge_stage
 
+StepsShare = Annotated[float, Gt(0), Le(1)]
+
 
 class Entry(Block):
     """An entry of the table of ablations."""
@@ -39,8 +41,14 @@ class Entry(Block):
     """Whose method it is: the head it stands under in tables."""
     seeds: Annotated[list[Seed], Field(min_length=1), Distinct] | None = None
     """Instead of the scale's."""
-    steps_share: Annotated[float, Gt(0), Le(1)] = 1.0
-    """Share of the scale's steps that each stage trains: a control with less training."""
+    steps_share: Annotated[
+        Annotated[StepsShare, Tag("[share]")] | Annotated[dict[Name, StepsShare], Tag("[shares]")],
+        Discriminator(lambda value: "[shares]" if isinstance(value, Mapping) else "[share]"),
+    ] = 1.0
+    """Share of the scale's steps that each stage trains, or scale -> share: a control with less
+    training. A scale that is none of several has no table that shows the ablation."""
+    time_of: str | None = None
+    """Ablation whose time it shall have: `steps_share` is compared with the ratio measured."""
     relative_to: str | None = None
     """Ablation that retention and cost are relative to in tables; null: the first of the table."""
     overrides: dict[str, dict[str, Any] | None] = {}
@@ -55,6 +63,11 @@ class Ablation(Entry):
     """Its name in files and calls."""
     file: str
     """The file that says it."""
+
+    def share_of(self, scale: str) -> float | None:
+        """`steps_share` of a scale; None: it has none."""
+        share = self.steps_share
+        return share.get(scale) if isinstance(share, Mapping) else share
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -142,11 +155,14 @@ def load_ablations(path: str | Path) -> dict[str, Ablation]:
         if other != id:
             raise ConfigError(path, f"{id}.label", entry.label, f"another: it is that of {other}")
         same = [base for base in ablations if {*entry.groups} <= {*ablations[base].groups}]
+        if entry.time_of not in (None, *ablations):
+            accepted = f"an id of this file: {', '.join(ablations)}"
+            raise ConfigError(path, f"{id}.time_of", entry.time_of, accepted)
         if entry.relative_to not in (None, *same):
             accepted = f"an id of this file that all its groups show: {', '.join(same)}"
             raise ConfigError(path, f"{id}.relative_to", entry.relative_to, accepted)
     baseline = next(iter(ablations.values()))
-    if baseline.steps_share < 1:
+    if baseline.steps_share != 1:
         accepted = "1.0: this is the baseline"
         raise ConfigError(path, f"{baseline.id}.steps_share", baseline.steps_share, accepted)
     if baseline.overrides:
@@ -172,7 +188,8 @@ def resolve(config: Config, ablation: Ablation) -> Config:
             overrides.pop(name, None)  # it says how to train a stage that the scale took out
     _refuse_like(ablation.file, f"{ablation.id}.", overrides, stages)
     for name, block in stages.items():
-        all_steps, block["steps"] = block["steps"], round(block["steps"] * ablation.steps_share)
+        share = ablation.share_of(config.scale) or 1.0
+        all_steps, block["steps"] = block["steps"], round(block["steps"] * share)
         if not block["steps"]:
             key, accepted = f"{ablation.id}.steps_share", f"more: {name} has {all_steps} steps"
             raise ConfigError(ablation.file, key, ablation.steps_share, accepted)

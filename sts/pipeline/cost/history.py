@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sts.pipeline.config import StageConfig
 from sts.pipeline.cost.counting import TowerWatch
 from sts.pipeline.cost.flops import Counts, count
-from sts.pipeline.cost.machines import peak_flops
+from sts.pipeline.cost.machines import gpu_of
 from sts.pipeline.files import read_json
 from sts.pipeline.run.weights import DONE, HISTORY, read_history
 from sts.scheme import Scheme
@@ -125,8 +125,8 @@ def with_speed(row: dict[str, Any]) -> dict[str, Any]:
 def device_peak(processes: int) -> dict[str, float]:
     """`peak_flops` of the GPUs of all processes, for a row of the history; empty if not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = peak_flops(name)
-    return {"peak_flops": peak * processes} if peak else {}
+    gpu = gpu_of(name)
+    return {"peak_flops": gpu.flops * processes} if gpu else {}
 
 
 def peak_memory_mb() -> float:

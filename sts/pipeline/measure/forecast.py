@@ -10,7 +10,7 @@ matrix product where it is not. All but the number of jobs is an estimate; nothi
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sts.pipeline.config import DataConfig
+from sts.pipeline.config import Config, DataConfig
 from sts.pipeline.cost.machines import Machine
-from sts.pipeline.cost.memory import lacking, memory_here
+from sts.pipeline.cost.memory import lacking, memory_here, unasked
 from sts.pipeline.data.fetch import fetched_bytes, user_folder
 from sts.pipeline.data.registry import dataset
-from sts.pipeline.measure.speed import at_once, calibrate, concurrent, fit
-from sts.pipeline.measure.stage_cost import START_SECONDS, StageCost, stage_costs
+from sts.pipeline.data.source import mirror_folder
+from sts.pipeline.measure.speed import at_once, calibrate, concurrent, fit, reached_bandwidth
+from sts.pipeline.measure.stage_cost import START_SECONDS, StageCost, stage_costs, timing_memory
 from sts.pipeline.plan import MAIN, Plan, load_plan, unique
+from sts.pipeline.tasks.registry import bytes_of, hub_set_of
 
 
 def estimate(
@@ -70,17 +72,18 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
         return cost.flops / rates[cost.stage] / at_once(cost.block, gpus)
 
     training = sum(stage_seconds(cost) + START_SECONDS for cost in trainings)
-    seconds = {"training": training / slots, **_beside_training(runs, rates, slots)}
+    seconds = {"training": training / slots, **_beside_training(runs, rates, slots, gpus, on)}
     seconds["total"] = sum(seconds.values())
-    peak = max(sum(cost.memory.values()) for cost in trainings)
-    available = on.gpu.memory if on else memory_here(slots)
+    configs = [plan.configs[id] for id in runs]
+    memory, lacks = _memory(runs, trainings, on.gpu.memory if on else memory_here(slots))
     disk = {
         "data": data_bytes(plan.data(runs), plan.scale.data),
+        "benchmarks": benchmark_bytes(configs),
+        "models": model_bytes(runs),
         "weights": sum(cost.weight_bytes for cost in trainings),
         "checkpoints": slots * max(cost.checkpoint_bytes for cost in trainings),
     }
     free = float(shutil.disk_usage(".").free)
-    lacks = [lacking(cost.stage, cost.block, cost.memory, available) for cost in trainings]
     return {
         "scale": plan.scale.scale,
         "jobs": plan.jobs(),
@@ -91,12 +94,10 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
         "seconds": seconds,
         "speed": {"flops_per_s": rates, "source": source, "trainings_at_once": slots},
         "disk_bytes": {**disk, "free": free},
-        "memory_bytes": {
-            "of_a_training": peak,
-            "at_once": slots * peak,
-            "of_a_process": available,
-        },
-        "lacking": unique(filter(None, [*lacks, "" if on else full(disk, free)])),
+        "memory_bytes": {**memory, "at_once": slots * memory["of_a_training"]},
+        "lacking": lacks,
+        "full": full(disk, free),
+        "unlike": plan.unlike_timing(),
         "respread": unique(text for id in runs for text in pairs[id][1]),
         **(
             {"gpu_hours": _gpu_hours(runs, stage_seconds, seconds["total"], slots, on)}
@@ -106,19 +107,46 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
     }
 
 
+def _memory(
+    runs: Runs, trainings: Sequence[StageCost], available: float
+) -> tuple[dict[str, float], list[str]]:
+    """Bytes of a process of each kind of job, at most, and what of them doesn't fit."""
+    timed = timing_memory(cost for stages in runs.values() for cost in stages.values())
+    needs = [(cost, cost.memory) for cost in trainings] + timed
+    asks = {id: [*stages.values()][-1] for id, stages in runs.items()}
+    texts = [lacking(cost.stage, cost.block, parts, available) for cost, parts in needs]
+    texts += [unasked(c.config.evaluate, c.evaluation_memory, available) for c in asks.values()]
+    memory = {
+        "of_a_training": max(map(StageCost.total, trainings)),
+        "of_a_timing": max(sum(parts.values()) for _, parts in timed),
+        "of_an_evaluation": max(sum(cost.evaluation_memory.values()) for cost in asks.values()),
+        "of_a_process": available,
+    }
+    return memory, unique(filter(None, texts))
+
+
 def _of_each_stage(runs: Runs, value: Callable[[StageCost], float]) -> dict[str, dict[str, float]]:
     return {id: {name: value(cost) for name, cost in stages.items()} for id, stages in runs.items()}
 
 
-def _beside_training(runs: Runs, rates: Mapping[str, float], slots: int) -> dict[str, float]:
+def _beside_training(
+    runs: Runs, rates: Mapping[str, float], slots: int, gpus: int, on: Machine | None
+) -> dict[str, float]:
     """Seconds of each other kind of job, those that run at once together."""
     evaluation = timing = 0.0
+    bandwidth = reached_bandwidth(on)
     for stages in runs.values():
         *_, last = stages.values()
-        evaluation += len(last.config.seeds) * last.evaluation_seconds(rates[last.stage])
-        timing += sum(cost.timing_flops / rates[stage] for stage, cost in stages.items())
+        asked = last.evaluation_seconds(rates[last.stage], bandwidth)
+        evaluation += len(last.config.seeds) * asked
+        timing += sum(
+            cost.timing_flops / rates[stage] / at_once(cost.block, gpus)
+            for stage, cost in stages.items()
+        )
+    *_, last = next(iter(runs.values())).values()
+    at_a_time = max(1, gpus // last.config.evaluate.processes) if gpus else slots
     return {
-        "evaluation": evaluation / slots,
+        "evaluation": evaluation / at_a_time,
         "timing": timing + START_SECONDS,
         "backbone": float(START_SECONDS),
     }
@@ -151,6 +179,37 @@ def full(disk: Mapping[str, float], free: float) -> str:
     )
 
 
+def benchmark_bytes(configs: Iterable[Config]) -> float:
+    """Bytes of the data of benchmarks that are fetched: those that no mirror has."""
+    names = unique(
+        name
+        for config in configs
+        for name in config.evaluate.benchmarks
+        if not _is_mirrored(name, config.data.mirror)
+    )
+    return float(bytes_of(*names))
+
+
+def _is_mirrored(benchmark: str, mirror: str | None) -> bool:
+    path, root = hub_set_of(benchmark).get("path"), mirror_folder(mirror)
+    return bool(path and root and (root / path).is_dir())
+
+
+def model_bytes(runs: Runs) -> float:
+    """Bytes of the models that are fetched: towers in float32, language models in 16 bits."""
+    by_source = {}
+    for cost in (cost for stages in runs.values() for cost in stages.values()):
+        model, parts = cost.config.model, cost.counts.parameters
+        language = parts["decoder"] + parts["head"]
+        sizes = {
+            model.vision: 4.0 * parts["vision"],
+            model.language: 2.0 * language,
+            model.checkpoint: 2.0 * (language + parts["vision"] + parts["projector"]),
+        }
+        by_source |= {name: sizes[name] for name in model.sources if not Path(name).is_dir()}
+    return sum(by_source.values())
+
+
 def data_bytes(names: Iterable[str], data: DataConfig) -> float:
     """Bytes of the pictures of data sets that are made here, and of the files of those that are
     fetched; none of those in a folder of the user's or of a mirror."""
@@ -173,9 +232,15 @@ def show(costs: Mapping[str, Any], console: Console) -> None:
     for name, text in _rows(costs):
         table.add_row(name, text)
     console.print(table)
-    for title, name in (("Fewer GPUs", "respread"), ("Does not fit", "lacking")):
-        for text in costs[name]:
+    disk = [costs["full"]] if costs["full"] else []
+    for title, texts in (
+        ("Fewer GPUs", costs["respread"]), ("Does not fit", costs["lacking"]), ("Disk here", disk),
+        ("Not the time", costs["unlike"]),
+    ):  # fmt: skip
+        for text in texts:
             console.print(f"[bold]{title}[/bold]: {text}", highlight=False)
+    if not costs["lacking"]:
+        console.print("All fits into memory: trainings, timing and evaluations.")
     speed = costs["speed"]
     rates = ", ".join(f"{rate / 1e9:.3g} GFLOP/s {s}" for s, rate in speed["flops_per_s"].items())
     console.print(
@@ -200,8 +265,9 @@ def _rows(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in costs["disk_bytes"].items():
         yield f"disk: {name}", size(value)
     memory = costs["memory_bytes"]
-    available = f"there are {size(memory['of_a_process'])}"
-    yield "memory of a process", f"{size(memory['of_a_training'])}, {available}"
+    for job in ("a_training", "a_timing", "an_evaluation"):
+        yield f"memory of {job.replace('_', ' ')}", size(memory[f"of_{job}"])
+    yield "memory of a process here", size(memory["of_a_process"])
     yield "memory at once", size(memory["at_once"])
     if hours := costs.get("gpu_hours"):
         for id, stages in hours["runs"].items():

@@ -11,8 +11,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from sts.pipeline.cost.machines import GPUS, SHARE
-from sts.pipeline.cost.memory import PROCESS_BYTES
+from sts.pipeline.cost.machines import CORES_BANDWIDTH, GPUS, SHARE
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.measure.stage_cost import StageCost, stage_costs, timing_memory
 from sts.pipeline.plan import Plan
@@ -20,7 +19,7 @@ from sts.pipeline.plan import Plan
 TIME_SLACK, MEMORY_SLACK = 2.0, 1.5
 START_MINUTES = 15  # imports and weights from a busy shared folder
 # FLOPs a second. Which GPU a job gets is not known: none of a cluster's is much slower
-GPU_FLOPS = SHARE * GPUS["a100"].flops
+GPU_FLOPS, GPU_BANDWIDTH = SHARE * GPUS["a100"].flops, SHARE * GPUS["a100-40"].bandwidth
 CORE_FLOPS = 5e9  # of a thread of a slow processor
 GPU_PROCESS_BYTES = 6e9  # host memory of a process with CUDA and four that load its data
 HARNESS_BYTES = 2e9  # lm-eval and the questions of a benchmark
@@ -53,8 +52,8 @@ def requests(plan: Plan, gpus: bool, out: str | Path) -> dict[str, dict[str, int
             log.warning("Jobs ask for memory and time that no estimate says. %s", error)
             continue
         *_, last = stages.values()
-        memory = (GPU_PROCESS_BYTES if gpus else PROCESS_BYTES) + last.weight_bytes + HARNESS_BYTES
-        by_job[f"evaluate/{id}"] = limits(memory, last.evaluation_seconds(speed(last)))
+        seconds = last.evaluation_seconds(speed(last), GPU_BANDWIDTH if gpus else CORES_BANDWIDTH)
+        by_job[f"evaluate/{id}"] = limits(asking_memory(last), seconds)
         costs[id] = [*stages.values()]
     for table in plan.tables:
         if all(id in costs for id in plan.members(table)):
@@ -75,6 +74,14 @@ def limits(memory: float, seconds: float) -> dict[str, int]:
 def speed(cost: StageCost) -> float:
     """FLOPs a second of one process of a stage on a slow machine."""
     return GPU_FLOPS if cost.on_gpu else CORE_FLOPS * cost.block.threads
+
+
+def asking_memory(cost: StageCost) -> float:
+    """Bytes of host memory that an evaluation takes. With GPUs each process holds the weights on
+    their way."""
+    parts = cost.evaluation_memory
+    of_process = GPU_PROCESS_BYTES + parts["weights"] if cost.on_gpu else sum(parts.values())
+    return cost.config.evaluate.processes * (of_process + HARNESS_BYTES)
 
 
 def training_memory(cost: StageCost, parts: Mapping[str, float] | None = None) -> float:

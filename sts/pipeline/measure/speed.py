@@ -8,7 +8,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from sts.pipeline.config import Config, StageConfig
-from sts.pipeline.cost.machines import SHARE, Machine
+from sts.pipeline.cost.machines import CORES_BANDWIDTH, SHARE, Machine, gpu_of
 from sts.pipeline.measure import shapes
 from sts.pipeline.measure.stage_cost import StageCost, model_config
 from sts.pipeline.run.device import precision_here
@@ -42,7 +42,11 @@ def fit(config: Config, gpus: int) -> tuple[Config, list[str]]:
         for name, block in config.stages.items()
         if stages[name].processes < block.processes
     ]
-    return config.model_copy(update={"stages": stages}), texts
+    asked = config.evaluate
+    if gpus and asked.processes > gpus:
+        texts.append(f"evaluate.processes: {asked.processes} do not run on {gpus}: set {gpus}")
+        asked = asked.model_copy(update={"processes": gpus})
+    return config.model_copy(update={"stages": stages, "evaluate": asked}), texts
 
 
 def at_once(block: StageConfig, gpus: int) -> int:
@@ -112,6 +116,13 @@ def matmul_rate(block: StageConfig) -> float:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device=device)
     return 2 * MATMUL_SIZE**3 / seconds_of("matrix @ matrix", block, matrix=matrix)
+
+
+def reached_bandwidth(on: Machine | None = None) -> float:
+    """Bytes a second of weights that are read to decode answers."""
+    here = torch.cuda.is_available() and gpu_of(torch.cuda.get_device_name())
+    gpu = on.gpu if on else here
+    return SHARE * gpu.bandwidth if gpu else CORES_BANDWIDTH
 
 
 def seconds_of(statement: str, block: StageConfig, **names: object) -> float:

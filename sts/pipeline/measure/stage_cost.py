@@ -3,6 +3,7 @@
 Of a model whose weights are not here either: its sizes are known, or read from local files.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from transformers import PreTrainedConfig
 from sts.lds.decision import expected_work
 from sts.pipeline.config import Config, LoraConfig, ModelConfig, StageConfig
 from sts.pipeline.cost.flops import Counts, count
-from sts.pipeline.cost.memory import FLOAT32, held, step_memory
+from sts.pipeline.cost.memory import FLOAT32, evaluation_memory, held, step_memory
 from sts.pipeline.data.registry import dataset
 from sts.pipeline.measure import shapes
 from sts.pipeline.measure.timing import what_is_held
-from sts.pipeline.run.device import attention_here
+from sts.pipeline.run.device import attention_here, precision_here
 from sts.pipeline.tasks.registry import questions_of
 from sts.pipeline.train.checkpoint import KEPT
 from sts.pipeline.train.lora import train_parts
@@ -90,15 +91,27 @@ class StageCost:
         """Of the steps that the stage's timing takes, on all processes."""
         return self.flops * self.config.bench.steps / self.block.steps
 
-    def evaluation_seconds(self, speed: float) -> float:
+    def evaluation_seconds(self, speed: float, bandwidth: float) -> float:
         """One evaluation job of a run with this last stage at so many FLOPs a second: a forward of
-        every question and what its answer takes beside, and of a share again with a grey image."""
+        every question and what its answer takes beside, and of a share again with a grey image. For
+        each token of the longest answers a batch reads all weights, at so many bytes a second."""
         evaluation, (text, answer) = self.config.evaluate, self.tokens
         counts = [questions_of(n) or self.config.data.scenes.test for n in evaluation.benchmarks]
         limit = evaluation.limit or max(counts)
         questions = sum(min(count, limit) for count in counts) * (1 + evaluation.blind)
-        flops = self.counts.forward(self.counts.visual_tokens + text, answer)
-        return START_SECONDS + questions * (flops / speed + ANSWER_SECONDS)
+        tokens = self.counts.visual_tokens + text
+        seconds = self.counts.forward(tokens, answer) / speed + ANSWER_SECONDS
+        reads = evaluation.max_new_tokens * self.evaluation_memory["weights"] / bandwidth
+        batches = math.ceil(questions * tokens / evaluation.batch_tokens)
+        return START_SECONDS + (questions * seconds + batches * reads) / evaluation.processes
+
+    @cached_property
+    def evaluation_memory(self) -> dict[str, float]:
+        """Peak bytes of one process that asks the model (sts/pipeline/cost/memory.py)."""
+        precision, parameters = self.block.precision, sum(self.counts.parameters.values())
+        precision = precision if self.on_gpu else precision_here(precision)
+        sizes = model_config(self.config.model)
+        return evaluation_memory(sizes, parameters, self.config.evaluate, precision)
 
     @property
     def longest(self) -> tuple[float, float]:

@@ -154,7 +154,7 @@ def test_a_timing_runs_as_its_stages_are_trained(tmp_path, backbone, prepared, m
     one = bench(alone, [prepared], dict.fromkeys(alone, backbone), tmp_path / "one.json")
     for name, variant in result.items():
         assert variant["flops"] == pytest.approx(one["variants"][name]["flops"], rel=0.02)
-        assert [*variant] == ["align", "instruct", "time_s", "flops"]
+        assert {*variant} == {"align", "instruct", "time_s", "flops"}
     assert result["lds"]["instruct"]["layers_run"] == [3, 6]
     orders = [result[name]["instruct"]["order"][0] for name in ("dense", "lds")]
     assert sorted(place for order in orders for place in order) == list(range(2 * REPEATS)), (
@@ -164,7 +164,7 @@ def test_a_timing_runs_as_its_stages_are_trained(tmp_path, backbone, prepared, m
 
 def test_a_timing_by_another_number_of_processes_is_refused(tmp_path, backbone, prepared):
     variants = {"pair": config(align={"processes": 2}, instruct={"processes": 2})}
-    with pytest.raises(ValueError, match=r"processes: 1 .* 2: torchrun --nproc-per-node N"):
+    with pytest.raises(ValueError, match="processes=1: expected 2: torchrun --nproc-per-node N"):
         bench(variants, [prepared], {"pair": backbone}, tmp_path / "bench.json")
 
 

@@ -22,7 +22,7 @@ from sts.lds.decision import Decision
 from sts.lds.units import skip_backward
 from sts.pipeline.config import LoraConfig, StageConfig
 from sts.pipeline.cost import flops as cost
-from sts.pipeline.cost.history import Meter, measure, row_flops, with_speed
+from sts.pipeline.cost.history import Meter, measure, row_flops, step_row, with_speed
 from sts.pipeline.cost.machines import gpu_of
 from sts.pipeline.cost.memory import ALLOCATOR, step_memory
 from sts.pipeline.measure.shape_bench import FUSED_ON_CPU
@@ -127,7 +127,9 @@ class Trained:
             for batch in self.batches:
                 self.model(**batch).loss.backward()
         samples = sum(len(batch["input_ids"]) for batch in self.batches)
-        row = measure(scheme, self.meter, self.block, [True] * samples, self.batches)
+        row = step_row(
+            scheme, [True] * samples, measure(scheme, self.meter, self.block, self.batches)
+        )
         return counter, row
 
 

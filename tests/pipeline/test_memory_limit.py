@@ -1,12 +1,11 @@
 """What a training needs is foreseen, and what can't fit is refused before its first step."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sts.pipeline.config import load_scale
+from sts.pipeline.config import EvaluateConfig, load_scale
 from sts.pipeline.cost import memory
 from sts.pipeline.measure.stage_cost import StageCost, model_config
 
@@ -114,7 +113,7 @@ def test_activations_are_a_rough_figure_and_so_only_warned_of(paper, here, caplo
 def asked(scale, precision, batch_tokens):
     """What `evaluation_memory` is told of a scale's model."""
     parameters = sum(StageCost(scale, "instruct").counts.parameters.values())
-    options = SimpleNamespace(batch_tokens=batch_tokens, max_new_tokens=16, processes=1)
+    options = EvaluateConfig(batch_tokens=batch_tokens, max_new_tokens=16)
     return model_config(scale.model), parameters, options, precision
 
 

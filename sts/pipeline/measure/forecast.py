@@ -76,10 +76,10 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
     seconds["total"] = sum(seconds.values())
     configs = [plan.configs[id] for id in runs]
     memory, lacks = _memory(runs, trainings, on.gpu.memory if on else memory_here(slots))
+    fetched = {"benchmarks": benchmark_bytes(configs), "models": model_bytes(runs)}
     disk = {
         "data": data_bytes(plan.data(runs), plan.scale.data),
-        "benchmarks": benchmark_bytes(configs),
-        "models": model_bytes(runs),
+        **{name: value for name, value in fetched.items() if value},
         "weights": sum(cost.weight_bytes for cost in trainings),
         "checkpoints": slots * max(cost.checkpoint_bytes for cost in trainings),
     }
@@ -234,7 +234,7 @@ def show(costs: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     disk = [costs["full"]] if costs["full"] else []
     for title, texts in (
-        ("Fewer GPUs", costs["respread"]), ("Does not fit", costs["lacking"]), ("Disk here", disk),
+        ("Fewer GPUs", costs["respread"]), ("Does not fit", costs["lacking"]), ("Does not fit here", disk),
         ("Not the time", costs["unlike"]),
     ):  # fmt: skip
         for text in texts:

@@ -32,7 +32,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from sts.checks import expect
 from sts.lds import POLICIES
-from sts.pipeline.cost.machines import peak_flops
+from sts.pipeline.cost.machines import gpu_of
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.measure import shapes
 from sts.pipeline.measure.timing import in_turn, measured_on, typical_steps
@@ -272,7 +272,7 @@ class Steps:
 def _rows(timed: dict[str, Timed], tokens: int, device: str) -> list[dict[str, Any]]:
     """A row for each variant: medians, range, and ratios to `dense`; tokens: of a batch."""
     dense, rows = timed["dense"], []
-    peak = peak_flops(device)
+    gpu = gpu_of(device)
     for setting, (seconds, counts) in timed.items():
         step_s = median(seconds)
         # paired by turn, so that a slow moment of the machine is in both; a mean, as the steps of
@@ -286,7 +286,7 @@ def _rows(timed: dict[str, Timed], tokens: int, device: str) -> list[dict[str, A
                 "step_s": step_s,
                 "step_s_range": [min(seconds), max(seconds)],
                 "tokens_per_s": tokens / step_s,
-                "mfu": counts["flops"] / step_s / peak if peak else None,
+                "mfu": counts["flops"] / step_s / gpu.flops if gpu else None,
                 "time_ratio": time_ratio,
                 "flops_ratio": flops_ratio,
                 "realisation": realisation,

@@ -232,11 +232,9 @@ def show(costs: Mapping[str, Any], console: Console) -> None:
     for name, text in _rows(costs):
         table.add_row(name, text)
     console.print(table)
-    disk = [costs["full"]] if costs["full"] else []
-    for title, texts in (
-        ("Fewer GPUs", costs["respread"]), ("Does not fit", costs["lacking"]), ("Does not fit here", disk),
-        ("Not the time", costs["unlike"]),
-    ):  # fmt: skip
+    titles = {"respread": "Fewer GPUs", "lacking": "Does not fit", "unlike": "Not the time"}
+    named = [(title, costs[name]) for name, title in titles.items()]
+    for title, texts in (*named, ("Does not fit here", filter(None, [costs["full"]]))):
         for text in texts:
             console.print(f"[bold]{title}[/bold]: {text}", highlight=False)
     if not costs["lacking"]:

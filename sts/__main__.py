@@ -93,7 +93,7 @@ def prepare(config: ConfigFile, dataset: Name, out: Out) -> None:
     if dataset not in (*datasets(), *scale.data.custom) and is_of_hub(dataset):
         from sts.pipeline.evaluate.loading import fetch
 
-        fetch(dataset, scale.data.mirror, out)
+        fetch(scale, dataset, out)
     else:
         prepare(config=scale, name=dataset, out=out)
 

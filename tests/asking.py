@@ -59,5 +59,5 @@ def write_arrow(rows: list[dict], columns: dict, file: Path) -> None:
 
 
 def write_parquet(rows: list[dict], columns: dict, file: Path) -> None:
-    file.parent.mkdir(parents=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_list(rows, features=datasets.Features(columns)).to_parquet(file)

@@ -135,8 +135,8 @@ def write_chartqa(root: Path) -> None:
     write_parquet(rows, chartqa, root / "HuggingFaceM4/ChartQA/data/test-0.parquet")
 
 
-def write_mmmu(root: Path, subjects: Sequence[str]) -> None:
-    """All columns of subjects of MMMU, three questions each."""
+def write_mmmu(root: Path, subjects: Sequence[str], times: int = 1) -> None:
+    """All columns of subjects of MMMU, three questions each, so many times."""
     names = "id question options explanation {} img_type answer topic_difficulty question_type"
     images = [f"image_{i}" for i in range(1, 8)]
     columns = f"{names} subfield".format(" ".join(images)).split()
@@ -151,7 +151,7 @@ def write_mmmu(root: Path, subjects: Sequence[str]) -> None:
                          "question_type": "open", "image_1": picture(3)}  # fmt: skip
         rows = [
             {**empty, **row, "id": f"validation_{subject}_{i}"}
-            for i, row in enumerate([choice, open_question, open_question])
+            for i, row in enumerate(times * [choice, open_question, open_question])
         ]
         write_parquet(rows, mmmu, root / f"MMMU/MMMU/{subject}/validation-0.parquet")
         files = [{"split": "validation", "path": f"{subject}/validation-*"}]

@@ -1,18 +1,30 @@
 """The hub's benchmarks: questions as LLaVA asks them, scores as their authors reckon them."""
 
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from asking import Oracle, picture
 from configs import RECIPE
-from hub_sets import OFFICIAL, write_sets
+from hub_server import COMMIT, hub
+from hub_sets import ART, OFFICIAL, write_mmmu, write_sets
 
 from sts.pipeline.config import EvaluateConfig, validate
+from sts.pipeline.data.origins import state
+from sts.pipeline.data.source import DataError
 from sts.pipeline.evaluate import asking
-from sts.pipeline.evaluate.loading import load_benchmarks, metric_of, tasks_of
+from sts.pipeline.evaluate.loading import fetch, load_benchmarks, metric_of, tasks_of, version_of
 from sts.pipeline.evaluate.scoring import answer
+from sts.pipeline.files import read_json
 from sts.pipeline.tasks import official
 from sts.pipeline.tasks import registry as benchmarks
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # ---- rules, by hand -----------------------------------------------------------------------------
 
@@ -161,15 +173,15 @@ def mirror(tmp_path_factory):
     return write_sets(tmp_path_factory.mktemp("mirror"), OFFICIAL)
 
 
-def settings(mirror, *names):
+def configuration(mirror, *names):
     stages = {"instruct": RECIPE | {"trains": ["projector"]}}
     scale = {"stages": stages, "data": {"mirror": str(mirror)},
              "evaluate": {"benchmarks": list(names)}}  # fmt: skip
-    return validate(scale, "test.yaml").evaluate
+    return validate(scale, "test.yaml")
 
 
 def load(mirror, *names):
-    options = settings(mirror, *names)
+    options = configuration(mirror, *names).evaluate
     loaded = load_benchmarks(options, [], str(mirror))
     return loaded, {name: metric_of(name, item, options) for name, item in loaded.items()}
 
@@ -279,3 +291,138 @@ def test_gqa_finds_the_picture_that_a_question_names(mirror, monkeypatch):
     assert [list(image.getdata()) for image in images] == [
         list(picture(place).getdata()) for place in (1, 0, 1)
     ]  # n0 is the second of the pictures
+
+
+# ---- which questions ----------------------------------------------------------------------------
+
+
+def rewritten(root: Path, path: str, change) -> None:
+    """Write a set of the mirror again with other rows."""
+    parts = {
+        name: {split: (columns, change(rows)) for split, (columns, rows) in splits.items()}
+        for name, splits in OFFICIAL[path].items()
+    }
+    shutil.rmtree(root / path)
+    write_sets(root, {path: parts})
+
+
+def test_a_limit_takes_what_is_scored_together_or_leaves_it(tmp_path, monkeypatch):
+    """Of MMBench all copies of a question, of MME both questions of a picture: a model that is
+    right once in two has neither 0 nor 1 of them by chance of the draw."""
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    root = write_sets(tmp_path, OFFICIAL)
+    rewritten(root, "lmms-lab/MMBench", lambda rows: [
+        rows[0] | {"index": 1_000_000 * turn + question, "answer": "AB"[turn % 2]}
+        for turn in range(4) for question in range(6 - turn)
+    ])  # fmt: skip
+    rewritten(root, "lmms-lab/MME", lambda rows: [
+        rows[0] | {"question_id": f"count/{picture}", "answer": answer}
+        for answer in ("Yes", "No") for picture in range(10)
+    ])  # fmt: skip
+    loaded, _ = load(root, "mmbench_en", "mme_perception")
+    for name, bundle in (("mmbench_en", lambda row: row["index"] % 1_000_000),
+                         ("mme_perception", lambda row: row["question_id"])):  # fmt: skip
+        docs = loaded[name].eval_docs
+        sizes = Counter(map(bundle, docs))
+        before: set[int] = set()
+        for limit in range(1, len(docs) + 1):
+            drawn = {
+                place for _, place in asking.draw_places({(name, name): loaded[name]}, limit, 1)
+            }
+            for key, count in Counter(bundle(docs[place]) for place in drawn).items():
+                assert count == sizes[key], (name, limit, key)
+            assert before <= drawn and len(drawn) <= max(limit, max(sizes.values()))
+            assert len(drawn) > limit - max(sizes.values()), "as many as there is room for"
+            before = drawn
+        assert len(before) == len(docs)
+
+
+def test_what_is_asked_is_what_the_folder_holds_now(tmp_path, monkeypatch):
+    """Of our task files and of lm-eval's own, which `datasets` reads and keeps by name."""
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    names = ("pope", "mmmu_val_art_and_design")
+    root = write_sets(tmp_path / "mirror", OFFICIAL)
+    counts, versions = [], []
+    for times in (1, 5):
+        rewritten(root, "lmms-lab-encoder/POPE", lambda rows, times=times: rows * times)
+        shutil.rmtree(root / "MMMU", ignore_errors=True)
+        write_mmmu(root, ART, times)
+        loaded, _ = load(root, *names)
+        counts.append([sum(len(task.eval_docs) for task in tasks_of(loaded[n])) for n in names])
+        versions.append([version_of(n, loaded[n], [], str(root)) for n in names])
+    assert counts == [[6, 12], [30, 60]]
+    assert all(first != second for first, second in zip(*versions, strict=True))
+
+
+def test_a_benchmark_whose_files_changed_is_noted_anew_or_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    root = write_sets(tmp_path / "mirror", OFFICIAL)
+    config, manifest = configuration(root, "pope"), tmp_path / "pope/manifest.json"
+    fetch(config, "pope", manifest)
+    before, word = read_json(manifest), state(manifest)
+    load_benchmarks(config.evaluate, [manifest], None)  # where it was noted
+    assert state(manifest) == word
+    fetch(config, "pope", manifest)
+    assert read_json(manifest) == before, "the same data give the same manifest"
+    rewritten(root, "lmms-lab-encoder/POPE", lambda rows: rows[::-1])
+    assert state(manifest) != word, "which the rule follows"
+    with pytest.raises(DataError, match=r"benchmark pope: .*test-0.parquet is not as it was"):
+        load_benchmarks(config.evaluate, [manifest], None)
+    fetch(config, "pope", manifest)
+    assert read_json(manifest)["sha256"] != before["sha256"]
+
+
+FETCH = """
+import sys
+from pathlib import Path
+from sts.pipeline.data import source
+from sts.pipeline.data.benchmark_sets import files_of, folder_of
+for name in sys.argv[1:]:
+    folder = folder_of(name, None)
+    print(name, *(file.relative_to(folder) for file in files_of(name, folder)))
+"""
+
+
+def test_the_split_alone_is_fetched_once_and_needs_no_hub_afterwards(tmp_path, monkeypatch):
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    served_sets = {path.replace("lmms-lab/", "lmms-lab-encoder/"): parts
+                   for path, parts in OFFICIAL.items()}  # fmt: skip
+    columns, rows = OFFICIAL["lmms-lab/VQAv2"]["default"]["validation"]
+    served_sets["lmms-lab-encoder/VQAv2"] = {
+        "default": {"train": (columns, rows * 9), "validation": (columns, rows)}
+    }
+    write_sets(tmp_path / "served/hub", served_sets)
+    names = ["vqav2", "gqa", "mmbench_en", "seed_image"]
+
+    def fetched(url: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"),
+                       "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}  # fmt: skip
+        return subprocess.run([sys.executable, "-c", FETCH, *names], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+
+    with hub(tmp_path / "served") as served:
+        first = fetched(served.url)
+        assert first.returncode == 0, first.stderr
+    assert first.stdout.splitlines() == [
+        "vqav2 default/validation-0.parquet",
+        "gqa testdev_balanced_instructions/testdev-0.parquet "
+        "testdev_balanced_images/testdev-0.parquet",
+        "mmbench_en en/dev-0.parquet",
+        "seed_image default/test-0.parquet",
+    ]
+    folder = tmp_path / "data/raw/hub/lmms-lab-encoder"
+    files = {file.relative_to(folder).parts[0] for file in folder.rglob("*.parquet")}
+    assert files == {"VQAv2", "GQA", "MMBench", "SEED-Bench"}
+    assert not list(folder.rglob("train-*")) and not list(folder.rglob("cn"))
+    notes = {file.parent.name: read_json(file)["commit"] for file in folder.rglob("fetched.json")}
+    assert notes.pop("main") == COMMIT, "of a branch the commit of the first call"
+    assert all(name == commit for name, commit in notes.items()), "pinned by the task file"
+    assert fetched("http://127.0.0.1:9").stdout == first.stdout
+
+
+def test_bytes_of_benchmarks_are_counted_once_a_file():
+    one, both = benchmarks.bytes_of("textvqa"), benchmarks.bytes_of("textvqa", "textvqa_ocr")
+    assert one == both == 920_000_000
+    assert benchmarks.bytes_of("mmbench_en", "mmbench_cn") == 2 * benchmarks.bytes_of("mmbench_en")
+    assert all(benchmarks.bytes_of(name) for name in (*ASKED, "mmmu_val"))
+    assert benchmarks.bytes_of("colour", "chart") == 0

@@ -85,20 +85,26 @@ def files_of(name: str, folder: Path) -> list[Path]:
     return [file for part in parts for file in split_files(folder, part, hub_set["split"])]
 
 
-def write_note(name: str, folder: Path, files: Iterable[Path], out: str | Path) -> dict[str, Any]:
-    """Write and return the manifest of a benchmark's data in a folder, with the list of the files
-    as they are (origins.py) beside it; `sha256` depends on their bytes and names alone."""
+def version(folder: Path, files: Iterable[Path]) -> str:
+    """A hash of the names of files below a folder and of their bytes."""
+    return _version(folder, map(origin, files))
+
+
+def _version(folder: Path, origins: Iterable[dict[str, Any]]) -> str:
+    return sha256_json({str(Path(o["path"]).relative_to(folder)): o["sha256"] for o in origins})
+
+
+def write_note(name: str, folder: Path, files: Iterable[Path], out: str | Path) -> None:
+    """Write the manifest of a benchmark's data in a folder, with the list of the files as they are
+    (origins.py) beside it."""
     out = Path(out)
-    word, entries = state(out), [origin(file) for file in files]
-    lines = "".join(f"{json.dumps(line)}\n" for line in (word, *entries))
-    hashes = {str(Path(e["path"]).relative_to(folder)): e["sha256"] for e in entries}
+    word, origins = state(out), [origin(file) for file in files]
+    lines = "".join(f"{json.dumps(line)}\n" for line in (word, *origins))
     write_text_atomic(out.with_name(LIST), lines)
     fetched = folder / FETCHED  # not in a mirror
     commit = read_json(fetched)["commit"] if fetched.exists() else None
     manifest = {"dataset": name, "folder": str(folder), "commit": commit, "splits": {}, "files": {}}
-    manifest["sha256"] = sha256_json(hashes)
-    write_json_atomic(out, manifest)
-    return manifest
+    write_json_atomic(out, manifest | {"sha256": _version(folder, origins)})
 
 
 def noted(name: str, manifests: Sequence[str | Path]) -> dict[str, Any] | None:
@@ -106,14 +112,14 @@ def noted(name: str, manifests: Sequence[str | Path]) -> dict[str, Any] | None:
     as it was when it was noted."""
     for file in map(Path, manifests):
         manifest = read_json(file)
-        if manifest["dataset"] != name:
+        if manifest["dataset"] != name or "folder" not in manifest:
             continue
         with file.with_name(LIST).open(encoding="utf-8") as lines:
-            changed = [e["path"] for e in [*map(json.loads, lines)][1:] if not is_same(e)]
+            changed = [o["path"] for o in [*map(json.loads, lines)][1:] if not is_same(o)]
         if changed:
             raise DataError(
-                f"benchmark {name}: {changed[0]} is not the file any more that {file} lists. "
-                "Give the same command of the workflow again, or `python -m sts prepare` for it"
+                f"benchmark {name}: {changed[0]} is not as it was when {file} was written. Give "
+                "the same command of the workflow again, or run `python -m sts prepare` for it"
             )
         return manifest
     return None

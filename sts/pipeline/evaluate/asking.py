@@ -233,22 +233,22 @@ def _direct(task: Task) -> Task:
 
 def draw_places(tasks: Mapping[Id, Task], limit: int | None, grey: float) -> list[tuple[Id, int]]:
     """Where the questions are that are asked: of a benchmark `limit` (None: all), of its blind twin
-    the share `grey` of them. Those that are scored together (`metadata.group` of a task file) are
-    asked together: as many groups as the number holds, and one at least. They are the first of an
+    the share `grey` of them. Those that are scored together (`metadata.bundle` of a task file) are
+    asked together: as many bundles as the number holds, and one at least. They are the first of an
     order that a fixed seed gives, so fewer are a part of more."""
     questions = defaultdict(list)
     for id, task in tasks.items():
-        group_of = (task.config.metadata or {}).get("group") or (lambda docs: range(len(docs)))
-        groups = enumerate(group_of(task.eval_docs))
-        questions[id[0]] += [((id, place), (id, group)) for place, group in groups]
+        bundles_of = (task.config.metadata or {}).get("bundle") or (lambda docs: range(len(docs)))
+        bundles = enumerate(bundles_of(task.eval_docs))
+        questions[id[0]] += [((id, place), (id, bundle)) for place, bundle in bundles]
     places = []
     for name, of_benchmark in questions.items():
         count = len(of_benchmark)
         most = min(limit or count, count)
         most = math.ceil(most * grey) if name.endswith(BLIND) else most
-        sizes = Counter(group for _, group in of_benchmark)
+        sizes = Counter(bundle for _, bundle in of_benchmark)
         order = random.Random(len(sizes)).sample([*sizes], len(sizes))
-        ends = accumulate(sizes[group] for group in order)
-        drawn = {group for group, end in zip(order, ends, strict=True) if end <= most} or {order[0]}
-        places += [place for place, group in of_benchmark if group in drawn]
+        ends = accumulate(sizes[bundle] for bundle in order)
+        drawn = {bundle for bundle, end in zip(order, ends, strict=True) if end <= most}
+        places += [place for place, bundle in of_benchmark if bundle in (drawn or order[:1])]
     return places

@@ -14,13 +14,14 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from PIL import Image
 
-from sts.pipeline.config import ConfigError, EvaluateConfig
+from sts.pipeline.config import Config, ConfigError, EvaluateConfig
 from sts.pipeline.data.benchmark_sets import (
     HOW,
     files_of,
     folder_of,
     mirrored_files,
     noted,
+    version,
     write_note,
 )
 from sts.pipeline.data.source import DataError, mirror_folder
@@ -124,21 +125,38 @@ def _cache_of(root: Path | None, sets: Sequence[str]) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = before
 
 
-def fetch(name: str, mirror: str | None, out: str | Path) -> None:
-    """Have the data of a benchmark of the hub here, and note them in the manifest `out`."""
+def fetch(config: Config, name: str, out: str | Path) -> None:
+    """Have the data of a benchmark of the hub here, and note them in the manifest `out`. Raises
+    DataError, ConfigError as an evaluation of it."""
+    options = config.evaluate.model_copy(update={"benchmarks": [name]})
+    [benchmark] = load_benchmarks(options, [], config.data.mirror).values()
+    metric_of(name, benchmark, options)  # what the plan can't know where lm-eval isn't installed
+    write_note(name, *_files_of(name, benchmark, config.data.mirror), out)
+
+
+def version_of(
+    name: str, benchmark: Benchmark, data: Sequence[str | Path], mirror: str | None
+) -> str:
+    """A hash of the data that a benchmark asks: of the split's file, or as its manifest says, or
+    else of the files on the hub or in a mirror."""
+    if registry.dataset_of(name):
+        [file] = [Path(entry["filename"]) for entry in benchmark.eval_docs.cache_files]
+        return version(file.parent, [file])
+    note = noted(name, data)
+    return note["sha256"] if note else version(*_files_of(name, benchmark, mirror))
+
+
+def _files_of(name: str, benchmark: Benchmark, mirror: str | None) -> tuple[Path, list[Path]]:
+    """The folder and the files that a benchmark of the hub is read from."""
     if registry.hub_set_of(name):
         folder = folder_of(name, mirror)
-        write_note(name, folder, files_of(name, folder), out)
-        return
-    [benchmark] = load_benchmarks(EvaluateConfig(benchmarks=[name]), [], mirror).values()
+        return folder, files_of(name, folder)
     sets = [*dict.fromkeys(task.DATASET_PATH for task in tasks_of(benchmark))]
     if root := _mirror_of(sets, mirror):
-        files = [file for path in sets for file in mirrored_files(root, path)]
-    else:
-        root = Path(datasets.config.HF_DATASETS_CACHE)
-        caches = (task.eval_docs.cache_files for task in tasks_of(benchmark))
-        files = [Path(entry["filename"]) for cache in caches for entry in cache]
-    write_note(name, root, files, out)
+        return root, [file for path in sets for file in mirrored_files(root, path)]
+    caches = (task.eval_docs.cache_files for task in tasks_of(benchmark))
+    files = [Path(entry["filename"]) for cache in caches for entry in cache]
+    return Path(datasets.config.HF_DATASETS_CACHE), files
 
 
 def _task_entries(manager: TaskManager, name: str) -> Iterator[Mapping[str, Any]]:

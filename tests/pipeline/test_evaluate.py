@@ -26,9 +26,10 @@ from sts.pipeline.data.source import DataError
 from sts.pipeline.evaluate import asking
 from sts.pipeline.evaluate import evaluate as module
 from sts.pipeline.evaluate.evaluate import evaluate
-from sts.pipeline.evaluate.loading import load_benchmarks
+from sts.pipeline.evaluate.loading import fetch, load_benchmarks
 from sts.pipeline.evaluate.scoring import guesses
 from sts.pipeline.files import SpoiltError, hashes, read_json, sha256_json, write_json_atomic
+from sts.pipeline.tasks import official
 from sts.pipeline.tasks import registry as benchmarks
 from sts.pipeline.train.model import build
 
@@ -606,6 +607,29 @@ def test_tasks_and_groups_of_lm_eval_are_found_by_name():
         configured({"benchmarks": ["text"], "metrics": {"chartqx": "acc"}})
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "accepted"),
+    [
+        ("chartqa", "relaxed", "one of relaxed_accuracy"),
+        ("mme_cognition", "circular", "one of score, accuracy"),
+        ("chartqa_llama", "relaxed", "one of exact_match, relaxed_accuracy, anywhere_accuracy"),
+        ("mmmu_val", "bleu", "one of acc"),
+    ],
+)
+def test_a_metric_that_a_task_file_does_not_list_is_refused_with_the_configuration(
+    name, metric, accepted
+):
+    with pytest.raises(ConfigError, match=rf"evaluate\.metrics\.{name}: '{metric}'.*{accepted}"):
+        configured({"benchmarks": [name], "metrics": {name: metric}})
+
+
+def test_a_metric_that_the_plan_cannot_know_is_refused_with_the_data(theirs, tmp_path):
+    """Where lm-eval is not installed, as beside Snakemake, the first job that has it says so."""
+    wrong = varied(theirs, metrics={GROUP: "bleu"})
+    with pytest.raises(ConfigError, match=rf"metrics\.{GROUP}: 'bleu'.*one of acc"):
+        fetch(wrong, GROUP, tmp_path / "manifest.json")
+
+
 def test_where_lm_eval_is_not_installed_the_job_decides(monkeypatch, scenes):
     with monkeypatch.context() as bare:
         bare.setattr(benchmarks, "find_spec", lambda name: None)
@@ -629,6 +653,10 @@ def test_lm_evals_tasks_are_scored_by_their_own_metrics(measure, theirs, answers
     chart, group = (result["benchmarks"][name] for name in ("chartqa_llama", GROUP))
     assert (chart["metric"], chart["score"], chart["n"]) == ("relaxed_accuracy", 1, 4)
     assert (group["metric"], group["n"], group["version"]) == ("acc", 12, "0.0")
+    choices = "<image> or <image>?\n\n(A) red\n(B) blue"
+    prompts = {prompt for prompt, *_ in oracle.shown}
+    assert f"{choices}\n\n{official.LETTER}" in prompts, "MMMU's own for LLaVA-1.5"
+    assert f"what is <image>?\n\n{official.WORD}" in prompts
     assert group["score"] == pytest.approx(1 / 3) and group["share"]
     assert {chart["majority"], chart["chance"], group["majority"], group["chance"]} == {None}
     assert answers("chartqa_llama")[3] == {

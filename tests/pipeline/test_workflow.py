@@ -107,7 +107,7 @@ def test_a_checkpoint_in_a_folder_is_one_entry_and_its_files_are_followed(projec
 
 def test_the_paper_scale_is_planned_with_its_processes_its_data_and_published_scores(project):
     output = run(project, "workflow/config/paper.yaml", "-n", "-p", "expected")
-    jobs = {"prepare": 2, "backbone": 1, "train": 2, "evaluate": 1, "expected": 1}
+    jobs = {"prepare": 16, "backbone": 1, "train": 2, "evaluate": 1, "expected": 1}
     assert jobs_in(output) == jobs
     assert "torchrun --standalone --nproc-per-node 8 -m sts train" in output
     assert "data/paper/llava_pretrain/manifest.json" in output

@@ -420,6 +420,12 @@ def test_the_split_alone_is_fetched_once_and_needs_no_hub_afterwards(tmp_path, m
     assert fetched("http://127.0.0.1:9").stdout == first.stdout
 
 
+def test_an_evaluation_follows_what_reads_its_questions():
+    names = {file.name for file in benchmarks.sources(["mmbench_cn"])}
+    ours = {"mmbench_cn.yaml", "mmbench_en.yaml", "_official.yaml"}
+    assert names == ours | {"official.py", "parquet.py"}
+
+
 def test_bytes_of_benchmarks_are_counted_once_a_file():
     one, both = benchmarks.bytes_of("textvqa"), benchmarks.bytes_of("textvqa", "textvqa_ocr")
     assert one == both == 920_000_000

@@ -215,8 +215,9 @@ class Config(Block):
         """Refuse values of different blocks that do not go together."""
         sets = (*datasets(), *self.data.custom)
         for name in self.data.custom:
-            accepted = f"another name than those of the package: {', '.join(datasets())}"
-            expect(name not in datasets(), f"config.data.custom.{name}", name, accepted)
+            taken = (*datasets(), *self.hub_benchmarks())
+            accepted = f"another name than those of the package: {', '.join(taken)}"
+            expect(name not in taken, f"config.data.custom.{name}", name, accepted)
         published = [n for n, file in datasets().items() if file.is_relative_to(CODE / "pipeline")]
         for key, names in {"rows": sets, "folders": published}.items():
             for name, value in getattr(self.data, key).items():

@@ -96,8 +96,10 @@ def sources(names: Iterable[str]) -> list[Path]:
     files = [TASKS / f"{name}.yaml" for name in names if name in ours()]
     parts = {part for file in files for part, _ in _parts(file)}
     texts = "".join(part.read_text(encoding="utf-8") for part in parts)
-    modules = {f"{module}.py" for module in re.findall(r"!function (\w+)\.", texts)}
-    return sorted({*parts, *(TASKS / module for module in modules)})
+    modules = {TASKS / f"{module}.py" for module in re.findall(r"!function (\w+)\.", texts)}
+    code = "".join(module.read_text(encoding="utf-8") for module in modules)
+    inner = re.findall(r"from sts\.pipeline\.tasks\.(\w+) import", code)
+    return sorted({*parts, *modules, *(TASKS / f"{module}.py" for module in inner)})
 
 
 @cache

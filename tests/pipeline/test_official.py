@@ -362,6 +362,7 @@ def test_a_benchmark_whose_files_changed_is_noted_anew_or_refused(tmp_path, monk
     before, word = read_json(manifest), state(manifest)
     load_benchmarks(config.evaluate, [manifest], None)  # where it was noted
     assert state(manifest) == word
+    assert before["sha256"] == version_of("pope", load(root, "pope")[0]["pope"], [], str(root))
     fetch(config, "pope", manifest)
     assert read_json(manifest) == before, "the same data give the same manifest"
     rewritten(root, "lmms-lab-encoder/POPE", lambda rows: rows[::-1])

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cases import turns
+from hub_sets import OFFICIAL, write_sets
 from PIL import Image
 from project import (
     ABLATIONS,
@@ -460,3 +461,24 @@ def test_own_data_are_prepared_again_when_their_files_changed_and_not_when_dates
     assert prepares("-n") and prepares(ok=False)
     log = (project / "results/own/logs/data/mine.log").read_text()
     assert "1 of 1 rows of a.json are bad ({'missing image': 1})" in log
+
+
+@pytest.mark.slow
+def test_the_data_of_a_benchmark_are_fetched_by_data_and_noted_again_when_they_changed(tmp_path):
+    """With the real fetch, from a mirror."""
+    project, path = real_project(tmp_path / "project"), "lmms-lab-encoder/POPE"
+    columns, rows = OFFICIAL[path]["default"]["test"]
+    mirror = write_sets(project / "mirror", {path: {"default": {"test": (columns, rows)}}})
+    scale = yaml.safe_load((project / SMOKE).read_text())
+    scale["data"]["mirror"], scale["evaluate"]["benchmarks"] = "mirror", ["pope"]
+    (project / "own.yaml").write_text(json.dumps(scale | {"scale": "own"}))
+    manifest = project / "data/own/pope/manifest.json"
+    assert planned(project, "data", scale="own.yaml") == {"prepare": 2, "data": 1}
+    run(project, "own.yaml", str(manifest.relative_to(project)))
+    first = json.loads(manifest.read_text())["sha256"]
+    [file] = mirror.rglob("*.parquet")
+    os.utime(file)
+    assert planned(project, str(manifest.relative_to(project)), scale="own.yaml") == {}
+    write_sets(mirror, {path: {"default": {"test": (columns, rows[:4])}}})
+    run(project, "own.yaml", str(manifest.relative_to(project)))
+    assert json.loads(manifest.read_text())["sha256"] != first

@@ -20,9 +20,15 @@ from sts.pipeline.evaluate.asking import (
     load_model,
     share_questions,
 )
-from sts.pipeline.evaluate.loading import Benchmark, load_benchmarks, metric_of, with_grey_images
+from sts.pipeline.evaluate.loading import (
+    Benchmark,
+    load_benchmarks,
+    metric_of,
+    version_of,
+    with_grey_images,
+)
 from sts.pipeline.evaluate.scoring import answer, summary
-from sts.pipeline.files import read_json, sha256_file, write_json_atomic, write_text_atomic
+from sts.pipeline.files import read_json, write_json_atomic, write_text_atomic
 from sts.pipeline.run import follows, provenance, tracking
 from sts.pipeline.run.device import lease, precision_here
 from sts.pipeline.run.weights import weights_of
@@ -49,7 +55,7 @@ def evaluate(
 
     Raises:
         FileNotFoundError: a manifest, a split or the weights are missing.
-        DataError: the data of lm-eval's tasks can't be had.
+        DataError: the data of benchmarks of the hub can't be had, or changed since they were noted.
         ConfigError: there is no such benchmark or metric.
         ValueError: this is not the number of processes that the configuration says.
     """
@@ -59,7 +65,8 @@ def evaluate(
     tags = {"ablation": ablation, "seed": seed, "stage": "evaluate", "config": config_hash(config)}
     tags |= {"weights": trained["weights_sha256"], "precision": precision}
     # another key is another run: of other questions, or asked otherwise
-    parts = [tags["weights"], precision, *follows.of_evaluation(config), *map(sha256_file, data)]
+    versions = _versions(config, benchmarks, data)
+    parts = [tags["weights"], precision, *follows.of_evaluation(config), *versions.values()]
     folder = out.with_suffix("") / config_hash(*parts)
     noted = {"params": options.model_dump(), "tags": tags, "directory": folder}
     with lease(), tracking.run(f"{ablation}/seed{seed}/evaluate", **noted) as tracked:
@@ -76,8 +83,10 @@ def evaluate(
         result = {"ablation": ablation, "seed": seed, "weights_sha256": trained["weights_sha256"]}
         result |= {"lm_eval": lm_eval.__version__, "precision": precision}
         result["batch_tokens"] = options.batch_tokens
-        names = options.benchmarks
-        result["benchmarks"] = {name: summary(name, scores, samples[name]) for name in names}
+        result["benchmarks"] = {
+            name: summary(name, scores, samples[name]) | {"data": version}
+            for name, version in versions.items()
+        }
         _write(out, result, samples, facts | provenance.collect(tags["config"]))
         forget_answers(folder)
         entries = result["benchmarks"].items()
@@ -107,3 +116,11 @@ def _with_metrics(
         benchmarks |= {name + BLIND: with_grey_images(item) for name, item in benchmarks.items()}
         metrics |= {name + BLIND: metric for name, metric in metrics.items()}
     return benchmarks, metrics
+
+
+def _versions(
+    config: Config, benchmarks: Mapping[str, Benchmark], data: Sequence[str | Path]
+) -> dict[str, str]:
+    """The hash of the data of each benchmark."""
+    names, mirror = config.evaluate.benchmarks, config.data.mirror
+    return {name: version_of(name, benchmarks[name], data, mirror) for name in names}

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from project import ROOT, SMOKE, run
+from torch.distributed.run import parse_args
 
 from sts.pipeline.config import load_ablations, load_scale, resolve
 from sts.pipeline.files import read_json
@@ -181,3 +182,13 @@ def test_a_lock_is_no_proof_where_the_mount_keeps_it_on_one_host(
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
     assert cluster.locks_reach_other_hosts(tmp_path / "shared/project") is reaches
     assert not cluster.locks_reach_other_hosts(tmp_path), "another mount is below"
+
+
+@pytest.mark.parametrize("shape", [{"processes": 2}, {"processes": 4, "nodes": 2}])
+def test_torchrun_leaves_a_verb_its_options(shape):
+    stage = load_scale(ROOT / PAPER).stage("align").model_copy(update={"nodes": 1} | shape)
+    _, _, command = cluster.launch(stage).partition("torchrun ")
+    words = [*command.replace("$((20000 + SLURM_JOB_ID % 10000))", "1").split(), "evaluate"]
+    started = parse_args([*words, "--run", "a.json", "--out", "b.json"])
+    assert (started.training_script, started.module) == ("sts", True)
+    assert started.training_script_args == ["evaluate", "--run", "a.json", "--out", "b.json"]

@@ -110,7 +110,7 @@ def test_the_paper_scale_is_planned_with_its_processes_its_data_and_published_sc
     output = run(project, "workflow/config/paper.yaml", "-n", "-p", "expected")
     jobs = {"prepare": 16, "backbone": 1, "train": 2, "evaluate": 1, "expected": 1}
     assert jobs_in(output) == jobs
-    assert "torchrun --standalone --nproc-per-node 8 -m sts train" in output
+    assert "torchrun --standalone --nproc-per-node 8 -m -- sts train" in output
     assert "data/paper/llava_pretrain/manifest.json" in output
     assert "scenes" not in output.partition("rule ")[0]
 

@@ -36,17 +36,18 @@ def cores(stage: StageConfig) -> int:
 
 def launch(stage: StageConfig) -> str:
     """How a verb is started for a stage: one process, or one for each GPU. On several nodes, Slurm
-    starts a torchrun on each; they meet on the first, where the job's script runs."""
+    starts a torchrun on each; they meet on the first, where the job's script runs. Without `--`
+    torchrun takes the verb's --run for one of its own."""
     here = stage.processes // stage.nodes
     if stage.processes == 1:
         return "python -m sts"
     if stage.nodes == 1:
-        return f"torchrun --standalone --nproc-per-node {here} -m sts"
+        return f"torchrun --standalone --nproc-per-node {here} -m -- sts"
     return (
         f"srun --nodes {stage.nodes} --ntasks {stage.nodes} --cpus-per-task {cores(stage)}"
         f" --kill-on-bad-exit torchrun --nnodes {stage.nodes} --nproc-per-node {here}"
         " --rdzv-backend c10d --rdzv-id $SLURM_JOB_ID"
-        " --rdzv-endpoint $(hostname):$((20000 + SLURM_JOB_ID % 10000)) -m sts"
+        " --rdzv-endpoint $(hostname):$((20000 + SLURM_JOB_ID % 10000)) -m -- sts"
     )
 
 

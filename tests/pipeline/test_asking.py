@@ -4,6 +4,7 @@ at its own end of a turn."""
 import numpy as np
 import pytest
 import torch
+from configs import short
 from lm_eval.api.instance import Instance
 from PIL import Image
 from processors import PROCESSORS, model_of
@@ -49,7 +50,7 @@ def lm(request, tmp_path_factory):
             patch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: processor)
         else:
             processor.save_pretrained(folder)
-        yield load_model(folder, "fp32", threads=1)
+        yield load_model(folder, "fp32", short())
 
 
 def requested(lm, images) -> list[Instance]:
@@ -115,7 +116,7 @@ def test_a_model_is_asked_in_the_precision_that_it_is_loaded_in(tmp_path, precis
     processor = PROCESSORS["llava"]()
     model_of("llava", processor).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    lm = load_model(tmp_path, precision, threads=1)
+    lm = load_model(tmp_path, precision, short())
     assert {value.dtype for value in lm.model.parameters()} == {dtype}
 
 

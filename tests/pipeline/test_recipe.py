@@ -409,7 +409,7 @@ def test_the_recipe_from_parts_in_folders_to_a_model_that_is_asked_as_it_was_tra
     labels = llava_plain(Slow(tmp_path, legacy=False), CAPTION)[1]
     assert captions == [4 * sum(label != IGNORE_INDEX for label in labels[1:])] * 2
 
-    lm = load_model(trained["instruct"]["weights"], "fp32", threads=1)
+    lm = load_model(trained["instruct"]["weights"], "fp32", config())
     own_space = V1.replace(r"<image>\n", r"<image> \n")  # as a text begins after an image
     assert lm.processor.chat_template == own_space and lm.processor.image_processor.do_pad
     prompt = lm.apply_chat_template([{"role": "user", "content": "<image>\nwhat is it?"}])

@@ -34,6 +34,7 @@ from lm_eval.models.hf_vlms import HFMultimodalLM
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, set_seed
 
+from sts.pipeline.config import Config
 from sts.pipeline.data.conversation import content_of, end_token, render
 from sts.pipeline.data.pictures import rgb
 from sts.pipeline.data.tokens import length
@@ -62,17 +63,16 @@ def share_questions(processes: int) -> PartialState:
     return state
 
 
-def load_model(
-    weights: str | Path, precision: str, threads: int, trust_remote_code: bool = False
-) -> LM:
-    """The checkpoint as lm-eval's `hf-multimodal`, in this precision (`fp32`, `bf16`), on this
-    process's GPU if there is one."""
-    torch.set_num_threads(threads)
-    code = {"trust_remote_code": trust_remote_code}
-    load = partial(AutoModelForImageTextToText.from_pretrained, dtype=TYPES[precision], **code)
+def load_model(weights: str | Path, precision: str, config: Config) -> LM:
+    """The checkpoint of a run as lm-eval's `hf-multimodal`, in this precision (`fp32`, `bf16`), on
+    this process's GPU if there is one."""
+    torch.set_num_threads(config.stage(config.last).threads)
+    code = {"trust_remote_code": config.model.trust_remote_code}
+    load = AutoModelForImageTextToText.from_pretrained
+    model = load(weights, dtype=TYPES[precision], **code)
     # 0: asks all that it is given at once. A model that is loaded already leaves it to us which
     # process asks what
-    return _Model(load(weights).to(PartialState().device), batch_size=0, **code)
+    return _Model(model.to(PartialState().device), batch_size=0, **code)
 
 
 class _Model(HFMultimodalLM):
@@ -218,8 +218,8 @@ def kept_answers(folder: Path) -> dict[Place, str]:
 
 
 def forget_answers(folder: Path) -> None:
-    """Take away what `ask` keeps."""
-    for file in folder.glob("answers*.jsonl"):
+    """Take away what `ask` kept in a folder and in those beside it, of other keys."""
+    for file in folder.parent.glob("*/answers*.jsonl"):
         file.unlink()
 
 

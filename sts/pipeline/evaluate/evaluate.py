@@ -71,8 +71,7 @@ def evaluate(
     noted = {"params": options.model_dump(), "tags": tags, "directory": folder}
     with lease(), tracking.run(f"{ablation}/seed{seed}/evaluate", **noted) as tracked:
         state = share_questions(options.processes)
-        threads = config.stage(config.last).threads
-        lm = load_model(weights, precision, threads, config.model.trust_remote_code)
+        lm = load_model(weights, precision, config)
         facts = {"kept": len(kept_answers(folder))}
         began, cpu_began = time.monotonic(), time.process_time()
         scores, samples = answer(lm, benchmarks, metrics, options, folder)

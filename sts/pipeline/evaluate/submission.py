@@ -101,8 +101,7 @@ def submission(
     parts = [trained["weights_sha256"], precision, task.VERSION, options.batch_tokens]
     folder = Path(f"{out}.answers", config_hash(parts))
     with lease():
-        threads, may_run = config.stage(config.last).threads, config.model.trust_remote_code
-        lm = load_model(weights_of(run), precision, threads, may_run)
+        lm = load_model(weights_of(run), precision, config)
         id = (name, name)
         places = [(id, place) for place in range(len(docs))]
         answers = ask(lm, {id: task}, places, options.batch_tokens, folder)

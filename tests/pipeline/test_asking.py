@@ -10,6 +10,7 @@ from PIL import Image
 from processors import PROCESSORS, model_of
 from transformers import AutoProcessor
 
+from sts.pipeline.cost import memory
 from sts.pipeline.data.conversation import content_of, end_token, render
 from sts.pipeline.evaluate.asking import batches, load_model
 
@@ -112,12 +113,17 @@ def test_a_prompt_may_begin_the_answer(lm):
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
 )
-def test_a_model_is_asked_in_the_precision_that_it_is_loaded_in(tmp_path, precision, dtype):
+def test_a_model_is_asked_in_the_precision_that_it_is_loaded_in_if_it_fits(
+    tmp_path, monkeypatch, precision, dtype
+):
     processor = PROCESSORS["llava"]()
     model_of("llava", processor).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     lm = load_model(tmp_path, precision, short())
     assert {value.dtype for value in lm.model.parameters()} == {dtype}
+    monkeypatch.setattr(memory, "memory_here", lambda processes: 1e8)
+    with pytest.raises(MemoryError, match=r"evaluate: a process needs .* batch_tokens below 8192"):
+        load_model(tmp_path, precision, short())
 
 
 def test_a_batch_holds_so_many_tokens_with_its_padding_the_longest_first():

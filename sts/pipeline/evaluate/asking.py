@@ -35,6 +35,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, set_seed
 
 from sts.pipeline.config import Config
+from sts.pipeline.cost.memory import check_evaluation
 from sts.pipeline.data.conversation import content_of, end_token, render
 from sts.pipeline.data.pictures import rgb
 from sts.pipeline.data.tokens import length
@@ -65,11 +66,12 @@ def share_questions(processes: int) -> PartialState:
 
 def load_model(weights: str | Path, precision: str, config: Config) -> LM:
     """The checkpoint of a run as lm-eval's `hf-multimodal`, in this precision (`fp32`, `bf16`), on
-    this process's GPU if there is one."""
+    this process's GPU if there is one. Raises MemoryError as `check_evaluation`."""
     torch.set_num_threads(config.stage(config.last).threads)
     code = {"trust_remote_code": config.model.trust_remote_code}
     load = AutoModelForImageTextToText.from_pretrained
     model = load(weights, dtype=TYPES[precision], **code)
+    check_evaluation(model.config, model.num_parameters(), config.evaluate, precision)
     # 0: asks all that it is given at once. A model that is loaded already leaves it to us which
     # process asks what
     return _Model(model.to(PartialState().device), batch_size=0, **code)

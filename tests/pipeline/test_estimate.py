@@ -14,11 +14,11 @@ from tiny import CASES, LAYERS
 from sts import LDS, sparsify
 from sts.__main__ import main
 from sts.lds.decision import decide, expected_work
-from sts.pipeline.config import Config, StageConfig, load_ablations
+from sts.pipeline.config import Config, StageConfig, load_ablations, load_scale
 from sts.pipeline.cost.machines import Machine
 from sts.pipeline.measure import forecast as estimate
 from sts.pipeline.measure import speed
-from sts.pipeline.measure.stage_cost import START_SECONDS, StageCost, model_config
+from sts.pipeline.measure.stage_cost import START_SECONDS, StageCost, model_config, timing_memory
 from sts.pipeline.plan import Plan, load_plan
 
 ROOT = Path(__file__).parents[2]
@@ -312,6 +312,34 @@ def test_the_disk_of_sets_that_are_fetched_and_of_those_that_are_there(tmp_path,
     assert main(["estimate", "--configfile", str(scale), "--gpu", "h100", "--json"]) == 0
     left = json.loads(capsys.readouterr().out)["disk_bytes"]["data"]
     assert left == pytest.approx(27.6e9 + 27.4e9, rel=0.01)
+
+
+def test_the_disk_of_benchmarks_and_models_that_are_fetched():
+    """Vicuna's 13.5 GB in 16 bits and CLIP's 1.2 GB in 32; the Parquet files of the splits."""
+    disk = costs("h100")["disk_bytes"]
+    assert disk["models"] == pytest.approx(14.7e9, rel=0.01)
+    assert disk["benchmarks"] > 40e9
+
+
+def test_a_timing_holds_every_model_that_its_variants_train_otherwise():
+    few = {"trains": ["projector", "lora"]}
+    scale = config(last={}, deep={"trains": ["projector"]})
+    other = config(last=few, deep={"trains": ["projector"]})
+    costs = [StageCost(each, stage, True) for each in (scale, other) for stage in each.stages]
+    last, deep = timing_memory(costs)
+    assert {need[0].stage: bool(need[1]["others"]) for need in (last, deep)} == {
+        "last": True, "deep": False
+    }  # fmt: skip
+    alone = StageCost(scale, "last", True).memory
+    assert sum(dict((c.stage, m) for c, m in (last, deep))["last"].values()) > sum(alone.values())
+
+
+def test_answers_take_the_longer_the_slower_weights_are_read():
+    cost = StageCost(load_scale(PAPER), "instruct", True)
+    fast, slow = (cost.evaluation_seconds(1e14, bandwidth) for bandwidth in (1e12, 5e11))
+    weights, questions = cost.evaluation_memory["weights"], 80_000
+    batches = questions * (576 + 250) / cost.config.evaluate.batch_tokens
+    assert slow - fast == pytest.approx(16 * batches * weights / 1e12 / 8, rel=0.2)
 
 
 def test_a_disk_that_is_too_small_is_said_with_what_helps():

@@ -9,6 +9,7 @@ from project import ROOT, SMOKE, planned, real_project, run
 
 from sts.pipeline import plan as plans
 from sts.pipeline.config import ConfigError, load_ablations
+from sts.pipeline.files import write_json_atomic
 from sts.pipeline.plan import Training, load_plan
 
 SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
@@ -121,6 +122,36 @@ def test_a_table_that_a_scale_cannot_make_is_refused_by_its_target_and_no_part_o
     assert "next_dense.model.checkpoint: 'data/backbones/llava_next' is not accepted" in output
     assert "in scale paper" in output and "no table architectures" in output
     assert planned(copy, "ablations", scale=paper)["table"] == 4
+
+
+SHARES = """
+dense: {label: Dense, groups: [main, other]}
+sts: {label: STS, groups: [main]}
+short: {label: Short, groups: [other], steps_share: {smoke: 0.5}, time_of: sts}
+"""
+
+
+def test_a_share_of_the_steps_is_a_scales_own_and_compared_with_its_timing(tmp_path, monkeypatch):
+    file = tmp_path / "ablations.yaml"
+    file.write_text(SHARES)
+    mini, smoke = (load_plan(ROOT / f"workflow/config/{x}.yaml", file) for x in ("mini", "smoke"))
+    monkeypatch.chdir(tmp_path)
+    steps = [smoke.configs[id].stages["instruct"].steps for id in ("dense", "short")]
+    assert steps[1] == steps[0] / 2
+    refusal = str(mini.why_not("other"))
+    assert "short.steps_share" in refusal and "one more for scale mini" in refusal
+    assert not mini.why_not("main") and not smoke.why_not("other")
+    for seconds, said in ((5.2, False), (7.0, True)):
+        times = {"variants": {"dense": {"time_s": 10.0}, "sts": {"time_s": seconds}}}
+        write_json_atomic("results/smoke/bench/main.json", times)
+        texts = smoke.unlike_timing()
+        assert bool(texts) == said
+    assert (
+        "short.steps_share: 0.5, but by results/smoke/bench/main.json sts takes 0.700" in texts[0]
+    )
+    file.write_text(SHARES.replace("time_of: sts", "time_of: none"))
+    with pytest.raises(ConfigError, match=r"short\.time_of: 'none'"):
+        load_ablations(file)
 
 
 BY_LENGTH = [

@@ -60,7 +60,7 @@ def test_jobs_of_a_cluster_ask_by_the_configuration_and_the_estimate(project):
     assert (train["threads"], train["gpu"], train["nodes"]) == ("12", "4", "1")
     assert (train["mem_mb"], train["runtime"]) == ("1234", "56")
     assert "mpi" not in train
-    assert (jobs["evaluate"]["gpu"], jobs["timing"]["gpu"]) == ("3", "1")
+    assert (jobs["evaluate"]["gpu"], jobs["timing"]["gpu"]) == ("3", "4")
     assert jobs["evaluate"]["threads"] == "9", "of the last stage, each"
     assert jobs["evaluate"]["runtime"] == str(cluster.UNKNOWN["runtime"]), "of no estimate"
     assert jobs["timing"]["threads"] == "12", "what a training has, not what the login node has"

@@ -59,7 +59,7 @@ def share_questions(processes: int) -> PartialState:
         raise ValueError(
             f"evaluate.processes: the configuration says {processes}, this evaluation was started "
             f"with {state.num_processes}. Start it with: torchrun --nproc-per-node {processes} -m "
-            "sts evaluate ..."
+            "-- sts evaluate ..."
         )
     return state
 

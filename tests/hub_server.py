@@ -27,7 +27,7 @@ class Hub:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.url, self.commit = folder, "", COMMIT
+        self.folder, self.url, self.commit, self.is_gone = folder, "", COMMIT, False
         self.requests: list[tuple[str, str, int]] = []
         self.cut: dict[str, int] = {}
         self.wrong: set[str] = set()
@@ -55,6 +55,9 @@ def hub(folder: Path) -> Iterator[Hub]:
             self.answer(body=True)
 
         def answer(self, body: bool) -> None:
+            if served.is_gone:  # a connection that was kept open
+                self.close_connection = True
+                return
             path = self.path.partition("?")[0]
             requested_range = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
             first = int(requested_range[1]) if requested_range else 0
@@ -112,6 +115,7 @@ def hub(folder: Path) -> Iterator[Hub]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         served.url = f"http://127.0.0.1:{server.server_port}"
         yield served
+        served.is_gone = True
         server.shutdown()
 
 

@@ -95,7 +95,7 @@ def test_pretrained_parts_are_joined_and_learn_the_image_token(backbone, tmp_pat
     settings = settings.model_copy(update={"layers": 1})
     write_manifest(settings, tmp_path / "manifest.json")
     (model, processor), (again, _) = (build(tmp_path / "manifest.json", 0) for _ in range(2))
-    assert model.config.text_config.vocab_size == len(words) + 1
+    assert model.config.text_config.vocab_size == 64 > len(words) + 1, "a multiple for GPUs"
     ids = processor(text="<image>", images=torch.zeros(3, 72, 72))["input_ids"][0]
     assert ids == [model.config.image_token_id] * 16 == [len(words)] * 16
     assert all(map(torch.equal, model.parameters(), again.parameters())), "drawn from the seed"

@@ -31,6 +31,7 @@ from sts.pipeline.data.templates import CHAT_TEMPLATE, V1
 # Towers that can be joined -> LLaVA's name for what is projected: of CLIP's hidden states all but
 # the class token, of SigLIP's all, as it has none
 TOWERS = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+ROWS_OF = 64  # embeddings come in multiples of it, of which a GPU's matrix products are faster
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # as SentencePiece writes it, also before a text
 
 
@@ -56,7 +57,7 @@ def join_parts(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if len(tokenizer) > language.config.vocab_size:  # some have rows to spare
-            language.resize_token_embeddings(len(tokenizer))
+            language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=ROWS_OF)
         model = LlavaForConditionalGeneration(
             LlavaConfig(
                 vision_config=vision.config,

@@ -5,10 +5,11 @@ import http.server
 import io
 import json
 import re
+import socket
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from asking import picture
@@ -27,7 +28,8 @@ class Hub:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.url, self.commit, self.is_gone = folder, "", COMMIT, False
+        self.folder, self.url, self.commit = folder, "", COMMIT
+        self.connections: list[socket.socket] = []
         self.requests: list[tuple[str, str, int]] = []
         self.cut: dict[str, int] = {}
         self.wrong: set[str] = set()
@@ -45,6 +47,10 @@ def hub(folder: Path) -> Iterator[Hub]:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def setup(self):
+            super().setup()
+            served.connections.append(self.connection)
+
         def log_message(self, *_):
             pass
 
@@ -55,9 +61,6 @@ def hub(folder: Path) -> Iterator[Hub]:
             self.answer(body=True)
 
         def answer(self, body: bool) -> None:
-            if served.is_gone:  # a connection that was kept open
-                self.close_connection = True
-                return
             path = self.path.partition("?")[0]
             requested_range = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
             first = int(requested_range[1]) if requested_range else 0
@@ -115,8 +118,10 @@ def hub(folder: Path) -> Iterator[Hub]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         served.url = f"http://127.0.0.1:{server.server_port}"
         yield served
-        served.is_gone = True
         server.shutdown()
+        for connection in served.connections:  # that a client has kept open
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def sha256(content: bytes) -> str:

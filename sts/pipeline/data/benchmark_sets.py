@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from sts.pipeline.data.origins import LIST, is_same, origin, state
-from sts.pipeline.data.source import DOWNLOADS, DataError, mirror_folder
+from sts.pipeline.data.source import DOWNLOADS, NOT_HAD, DataError, mirror_folder
 from sts.pipeline.files import read_json, sha256_json, write_json_atomic, write_text_atomic
 from sts.pipeline.tasks import registry as benchmarks
 from sts.pipeline.tasks.parquet import patterns_of, split_files
@@ -43,7 +42,7 @@ def folder_of(name: str, mirror: str | None, split: str | None = None) -> Path:
     try:
         for part in dict.fromkeys(part for part in parts if part[0] or part is parts[0]):
             _fetch(path, revision, folder, *part)
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except NOT_HAD as error:
         how = HOW.format(path=path)
         raise DataError(
             f"benchmark {name}: its data set {path}, revision {revision}, can't be had: {error}. "

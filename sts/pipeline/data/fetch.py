@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 from tqdm import tqdm
 
-from sts.pipeline.data.source import DOWNLOADS, MOST_FILES, DataError, mirror_folder
+from sts.pipeline.data.source import DOWNLOADS, MOST_FILES, NOT_HAD, DataError, mirror_folder
 from sts.pipeline.files import sha256_file, write_json_atomic
 
 NOTES = ".whole"  # folder of notes: of each file that is there in full, its size and SHA-256
@@ -78,7 +78,7 @@ def folder_of(
             continue
         try:
             _fetch(file, folder, note)
-        except (OSError, HfHubHTTPError, ValueError, zipfile.BadZipFile) as error:
+        except (*NOT_HAD, zipfile.BadZipFile) as error:
             raise DataError(
                 f"data set {name}: {file.url} can't be had: {error}. What is whole was kept: the "
                 f"same call goes on. Or set data.folders.{name} to a folder that holds the set"

@@ -9,11 +9,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from sts.pipeline.config import CustomConfig
 from sts.pipeline.data.rows import BadRow, Rows, columns_of, images_of, picture_path, turns
-from sts.pipeline.data.source import DOWNLOADS, DataError
+from sts.pipeline.data.source import DOWNLOADS, NOT_HAD, DataError
 from sts.pipeline.files import read_json, write_json_atomic
 
 CHUNK = 100  # rows read at a time, with their images
@@ -41,7 +40,7 @@ def hub_folder(name: str, spec: CustomConfig) -> Path:
         options = {"repo_type": "dataset", "allow_patterns": spec.files, "local_dir": folder}
         snapshot_download(spec.hub, revision=commits[branch], **options)
         write_json_atomic(note, commits)
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except NOT_HAD as error:
         key = f"data.custom.{name}.hub"
         raise DataError(
             f"data set {name}: {spec.hub} of the hub, revision {spec.revision}, can't be had: "

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,6 +26,8 @@ MOST_FILES, MOST_BYTES = 2_000_000, 2 * 10**9  # of an archive; bytes of one of 
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # what PIL raises for a damaged image; SyntaxError is a broken PNG chunk
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, *BOMB)
+# what the hub's client raises where a file can't be had; HTTPError is a connection that broke off
+NOT_HAD = (OSError, ValueError, HTTPError)
 
 
 class DataError(RuntimeError):

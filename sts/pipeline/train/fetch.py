@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from sts.pipeline.config import model_folder
-from sts.pipeline.data.source import DataError
+from sts.pipeline.data.source import NOT_HAD, DataError
 
 SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")  # all but weights
 WEIGHTS = ("*.safetensors", "*.bin")  # the first of them that a model has
@@ -28,7 +27,7 @@ def fetch_model(source: str, patterns: tuple[str, ...] = SMALL) -> str:
     try:
         options = {"revision": revision or None, "allow_patterns": [*patterns]}
         return f"{name}@{os.path.basename(snapshot_download(name, **options))}"
-    except (OSError, HfHubHTTPError, ValueError) as error:
+    except NOT_HAD as error:
         raise DataError(
             f"model {source} can't be had: {error}. Go online, or set HF_HOME to the folder of a "
             "cache that has it, or give a folder that is there instead (model.checkpoint, "

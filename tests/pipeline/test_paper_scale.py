@@ -19,7 +19,8 @@ from parts import joined
 from project import call, edit, environment, real_project, wait_for
 
 PAPER = "workflow/config/paper.yaml"
-COMMAND = ("--configfile", PAPER, "small.yaml", "--", "all", "expected")
+TARGETS = ("all", "expected", "ablations", "bench")
+COMMAND = ("--configfile", PAPER, "small.yaml", "--", *TARGETS)
 URLS = ("https://s3.amazonaws.com", "https://downloads.cs.stanford.edu",
         "https://dl.fbaipublicfiles.com", "https://cs.stanford.edu")  # fmt: skip
 FOLDERS = {
@@ -33,9 +34,9 @@ LONG = '"max_position_embeddings": 4096'  # as Vicuna's: some questions are long
 HUB = Path("hub/liuhaotian")
 OCR = "hub/weizhiwang/llava_v15_instruction_images/ocr_vqa_images_llava_v15.zip"
 ROWS = """
-dense: {groups: [main], label: Dense, source: baseline}
+dense: {groups: [main, components], label: Dense, source: baseline}
 sts:
-  groups: [main]
+  groups: [main, components]
   label: STS
   source: paper
   overrides:
@@ -110,7 +111,7 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
         edit(project / "sts/pipeline/data/sets/llava_mix665k.py", ", sha256=COCO_SHA256", "")
         served.cut[f"/{FOLDERS['coco/train2017']}"] = 500
         env = environment(HF_ENDPOINT=served.url, **variables)
-        fetch = [*COMMAND[:4], "data"]
+        fetch = [*COMMAND[: -len(TARGETS)], "data"]
         done = subprocess.run(call(*fetch), cwd=project, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     env = environment(HF_ENDPOINT=served.url, HF_HUB_OFFLINE="1", **variables)
@@ -151,5 +152,6 @@ def test_from_the_sources_to_the_tables_with_a_kill_between(tmp_path):
         )
     table = (results / "tables/main.md").read_text()
     assert ("STS" in table and "POPE" in table) or "pope" in table
+    assert (results / "tables/components.md").exists()
     expected = (results / "tables/expected.csv").read_text()
     assert expected.count("\n") == 10 and "FAIL" in expected, "nine published scores"

@@ -279,9 +279,9 @@ def test_a_wrong_entry_stops_everything_with_one_clear_error(project, before, af
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a?b", "a*[b]", 'a\'b "c" $HOME;d&%s#ä'])
-def test_the_project_may_lie_in_a_folder_of_almost_any_name(name, tmp_path):
-    run(make_project(tmp_path / name, ABLATIONS), SMOKE, "table_components")
+def test_the_project_may_lie_in_a_folder_of_almost_any_name(tmp_path):
+    folder = tmp_path / 'a?*[b]\'c "d" $HOME;e&%s#ä'
+    run(make_project(folder, ABLATIONS), SMOKE, "table_components")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from sts.lds.decision import SHARES, Decision, Work, skipped_share
@@ -55,8 +56,11 @@ class Realised:
         self._answers += logits
 
     def totals(self) -> list[float]:
-        """The counts that `metrics_of` reads, which add up over ranks."""
-        counts = (self._samples, self.tokens, self._answers, self._before, self._after)
+        """The counts that `metrics_of` reads, which add up over ranks; waits for the device."""
+        visual = torch.tensor([0, 0])
+        if self.micro_batches:
+            visual = torch.stack([self._before, self._after])
+        counts = (self._samples, self.tokens, self._answers, *visual.tolist())
         work = (totals.get(share, self._samples) for totals in self._work for share in SHARES)
         return [*map(float, counts), *map(float, work)]
 

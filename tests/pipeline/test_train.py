@@ -11,12 +11,15 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from configs import short as config
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from sts import vtc
@@ -255,6 +258,41 @@ def test_a_layer_that_a_step_skips_is_not_moved_by_it(run, aligned):
     assert row["asked"] == [0.5] * LAYERS
     assert [row["skipped"][layer] for layer in sorted(skipped)] == [1.0] * 3
     assert touched == set(range(LAYERS)) - skipped
+
+
+WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU, by the function of this project that asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of = Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        if operation in WAITS:
+            files = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()]
+            near = [(f, n) for f, n in files if f.is_relative_to(CODE) or "transformers" in f.parts]
+            self.of.update(name for file, name in near[-1:] if file.is_relative_to(CODE))
+        return operation(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("lds", [{}, {"policy": "sts", "rate": 0.5, "epsilon": 1}])
+def test_a_step_waits_for_the_device_for_its_targets_and_its_norm(run, lds, monkeypatch):
+    """Counts and loss come by `tolist`, once each, which is no operation of torch's here. The first
+    step, which looks what the loss is, may wait more."""
+    take, steps = training.optimizer_step, []
+
+    def watched(*arguments):
+        steps.append(Waits())
+        with steps[-1]:
+            return take(*arguments)
+
+    monkeypatch.setattr(training, "optimizer_step", watched)
+    run(config(lds=lds, gradient_accumulation_steps=2, batch_size=2))
+    assert len(steps) == STEPS
+    assert all(s.of == {"before_targets": 2, "optimizer_step": 1} for s in steps[1:])
 
 
 def test_accumulation_is_the_same_step_as_one_large_batch(run, aligned):

@@ -56,14 +56,15 @@ def measure(
         batches: This process's micro-batches.
     """
     patches, pairs = meter.watch.read()
-    realised, samples = scheme.metrics(), sum(len(batch["input_ids"]) for batch in batches)
+    totals, samples = scheme.totals(), sum(len(batch["input_ids"]) for batch in batches)
+    realised = scheme.metrics(totals)
     row = {"samples": samples, "patches": patches, "pairs": pairs, "work": realised["work"]}
     row |= {"fused_attention": _is_fused(scheme)}
     row |= {name: realised[name] * samples for name in ("tokens", "answer_tokens")}
     left_out = realised["visual_tokens"] * (1 / realised["keep_ratio"] - 1) * samples
     dense = row | {"tokens": row["tokens"] + left_out, "work": None}
     flops = (row_flops(meter.counts, block, each) for each in (row, dense))
-    return [patches, pairs, *flops, *scheme.totals()]
+    return [patches, pairs, *flops, *totals]
 
 
 def step_row(scheme: Scheme, has_image: Sequence[bool], sums: Sequence[float]) -> dict[str, Any]:

@@ -75,7 +75,8 @@ VALUES = st.recursive(
 def wrong(accepts: Draft202012Validator, value: Any) -> bool:
     """Whether a value is none that a key accepts alone."""
     is_finite = not isinstance(value, float) or math.isfinite(value)
-    return not is_finite or not accepts.is_valid(value)
+    has_names = not isinstance(value, dict) or all(isinstance(key, str) for key in value)
+    return not (is_finite and has_names and accepts.is_valid(value))
 
 
 def nested(path: str, value: Any) -> dict:

@@ -48,7 +48,8 @@ def parsed(model: type[ModelT], content: Any, file: str | Path, ablation: str = 
     raise ConfigError(file, key, value, accepted)
 
 
-_TAGS = ("", "[key]", "[rate]", "[rates]")  # what pydantic puts into a key that nobody wrote
+# what pydantic puts into a key that nobody wrote
+_TAGS = ("", "[key]", "[rate]", "[rates]", "[share]", "[shares]")
 _LIMITS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 _WORDS = {  # by pydantic's type of the problem
     "int_type": "a whole number",

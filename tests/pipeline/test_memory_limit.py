@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from sts.pipeline.config import EvaluateConfig, load_scale
 from sts.pipeline.cost import memory
@@ -126,6 +127,12 @@ def test_an_evaluation_takes_what_fake_tensors_count(paper, precision, weights, 
     assert parts["weights"] / GB == pytest.approx(weights, rel=0.01)
     assert sum(parts.values()) - parts["weights"] - parts["process"] < 1.1 * peak * GB
     assert sum(parts.values()) - parts["weights"] - parts["process"] > peak * GB
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma4", "gemma4_unified", "perception_lm"])
+def test_a_model_whose_layers_or_tower_are_of_an_own_kind_can_be_asked(kind):
+    parts = memory.evaluation_memory(CONFIG_MAPPING[kind](), 10**9, EvaluateConfig(), "bf16")
+    assert parts["cache"] > 1e6 and parts["activations"] > 1e6
 
 
 def test_questions_that_can_not_fit_are_refused_before_the_first(paper, here, caplog):

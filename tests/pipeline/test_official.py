@@ -23,6 +23,7 @@ from sts.pipeline.evaluate.scoring import answer
 from sts.pipeline.files import read_json
 from sts.pipeline.tasks import official
 from sts.pipeline.tasks import registry as benchmarks
+from sts.pipeline.tasks.parquet import split_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -419,6 +420,38 @@ def test_the_split_alone_is_fetched_once_and_needs_no_hub_afterwards(tmp_path, m
     assert notes.pop("main") == COMMIT, "of a branch the commit of the first call"
     assert all(name == commit for name, commit in notes.items()), "pinned by the task file"
     assert fetched("http://127.0.0.1:9").stdout == first.stdout
+
+
+CARDS = [
+    None, "# Questions\n---\nsome: [text\n---\n", "---\nlicence: mit\n---\n",
+    "---\nconfigs:\n---\n",
+    *(f"---\nconfigs:\n- config_name: default\n  data_files: {files}\n---\n"
+      for files in ("data/test-*", "{test: data/test-*}", "[data/test-*]",
+                    "[{split: test, path: [data/test-*]}]", "[{split: train, path: x}]")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_split_is_its_files_whatever_the_card_says_of_them(tmp_path, card):
+    """And not the notes that the hub's client leaves beside them."""
+    names = ["data/test-00000-of-00002.parquet", "data/test-00001-of-00002.parquet"]
+    for name in [*names, *(f".cache/huggingface/download/{name}.lock" for name in names)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    if card:
+        (tmp_path / "README.md").write_text(card)
+    assert split_files(tmp_path, None, "test") == [tmp_path / name for name in names]
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(FileNotFoundError, match=r"not all files data/test-\*-of-00002.parquet of"):
+        split_files(tmp_path, None, "test")
+
+
+def test_a_benchmark_without_a_question_is_refused(tmp_path):
+    columns, rows = OFFICIAL["lmms-lab/SEED-Bench"]["default"]["test"]
+    videos = {"lmms-lab/SEED-Bench": {"default": {"test": (columns, rows[1:])}}}
+    write_sets(tmp_path, videos)
+    with pytest.raises(ValueError, match=r"no question in .*SEED-Bench/default/test-0.parquet"):
+        load_benchmarks(EvaluateConfig(benchmarks=["seed_image"]), [], str(tmp_path))
 
 
 def test_an_evaluation_follows_what_reads_its_questions():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import datasets
 import pandas as pd
@@ -153,7 +154,7 @@ def test_mmbench_is_a_table_of_its_questions_with_a_prediction(ask, language):
 # ---- what goes wrong ----------------------------------------------------------------------------
 
 
-def test_an_interrupted_call_goes_on_where_it_was(ask, questions, monkeypatch):
+def test_an_interrupted_call_goes_on_where_it_was(ask, questions, mirror, monkeypatch):
     monkeypatch.setattr(asking, "AT_ONCE", 2)
     more = ["--questions", questions(*ALL)]
     _, uncut, out = ask("vqav2_testdev", *more)
@@ -171,6 +172,12 @@ def test_an_interrupted_call_goes_on_where_it_was(ask, questions, monkeypatch):
     assert not out.exists()
     _, other, _ = ask("vqav2_testdev", *more, weights="def")
     assert len(other.shown) == 5, "other weights answer anew"
+    with pytest.raises(KeyboardInterrupt):
+        ask("vqav2_testdev", *more, reply=stops)
+    [file] = mirror.glob("lmms-lab/VQAv2/*/testdev-*")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    _, other, _ = ask("vqav2_testdev", *more)
+    assert len(other.shown) == 5, "and so are the questions of other files"
     with pytest.raises(KeyboardInterrupt):
         ask("vqav2_testdev", *more, reply=stops)
     _, rest, _ = ask("vqav2_testdev", *more)

@@ -137,13 +137,13 @@ def evaluation_memory(
         also of the answers; `activations`, the widest layer of decoder and tower; `logits`.
     """
     value_bytes, text = 2.0 if precision == "bf16" else FLOAT32, config.get_text_config()
-    vision, tokens = getattr(config, "vision_config", text), options.batch_tokens
+    vision, tokens = getattr(config, "vision_config", None) or text, options.batch_tokens
     questions = tokens / getattr(config, "image_seq_length", ASKED_TOKENS)
-    heads = text.num_attention_heads
-    of_head = getattr(text, "head_dim", None) or text.hidden_size // heads
-    of_token = 2 * of_head * (getattr(text, "num_key_value_heads", None) or heads)
+    heads = _size(text, "num_attention_heads")
+    of_head = _size(text, "head_dim") or _size(text, "hidden_size") // heads
+    of_token = 2 * of_head * (_size(text, "num_key_value_heads") or heads)
     cached = tokens + questions * options.max_new_tokens
-    patches = getattr(vision, "spatial_merge_size", 1) ** 2  # that become a visual token
+    patches = (_size(vision, "spatial_merge_size") or 1) ** 2  # that become a visual token
     widest = max(_layer_values(text), patches * _layer_values(vision))
     return {
         "process": PROCESS_BYTES,
@@ -156,8 +156,17 @@ def evaluation_memory(
 
 def _layer_values(sizes: PreTrainedConfig) -> float:
     """Values of a token that a layer's forward holds at a time."""
-    width = getattr(sizes, "embed_dim", None) or sizes.hidden_size
-    return 4 * width + 3 * (getattr(sizes, "intermediate_size", None) or 4 * width)
+    width = _size(sizes, "embed_dim") or _size(sizes, "hidden_size")
+    return 4 * width + 3 * (_size(sizes, "intermediate_size") or 4 * width)
+
+
+def _size(sizes: PreTrainedConfig, name: str) -> float:
+    """What a configuration says, where layers differ of the widest; 0: nothing."""
+    try:
+        value = getattr(sizes, name, None)
+    except RuntimeError:  # transformers' word for layers that differ
+        value = sizes.to_dict().get(name)
+    return float(np.max(value or 0))
 
 
 def memory_here(processes: int) -> float:

@@ -16,7 +16,7 @@ LIST = "origins.jsonl"  # beside a manifest: its state, then an origin a line
 
 def origin(path: str | Path) -> dict[str, Any]:
     """A file as it is now, {path, size, mtime_ns, sha256}; None for what can't be had of it."""
-    size, mtime_ns = _stamp(path)
+    size, mtime_ns = stamp(path)
     try:
         sha256 = sha256_file(path)
     except (OSError, ValueError):  # a folder, a closed file, a name that none can have
@@ -26,10 +26,10 @@ def origin(path: str | Path) -> dict[str, Any]:
 
 def is_same(entry: dict[str, Any]) -> bool:
     """Whether a file is what its `origin` says: by size and date, else by its bytes."""
-    stamp = _stamp(entry["path"])
-    if stamp == (entry["size"], entry["mtime_ns"]):
+    now = stamp(entry["path"])
+    if now == (entry["size"], entry["mtime_ns"]):
         return True
-    has_size = stamp[0] is not None and stamp[0] == entry["size"]
+    has_size = now[0] is not None and now[0] == entry["size"]
     return has_size and origin(entry["path"])["sha256"] == entry["sha256"]
 
 
@@ -46,10 +46,10 @@ def state(manifest: str | Path) -> str:
             paths = [entry["path"] for entry in map(json.loads, lines) if not is_same(entry)]
     except (ValueError, KeyError, StopIteration):
         return "unreadable"
-    return sha256_json([word, [[path, *_stamp(path)] for path in paths]])[:16] if paths else word
+    return sha256_json([word, [[path, *stamp(path)] for path in paths]])[:16] if paths else word
 
 
-def _stamp(path: str | Path) -> tuple[int | None, int | None]:
+def stamp(path: str | Path) -> tuple[int | None, int | None]:
     """Size and date; None if there is no such file."""
     try:
         stat = os.stat(path)

@@ -222,7 +222,7 @@ def kept_answers(folder: Path) -> dict[Place, str]:
 def forget_answers(folder: Path) -> None:
     """Take away what `ask` kept in a folder and in those beside it, of other keys."""
     for file in folder.parent.glob("*/answers*.jsonl"):
-        file.unlink()
+        file.unlink(missing_ok=True)  # another evaluation of the same may end now
 
 
 def _direct(task: Task) -> Task:

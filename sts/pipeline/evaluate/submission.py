@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from sts.pipeline.config import Config, ConfigError, config_hash
+from sts.pipeline.data.origins import stamp
 from sts.pipeline.evaluate.asking import ask, load_model
 from sts.pipeline.evaluate.loading import load_benchmarks, tasks_of
 from sts.pipeline.files import read_json, write_text_atomic
@@ -98,7 +99,8 @@ def submission(
     if all_ids and {int(id) for id in docs["question_id"]} - set(all_ids):
         raise _refused("--questions", str(questions), f"a file with every question of {name}")
     precision = precision_here(trained["precision"])
-    parts = [trained["weights_sha256"], precision, task.VERSION, options.batch_tokens]
+    stamps = [[str(file), *stamp(file)] for file in docs.files]
+    parts = [trained["weights_sha256"], precision, task.VERSION, options.batch_tokens, stamps]
     folder = Path(f"{out}.answers", config_hash(parts))
     with lease():
         lm = load_model(weights_of(run), precision, config)

@@ -43,6 +43,8 @@ def load(
     rows = ParquetRows(split_files(folder, name, split))
     if column:
         rows.places = [i for i, value in enumerate(rows[column]) if value in values]
+    if not rows:
+        raise ValueError(f"{folder}: no question in {', '.join(map(str, rows.files))}")
     if images:
         rows.pictures = ParquetRows(split_files(folder, images, split))
     return {"test": rows}

@@ -1,7 +1,9 @@
 """Data sets of the hub as their Parquet files lie in a folder: nothing is copied, and no cache can
 hold others."""
 
+import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -9,34 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 from datasets import Features
+from datasets.data_files import sanitize_patterns
+from huggingface_hub import metadata_load
 from pyarrow import Table
 
 GROUPS = 4  # parts of files, of a hundred rows or a thousand, that are in memory together
+OF = re.compile(r"-\*-of-(\d+)\.")  # in the name of a part of a split, how many there are
 
 
 def patterns_of(card: Path, name: str | None, split: str) -> list[str]:
     """The patterns of the files of a split, which the card of a set lists for each configuration;
     without a list the files that are named as the split."""
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
-    _, _, head = text.partition("---\n")
-    content = yaml.safe_load(head.partition("\n---")[0]) or {}
-    for configuration in content.get("configs", []):
-        files = configuration.get("data_files", [])
-        if configuration["config_name"] == (name or "default") and isinstance(files, list):
-            paths = [part["path"] for part in files if part["split"] == split]
-            return [path for item in paths for path in ([item] if isinstance(item, str) else item)]
-    return [f"{name}/{split}-*" if name else f"**/{split}-*"]
+    content = (metadata_load(card) if card.exists() else None) or {}
+    for configuration in content.get("configs") or ():
+        if configuration["config_name"] == (name or "default") and "data_files" in configuration:
+            listed = sanitize_patterns(configuration["data_files"])
+            if split in listed:
+                return listed[split]
+    file = f"{split}-*.parquet"
+    return [f"{name}/{file}"] if name else [file, f"**/{file}"]
 
 
 def split_files(folder: str | Path, name: str | None, split: str) -> list[Path]:
-    """The files of a split in the folder of a set. Raises FileNotFoundError if there are none."""
+    """The files of a split in the folder of a set. Raises FileNotFoundError if there are none, or
+    fewer than their names say (`-00000-of-00003`)."""
     folder = Path(folder)
     patterns = patterns_of(folder / "README.md", name, split)
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    if not files:
-        raise FileNotFoundError(f"{folder}: no files {', '.join(patterns)} of the split {split}")
+    parts = Counter(re.sub(r"-\d+-of-", "-*-of-", str(file.relative_to(folder))) for file in files)
+    lacks = [of for of, n in parts.items() if (whole := OF.search(of)) and n < int(whole[1])]
+    if lacks or not files:
+        raise FileNotFoundError(
+            f"{folder}: {'not all' if lacks else 'no'} files {', '.join(lacks or patterns)} of the "
+            f"split {split}"
+        )
     return files
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+import datasets
 import pytest
 from asking import Oracle, picture
 from configs import RECIPE
@@ -341,8 +342,10 @@ def test_a_limit_takes_what_is_scored_together_or_leaves_it(tmp_path, monkeypatc
 def test_what_is_asked_is_what_the_folder_holds_now(tmp_path, monkeypatch):
     """Of our task files and of lm-eval's own, which `datasets` reads and keeps by name."""
     monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
+    monkeypatch.chdir(tmp_path)  # folders may be named from where we stand
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("home"))
     names = ("pope", "mmmu_val_art_and_design")
-    root = write_sets(tmp_path / "mirror", OFFICIAL)
+    root = write_sets(Path("mirror"), OFFICIAL)
     counts, versions = [], []
     for times in (1, 5):
         rewritten(root, "lmms-lab-encoder/POPE", lambda rows, times=times: rows * times)
@@ -353,6 +356,9 @@ def test_what_is_asked_is_what_the_folder_holds_now(tmp_path, monkeypatch):
         versions.append([version_of(n, loaded[n], [], str(root)) for n in names])
     assert counts == [[6, 12], [30, 60]]
     assert all(first != second for first, second in zip(*versions, strict=True))
+    assert version_of(names[1], loaded[names[1]], [], None), "of the cache's files"
+    assert {file.name for file in tmp_path.iterdir()} == {"home", "mirror"}
+    assert not (root / "home").exists()
 
 
 def test_a_benchmark_whose_files_changed_is_noted_anew_or_refused(tmp_path, monkeypatch):

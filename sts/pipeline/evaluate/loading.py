@@ -90,7 +90,7 @@ def _load(name: str, manager: TaskManager, file: Path, mirror: str | None) -> Be
     root = _mirror_of(sets, mirror)
     try:
         # `datasets` takes a folder of the set's name where we stand, before it asks the hub
-        with contextlib.chdir(root or "."), _cache_of(root, sets):
+        with _cache_of(root, sets), contextlib.chdir(root or "."):
             loaded = manager.load(inner)
     except (OSError, ValueError, RuntimeError) as error:
         if not sets:  # the error is our own: prepared data
@@ -115,10 +115,11 @@ def _cache_of(root: Path | None, sets: Sequence[str]) -> Iterator[None]:
     """`datasets` keeps what it reads by the name of a set, also when the files of a folder have
     changed: for each state of a mirror it gets a cache of its own."""
     before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = Path(before).absolute()
     if root:
         files = [file for path in sets for file in mirrored_files(root, path)]
         stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        datasets.config.HF_DATASETS_CACHE = Path(before, "mirrors", sha256_json(stamps)[:16])
+        datasets.config.HF_DATASETS_CACHE /= Path("mirrors", sha256_json(stamps)[:16])
     try:
         yield
     finally:
@@ -156,7 +157,7 @@ def _files_of(name: str, benchmark: Benchmark, mirror: str | None) -> tuple[Path
         return root, [file for path in sets for file in mirrored_files(root, path)]
     caches = (task.eval_docs.cache_files for task in tasks_of(benchmark))
     files = [Path(entry["filename"]) for cache in caches for entry in cache]
-    return Path(datasets.config.HF_DATASETS_CACHE), files
+    return Path(datasets.config.HF_DATASETS_CACHE).absolute(), files
 
 
 def _task_entries(manager: TaskManager, name: str) -> Iterator[Mapping[str, Any]]:

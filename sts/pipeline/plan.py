@@ -106,7 +106,7 @@ class Plan:
     def unlike_timing(self) -> list[str]:
         """What of `steps_share` is not what the scale's timing has measured, if there is one."""
         file = Path(self.timing(MAIN))
-        times = read_json(file)["variants"] if file.exists() else {}
+        times = read_json(file).get("variants", {}) if file.exists() else {}
         texts = []
         for id, entry in self.ablations.items():
             share = entry.share_of(self.scale.scale)

@@ -36,20 +36,6 @@ rule evaluate:
         " --follows {params.follows} --out {output} > {log} 2>&1"
 
 
-def timing_command(wildcards, input, output):
-    """A call for each way in which stages of the table are trained: each times its own."""
-    ids = PLAN.members(wildcards.group)
-    files = {
-        "configs": map(config_file, ids),
-        "init": map(PLAN.backbone, ids),
-        "data": input.data,
-        "out": output,
-    }
-    options = " ".join(f"--{name} {' '.join(paths)}" for name, paths in files.items())
-    launches = unique(map(cluster.launch, PLAN.stages(wildcards.group)))
-    return " && ".join(f"{launch} bench {options}" for launch in launches)
-
-
 rule timing:
     input:
         lambda wildcards: unique(map(PLAN.backbone, PLAN.members(wildcards.group))),

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from snakemake.dag import DAG
 
 from sts.pipeline.config import dump
-from sts.pipeline.files import write_text_atomic
+from sts.pipeline.files import SpoiltError, write_text_atomic
 from sts.pipeline.run.provenance import missing_packages
 
 CONDA = "conda" in map(str, workflow.deployment_settings.deployment_method)
@@ -69,8 +69,9 @@ def check_environment():
 
 def warn_of_shares():
     """Say which ablation doesn't have the time that it is to have."""
-    for text in PLAN.unlike_timing():
-        print(text, file=sys.stderr)
+    with suppress(SpoiltError):  # left to whoever reads the timing
+        for text in PLAN.unlike_timing():
+            print(text, file=sys.stderr)
 
 
 def prepare_cluster():

@@ -65,3 +65,17 @@ def several_nodes(stage_of):
         "tasks_per_gpu": of(lambda stage: 0),  # none of its own
         "gres": of(lambda stage: f"gpu:{stage.processes // stage.nodes}" if has_gpus else None),
     }
+
+
+def timing_command(wildcards, input, output):
+    """A call for each way in which stages of the table are trained: each times its own."""
+    ids = PLAN.members(wildcards.group)
+    files = {
+        "configs": map(config_file, ids),
+        "init": map(PLAN.backbone, ids),
+        "data": input.data,
+        "out": output,
+    }
+    options = " ".join(f"--{name} {' '.join(paths)}" for name, paths in files.items())
+    launches = unique(map(cluster.launch, PLAN.stages(wildcards.group)))
+    return " && ".join(f"{launch} bench {options}" for launch in launches)

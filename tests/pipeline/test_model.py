@@ -308,6 +308,25 @@ def test_parts_of_the_hub_are_fetched_once_and_are_those_of_their_commit(tmp_pat
         write()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "hub"),
+    [
+        ("HF_HUB_CACHE", "{}/hub", "hub"),
+        ("HUGGINGFACE_HUB_CACHE", "{}/old", "old"),
+        ("HF_HOME", "{}/home", "home/hub"),
+        ("HF_HOME", "$SCRATCH/home", "home/hub"),
+    ],
+)
+def test_the_hubs_cache_is_where_its_client_has_it(tmp_path, monkeypatch, variable, value, hub):
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.setenv(variable, value.format(tmp_path))
+    folder = tmp_path / hub / "models--own--vision/snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    assert fetch.cached_folder(f"own/vision@{COMMIT}") == folder
+
+
 def test_what_changes_nothing_is_not_in_the_manifest(tmp_path):
     """So a model that was made before there was a choice is the same one."""
     own = read_json(joined(tmp_path / "own"))

@@ -121,7 +121,8 @@ def model_folder(source: str) -> Path | None:
     name, _, revision = source.partition("@")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     home = os.environ.get("HF_HOME") or Path(cache, "huggingface")
-    hub = os.environ.get("HF_HUB_CACHE") or Path(home, "hub")
+    variables = map(os.environ.get, ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"))
+    hub = os.path.expandvars(next(filter(None, variables), Path(home, "hub")))
     model = Path(hub).expanduser() / f"models--{name.replace('/', '--')}"
     note = model / "refs" / (revision or "main")
     commit = note.read_text(encoding="utf-8").strip() if note.is_file() else revision

@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from sts.pipeline.cost import memory
 from sts.pipeline.data.conversation import content_of, end_token, render
-from sts.pipeline.evaluate.asking import batches, load_model
+from sts.pipeline.evaluate.asking import batches, kept_answers, load_model
 
 # to be loaded
 NEED_TORCHVISION = (
@@ -132,3 +132,9 @@ def test_a_batch_holds_so_many_tokens_with_its_padding_the_longest_first():
     assert batches(lengths, kinds, most=18) == [[4], [1, 0], [7], [3, 6, 5], [2]]
     assert batches(lengths, kinds, most=10**6) == [[4, 1, 0, 3, 6, 5, 2], [7]]
     assert batches(lengths, kinds, most=1) == [[4], [1], [7], [0], [3], [6], [5], [2]]
+
+
+@pytest.mark.parametrize("line", [b'[[["b", "t"], 1], "y', b"0", b"null", b"\0\0\0", b'[[["b\xff"'])
+def test_a_spoilt_line_costs_its_own_answer(tmp_path, line):
+    (tmp_path / "answers0.jsonl").write_bytes(line + b'\n[[["b", "t"], 2], "yes\\u2028"]\n')
+    assert kept_answers(tmp_path) == {(("b", "t"), 2): "yes\u2028"}

@@ -209,11 +209,11 @@ def batches(
 
 
 def kept_answers(folder: Path) -> dict[Place, str]:
-    """The answers in a folder, but for a line that was torn."""
+    """The answers in a folder, but for a line that was torn or spoilt."""
     answers = {}
     for file in sorted(folder.glob("answers*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
+        for line in file.read_bytes().splitlines():
+            with suppress(ValueError, TypeError):
                 ((name, task), place), output = json.loads(line)
                 answers[(name, task), place] = output
     return answers

@@ -142,7 +142,7 @@ def joined_processor(parts: dict[str, Any]) -> LlavaProcessor:
         )
     if "template" in parts:
         processor.chat_template = V1
-        if processor.tokenizer.tokenize("\n")[0] == SPACE:  # LLaVA begins a text after an image
+        if processor.tokenizer.tokenize("\n")[:1] == [SPACE]:  # LLaVA begins a text after an image
             processor.chat_template = V1.replace(f"{IMAGE_TOKEN}\\n", f"{IMAGE_TOKEN} \\n")
     return processor
 

@@ -117,7 +117,7 @@ def test_the_tower_of_a_shipped_checkpoint_sees_what_is_said(family):
 @pytest.mark.slow
 def test_a_rebuild_cut_short_learns_to_see_and_to_read(tmp_path):
     """A kind is 1 in 8, an untrained decoder answers nothing rightly."""
-    steps = ["--tower-steps", "200", "--language-steps", "140", "--layers", "2"]
+    steps = ["--tower-steps", "100", "--language-steps", "100", "--layers", "2"]
     main(["llava", "--out", str(tmp_path), *steps])
     quality = quality_of(tmp_path)
     on_file = json.loads((tmp_path / "quality.json").read_text())

@@ -452,7 +452,8 @@ def test_a_split_is_its_files_whatever_the_card_says_of_them(tmp_path, card):
         split_files(tmp_path, None, "test")
 
 
-def test_a_benchmark_without_a_question_is_refused(tmp_path):
+def test_a_benchmark_without_a_question_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("STS_DATA_MIRROR", raising=False)
     columns, rows = OFFICIAL["lmms-lab/SEED-Bench"]["default"]["test"]
     videos = {"lmms-lab/SEED-Bench": {"default": {"test": (columns, rows[1:])}}}
     write_sets(tmp_path, videos)

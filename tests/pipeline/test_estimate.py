@@ -147,6 +147,7 @@ def test_a_model_of_unknown_size_is_named():
         model_config(config(model=unknown, only={}).model)
 
 
+@pytest.mark.slow
 def test_stages_are_those_of_the_configurations(no_timing):
     """Three stages here, one there, with adapters; a training that two share counts once."""
     align = {"trains": ["projector"], "split": "align"}

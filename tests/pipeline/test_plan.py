@@ -154,13 +154,8 @@ def test_a_share_of_the_steps_is_a_scales_own_and_compared_with_its_timing(tmp_p
         load_ablations(file)
 
 
-BY_LENGTH = [
-    pytest.param(file, marks=[] if file.stem == "smoke" else [pytest.mark.slow], id=file.stem)
-    for file in SCALES
-]
-
-
-@pytest.mark.parametrize("scale", BY_LENGTH)
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", SCALES, ids=lambda file: file.stem)
 def test_the_jobs_of_a_dry_run_are_those_of_the_plan(copy, scale):
     """Of the smallest scale all tables are planned, of the others what the bare command makes."""
     plan = load_plan(scale, ROOT / "workflow/ablations.yaml")

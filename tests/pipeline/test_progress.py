@@ -172,11 +172,8 @@ ONE_RUN = "results/smoke/runs/dense/seed0/instruct.json"
 SAID = re.compile(rb"[\d]+ of 4 jobs, \d+ % of the work, (?:about \d+ min|less than a minute) left")
 
 
-@pytest.mark.parametrize(
-    "on_a_terminal",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
-    ids=["log", "terminal"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("on_a_terminal", [False, True], ids=["log", "terminal"])
 def test_a_call_says_how_far_it_is(on_a_terminal, waiting):
     ours, theirs = pty.openpty() if on_a_terminal else os.pipe()
     with subprocess.Popen(

@@ -182,6 +182,7 @@ def test_an_interrupted_run_is_opened_again_with_its_first_params_and_a_finished
     assert third.id != first.id
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_its_run_and_another_configuration_has_another(
     tmp_path, backbone, prepared, monkeypatch
 ):

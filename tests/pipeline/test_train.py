@@ -188,6 +188,7 @@ FOLLOWED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "text", "measured", "tokens", "lora"])
 def test_all_code_that_a_training_runs_is_followed(run, name):
     """Every function of the package that a training calls lies in a file that its key follows, but
@@ -520,7 +521,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(run, monkeypatch):
     assert resumed["weights_sha256"] == straight["weights_sha256"]
 
 
-@pytest.mark.parametrize("part", ["shard-*.safetensors", "process-0.pt", "history.jsonl"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "history.jsonl",
+        *(
+            pytest.param(file, marks=pytest.mark.slow)
+            for file in ("shard-*.safetensors", "process-0.pt")
+        ),
+    ],
+)
 def test_a_broken_checkpoint_is_passed_over_for_the_one_before(run, stopped, caplog, part):
     def spoil(folder, *_):
         [file] = (folder / "state" / "00000004").glob(part)

@@ -115,6 +115,7 @@ def test_the_paper_scale_is_planned_with_its_processes_its_data_and_published_sc
     assert "scenes" not in output.partition("rule ")[0]
 
 
+@pytest.mark.slow
 def test_by_default_the_scale_is_mini_and_a_baseline_of_its_own_is_compared_with_itself(project):
     output = run(project, None, "-n", "-p", "table_architectures")
     assert jobs_in(output)["evaluate"] == 3 * members("architectures")

@@ -22,7 +22,7 @@ from sts.pipeline.config import (
     parse_yaml,
     validate,
 )
-from sts.pipeline.data.origins import state
+from sts.pipeline.data.origins import stamp, state
 from sts.pipeline.plan import MAIN, make_plan, unique
 from sts.pipeline.plan import figures as figure_inputs
 from sts.pipeline.run import follows
@@ -184,7 +184,7 @@ def backbone_code(ablation):
     files = [path for path in paths if path.is_file()]
     if not model.sources:
         return follows.code(*writers, *files)
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamps = [(str(file), *stamp(file)) for file in files]
     return [follows.code(*writers), stamps]
 
 

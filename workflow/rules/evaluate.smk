@@ -6,7 +6,7 @@ TIMED = ["measure/bench.py", "cost/counting.py", "cost/flops.py", "cost/history.
 
 rule bench:
     input:
-        f"{RESULTS}/bench/{MAIN}.json",
+        PLAN.timing(MAIN),
 
 
 rule evaluate:

@@ -24,6 +24,7 @@ from sts.pipeline.data.benchmark_sets import (
     version,
     write_note,
 )
+from sts.pipeline.data.origins import stamp
 from sts.pipeline.data.source import DataError, mirror_folder
 from sts.pipeline.files import sha256_json
 from sts.pipeline.tasks import registry
@@ -118,7 +119,7 @@ def _cache_of(root: Path | None, sets: Sequence[str]) -> Iterator[None]:
     datasets.config.HF_DATASETS_CACHE = Path(before).absolute()
     if root:
         files = [file for path in sets for file in mirrored_files(root, path)]
-        stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        stamps = [(str(file), *stamp(file)) for file in files]
         datasets.config.HF_DATASETS_CACHE /= Path("mirrors", sha256_json(stamps)[:16])
     try:
         yield

@@ -253,7 +253,7 @@ def verbs(project: Path, targets: Sequence[str]) -> list[Verb]:
         call("--configfile", SMOKE, "-n", "-p", "--forceall", "--", *targets),
         cwd=project, env=environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    lines = re.findall(r"-m sts (.*) > (\S+) 2>&1$", plan.stdout + plan.stderr, re.M)
+    lines = re.findall(r"-m sts (.*?)\)? > (\S+) 2>&1$", plan.stdout + plan.stderr, re.M)
     return [
         Verb(tuple(shlex.split(words)), log, took[log][1] - took[log][0])
         for words, log in sorted(lines, key=lambda line: took[line[1]])
@@ -848,17 +848,17 @@ def read_spoilt(place: Campaign, pattern: str, kind: str, job: Verb) -> str:
     weights = {stage: Path(run["weights"]).relative_to(smoke) for stage, run in of_run.items()}
     root = project if pattern.startswith("data/") else project / smoke
     files = sorted(root.glob(pattern.format(**weights)))
-    if str(job) == "train align sts" and pattern.startswith("{align}"):
-        (project / manifests["align"]).unlink()  # the weights stay, to be reused
-    else:
-        job.clear(project)
     for file in files:
         spoil_file(file, kind, place.draw)
-    spoilt = {file: content_of(file) for file in files}
     if not pattern.startswith("tokens/"):  # which nobody need make again
         verify = Verb(("verify", "--results", str(smoke)), f"{job.log}.verify", 0)
         assert ended(fork(project, verify)) == 1, "not found by sts verify"
         assert str(files[0].relative_to(project)) in (project / verify.log).read_text()
+    if str(job) == "train align sts" and pattern.startswith("{align}"):
+        (project / manifests["align"]).unlink()  # the weights stay, to be reused
+    else:
+        job.clear(project)
+    spoilt = {file: content_of(file) for file in files}
     status = ended(fork(project, job))
     log = (project / job.log).read_text()
     if status:

@@ -62,9 +62,11 @@ def listed_file(manifest: Path, name: str) -> Path:
 
 def read_json(path: str | Path, cure: str = "Delete it and run snakemake again") -> Any:
     """A JSON file of ours, without its seal. Raises FileNotFoundError or, if it is not as it was
-    written, SpoiltError, both naming it."""
+    written, SpoiltError, both naming it and what makes it again."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file. Run snakemake, which makes it") from None
     except ValueError as error:
         raise SpoiltError(f"{path}: not JSON ({error}). {cure}") from None
     seal = value.pop(SEAL, None) if isinstance(value, dict) else None

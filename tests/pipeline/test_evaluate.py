@@ -290,7 +290,7 @@ def test_a_benchmark_without_data_is_named_with_the_fix(config, scenes, trained,
         FileNotFoundError, match=rf"'nlvr'.*'test_nlvr'.*{scenes}.*evaluate\.benchmarks"
     ):
         ask(missing, data=[scenes])
-    with pytest.raises(FileNotFoundError, match=r"gone\.json: no such data manifest.*prepare"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.json: no such file. Run snakemake"):
         ask(config, data=["gone.json"])
 
 

@@ -51,7 +51,7 @@ def test_a_tower_without_a_class_token_has_the_other_kinds(prepared, tmp_path):
 
 
 def test_a_missing_manifest_is_named(backbone, prepared, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no prepared data set"):
+    with pytest.raises(FileNotFoundError, match="Run snakemake, which makes it"):
         kept_tokens(backbone, tmp_path / "none.json", tmp_path / "out.json")
     with pytest.raises(FileNotFoundError, match=r"no_backbone\.json"):
         kept_tokens(tmp_path / "no_backbone.json", prepared, tmp_path / "out.json")

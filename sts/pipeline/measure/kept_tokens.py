@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sts.pipeline.data.pictures import load_images
 from sts.pipeline.data.rows import images_of
-from sts.pipeline.files import listed_file, read_json, write_text_atomic
+from sts.pipeline.files import SEAL, listed_file, read_json, sha256_json, write_text_atomic
 from sts.pipeline.train.joined import TOWERS, image_processor, load_tower, remote_code
 from sts.pipeline.train.model import read_backbone
 from sts.vtc import KINDS, compress, kind_of, wants
@@ -60,6 +60,7 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
             if not missing & wants(kind) and not isinstance(kind_of(kind), type)
         },
     }
+    result[SEAL] = sha256_json(result)
     write_text_atomic(out, json.dumps(result, separators=(",", ":")) + "\n")
     return result
 
@@ -84,8 +85,6 @@ def weights(
 def first_picture(data: Path) -> Image.Image:
     """The first picture of the first training split of a data manifest. Raises FileNotFoundError if
     there is no such file."""
-    if not data.exists():
-        raise FileNotFoundError(f"{data}: no prepared data set to take a picture from")
     splits = read_json(data)["splits"]
     split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
     file = listed_file(data, splits[split]["file"])

@@ -13,10 +13,6 @@ def split_file(dataset: str, split: str, manifests: Sequence[str]) -> Path:
     """Arrow file of a split of a prepared data set, whose manifest is one of `manifests`. Raises
     FileNotFoundError that says what is missing, where, and what to do."""
     for manifest in map(Path, manifests):
-        if not manifest.is_file():
-            raise FileNotFoundError(
-                f"{manifest}: no such data manifest; make it with `python -m sts prepare`"
-            )
         content = read_json(manifest)
         if content["dataset"] != dataset:
             continue

@@ -56,7 +56,7 @@ EVERY = 2  # steps between two checkpoints
 SCALE = f"""
 scale: smoke
 seeds: [0]
-data: {{scenes: {{align: 64, instruct: 64, test: 4}}}}
+data: {{scenes: {{align: 64, instruct: 64, validation: 1, test: 4}}}}
 stages:
   align: {{steps: 9, batch_size: 4, checkpoint_every: {EVERY}}}
   instruct: {{steps: 11, batch_size: 4, checkpoint_every: {EVERY}}}

@@ -51,11 +51,12 @@ def backbone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """Manifest of `scenes`, prepared: 24 rows in `align` and in `instruct`, 1 in each benchmark."""
+    """Manifest of `scenes`, prepared: 24 rows in `align` and in `instruct`, 1 in each benchmark
+    and of each skill in `validation`."""
     from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
     from sts.pipeline.data.prepare import prepare
 
-    sizes = {"data": {"scenes": {"align": 24, "instruct": 24, "test": 1}}}
+    sizes = {"data": {"scenes": {"align": 24, "instruct": 24, "validation": 1, "test": 1}}}
     out = tmp_path_factory.mktemp("data") / "manifest.json"
     prepare(validate(deep_merge(load_yaml(MINI), sizes), "conftest.py"), "scenes", out)
     return out

@@ -210,8 +210,8 @@ def rows(split: str, count: int, seed: int, turns: int = 5) -> Iterator[dict]:
         }
 
 
-def benchmark(skill: str, count: int, seed: int) -> Iterator[dict]:
-    """Test rows of one skill: {"id", "image": uint8 [72, 72, 3], "question", "answer", "form"}.
+def benchmark(skill: str, count: int, seed: int, split: str = "test") -> Iterator[dict]:
+    """Rows of one skill: {"id", "image": uint8 [72, 72, 3], "question", "answer", "form"}.
 
     One question a scene; forms take turns and, within a form, each answer comes equally often (up
     to rounding).
@@ -226,7 +226,7 @@ def benchmark(skill: str, count: int, seed: int) -> Iterator[dict]:
     for attempt in counter():
         if not quota.total():
             return
-        rng = generator(VERSION, seed, f"test-{skill}", attempt)
+        rng = generator(VERSION, seed, f"{split}-{skill}", attempt)
         scene = draw(kind, rng, is_composition)
         turn = pick(rng, makers)(scene, rng, may_name)
         if not turn or not quota[turn[2], turn[1]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from configs import short as config
+from datasets import Dataset
 from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -27,7 +28,8 @@ from sts.pipeline.config import Config
 from sts.pipeline.cost import memory
 from sts.pipeline.cost.history import read_history
 from sts.pipeline.data.collator import split_files
-from sts.pipeline.files import SpoiltError, read_json, sha256_file
+from sts.pipeline.data.conversation import render
+from sts.pipeline.files import SpoiltError, read_json, sha256_file, write_json_atomic
 from sts.pipeline.run import device, follows
 from sts.pipeline.train import checkpoint
 from sts.pipeline.train import train as training
@@ -788,3 +790,80 @@ def test_every_step_reaches_mlflow_also_of_reused_weights(tmp_path, run, monkeyp
         for metric in ("loss", "lr", "flops", "visual_tokens", "layers_run", "tokens_per_s"):
             steps = [m.step for m in client.get_metric_history(tracked.info.run_id, metric)]
             assert steps == list(range(STEPS)), metric
+
+
+SPARSE = {
+    "vtc": {"kind": "random", "keep": 0.5},
+    "lds": {"policy": "sts", "rate": 0.6, "epsilon": 0.5},
+}
+
+
+def test_the_held_out_loss_is_that_of_the_checkpoint_on_each_validation_row(run, aligned, prepared):
+    manifest = run(config(**SPARSE), "instruct", init=aligned)
+    model = LlavaForConditionalGeneration.from_pretrained(manifest["weights"])
+    processor = AutoProcessor.from_pretrained(manifest["weights"])
+    (file,) = split_files([prepared], "validation")
+    of_skill = {}
+    for row in Dataset.from_file(str(file)):
+        _, question, _, answer = (text for turn in row["conversations"] for text in turn.values())
+        chat = [("user", question), ("assistant", answer)]
+        texts = [render(processor, chat[:1], ask=True), render(processor, chat)]
+        asked, whole = (processor(row["image"], text, return_tensors="pt") for text in texts)
+        labels = whole["input_ids"].clone()
+        labels[:, : asked["input_ids"].shape[1]] = -100
+        with torch.no_grad():
+            loss = model(**whole, labels=labels).loss.item()
+        answers = (labels != -100).sum().item()
+        of_skill.setdefault(row["id"].split("/")[0], []).append((loss * answers, answers))
+    sums = {skill: tuple(map(sum, zip(*rows, strict=True))) for skill, rows in of_skill.items()}
+    end = manifest["held_out"][-1]
+    assert end["step"] == STEPS and len(sums) == 8
+    assert end["skills"] == pytest.approx({s: loss / n for s, (loss, n) in sums.items()}, rel=1e-4)
+    loss, answers = map(sum, zip(*sums.values(), strict=True))
+    assert end["loss"] == pytest.approx(loss / answers, rel=1e-4)
+
+
+def test_measuring_the_held_out_loss_changes_no_step(run, aligned):
+    watched, alone = (
+        run(config(validations=times, **SPARSE), "instruct", results=str(times), init=aligned)
+        for times in (3, 0)
+    )
+    assert [row["step"] for row in watched["held_out"]] == [2, 3, 4] and "held_out" not in alone
+    assert watched["weights_sha256"] == alone["weights_sha256"] and watched["key"] == alone["key"]
+    timed = ("seconds", "peak_mem_mb")
+    for a, b in zip(*(read_history(each["weights"]) for each in (watched, alone)), strict=True):
+        assert {k: a[k] for k in a if k not in timed} == {k: b[k] for k in b if k not in timed}
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_training_has_measured_the_held_out_loss_at_the_same_steps(
+    run, aligned, stopped, monkeypatch, after
+):
+    settings = config(steps=6, validations=6)
+    straight = run(settings, "instruct", results="straight", init=aligned)
+
+    def one_more_step(folder, *_):  # which is lost
+        (file,) = Path(folder).glob("held_out.jsonl")
+        last = file.read_text().splitlines()[-1]
+        step = 2 * after + 1
+        lost = json.dumps(json.loads(last) | {"step": step, "loss": 99.0})
+        file.write_text(file.read_text() + lost + "\n")
+
+    stopped(settings, after, one_more_step, stage="instruct", results="stopped", init=aligned)
+    assert (
+        run(settings, "instruct", results="stopped", init=aligned)["held_out"]
+        == (straight["held_out"])
+    )
+
+
+def test_no_held_out_loss_of_captions_or_without_a_validation_split(
+    run, aligned, prepared, tmp_path
+):
+    assert "held_out" not in read_json(aligned)
+    manifest = read_json(prepared)
+    del manifest["splits"]["validation"]
+    without = shutil.copytree(prepared.parent, tmp_path / "data") / prepared.name
+    write_json_atomic(without, manifest)
+    out = tmp_path / "other/runs/dense/seed0/instruct.json"
+    job = Job(config(), "dense", 0, "instruct", [without], aligned, out)
+    assert "held_out" not in train(job)

@@ -1,7 +1,7 @@
 """`scenes` as a data set: captions to align on, questions to instruct with, eight benchmarks."""
 
 from sts.mini import scenes
-from sts.pipeline.config import DataConfig
+from sts.pipeline.config import VALIDATION, DataConfig
 from sts.pipeline.data.registry import DataSet
 from sts.pipeline.data.rows import Rows, conversation
 
@@ -19,6 +19,12 @@ def _rows(data: DataConfig, _: None) -> dict[str, Rows]:
         for row in scenes.rows("instruct", size.instruct, seed, TURNS)
     )
     splits = {"align": (size.align, captions), "instruct": (size.instruct, questions)}
+    held_out = (
+        conversation(f"{skill}/{row['id']}", row["image"], [(row["question"], row["answer"])])
+        for skill in scenes.SKILLS
+        for row in scenes.benchmark(skill, size.validation, seed, VALIDATION)
+    )
+    splits[VALIDATION] = (len(scenes.SKILLS) * size.validation, held_out)
     for skill in scenes.SKILLS:
         splits[f"test_{skill}"] = (size.test, scenes.benchmark(skill, size.test, seed))
     return splits

@@ -31,4 +31,11 @@ from sts.pipeline.config.loading import (
     resolve,
     validate,
 )
-from sts.pipeline.config.stages import BACKBONE, RESERVED, SPLITS, LoraConfig, StageConfig
+from sts.pipeline.config.stages import (
+    BACKBONE,
+    RESERVED,
+    SPLITS,
+    VALIDATION,
+    LoraConfig,
+    StageConfig,
+)

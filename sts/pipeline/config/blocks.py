@@ -33,6 +33,8 @@ class ScenesConfig(Block):
     """Images of the align split."""
     instruct: Count = 2720
     """Images of the instruct split."""
+    validation: Count = 32
+    """Questions of each skill on which the held-out loss is measured."""
     test: Count = 160
     """Questions of each benchmark."""
 

@@ -22,6 +22,7 @@ from sts.pipeline.config.identity import ALWAYS, Neutral, identity
 from sts.settings import LDS, VTC
 
 SPLITS = ("align", "instruct")  # captions, conversations
+VALIDATION = "validation"  # split of conversations on which the held-out loss is measured
 BACKBONE = "backbone"  # what the first stage starts from
 # no names of stages: they have files and keys of their own
 RESERVED = (BACKBONE, "model", "evaluate", "eval")
@@ -95,6 +96,8 @@ class StageConfig(Block):
     """Tokens of a sample; longer ones are cut."""
     checkpoint_every: up_to(10**6) = 100
     """Steps between checkpoints; the trained weights don't depend on it."""
+    validations: Annotated[int, Ge(0), Le(1000), Neutral(ALWAYS)] = 8
+    """Times in a stage of conversations that the held-out loss is measured, the last at its end."""
     threads: up_to(1000) = 1
     """CPU threads of one training; fixed, so that weights don't depend on the number of cores."""
     lora: LoraConfig = LoraConfig()

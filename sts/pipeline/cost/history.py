@@ -3,7 +3,7 @@
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,7 +16,7 @@ from sts.pipeline.cost.counting import TowerWatch
 from sts.pipeline.cost.flops import Counts, count
 from sts.pipeline.cost.machines import gpu_of
 from sts.pipeline.files import read_json
-from sts.pipeline.run.weights import DONE, HISTORY, read_history
+from sts.pipeline.run.weights import DONE, HISTORY, read_held_out, read_history
 from sts.scheme import Scheme
 
 
@@ -123,6 +123,19 @@ def with_speed(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"mfu": row["flops"] / row["seconds"] / peak} if peak else row
 
 
+def tracked_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a history with their speed and, of a step after which the held-out loss was
+    measured, with that."""
+    held_out = {row["step"]: row for row in read_held_out(folder)}
+    for row in read_history(folder):
+        losses = {}
+        if measured := held_out.get(row["step"] + 1):
+            by_skill = measured["skills"].items()
+            losses = {f"held_out_loss/{skill}": loss for skill, loss in by_skill}
+            losses["held_out_loss"] = measured["loss"]
+        yield losses | with_speed(row)  # what every row has comes last
+
+
 def device_peak(processes: int) -> dict[str, float]:
     """`peak_flops` of the GPUs of all processes, for a row of the history; empty if not known."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -140,7 +153,7 @@ def peak_memory_mb() -> float:
 
 def summary(folder: Path) -> dict[str, Any]:
     """What the manifest tells of finished weights."""
-    history = read_history(folder)
+    history, held_out = read_history(folder), read_held_out(folder)
     skipped = zip(*(row["skipped"] for row in history), strict=True)
     return {
         "weights_sha256": read_json(folder / DONE)["weights_sha256"],
@@ -151,4 +164,5 @@ def summary(folder: Path) -> dict[str, Any]:
             **{n: fmean(row[n] for row in history) for n in ("keep_ratio", "layers_run")},
             "skipped_per_layer": list(map(sum, skipped)),
         },
+        **({"held_out": held_out} if held_out else {}),
     }

@@ -21,7 +21,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from tqdm import tqdm
 
-from sts.pipeline.config import Config, DataConfig
+from sts.pipeline.config import SPLITS, Config, DataConfig
 from sts.pipeline.data.origins import LIST, origin, state
 from sts.pipeline.data.pictures import is_deep, rgb
 from sts.pipeline.data.registry import DataSet, load
@@ -83,7 +83,7 @@ def prepare(config: Config, name: str, out: str | Path) -> dict[str, Any]:
             follow(map(origin, tables))
             for split, rows in splits.items():
                 file, is_test = part / f"{split}.arrow", split.startswith("test_")
-                if name in config.data.rows and not is_test:
+                if name in config.data.rows and split in SPLITS:
                     rows = _subset(rows, config.data.rows[name])
                 progress = tqdm(rows[1], f"{name} {split}", rows[0], unit="row", disable=None)
                 checked = _checked(progress, entry.embed or is_test, config.data)

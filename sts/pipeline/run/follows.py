@@ -32,6 +32,7 @@ LOOKS_ON = tuple(
         "pipeline/cost",  # what it costs; the timing follows the files whose numbers it writes
         "pipeline/run",  # where it runs, how far it is
         "pipeline/files.py",  # how files are read and written
+        "pipeline/train/held_out.py",  # what is measured between two steps
         "pipeline/train/fetch.py",  # how a model gets here, which its manifest names
         "settings.py",  # values
         "checks.py",  # errors

@@ -10,7 +10,7 @@ from typing import Any
 
 from sts.pipeline.files import SpoiltError, check_files, read_json
 
-DONE, HISTORY = "done.json", "history.jsonl"
+DONE, HISTORY, HELD_OUT = "done.json", "history.jsonl", "held_out.jsonl"
 CURE = "`python -m sts verify` says how it is made again"
 
 
@@ -39,9 +39,19 @@ def weights_of(manifest: str | Path) -> Path:
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a training's `history.jsonl`, one an optimizer step. Raises SpoiltError if the
     training is finished and the file not as it was then."""
+    return _read_lines(Path(folder), HISTORY)
+
+
+def read_held_out(folder: str | Path) -> list[dict[str, Any]]:
+    """The held-out losses of a training (sts/pipeline/train/held_out.py) by the number of steps
+    taken; empty if none was measured. Raises as `read_history`."""
     folder = Path(folder)
+    return _read_lines(folder, HELD_OUT) if (folder / HELD_OUT).exists() else []
+
+
+def _read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     if (folder / DONE).exists():
-        digest = read_json(folder / DONE, CURE)["files"][HISTORY]
-        check_files(folder, {HISTORY: digest}, CURE)
-    text = (folder / HISTORY).read_text(encoding="utf-8")
+        digest = read_json(folder / DONE, CURE)["files"][name]
+        check_files(folder, {name: digest}, CURE)
+    text = (folder / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,7 @@ from sts.settings import IGNORE_INDEX
 def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], list[int]]]:
     """The samples of a stage, and the function step -> indices of that step's global batch."""
     block = job.block
-    tokens = job.tokens / f"{tokens_key(job, processor)}.arrow"
-    files = split_files(job.data, block.split)
-    samples = Conversations(files, processor, block.max_length, tokens, block.template)
+    samples = load_split(job, processor, job.data, block.split)
     order = batch_order(
         samples.lengths,
         samples.has_image,
@@ -35,6 +34,14 @@ def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], 
         sorted_batches=block.sorted_batches,
     )
     return samples, order
+
+
+def load_split(job: Job, processor: Any, data: Sequence[Path], split: str) -> Conversations:
+    """A split of these data manifests, as the stage reads its samples."""
+    block = job.block
+    tokens = job.tokens / f"{tokens_key(job, processor, data, split)}.arrow"
+    files = split_files(data, split)
+    return Conversations(files, processor, block.max_length, tokens, block.template)
 
 
 def longest_batch(samples: Conversations, rows: int, visual_tokens: float) -> tuple[float, float]:
@@ -48,14 +55,14 @@ def longest_batch(samples: Conversations, rows: int, visual_tokens: float) -> tu
     return lengths.max(), max(texts[-rows:].mean(), 0.0)
 
 
-def tokens_key(job: Job, processor: Any) -> str:
-    """16 hex digits of all that the tokens of a stage's data depend on."""
+def tokens_key(job: Job, processor: Any, data: Sequence[Path], split: str) -> str:
+    """16 hex digits of all that the tokens of a split of data manifests depend on."""
     block = job.block
     texts = [processor.tokenizer.backend_tokenizer.to_str(), processor.to_json_string()]
     return sha256_json(
         {
-            "data": [read_json(manifest)["sha256"] for manifest in job.data],
-            "split": block.split,
+            "data": [read_json(manifest)["sha256"] for manifest in data],
+            "split": split,
             "max_length": block.max_length,
             "template": block.template,
             "processor": [type(processor).__name__, template_of(processor), *texts],

@@ -32,10 +32,9 @@ from sts.pipeline.cost.history import (
     measure,
     open_history,
     peak_memory_mb,
-    read_history,
     step_row,
     summary,
-    with_speed,
+    tracked_rows,
 )
 from sts.pipeline.cost.memory import check_memory
 from sts.pipeline.data.collator import Conversations, example
@@ -53,6 +52,7 @@ from sts.pipeline.train.checkpoint import (
     sigterm_put_off,
 )
 from sts.pipeline.train.feed import feed, load_data, longest_batch
+from sts.pipeline.train.held_out import held_out
 from sts.pipeline.train.job import Job, derived_seed
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import build, load_whole
@@ -104,7 +104,7 @@ def train(job: Job) -> dict[str, Any]:
                 params=job.block.model_dump(),
                 tags=_tags(job, is_finished),
                 directory=job.out.with_suffix("") / job.key,  # another key is another run
-                rows=lambda: map(with_speed, read_history(job.folder)),
+                rows=lambda: tracked_rows(job.folder),
             ) as tracked,
             sigterm_put_off() as has_sigterm,
         ):
@@ -194,8 +194,10 @@ def fit(job: Job, send: Callable[[], None], has_sigterm: Callable[[], bool]) -> 
     training = set_up(job)
     job.folder.mkdir(parents=True, exist_ok=True)
     first = load_state(job.folder, training.plain, training.optimizer, training.scheme)
+    parts = (training.plain, training.processor, training.accelerator)
+    measure_held_out = held_out(job, *parts, first)
     with open_history(job.folder, first) if rank() == 0 else contextlib.nullcontext() as history:
-        take_steps(job, training, first, history, send, has_sigterm)
+        take_steps(job, training, first, history, send, has_sigterm, measure_held_out)
     unsparsify(training.plain)
     write_weights(job, training)
 
@@ -237,6 +239,7 @@ def take_steps(
     history: Any,
     send: Callable[[], None],
     has_sigterm: Callable[[], bool],
+    measure_held_out: Callable[[int], None],
 ) -> None:
     """Take the optimizer steps from `first` on, with checkpoints between them.
 
@@ -245,6 +248,7 @@ def take_steps(
         first: Number of the first step.
         history: The open file of a row a step; None but on the first process.
         send, has_sigterm: As in `fit`.
+        measure_held_out: Is called with the number of steps taken after each.
     """
     block, scheme = job.block, training.scheme
     rising = math.ceil(block.warmup_ratio * block.steps)
@@ -285,6 +289,8 @@ def take_steps(
             row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
             row |= peak
             history.write(json.dumps(row) + "\n")
+        measure_held_out(step + 1)
+        training.meter.watch.read()  # what the tower saw meanwhile is no step's
         began = time.monotonic()
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update()

@@ -42,7 +42,11 @@ def row(id, stage, step):
 def train(folder, id, seed, stage, rows):
     """The manifest of a stage and the history beside its weights."""
     key = f"{id}-{seed}-{stage}"
-    write(folder / f"runs/{id}/seed{seed}/{stage}.json", {"weights": f"results/mini/weights/{key}"})
+    manifest = {"weights": f"results/mini/weights/{key}"}
+    if stage == "instruct":
+        losses = [{"step": step, "loss": 1 / step + seed, "skills": {}} for step in (10, 20)]
+        manifest["held_out"] = losses
+    write(folder / f"runs/{id}/seed{seed}/{stage}.json", manifest)
     write(folder / f"weights/{key}/history.jsonl", "")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"weights/{key}/history.jsonl").write_text(lines)

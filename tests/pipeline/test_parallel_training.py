@@ -124,6 +124,9 @@ def test_two_processes_take_the_same_steps_as_one(parallel, aligned, several):
     split = config(**both, batch_size=2, processes=2, parallel=parallel)
     result = several(split, "instruct", aligned, "two")
     same_steps(alone, result)
+    for a, b in zip(alone["held_out"], result["held_out"], strict=True):
+        assert (a["step"], a["loss"]) == (b["step"], pytest.approx(b["loss"], rel=1e-3))
+        assert a["skills"] == pytest.approx(b["skills"], rel=1e-2)
     for a, b in zip(*(read_history(run["weights"]) for run in (alone, result)), strict=True):
         counted = ("tokens", "answer_tokens", "patches", "pairs", "visual_tokens", "work")
         assert {name: a[name] for name in counted} == {name: b[name] for name in counted}

@@ -51,6 +51,15 @@ def other_scales(scores: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(scores[~scores["is_share"]]["benchmark"]))
 
 
+def held_out(results: str | Path, id: str) -> dict[int, list[dict[str, Any]]]:
+    """The held-out losses of an ablation's last stage, by seed: `step`, `loss` and `skills` at each
+    point, the last at the end. Runs without are left out."""
+    stages = stages_of(results, id)
+    files = sorted((Path(results) / "runs" / id).glob(f"seed*/{stages[-1]}.json"))
+    runs = {int(file.parent.name[4:]): read_json(file).get("held_out") for file in files}
+    return {seed: rows for seed, rows in runs.items() if rows}
+
+
 def timings(results: str | Path, table: str) -> dict[str, Any]:
     """Seconds and FLOPs of the trainings by ablation, from a table's timing if there is one."""
     file = Path(results) / "bench" / f"{table}.json"

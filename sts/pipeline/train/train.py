@@ -175,6 +175,11 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
 
+    def step_row(self, step: int, sums: Sequence[float]) -> dict[str, Any]:
+        """What a step did, from the counts of all processes added up (`step_row`)."""
+        has_image = [self.samples.has_image[index] for index in self.order(step)]
+        return step_row(self.scheme, has_image, sums)
+
 
 def fit(job: Job, send: Callable[[], None], has_sigterm: Callable[[], bool]) -> None:
     """Train to the finished folder of a job, from its last checkpoint if there is one.
@@ -247,8 +252,7 @@ def take_steps(
         job, training: What is trained.
         first: Number of the first step.
         history: The open file of a row a step; None but on the first process.
-        send, has_sigterm: As in `fit`.
-        measure_held_out: Is called with the number of steps taken after each.
+        send, has_sigterm: As in `fit`; measure_held_out(number of steps taken) follows each step.
     """
     block, scheme = job.block, training.scheme
     rising = math.ceil(block.warmup_ratio * block.steps)
@@ -284,10 +288,8 @@ def take_steps(
         check_finite(job, step, loss, norm, factor)
         if history is not None:
             row = {"step": step, "loss": loss, "lr": peak_lr(block) * factor, "grad_norm": norm}
-            has_image = [training.samples.has_image[i] for i in training.order(step)]
-            row |= step_row(scheme, has_image, sums)
-            row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb()}
-            row |= peak
+            row |= training.step_row(step, sums)
+            row |= {"seconds": time.monotonic() - began, "peak_mem_mb": peak_memory_mb(), **peak}
             history.write(json.dumps(row) + "\n")
         measure_held_out(step + 1)
         training.meter.watch.read()  # what the tower saw meanwhile is no step's

@@ -88,7 +88,7 @@ class Plan:
         for entry in map(self.ablations.__getitem__, self.members(table)):
             if entry.share_of(self.scale.scale) is None:
                 accepted = f"one more for scale {self.scale.scale}, without which it has no table "
-                accepted += f"{table}: the time of {entry.time_of} / of {self.baseline}, as "
+                accepted += f"{table}: that with which it takes the time of {entry.time_of}, as "
                 accepted += f"{self.timing(MAIN)} has it"
                 key = f"{entry.id}.steps_share"
                 return ConfigError(entry.file, key, entry.steps_share, accepted)
@@ -104,20 +104,24 @@ class Plan:
         return ConfigError(self.ablations[toy].file, key, value, accepted)
 
     def unlike_timing(self) -> list[str]:
-        """What of `steps_share` is not what the scale's timing has measured, if there is one."""
-        file = Path(self.timing(MAIN))
-        times = read_json(file).get("variants", {}) if file.exists() else {}
+        """What of `steps_share` is not what the scale's timings have measured, if there are any."""
         texts = []
         for id, entry in self.ablations.items():
             share = entry.share_of(self.scale.scale)
-            if share is None or not {entry.time_of, self.baseline} <= times.keys():
-                continue
-            ratio = times[entry.time_of]["time_s"] / times[self.baseline]["time_s"]
-            if abs(share - ratio) > TIME_TOLERANCE:
-                texts.append(
-                    f"{entry.file}: {id}.steps_share: {share:g}, but by {file} {entry.time_of} "
-                    f"takes {ratio:.3f} of the time of {self.baseline}: set that"
-                )
+            for file in map(Path, map(self.timing, unique([MAIN, *entry.groups]))):
+                variants = read_json(file)["variants"] if file.exists() else {}
+                times = {name: variant["time_s"] for name, variant in variants.items()}
+                if share and not entry.overrides and self.baseline in times:
+                    times.setdefault(id, share * times[self.baseline])
+                if share is None or not {id, entry.time_of} <= times.keys():
+                    continue
+                fair = share * times[entry.time_of] / times[id]
+                if abs(share - fair) > TIME_TOLERANCE:
+                    texts.append(
+                        f"{entry.file}: {id}.steps_share: {share:g}, but by {file} it takes "
+                        f"{fair:.3f} to have the time of {entry.time_of}: set that"
+                    )
+                break
         return texts
 
     def stages(self, table: str) -> list[StageConfig]:

@@ -163,6 +163,7 @@ def here(monkeypatch):
 HUGE = {  # key -> where the estimate says it
     "stages.align.steps": ("seconds", "training"), "data.scenes.align": ("disk_bytes", "data"),
     "data.scenes.instruct": ("disk_bytes", "data"), "data.scenes.test": ("seconds", "evaluation"),
+    "data.scenes.validation": ("disk_bytes", "data"),
 }  # fmt: skip
 ANY_SEED = {"seeds", "data.scenes.seed"}
 ALL_ROWS = {"data.rows.scenes"}  # at most so many are taken

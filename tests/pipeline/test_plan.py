@@ -121,7 +121,7 @@ def test_a_table_that_a_scale_cannot_make_is_refused_by_its_target_and_no_part_o
     output = run(copy, paper, "-n", "table_architectures", ok=False)
     assert "next_dense.model.checkpoint: 'data/backbones/llava_next' is not accepted" in output
     assert "in scale paper" in output and "no table architectures" in output
-    assert planned(copy, "ablations", scale=paper)["table"] == 4
+    assert planned(copy, "ablations", scale=paper)["table"] == 5
 
 
 SHARES = """
@@ -146,9 +146,13 @@ def test_a_share_of_the_steps_is_a_scales_own_and_compared_with_its_timing(tmp_p
         write_json_atomic("results/smoke/bench/main.json", times)
         texts = smoke.unlike_timing()
         assert bool(texts) == said
-    assert (
-        "short.steps_share: 0.5, but by results/smoke/bench/main.json sts takes 0.700" in texts[0]
-    )
+    text = "short.steps_share: 0.5, but by results/smoke/bench/main.json it takes 0.700 to have"
+    assert texts[0].startswith(f"{file}: {text} the time of sts")
+    write_json_atomic("results/smoke/bench/main.json", {"variants": {}})
+    times = {"dense": 10.0, "sts": 8.0, "short": 4.0}  # its own steps are dearer than dense's
+    variants = {id: {"time_s": seconds} for id, seconds in times.items()}
+    write_json_atomic("results/smoke/bench/other.json", {"variants": variants})
+    assert "other.json it takes 1.000 to have the time of sts" in smoke.unlike_timing()[0]
     file.write_text(SHARES.replace("time_of: sts", "time_of: none"))
     with pytest.raises(ConfigError, match=r"short\.time_of: 'none'"):
         load_ablations(file)

@@ -35,7 +35,7 @@ class ScenesConfig(Block):
     """Images of the instruct split."""
     validation: Count = 32
     """Questions of each skill on which the held-out loss is measured."""
-    test: Count = 160
+    test: Count = 480
     """Questions of each benchmark."""
 
 

@@ -27,7 +27,7 @@ from sts.pipeline.config.blocks import Config
 from sts.pipeline.config.errors import ConfigError, parsed
 from sts.pipeline.config.stages import merge_stage
 
-StepsShare = Annotated[float, Gt(0), Le(1)]
+StepsShare = Annotated[float, Gt(0), Le(10)]
 
 
 class Entry(Block):
@@ -46,9 +46,9 @@ class Entry(Block):
         Discriminator(lambda value: "[shares]" if isinstance(value, Mapping) else "[share]"),
     ] = 1.0
     """Share of the scale's steps that each stage trains, or scale -> share: a control with less
-    training. A scale that is none of several has no table that shows the ablation."""
+    training, or with more. A scale that is none of several has no table that shows the ablation."""
     time_of: str | None = None
-    """Ablation whose time it shall have: `steps_share` is compared with the ratio measured."""
+    """Ablation whose time it shall have: `steps_share` is compared with the times measured."""
     relative_to: str | None = None
     """Ablation that retention and cost are relative to in tables; null: the first of the table."""
     overrides: dict[str, dict[str, Any] | None] = {}

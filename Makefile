@@ -14,7 +14,7 @@ ifneq ($(shell mkdir -p "$(CACHE)" 2> /dev/null && test -w "$(CACHE)" && echo ye
 export XDG_CACHE_HOME := $(CURDIR)/.snakemake/cache
 endif
 
-.PHONY: help reproduce data report test test-all campaign gpu-check hosts lint schemas lock reference clean
+.PHONY: help reproduce data report test test-all campaign gpu-check hosts lint schemas lock check reference clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make schemas     JSON schemas of scales and ablations, for editors"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
+	@echo "make check       the results held against results/reference/INTO, with a verdict"
 	@echo "make reference   the results as results/reference/INTO (the scale's name), small files only"
 	@echo "make clean       forget results and prepared data of the scale"
 
@@ -95,6 +96,9 @@ for file in map(pathlib.Path, sys.argv[1:]):
     file.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 endef
 export WITHOUT_HOST
+
+check: .venv/made-from-lock
+	$(BIN)/python -m sts check --results $(RESULTS) --reference results/reference/$(INTO)
 
 reference:
 	rm -rf results/reference/$(INTO)

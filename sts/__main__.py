@@ -240,13 +240,18 @@ def table(
     labels: Texts = (),
     sources: Sources = (),
     relative_to: Bases = (),
+    beside: Annotated[list[str], option("more pairs to compare", "ID:ID ...")] = (),
     results: Results = RESULTS,
 ) -> None:
     """Write a table as CSV, Markdown, LaTeX and HTML from result files."""
     from sts.pipeline.report.tables import table
 
     by_id = (_by_id(ablations, values) for values in (labels, sources, relative_to))
-    table(name, results, ablations, out_stem, *by_id)
+    pairs = [(pair.partition(":")[0], pair.partition(":")[2]) for pair in beside]
+    for pair in pairs:
+        if not {*pair} <= {*ablations}:
+            refuse("beside", ":".join(pair), f"two of {', '.join(ablations)} with : between")
+    table(name, results, ablations, out_stem, *by_id, pairs)
 
 
 @verb
@@ -261,6 +266,19 @@ def figure(
 
 def _by_id(ablations: list[str], values: list[str]) -> dict[str, str]:
     return dict(zip(ablations, values, strict=True)) if values else {}
+
+
+@verb
+def check(
+    reference: Annotated[Path, option("committed results", "FOLDER")], results: Results = RESULTS
+) -> int:
+    """Hold the tables of a scale against committed ones, cell by cell; status 1 if they differ by
+    more than seeds and machines do."""
+    from sts.pipeline.report.check import check
+
+    lines, agrees = check(results, reference)
+    print(*lines, sep="\n")
+    return not agrees
 
 
 @verb

@@ -46,11 +46,12 @@ def make_results(folder):
 
 
 def make(results, *ids, labels=None, sources=None, relative_to=None):
-    """(csv rows by id, Markdown, LaTeX, metrics) of the main table."""
+    """(csv rows by id, Markdown without the table of differences, LaTeX, metrics) of the main
+    table."""
     stem = results / "tables" / "main"
     tables.table("main", results, list(ids), stem, labels, sources, relative_to)
     with open(stem.with_suffix(".csv")) as file:
         rows = {row["ablation"]: row for row in csv.DictReader(file)}
     texts = (stem.with_suffix(suffix).read_text() for suffix in (".md", ".tex", ".json"))
     markdown, latex, metrics = texts
-    return rows, markdown, latex, json.loads(metrics)
+    return rows, markdown.partition("### Differences")[0], latex, json.loads(metrics)

@@ -135,6 +135,13 @@ class Plan:
         named = {self.ablations[id].relative_to for id in ids}
         return [self.ablations[id].relative_to or (id if id in named else ids[0]) for id in ids]
 
+    def of_equal_time(self, table: str) -> list[tuple[str, str]]:
+        """The members of a table that take the time of another that is not the first, as pairs
+        (other, member): what the control of the same time is there for."""
+        others = self.members(table)[1:]
+        pairs = ((self.ablations[id].time_of, id) for id in others)
+        return [(other, id) for other, id in pairs if other in others]
+
     # ---- who trains, who shares -----------------------------------------------------------------
 
     @cached_property

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from xml.etree import ElementTree
 
@@ -52,11 +53,14 @@ def test_the_precision_is_that_of_the_last_stage_whatever_its_name(results):
     assert stages_of(results, "no configuration") == ["align", "instruct"]
 
 
-def test_retention_is_paired_by_seed_with_a_t_interval(results):
+RETENTION = (60 / 65 * 65 / 70) ** 0.5  # of the averages of two seeds, a mean of logarithms
+
+
+def test_retention_is_paired_by_seed_with_the_t_interval_of_its_logarithm(results):
     row = make(results, "dense", "sts")[0]["sts"]
-    # seed 0: (1 + 0.8) / 2 = 0.9; seed 1: (0.9 + 1) / 2 = 0.95; t(0.975, 1) = 12.7062
-    half = 12.7062 * (0.05 / 2**0.5) / 2**0.5
-    expected = [0.925, 0.925 - half, 0.925 + half]
+    logs = math.log(60 / 65), math.log(65 / 70)  # t(0.975, 1) = 12.7062
+    half = 12.7062 * (abs(logs[0] - logs[1]) / 2**0.5) / 2**0.5
+    expected = [RETENTION, RETENTION * math.exp(-half), RETENTION * math.exp(half)]
     assert numbers(row, "retention", "retention_low", "retention_high") == pytest.approx(
         expected, rel=1e-5
     )
@@ -130,7 +134,12 @@ def test_the_page_holds_the_table_escaped_and_as_itself_every_time(results):
     assert cells[0][:4] == ["Method", "Colour", "Text", "Average"]
     assert cells[2][:4] == ["STS <ours> & co", "85.0 ± 7.1", "40.0 ± 0.0", "62.5 ± 3.5"]
     titles = [title.text for title in tree.iter("h2")]
-    assert titles == ["What was asked", "What was found", "Table main"]
+    assert titles == [
+        "What was asked",
+        "What was found",
+        "Table main",
+        "Differences, paired by seed",
+    ]
     make(results, "dense", "sts", labels={"sts": "STS <ours> & co"})
     assert (results / "tables/main.html").read_text() == page
 
@@ -218,7 +227,7 @@ def test_every_source_that_an_ablation_may_name_has_a_head():
 
 def test_metrics_are_numbers_by_method(results):
     metrics = make(results, "dense", "sts")[3]
-    assert metrics["sts"]["retention"] == pytest.approx(0.925)
+    assert metrics["sts"]["retention"] == pytest.approx(RETENTION)
     assert all(isinstance(v, int | float) for row in metrics.values() for v in row.values())
 
 
@@ -237,9 +246,10 @@ def test_a_missing_seed_is_named_and_its_mean_says_so(results):
     rows, markdown, *_ = make(results, "dense", "sts")
     assert rows["sts"]["colour"] == "0.8"
     assert (rows["sts"]["colour_sd"], rows["sts"]["colour_seeds"]) == ("n/a", "1")
-    assert (rows["sts"]["retention"], rows["sts"]["retention_low"]) == ("0.9", "n/a")
+    assert float(rows["sts"]["retention"]) == pytest.approx(0.6 / 0.65)
+    assert rows["sts"]["retention_low"] == "n/a"
     assert "80.0 ± n/a" in markdown
-    assert "90.0 (n/a)" in markdown
+    assert "92.3 (n/a)" in markdown
     assert "Missing: sts seed 1 (colour, text)" in markdown
 
 
@@ -273,7 +283,7 @@ def test_a_score_on_a_scale_of_its_own_stays_and_is_in_no_average(results):
         evaluation["benchmarks"]["text"] |= {"majority": None, "chance": None, "share": False}
         file.write_text(json.dumps(evaluation))
     rows, markdown, *_ = make(results, "dense", "sts")
-    assert "| sts | 85.0 ± 7.1 | 1200.0 ± 0.0 | 85.0 ± 7.1 | 20.0 ± 0.0 | 92.5 (" in markdown
+    assert "| sts | 85.0 ± 7.1 | 1200.0 ± 0.0 | 85.0 ± 7.1 | 20.0 ± 0.0 | 94.9 (" in markdown
     assert "- On scales of their own, so not in % and not in Average and Blind: text\n" in markdown
     for file in results.glob("runs/*/seed*/eval.json"):
         evaluation = json.loads(file.read_text())
@@ -281,14 +291,15 @@ def test_a_score_on_a_scale_of_its_own_stays_and_is_in_no_average(results):
         file.write_text(json.dumps(evaluation))
     rows = make(results, "dense", "sts")[0]
     assert [rows["sts"]["average"], rows["sts"]["blind"]] == ["n/a", "n/a"]
-    assert float(rows["sts"]["retention"]) == pytest.approx(0.925)
+    assert float(rows["sts"]["retention"]) == pytest.approx((0.9 * 0.95) ** 0.5)
     assert "dense: scores that have no mean." in (results / "tables/main.html").read_text()
 
 
 def test_a_baseline_at_zero_has_no_retention(results):
     file = results / "runs" / "dense" / "seed0" / "eval.json"
     evaluation = json.loads(file.read_text())
-    evaluation["benchmarks"]["text"]["score"] = 0.0
+    for score in evaluation["benchmarks"].values():
+        score["score"] = 0.0
     file.write_text(json.dumps(evaluation))
     rows = make(results, "dense", "sts")[0]
     assert rows["sts"]["retention"] == "n/a"
@@ -299,7 +310,7 @@ def test_without_a_benchmark_job_costs_are_missing(results):
     (results / "bench" / "main.json").unlink()
     rows = make(results, "dense", "sts")[0]
     assert {rows[id]["time_ratio"] for id in rows} == {"missing"}
-    assert float(rows["sts"]["retention"]) == pytest.approx(0.925)
+    assert float(rows["sts"]["retention"]) == pytest.approx(RETENTION)
 
 
 def test_results_written_without_configurations_still_make_a_table(results):

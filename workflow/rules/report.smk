@@ -31,6 +31,9 @@ rule table:
             PLAN.ablations[id].source for id in PLAN.members(wildcards.group)
         ],
         bases=lambda wildcards: PLAN.compared_with(wildcards.group),
+        beside=lambda wildcards: [
+            ":".join(pair) for pair in PLAN.of_equal_time(wildcards.group)
+        ],
         code=code("pipeline/report/tables.py"),
     message:
         "table {wildcards.group}"
@@ -38,6 +41,7 @@ rule table:
         "python -m sts table --name {wildcards.group} --results {params.results}"
         " --ablations {params.ablations} --labels {params.labels:q}"
         " --sources {params.sources} --relative-to {params.bases}"
+        " --beside {params.beside}"
         " --out-stem {params.stem} > {log} 2>&1"
 
 

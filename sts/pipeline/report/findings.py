@@ -9,9 +9,12 @@ from typing import Any
 
 import pandas as pd
 
+from sts.pipeline.report.statistics import MARGIN
+
 NUMBERS = [
     "average", "blind", "retention", "retention_low", "retention_high",
     "time_ratio", "flops_ratio", "realisation",
+    "loss", "loss_difference", "loss_difference_low", "loss_difference_high", "loss_difference_n",
 ]  # fmt: skip
 
 
@@ -52,8 +55,9 @@ def configured(config: Mapping[str, Any]) -> dict[str, list[str]]:
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """What the rows of a table's CSV say: lines, each with the methods that it is said of.
 
-    Methods are told apart from the one that they are relative to where the interval of their
-    retention leaves out 1.
+    Methods are told apart from the one that they are relative to where an interval leaves out no
+    difference: that of the held-out loss first, then that of the retention. A score is kept where
+    the interval of the retention lies above MARGIN.
     """
     lines: dict[str, list[str]] = {}
     for base in dict.fromkeys(rows["relative_to"]):
@@ -76,15 +80,20 @@ def _findings(rows: pd.DataFrame, base: str) -> dict[str, list[str]]:
         score = f"average score {_percent(baseline['average'])}"
     if pd.notna(baseline["blind"]):
         score += f", {_percent(baseline['blind'])} with grey images"
+    lines: dict[str, list[str]] = {
+        f"{name}: {score}.": [],
+        **_of_loss(numbers, others, names, name),
+    }
     low, high, mean = (others[f"retention{end}"] for end in ("_low", "_high", ""))
+    kept = _percent(MARGIN)
     groups = {
         f"Above {name} in score, beyond the spread of the seeds:": low > 1,
-        f"Not told apart from {name} in score by these seeds:": (low <= 1) & (high >= 1),
+        f"Score of {name} kept, to {kept} or more:": (low >= MARGIN) & (low <= 1) & (high >= 1),
+        f"Not told apart from {name} in score by these seeds:": (low < MARGIN) & (high >= 1),
         f"Below {name} in score, beyond the spread of the seeds:": high < 1,
         "Of one seed, so that small differences mean nothing:": mean.notna() & low.isna(),
         f"Without a score to compare with that of {name}:": mean.isna(),
     }
-    lines: dict[str, list[str]] = {f"{name}: {score}.": []}
     for line, is_member in groups.items():
         if is_member.any():
             ordered = others[is_member].sort_values("time_ratio", kind="stable")
@@ -93,6 +102,31 @@ def _findings(rows: pd.DataFrame, base: str) -> dict[str, list[str]]:
         best = "; ".join(names[id] for id in front)
         lines[f"Beaten by no other in both mean score and training time: {best}."] = []
     return lines
+
+
+def _of_loss(
+    numbers: pd.DataFrame, others: pd.DataFrame, names: pd.Series, name: str
+) -> dict[str, list[str]]:
+    """What the held-out losses say, beside that of the method `name`."""
+    if numbers["loss"].isna().all() or others["loss_difference_low"].isna().all():
+        return {}
+    low, high = (others[f"loss_difference_{end}"] for end in ("low", "high"))
+    groups = {
+        f"Lower held-out loss than {name}:": high < 0,
+        f"Held-out loss not told apart from that of {name} by these seeds:": (low <= 0)
+        & (high >= 0),
+        f"Higher held-out loss than {name}:": low > 0,
+    }
+    return {
+        line: [
+            f"{names[id]}: {row['loss_difference']:+.3f} nats an answer token (interval "
+            f"{row['loss_difference_low']:+.3f} to {row['loss_difference_high']:+.3f}, "
+            f"{row['loss_difference_n']:.0f} seeds)"
+            for id, row in others[is_member].iterrows()
+        ]
+        for line, is_member in groups.items()
+        if is_member.any()
+    }
 
 
 def _sentence(row: pd.Series) -> str:

@@ -10,7 +10,7 @@ import yaml
 from sts.pipeline.files import read_json
 
 MISSING, UNDEFINED = "missing", "n/a"  # its job has no result; there is no such value
-VALUES = ["score", "blind", "majority", "chance"]  # of a benchmark in eval.json
+VALUES = ["score", "blind", "majority", "chance", "stderr"]  # of a benchmark in eval.json
 
 
 def evaluations(results: str | Path, id: str) -> dict[int, dict[str, Any]]:

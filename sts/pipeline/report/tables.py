@@ -27,6 +27,7 @@ from sts.pipeline.report.labels import (
     of_latex_line,
     of_markdown,
 )
+from sts.pipeline.report.paired import paired
 from sts.pipeline.report.results import (
     MISSING,
     UNDEFINED,
@@ -40,8 +41,8 @@ from sts.pipeline.run import provenance
 # source of an ablation -> the head under which its row stands
 HEADS = {"baseline": "Baselines", "paper": "The paper's", "ours": "Ours", "peers": "Peers'"}
 COLUMNS = {
-    "average": "Average", "blind": "Blind", "retention": "Retention", "time_ratio": "Time",
-    "flops_ratio": "FLOPs", "realisation": "Realisation",
+    "loss": "Loss", "average": "Average", "blind": "Blind", "retention": "Retention",
+    "time_ratio": "Time", "flops_ratio": "FLOPs", "realisation": "Realisation",
 }  # fmt: skip
 NAMES = {  # of benchmarks that are not written as words are
     "pope": "POPE", "gqa": "GQA", "scienceqa_img": "ScienceQA-IMG", "textvqa": "TextVQA",
@@ -50,9 +51,10 @@ NAMES = {  # of benchmarks that are not written as words are
     "mmbench_cn": "MMBench CN", "chartqa": "ChartQA", "mmmu_val": "MMMU",
 }  # fmt: skip
 NOTE = (
-    "Scores in %, mean ± sd over seeds. Blind: average with a grey image. Retention: mean over "
-    "benchmarks of score / score of {base}, paired by seed, with a 95 % t interval over seeds. "
-    "Time, FLOPs: of training, relative to {base}. Realisation: (1 - time) / (1 - FLOPs)."
+    "Scores in %, mean ± sd over seeds. Loss: of held-out questions, in nats an answer token. "
+    "Blind: average with a grey image. Retention: average / average of {base}, paired by seed, "
+    "with a 95 % t interval of its logarithm. Time, FLOPs: of training, relative to {base}. "
+    "Realisation: (1 - time) / (1 - FLOPs)."
 )
 FIRST_COLUMN = "text-align: left; white-space: normal; min-width: 12em"
 PAGE_STYLE = [
@@ -71,6 +73,7 @@ def table(
     labels: Labels | None = None,
     sources: Mapping[str, str] | None = None,
     relative_to: Mapping[str, str] | None = None,
+    beside: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Write `out_stem`.csv, .md, .tex, .html and .json from the result files of `ablations`.
 
@@ -82,6 +85,7 @@ def table(
         sources: A key of HEADS each, in whose order the methods then stand. Methods that are
             compared with different ones have no heads.
         relative_to: id of the method that each is compared with, by default the first.
+        beside: More pairs of methods that are compared, such as two of equal time.
 
     Raises:
         FileNotFoundError: No method has an evaluation at all.
@@ -103,23 +107,27 @@ def table(
     base = " or ".join(names[id] for id in dict.fromkeys(bases.values()))
     plain, marked = ([NOTE.format(base=text), *notes] for text in (base, of_markdown(base)))
     grid, heads = _grid(rows, lines, names, sources)
+    pairs = [(id, base, rows[id]) for id, base in bases.items() if id != base]
+    pairs += [(a, b, compare(lines, results, {b: b, a: b}, name)[a]) for a, b in beside]
+    differences = paired(pairs, names)
     lists = {
         "What was asked": configured(configuration(results, ablations[0])),
         "What was found": findings(numbers),
     }
-    metrics = {  # `dvc metrics diff` compares numbers
-        id: {key: cell for key, cell in row.items() if not isinstance(cell, str)}
-        for id, row in rows.items()
-    }
     texts = {
-        ".json": json_text(metrics),
+        ".json": json_text({id: _numbers(row) for id, row in rows.items()}),
         ".csv": csv_text(numbers),
-        ".md": page(name, grid, marked, heads),
+        ".md": page(name, grid, marked, heads) + _second_page(*differences),
         ".tex": _latex(grid, heads, plain),
-        ".html": _html(name, grid, heads, plain, lists),
+        ".html": _html(name, grid, heads, plain, lists) + _second_html(*differences),
     }
     for suffix, text in texts.items():
         write_text_atomic(stem.with_suffix(suffix), text)
+
+
+def _numbers(row: Row) -> Row:
+    """The cells that are numbers, which `dvc metrics diff` compares."""
+    return {key: cell for key, cell in row.items() if not isinstance(cell, str)}
 
 
 # ---- the lines under a table ------------------------------------------------------------------
@@ -181,6 +189,8 @@ def _grid(
     benchmarks = list(dict.fromkeys(lines["benchmark"]))
     keys = [*benchmarks, *COLUMNS]
     titles = COLUMNS | NAMES
+    if all(row["loss"] == UNDEFINED for row in rows.values()):  # not measured, as of old runs
+        keys.remove("loss")
     columns = ["Method", *(titles.get(key, key.replace("_", " ").capitalize()) for key in keys)]
     factor = dict.fromkeys(other_scales(lines), 1)  # shares are shown in %
     body, heads, source = [], [], None
@@ -193,8 +203,8 @@ def _grid(
     for label, value in (("Majority answer", "majority"), ("Chance", "chance")):
         cells = [_control(lines, name, value) for name in benchmarks]
         average = UNDEFINED if UNDEFINED in cells else pd.Series(cells).mean(skipna=False)
-        empty = [""] * (len(COLUMNS) - 1)
-        body.append([label, *map(_number, [*cells, average]), *empty])
+        of_row = dict(zip([*benchmarks, "average"], [*cells, average], strict=True))
+        body.append([label, *(_number(of_row[key]) if key in of_row else "" for key in keys)])
     return pd.DataFrame(body, columns=columns), heads
 
 
@@ -210,9 +220,10 @@ def _rounded(row: Row, key: str, factor: int) -> str:
     """A cell with its spread or interval."""
     if key in COSTS:
         return _number(row[key], 1, 2)
-    text = _number(row[key], factor)
+    factor, digits = (1, 3) if key == "loss" else (factor, 1)
+    text = _number(row[key], factor, digits)
     if f"{key}_sd" in row:
-        return f"{text} ± {_number(row[f'{key}_sd'], factor)}"
+        return f"{text} ± {_number(row[f'{key}_sd'], factor, digits)}"
     if f"{key}_low" in row:
         low, high = (_number(row[f"{key}_{end}"]) for end in ("low", "high"))
         return f"{text} ({low if low == UNDEFINED else f'{low} to {high}'})"
@@ -242,6 +253,22 @@ def page(name: str, grid: pd.DataFrame, notes: list[str], heads: Sequence[int] =
     rule = "| :-- |" + " --: |" * (len(grid.columns) - 1)
     listed = [f"- {note}" for note in notes]
     return "\n".join([f"### {name.capitalize()}", "", title, rule, *rows, "", *listed, ""])
+
+
+def _second_page(grid: pd.DataFrame, notes: list[str]) -> str:
+    return "\n" + page("differences, paired by seed", grid, notes) if notes else ""
+
+
+def _second_html(grid: pd.DataFrame, notes: list[str]) -> str:
+    if not notes:
+        return ""
+    text = _styled(grid, "html").set_table_styles(PAGE_STYLE)
+    return f"""<div style="font: 14px sans-serif">
+<h2>Differences, paired by seed</h2>
+<div style="overflow-x: auto">{text.to_html(table_uuid="paired", cell_ids=False)}</div>
+<div style="font-size: 12px">{_list(dict.fromkeys(notes, ()))}</div>
+</div>
+"""
 
 
 def _styled(grid: pd.DataFrame, escape: str) -> Any:

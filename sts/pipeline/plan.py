@@ -109,7 +109,7 @@ class Plan:
         for id, entry in self.ablations.items():
             share = entry.share_of(self.scale.scale)
             for file in map(Path, map(self.timing, unique([MAIN, *entry.groups]))):
-                variants = read_json(file)["variants"] if file.exists() else {}
+                variants = read_json(file).get("variants", {}) if file.exists() else {}
                 times = {name: variant["time_s"] for name, variant in variants.items()}
                 if share and not entry.overrides and self.baseline in times:
                     times.setdefault(id, share * times[self.baseline])

@@ -31,9 +31,7 @@ rule table:
             PLAN.ablations[id].source for id in PLAN.members(wildcards.group)
         ],
         bases=lambda wildcards: PLAN.compared_with(wildcards.group),
-        beside=lambda wildcards: [
-            ":".join(pair) for pair in PLAN.of_equal_time(wildcards.group)
-        ],
+        beside=lambda wildcards: [":".join(pair) for pair in PLAN.of_equal_time(wildcards.group)],
         code=code("pipeline/report/tables.py"),
     message:
         "table {wildcards.group}"

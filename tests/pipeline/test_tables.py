@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+import subprocess
 from xml.etree import ElementTree
 
 import pandas as pd
@@ -95,11 +96,41 @@ def test_markdown_is_rounded_and_says_where_it_comes_from(results):
 
 def test_latex_is_escaped_booktabs(results):
     latex = make(results, "dense", "sts", labels={"sts": "50% & a_b"})[2]
-    assert r"50\% \& a\_b & 85.0 $\pm$ 7.1 &" in latex
+    assert r"50\% \& a\_b & 85.0 +- 7.1 &" in latex
     rules = [latex.index(rf"\{rule}") for rule in ("toprule", "midrule", "bottomrule")]
     assert rules == sorted(rules)
-    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    body = [line for line in full(latex).splitlines() if line.endswith(r"\\")]
     assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
+
+
+PAPER = r"""\documentclass{article}
+\usepackage{booktabs,siunitx}\sisetup{separate-uncertainty}
+\begin{document}\noindent %s\input{tables/main}\end{document}
+"""
+
+
+def full(latex):
+    """The table of all columns, without the narrow one before it."""
+    return latex.partition("\\else\n")[2]
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no LaTeX here")
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("narrow", ["", r"\def\stsnarrow{}"])
+def test_latex_sets_the_table_with_one_seed_without_na_and_narrow_within_the_page(
+    results, seeds, narrow
+):
+    if seeds == 1:
+        for file in results.glob("runs/*/seed1/eval.json"):
+            file.unlink()
+    long = "A method whose name says all that it does in align and in instruct, 50% & a_b"
+    latex = make(results, "dense", "sts", "lds", labels={"sts": long, "dense": TEXT})[2]
+    assert "n/a" not in latex
+    (results / "paper.tex").write_text(PAPER % narrow)
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "paper.tex"]
+    done = subprocess.run(command, cwd=results, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert not (narrow and "Overfull" in done.stdout), done.stdout
 
 
 TEXT = r"[=1+1] $\frac{$ 50% & `a|b` *c* _d_ <b>e</b> &copy; ~f~ #g \ $x$"
@@ -114,7 +145,7 @@ def test_a_label_is_text_in_every_format(results):
     assert f"relative to {TEXT}." in "".join(next(tree.iter("li")).itertext())
     page = ElementTree.fromstring(f"<page>{(results / 'tables/main.html').read_text()}</page>")
     assert TEXT in ["".join(cell.itertext()) for cell in page.iter("td")]
-    (line,) = [line for line in latex.splitlines() if "frac" in line and line[0] != "%"]
+    (line,) = [line for line in full(latex).splitlines() if "frac" in line and line[0] != "%"]
     assert line.startswith(r"{[}=1+1] \$\textbackslash frac\{\$ 50\% \& `a|b` *c* \_d\_ <b>")
     with open(results / "tables/main.csv") as file:
         assert [row["method"] for row in csv.DictReader(file)] == [TEXT, "'=1+1"]
@@ -150,7 +181,7 @@ SOURCES = {"dense": "baseline", "lds": "ours", "short": "baseline", "sts": "pape
 def lines(text: str) -> list[str]:
     """The rows of a table: of Markdown without head and rule, of LaTeX without its rules."""
     if "\\toprule" in text:
-        return [line for line in text.splitlines() if line.endswith(r"\\")][1:]
+        return [line for line in full(text).splitlines() if line.endswith(r"\\")][1:]
     return [line for line in text.splitlines() if line.startswith("|")][2:]
 
 
@@ -236,7 +267,7 @@ def test_a_method_without_results_is_shown_as_missing(results):
     cells = [rows["lds"][key] for key in ("colour", "text", "average", "retention", "time_ratio")]
     assert cells == ["missing"] * 5
     assert "| lds | missing | missing | missing |" in markdown
-    assert "lds & missing &" in latex
+    assert "lds & {missing} &" in latex
     assert "Missing: lds (all)" in markdown
     assert metrics["lds"] == {}
 

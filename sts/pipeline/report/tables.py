@@ -10,6 +10,7 @@ saving of nothing). Nothing that was asked for is dropped, and nothing missing c
 """
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,15 @@ NOTE = (
     "with a 95 % t interval of its logarithm. Time, FLOPs: of training, relative to {base}. "
     "Realisation: (1 - time) / (1 - FLOPs)."
 )
+NARROW = ("loss", "average", "retention", "time_ratio", "flops_ratio")
+LATEX_NEEDS = (
+    r"% Needs: \usepackage{booktabs,siunitx} \sisetup{separate-uncertainty}. "
+    r"Narrow, without the benchmarks: \def\stsnarrow{} before \input."
+    "\n"
+)
+WRAPPED = r">{\raggedright\arraybackslash}p{0.25\linewidth}"  # names in a narrow table
+INTERVAL = r"(?<=\d)(?: to )(?=-?\d)"
+MEASURED = re.compile(r"(-?\d+)\.(\d+)(?: ± ([\d.]+))?")  # a number, with its deviation
 FIRST_COLUMN = "text-align: left; white-space: normal; min-width: 12em"
 PAGE_STYLE = [
     {"selector": "", "props": "border-collapse: collapse; font: 12px sans-serif"},
@@ -276,12 +286,49 @@ def _styled(grid: pd.DataFrame, escape: str) -> Any:
 
 
 def _latex(grid: pd.DataFrame, heads: list[int], notes: list[str]) -> str:
-    style = _styled(grid, "latex")
+    """A table for a paper with booktabs and siunitx: all columns, or without the benchmarks where
+    the paper has said `\\def\\stsnarrow{}`. A column without any value is left out."""
+    cells = grid.map(_of_paper)
+    used = [name for name in grid if set(cells[name]) - {"", "--"}]
+    narrow = [name for name in ("Method", *map(COLUMNS.get, NARROW)) if name in used]
+    tabulars = (_tabular(cells[narrow], heads, WRAPPED), _tabular(cells[used], heads, "l"))
+    text = "\\ifdefined\\stsnarrow\n{}\\else\n{}\\fi\n".format(*tabulars)
+    return "".join([*(f"% {note}\n" for note in notes), LATEX_NEEDS, text])
+
+
+def _of_paper(cell: str) -> str:
+    """A cell without the deviation or interval that one seed does not have; a dash for `n/a`."""
+    text = cell.removesuffix(f" ± {UNDEFINED}").removesuffix(f" ({UNDEFINED})")
+    return "--" if text == UNDEFINED else re.sub(INTERVAL, "--", text)
+
+
+def _tabular(cells: pd.DataFrame, heads: list[int], first: str) -> str:
+    formats = {name: _number_format(cells[name]) for name in cells.columns[1:]}
+    style = cells.style.hide(axis="index").format_index(escape="latex", axis=1)
+    style.format(escape="latex")
+    style.format(_of_siunitx, escape="latex", subset=list(formats))
     style.map(lambda _: "emph:--rwrap;", subset=pd.IndexSlice[heads, ["Method"]])
-    text = style.to_latex(hrules=True, column_format="l" + "r" * (len(grid.columns) - 1))
-    text = "".join(map(of_latex_line, text.replace("±", r"$\pm$").splitlines(keepends=True)))
+    columns = "".join(f"S[{text}]" if text else "r" for text in formats.values())
+    text = style.to_latex(hrules=True, column_format=first + columns, siunitx=True)
+    text = "".join(map(of_latex_line, text.splitlines(keepends=True)))
     above, majority, below = text.rpartition("Majority answer")
-    return "".join([*(f"% {note}\n" for note in notes), above, "\\midrule\n", majority, below])
+    return f"{above}\\midrule\n{majority}{below}"
+
+
+def _of_siunitx(cell: str) -> str:
+    """A cell of a column of numbers: a number with its deviation, or text in braces."""
+    return cell.replace("±", "+-") if MEASURED.fullmatch(cell) or not cell else f"{{{cell}}}"
+
+
+def _number_format(cells: pd.Series) -> str:
+    """What siunitx has to know to align a column at the point: digits before and after it, and of
+    the deviation without it; empty for a column with intervals, which is no column of numbers."""
+    numbers = [match for match in map(MEASURED.fullmatch, cells) if match]
+    if not numbers or any("(" in cell for cell in cells):
+        return ""
+    before, after = (max(len(match[part]) for match in numbers) for part in (1, 2))
+    deviation = max(len((match[3] or "").replace(".", "").lstrip("0")) for match in numbers)
+    return f"table-format={before}.{after}" + f"({deviation})" * bool(deviation)
 
 
 def _html(

@@ -269,6 +269,25 @@ def _by_id(ablations: list[str], values: list[str]) -> dict[str, str]:
 
 
 @verb
+def export(
+    ablation: Ablation,
+    seed: Seed,
+    to: Annotated[Path | None, option("new folder to write", "FOLDER")] = None,
+    push: Annotated[str | None, option("repository of the hub instead", "OWNER/NAME")] = None,
+    results: Results = RESULTS,
+) -> None:
+    """Write a trained run as a model for transformers, with a model card, or push it to the hub."""
+    from sts.pipeline.report import export
+
+    if (to is None) == (push is None):
+        refuse("to", to, "either --to or --push")
+    if to:
+        export.export(results, ablation, seed, to)
+    else:
+        print(export.push(results, ablation, seed, push))
+
+
+@verb
 def check(
     reference: Annotated[Path, option("committed results", "FOLDER")], results: Results = RESULTS
 ) -> int:

@@ -1,5 +1,6 @@
-"""A local server of files that speaks what huggingface_hub asks of the hub, and ranges."""
+"""A local server of files that speaks what huggingface_hub asks of the hub, ranges and pushes."""
 
+import base64
 import hashlib
 import http.server
 import io
@@ -59,6 +60,26 @@ def hub(folder: Path) -> Iterator[Hub]:
 
         def do_GET(self):
             self.answer(body=True)
+
+        def do_POST(self):
+            """What a push asks: a repository, how to send each file (inline), a commit."""
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            served.requests.append(("POST", self.path, 0))
+            reply = {"url": f"{served.url}/me/mine", "errors": [], "warnings": []}
+            if "/preupload/" in self.path:
+                paths = [file["path"] for file in json.loads(content)["files"]]
+                ways = {"uploadMode": "regular", "shouldIgnore": False}
+                reply = {"files": [{"path": path, **ways} for path in paths]}
+            elif "/commit/" in self.path:
+                at = served.folder / "hub" / "/".join(self.path.split("/")[3:5])
+                for line in map(json.loads, content.splitlines()):
+                    if line["key"] == "file":
+                        at.mkdir(parents=True, exist_ok=True)
+                        file = at / line["value"]["path"]
+                        file.write_bytes(base64.b64decode(line["value"]["content"]))
+                reply = {"commitUrl": f"{served.url}/me/mine/commit/{COMMIT}", "commitOid": COMMIT}
+            headers = {"Content-Type": "application/json"}
+            self.reply(200, json.dumps(reply).encode(), headers, True)
 
         def answer(self, body: bool) -> None:
             path = self.path.partition("?")[0]

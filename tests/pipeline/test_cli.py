@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
     "prepare", "backbone", "smollm2", "train", "evaluate", "submission", "bench",
     "tokens", "table", "figure", "expected", "summary", "estimate", "requests", "ui", "reap",
-    "close", "config", "verify",
+    "close", "config", "verify", "export", "check",
 )  # fmt: skip
 
 

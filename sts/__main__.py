@@ -10,48 +10,21 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
 
+from sts.pipeline.command import Verb, option, refuse
 from sts.pipeline.config import ConfigError, datasets, dump, load_ablations, load_scale
 from sts.pipeline.cost.machines import GPUS
 from sts.pipeline.files import SpoiltError
 from sts.pipeline.plan import make_plan
 from sts.pipeline.run.follows import PlanError
 
-
-class Verb(TyperCommand):
-    """A command whose options take several values after one name: `--data A B`."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        """Repeat the name before each value, as typer wants it: `--data A --data B`."""
-        lists = {name for param in self.params if param.multiple for name in param.opts}
-        words, name = [], ""
-        for word in args:
-            if word.startswith("--"):
-                name = word if word in lists else ""
-                words += [] if name else [word]
-            else:
-                words += [name, word] if name else [word]
-        return super().parse_args(ctx, words)
-
-
 app = typer.Typer(
     help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 verb = app.command(cls=Verb)
-
-
-def option(help: str, metavar: str | None = None, *names: str) -> Any:
-    """What the help says of an option; `names`: instead of its parameter's."""
-    return typer.Option(*names, help=help, metavar=metavar)
-
-
-def refuse(option: str, value: Any, accepted: str) -> NoReturn:
-    """End the verb with a line that names a value of the command line that is not accepted."""
-    raise ConfigError("command line", f"--{option}", value, accepted)
 
 
 ConfigFile = Annotated[Path, option("resolved configuration, or a scale", "FILE")]

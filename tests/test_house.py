@@ -14,7 +14,8 @@ ROOMS = [
     *("checks", "draws", "modules", "architectures", "schedule", "vtc", "sequence", "lds"),
     *("settings", "loss", "compression", "realised", "hooks", "scheme", "comparison", "callback"),
     "hosts",
-    *(f"pipeline.{name}" for name in ("files", "tasks", "config", "run", "data", "cost")),
+    *(f"pipeline.{name}" for name in ("files", "tasks", "config", "command", "run", "data")),
+    "pipeline.cost",
     *(f"pipeline.{name}" for name in ("train", "evaluate", "plan", "measure", "report", "verify")),
     *("mini", "__main__"),
 ]

@@ -107,7 +107,7 @@ def test_an_option_takes_several_values_after_its_name(tmp_path, monkeypatch):
     assert main(words) == 0
     (call,) = calls
     assert call[2] == ["dense", "sts"]
-    assert call[4:] == ({"dense": "Dense", "sts": "STS <&>"}, {}, {})
+    assert call[4:] == ({"dense": "Dense", "sts": "STS <&>"}, {}, {}, [])
 
 
 def test_an_unknown_ablation_is_refused(capsys):

@@ -41,6 +41,17 @@ def check(paper, stage="instruct", **values):
     memory.check_memory(counts, stage, *others)
 
 
+def test_bf16_weights_halve_what_is_frozen_and_have_masters_and_gradients(paper):
+    plain, half = (
+        needed(paper, "align", weights=name, parallel="ddp") for name in ("fp32", "bf16")
+    )
+    counts = StageCost(paper, "align").counts
+    assert paper.stage("align").trains == ["projector"]
+    assert half["weights"] == plain["weights"] / 2
+    assert half["optimizer"] == 16 * counts.parameters["projector"]
+    assert half["copies"] == 2 * counts.parameters["projector"]
+
+
 def test_shards_divide_weights_gradients_and_moments_of_adamw(paper):
     whole, shared = (needed(paper, "instruct", parallel=name) for name in ("ddp", "fsdp2"))
     parameters = StageCost(paper, "instruct").counts.parameters

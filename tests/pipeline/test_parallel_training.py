@@ -18,6 +18,7 @@ from transformers import LlavaForConditionalGeneration
 from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
 from sts.pipeline.cost.history import read_history
 from sts.pipeline.data.prepare import prepare
+from sts.pipeline.run import device
 from sts.pipeline.train.job import Job
 from sts.pipeline.train.train import train
 
@@ -32,6 +33,7 @@ from pathlib import Path
 from sts.pipeline.train import train
 from sts.pipeline.train.job import Job
 from sts.pipeline.config import Config
+from sts.pipeline.run import device
 
 taken, left = train.optimizer_step, int(sys.argv[6])
 
@@ -43,6 +45,7 @@ def step(*args):
     return taken(*args)
 
 train.optimizer_step = step
+device.bf16_is_native = lambda: True
 logging.basicConfig(level=logging.INFO)
 config = Config.model_validate_json(sys.argv[1])
 data, init, out = map(Path, sys.argv[3:6])
@@ -135,6 +138,20 @@ def test_two_processes_take_the_same_steps_as_one(parallel, aligned, several):
     for (name, a), (other, b) in zip(weights(alone).items(), weights(result).items(), strict=True):
         assert name == other
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_two_processes_with_bf16_weights_take_the_steps_of_one(aligned, several, monkeypatch):
+    """Every micro-batch's gradients are sent, and add up in float32; a skipped layer has none."""
+    monkeypatch.setattr(device, "bf16_is_native", lambda: True)
+    half = {"lds": HALF, "precision": "bf16", "weights": "bf16", "steps": 2, "batch_size": 2}
+    four = config(**half, gradient_accumulation_steps=4)
+    alone = several(four, "instruct", aligned, "one")
+    split = config(**half, processes=2, gradient_accumulation_steps=2)
+    result = several(split, "instruct", aligned, "two")
+    for a, b in zip(*(read_history(run["weights"]) for run in (alone, result)), strict=True):
+        assert a["skipped"] == b["skipped"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
 
 @pytest.fixture

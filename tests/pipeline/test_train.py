@@ -31,7 +31,7 @@ from sts.pipeline.data.collator import split_files
 from sts.pipeline.data.conversation import render
 from sts.pipeline.files import SpoiltError, read_json, sha256_file, write_json_atomic
 from sts.pipeline.run import device, follows
-from sts.pipeline.train import checkpoint
+from sts.pipeline.train import checkpoint, step
 from sts.pipeline.train import train as training
 from sts.pipeline.train.feed import leave_sigterm, my_pieces
 from sts.pipeline.train.job import Job
@@ -724,6 +724,60 @@ def test_precision_and_recomputation_are_taken_from_the_configuration(run, align
     assert c["loss"] == pytest.approx(a["loss"], rel=0.02)
     saved = tensors(half["weights"])
     assert {t.dtype for t in saved.values() if t.is_floating_point()} == {torch.float32}
+
+
+BF16 = {"precision": "bf16", "weights": "bf16"}
+
+
+def test_bf16_weights_are_stepped_on_as_masters_by_hand(run, aligned, monkeypatch):
+    """Against AdamW written out, on the gradients that each backward left in bf16."""
+    monkeypatch.setattr(device, "bf16_is_native", lambda: True)
+    start, gradients, collect = {}, {}, step.collect_gradients
+
+    def watched(model):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.dtype == torch.bfloat16
+                start.setdefault(name, parameter.master.clone())
+            if parameter.grad is not None:
+                before = gradients.get(name, 0)
+                gradients[name] = before + parameter.grad.double()
+        collect(model)
+
+    monkeypatch.setattr(step, "collect_gradients", watched)
+    settings = config(steps=1, lds=HALF, weight_decay=0.1, gradient_accumulation_steps=2, **BF16)
+    result = run(settings, "instruct", init=aligned)
+    end, before = tensors(result["weights"]), tensors(json.loads(aligned.read_text())["weights"])
+    [row] = read_history(result["weights"])
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert 0 < len(gradients) < len(start)
+    for name, weight in start.items():
+        assert torch.equal(weight, before[name])
+        expected = weight.double()
+        if name in gradients:  # else LDS has left it out: not moved, nor decayed
+            clipped = gradients[name] * min(1.0, 1 / (norm + 1e-6))
+            decay = 0.1 if weight.ndim == 2 and "embed_tokens" not in name else 0.0
+            expected = expected * (1 - row["lr"] * decay)
+            expected = expected - row["lr"] * clipped / (clipped.abs() + 1e-8)
+        torch.testing.assert_close(end[name].double(), expected, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(end[n], before[n]) for n in end.keys() - start.keys())  # frozen
+
+
+def test_bf16_weights_resume_from_their_masters(run, stopped, monkeypatch):
+    monkeypatch.setattr(device, "bf16_is_native", lambda: True)
+    straight = run(config(**BF16), results="straight")
+    stopped(config(**BF16), results="stopped")
+    again = run(config(**BF16), results="stopped")
+    assert again["weights_sha256"] == straight["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"precision": "fp32"}, {"parallel": "fsdp2"}, {"trains": ["lora"]}]
+)
+def test_bf16_weights_are_refused_where_they_make_no_sense(more):
+    with pytest.raises(ValueError, match=r"weights.*'bf16'.*expected fp32, or precision: bf16"):
+        config(**BF16 | more)
 
 
 def test_bf16_is_fp32_on_a_processor_without_it_and_has_a_key_of_its_own(

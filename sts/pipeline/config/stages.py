@@ -85,6 +85,8 @@ class StageConfig(Block):
     """Norm that gradients are clipped to."""
     precision: Literal["fp32", "bf16"]
     """Of the forward pass; bf16 by autocast, and fp32 on a CPU that does not compute in bf16."""
+    weights: Annotated[Literal["fp32", "bf16"], Neutral("fp32")] = "fp32"
+    """What the forward pass computes from; bf16: with a float32 master of each trained weight."""
     gradient_checkpointing: Annotated[bool, Neutral(False)]
     """Recompute activations in the backward pass to save memory."""
     group_by_length: Annotated[bool, Neutral(False)] = True
@@ -112,6 +114,9 @@ class StageConfig(Block):
         """Refuse values that are fine alone and not together."""
         parts, accepted = self.trains, "lora or language_model: adapters train in its place"
         expect(not {"lora", "language_model"} <= set(parts), "stage.trains", parts, accepted)
+        accepted = "fp32, or precision: bf16 with parallel: ddp and without lora"
+        is_plain = self.precision == "bf16" and self.parallel == "ddp" and "lora" not in parts
+        expect(self.weights == "fp32" or is_plain, "stage.weights", self.weights, accepted)
         accepted = f"a divisor of its processes, {self.processes}"
         expect(self.processes % self.nodes == 0, "stage.nodes", self.nodes, accepted)
         accepted = f"a number, or one for each of {', '.join(parts)}"

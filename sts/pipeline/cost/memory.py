@@ -45,16 +45,18 @@ def step_memory(
         on_gpu: Whether the training runs on a machine with GPUs that this may not be.
 
     Returns:
-        `process`: what there is before any model. `weights`: in float32. `optimizer`: gradients and
-        two moments, float32, of what is trained. `copies`: of weights in bf16, and of what shards
-        are gathered to, with gradients: all outside the decoder's layers and two of them, the one
-        that runs and the next. `activations`: what the backward needs. `logits`: in float32 three
-        times over; with checkpointing they are gone before a layer is computed again.
+        `process`: what there is before any model. `weights`: in float32 or bf16. `optimizer`:
+        gradients and two moments, float32, of what is trained, and masters of bf16 weights.
+        `copies`: of weights in bf16, or gradients of bf16 weights, and of what shards are gathered
+        to, with gradients: all outside the decoder's layers and two of them, the one that runs and
+        the next. `activations`: what the backward needs. `logits`: in float32 three times over;
+        with checkpointing they are gone before a layer is computed again.
     """
     is_bf16 = (block.precision if on_gpu else precision_here(block.precision)) == "bf16"
     is_fused = on_gpu or attention_here(block.precision) != "eager"
     shards = block.processes if block.parallel == "fsdp2" else 1
-    kind = ("shards" if shards > 1 else "autocast") if is_bf16 else "fp32"
+    has_masters = is_bf16 and block.weights == "bf16"
+    kind = ("shards" if shards > 1 or has_masters else "autocast") if is_bf16 else "fp32"
     of_layer, kept = _kept(counts, tokens, block.gradient_checkpointing, is_fused, *BYTES[kind])
     logits = 3 * FLOAT32 * answer_tokens * counts.vocab
     reserved = ALLOCATOR if on_gpu or torch.cuda.is_available() else 1.0
@@ -63,8 +65,8 @@ def step_memory(
     rows = reserved * block.batch_size
     return {
         "process": PROCESS_BYTES,
-        "weights": FLOAT32 * sum(counts.parameters.values()) / shards,
-        "optimizer": 3 * FLOAT32 * sum(counts.trained.values()) / shards,
+        "weights": FLOAT32 / (1 + has_masters) * sum(counts.parameters.values()) / shards,
+        "optimizer": (3 + has_masters) * FLOAT32 * sum(counts.trained.values()) / shards,
         "copies": _copies(counts, block, shards, is_bf16),
         "activations": rows * (kept + of_layer),
         "logits": rows * logits,
@@ -75,6 +77,8 @@ def _copies(counts: Counts, block: StageConfig, shards: int, is_bf16: bool) -> f
     """Bytes of `copies` of `step_memory`. Autocast keeps copies of weights that are trained, and
     without checkpointing the backward those of all."""
     value_bytes = 2.0 if is_bf16 else FLOAT32
+    if is_bf16 and block.weights == "bf16":
+        return value_bytes * sum(counts.trained.values())  # their gradients
     if shards > 1:
         layers = 2 / len(counts.layers)
         return value_bytes * sum(

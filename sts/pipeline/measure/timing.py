@@ -55,9 +55,9 @@ def what_is_held(block: StageConfig) -> tuple:
     """What the model and the optimizer of a stage that is timed depend on, beside the name of the
     stage and what it starts from: stages alike in it share them."""
     rank = block.lora.rank if "lora" in block.trains else 0
-    parts = (*sorted(block.trains), rank, block.precision, block.processes, block.parallel)
+    parts = (*sorted(block.trains), rank, block.precision, block.weights, block.processes)
     is_copied = block.parallel == "ddp" and block.processes > 1
-    return (*parts, is_copied and may_lack_gradients(block))
+    return (*parts, block.parallel, is_copied and may_lack_gradients(block))
 
 
 def typical_steps(scheme: Scheme, steps: int, points: int) -> list[int]:

@@ -28,6 +28,7 @@ from sts.pipeline.config import Config, config_hash
 from sts.pipeline.files import hashes, sha256_file, sha256_json, write_json_atomic
 from sts.pipeline.run import provenance
 from sts.pipeline.run.weights import DONE, HISTORY
+from sts.pipeline.train.masters import master_of, take_over
 from sts.pipeline.train.parallel import everywhere, of_first, rank, wait, world
 from sts.scheme import Scheme
 
@@ -159,6 +160,7 @@ def load_state(
         with warnings.catch_warnings(action="ignore"):
             reader = HuggingFaceStorageReader(str(target))
             dcp.load(tensors(model, optimizer), storage_reader=reader)
+        take_over(model)
         if rank() == 0:
             shutil.copy(target / HISTORY, folder)
         files = [target / PROCESS.format(number) for number in (rank(), 0)]
@@ -178,10 +180,10 @@ def saved(folder: Path) -> list[Path]:
 
 
 def tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
-    """The very tensors that are trained: {"model": name -> weight, "optimizer": name -> AdamW's
-    state of it}. A weight that took no step yet, of a layer that was always skipped, gets the zeros
-    that AdamW would begin with."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """The very tensors that are stepped on, masters where there are any: {"model": name -> weight,
+    "optimizer": name -> AdamW's state of it}. A weight that took no step yet, of a layer that was
+    always skipped, gets the zeros that AdamW would begin with."""
+    trained = {name: master_of(p) for name, p in model.named_parameters() if p.requires_grad}
     for parameter in trained.values():
         if not optimizer.state[parameter]:
             optimizer.state[parameter] = {

@@ -17,6 +17,13 @@ from sts.pipeline.config import StageConfig
 from sts.pipeline.run.device import attention_here, precision_here
 from sts.pipeline.train.job import Job
 from sts.pipeline.train.lora import MARK
+from sts.pipeline.train.masters import (
+    collect_gradients,
+    master_of,
+    show_gradients,
+    take_over,
+    with_masters,
+)
 from sts.pipeline.train.model import recompute
 from sts.scheme import Scheme, sparsify
 from sts.settings import IGNORE_INDEX
@@ -83,18 +90,18 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
 
 
 def make_optimizer(model: PreTrainedModel, block: StageConfig) -> torch.optim.Optimizer:
-    """AdamW on what is trained, without decay on norms, biases and embeddings; each group knows its
-    `peak` learning rate."""
+    """AdamW on what is trained, or its masters, without decay on norms, biases and embeddings; each
+    group knows its `peak` learning rate."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     part_of = part_finder(model)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = "lora" if MARK in name else part_of(name)
             peak = block.lr[part] if isinstance(block.lr, dict) else block.lr
             decays = parameter.ndim >= 2 and id(parameter) not in embeddings
             decay = block.weight_decay if decays else 0.0
-            groups.setdefault((peak, decay), []).append(parameter)
+            groups.setdefault((peak, decay), []).append(master_of(parameter))
     return torch.optim.AdamW(
         [
             {"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay}
@@ -147,18 +154,22 @@ def optimizer_step(
     answers = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
     answers = accelerator.reduce(answers, "sum")
     total = torch.zeros((), device=accelerator.device)
+    has_masters = bool(with_masters(model))
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
         with (
-            contextlib.nullcontext() if is_last else accelerator.no_sync(model),
+            contextlib.nullcontext() if is_last or has_masters else accelerator.no_sync(model),
             torch.autocast(accelerator.device.type, torch.bfloat16, enabled=is_bf16),
         ):
             loss = model(**batch, num_items_in_batch=answers, use_cache=False).loss
             # gradients are averaged over processes, and the loss is to be their sum
             accelerator.backward(loss * accelerator.num_processes)
+        collect_gradients(model)
         total += loss.detach()
+    show_gradients(model)
     scheme.after_backward()
-    norm = accelerator.clip_grad_norm_(model.parameters(), block.max_grad_norm)
+    stepped = [master_of(parameter) for parameter in model.parameters()]
+    norm = accelerator.clip_grad_norm_(stepped, block.max_grad_norm)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     sums = torch.tensor([0.0, *counts()], dtype=torch.float64, device=accelerator.device)
     sums[0] = total
@@ -167,6 +178,7 @@ def optimizer_step(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         optimizer.step()
+        take_over(model)
     optimizer.zero_grad(set_to_none=True)  # no gradient at all: AdamW leaves skipped layers alone
     return loss, norm, sums
 

@@ -55,6 +55,7 @@ from sts.pipeline.train.feed import feed, load_data, longest_batch
 from sts.pipeline.train.held_out import held_out
 from sts.pipeline.train.job import Job, derived_seed
 from sts.pipeline.train.lora import train_parts
+from sts.pipeline.train.masters import has_masters, keep_masters, with_masters
 from sts.pipeline.train.model import build, load_whole
 from sts.pipeline.train.parallel import (
     anywhere,
@@ -222,6 +223,8 @@ def set_up(job: Job, others: float = 0.0) -> Training:
     torch.manual_seed(job.seed_of("dropout"))  # nothing else draws from it
     if is_sharded(block):
         shard(plain, accelerator.device, job.precision == "bf16")
+    if has_masters(block):
+        keep_masters(plain, accelerator.device)
     model = plain if is_sharded(block) else accelerator.prepare(plain)
     optimizer = accelerator.prepare(make_optimizer(plain, block))
     return Training(
@@ -303,11 +306,14 @@ def write_weights(job: Job, training: Training) -> None:
     """Write what was trained as a plain checkpoint, from the first process."""
     model, adapters = training.plain, training.adapters
     weights = gathered(model) if is_sharded(job.block) else {}
+    if has_masters(job.block):  # what is frozen was read in float32 and is written so
+        pairs = dict(with_masters(model))
+        weights = {name: pairs[p] for name, p in model.named_parameters() if p in pairs}
     if rank() == 0:
         if weights:
             model, _ = load(job)
             adapters = train_parts(model, job.block, job.seed_of("lora"))
-            model.load_state_dict(weights)
+            model.load_state_dict(weights, strict=is_sharded(job.block))
         if adapters is not None:
             adapters.merge_and_unload()
         finish(job.folder, model, training.processor, job.config)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 
@@ -16,9 +17,11 @@ from tiny import CASES
 from sts import LDS, sparsify
 from sts.pipeline.config import REPEATS, Config, dump
 from sts.pipeline.files import read_json
-from sts.pipeline.measure.bench import bench
+from sts.pipeline.measure import parts
+from sts.pipeline.measure.bench import bench, load_variants
 from sts.pipeline.measure.timing import in_turn, typical_steps
 from sts.pipeline.run.cluster import launch
+from sts.pipeline.train.job import Job
 from sts.settings import VTC
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +96,34 @@ def test_flops_are_those_of_the_steps_that_were_timed(result):
     assert lds["flops"]["align"] == dense["flops"]["align"]
     assert dense["flops"]["instruct"] * 0.5 < lds["flops"]["instruct"] < dense["flops"]["instruct"]
     assert short["flops"]["instruct"] == pytest.approx(dense["flops"]["instruct"] / 2)
+
+
+def test_the_parts_of_a_step_are_about_the_step_and_disturb_no_other(result):
+    """No clock decides: the tower runs in each step, and what is timed beside is whole."""
+    for variant in result["variants"].values():
+        for stage in ("align", "instruct"):
+            parts = variant[stage]["parts_s"]
+            assert set(parts) == {"input", "tower", "forward", "backward", "optimizer"}
+            assert all(len(times) == POINTS and min(times) > 0 for times in parts.values())
+
+
+def test_laps_split_a_step_into_its_parts(tmp_path, backbone, prepared, monkeypatch):
+    """With a clock that counts its readings, two micro-batches are two laps of each part of them;
+    afterwards the model has the hooks that it had."""
+    job = Job(
+        config(align={"batch_size": 4, "gradient_accumulation_steps": 2}),
+        "dense", 0, "align", [prepared], backbone, tmp_path / "runs/dense/seed0/align.json",
+    )  # fmt: skip
+    variant = load_variants({"dense": job})["dense"]
+    variant.take(0, 0)  # transformers hangs hooks of its own on a model at the first forward
+    ticks = count()
+    monkeypatch.setattr(parts, "_now", lambda: next(ticks))
+    hooks = [len(m._forward_hooks) for m in variant.training.plain.modules()]
+    taken = variant.take_parts(0, 0)
+    # input: two forwards; forward: before and after the tower and between it and the projector
+    assert taken == {"input": 2, "tower": 4, "forward": 6, "backward": 2, "optimizer": 1}
+    assert [len(m._forward_hooks) for m in variant.training.plain.modules()] == hooks
+    assert "backward" not in vars(variant.training.accelerator)
 
 
 def test_the_result_says_what_it_was_measured_on(result):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sts.pipeline import plan
 from sts.pipeline.report import figures
-from sts.pipeline.report.figures import layers, loss, pareto, tokens
+from sts.pipeline.report.figures import layers, loss, pareto, time_parts, tokens
 
 IDS = ["dense", "sts"]
 LAYERS, STEPS = 4, 20
@@ -88,6 +88,19 @@ def test_every_figure_is_valid_and_the_same_twice(name, results, tmp_path):
     again, png_again = draw(name, results, tmp_path / "second")
     assert again.read_bytes() == svg.read_bytes()
     assert png_again.read_bytes() == png.read_bytes()
+
+
+def test_time_parts_stacks_means_and_says_where_there_are_none(results, tmp_path):
+    folder = tmp_path / "timed"
+    old, seconds = (
+        {"dense": {"flops": {"align": 1.0}}},
+        {"tower": [1.0, 3.0], "backward": [4.0, 4.0]},
+    )
+    new = {"sts": {"flops": {"align": 1.0}, "align": {"parts_s": seconds}}}
+    write(folder / "bench/main.json", {"variants": old | new})
+    [axes] = time_parts.draw(folder, {"dense": "Dense", "sts": "STS"}).axes
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0, 2), (2, 4)]
+    assert [text.get_text() for text in axes.texts] == [" n/a"]
 
 
 def test_pareto_puts_time_on_x_and_the_score_with_its_spread_on_y(results):

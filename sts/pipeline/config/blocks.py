@@ -190,8 +190,9 @@ class BenchConfig(Block):
 
     @property
     def steps(self) -> int:
-        """Steps that the timing takes of each stage of a run, in one process."""
-        return self.points * (self.warmup + REPEATS)
+        """Steps that the timing takes of each stage of a run, in one process; one at each point
+        is split into its parts."""
+        return self.points * (self.warmup + REPEATS + 1)
 
 
 class Config(Block):

@@ -29,6 +29,7 @@ from sts.pipeline.cost.history import measure, step_row
 from sts.pipeline.cost.memory import held, step_memory
 from sts.pipeline.data.collator import collate
 from sts.pipeline.files import read_json, write_json_atomic
+from sts.pipeline.measure.parts import PARTS, Laps, laps_of
 from sts.pipeline.measure.timing import in_turn, measured_on, typical_steps, what_is_held
 from sts.pipeline.run.device import lease
 from sts.pipeline.train.feed import Shown, load_data, my_pieces
@@ -121,7 +122,8 @@ def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
     Returns:
         Variant -> {steps, stage_s, flops (of the stage), and at each point step (its number),
         step_s (median seconds), layers_run, visual_tokens, order (places of its timed steps among
-        all)}.
+        all)}; parts_s: the seconds of each part of a step (parts.py), of one more round at each
+        point, which counts for nothing else.
     """
     variants = load_variants(jobs)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world()))  # nothing else runs
@@ -132,6 +134,10 @@ def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
         f"bench {first.stage}", list(jobs), plan.points, plan.warmup, REPEATS,
         lambda name, point, _: variants[name].take(steps[name][point], point),
     )  # fmt: skip
+    parts = in_turn(
+        f"parts {first.stage}", list(jobs), plan.points, 0, 1,
+        lambda name, point, _: variants[name].take_parts(steps[name][point], point),
+    )  # fmt: skip
     timed = {}
     for name, job in jobs.items():
         step_s = [median(seconds for _, (seconds, _) in rounds) for rounds in taken[name]]
@@ -139,6 +145,7 @@ def time_stage(jobs: Mapping[str, Job]) -> dict[str, dict[str, Any]]:
         timed[name] = {
             "step": steps[name],
             "step_s": step_s,
+            "parts_s": {part: [of[part] for ((_, of),) in parts[name]] for part in PARTS},
             "order": [[place for place, _ in rounds] for rounds in taken[name]],
             **{key: [row[key] for row in rows] for key in ("layers_run", "visual_tokens")},
             "steps": job.block.steps,
@@ -166,7 +173,14 @@ class Variant:
         with self.scheme() as scheme:
             return typical_steps(scheme, self.job.block.steps, points)
 
-    def take(self, step: int, batch: int) -> tuple[float, dict[str, Any]]:
+    def take_parts(self, step: int, batch: int) -> dict[str, float]:
+        """Take the same step: seconds of each of its parts. On a GPU `input`, which is loaded
+        while it works, takes no time of the step."""
+        with laps_of(self.training) as laps:
+            self.take(step, batch, laps)
+        return laps.seconds
+
+    def take(self, step: int, batch: int, laps: Laps | None = None) -> tuple[float, dict[str, Any]]:
         """Take an optimizer step on batch number `batch`: (seconds, its row of a history)."""
         block, training = self.job.block, self.training
         accelerator, indices = training.accelerator, training.order(batch)
@@ -175,6 +189,8 @@ class Variant:
         with self.scheme() as scheme:
             scheme.begin_step(step)
             wait()
+            if laps:
+                laps.start()
             began = timer()
             loaded = [[samples[i] for i in piece] for piece in pieces]
             batches = [
@@ -188,6 +204,8 @@ class Variant:
                 partial(measure, scheme, training.meter, block, batches),
             )  # fmt: skip
             seconds = timer() - began
+            if laps:
+                laps.end("optimizer")
             return seconds, step_row(scheme, [images[i] for i in indices], sums)
 
 

@@ -89,6 +89,7 @@ def forecast(plan: Plan, on: Machine | None = None) -> dict[str, Any]:
         "jobs": plan.jobs(),
         "flops": {
             "runs": _of_each_stage(runs, lambda cost: cost.flops),
+            "pictures_share": _of_each_stage(runs, lambda cost: cost.pictures_share),
             "total": sum(cost.flops for cost in trainings),
         },
         "seconds": seconds,
@@ -257,6 +258,9 @@ def _rows(costs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for id, stages in runs.items():
         parts = " + ".join(f"{flops:.2g} {stage}" for stage, flops in stages.items())
         yield f"FLOPs of {id}", f"{parts}, {sum(stages.values()) / dense:.0%}"
+    shares = next(iter(costs["flops"]["pictures_share"].values()))
+    parts = ", ".join(f"{share:.0%} {stage}" for stage, share in shares.items())
+    yield "of them tower and projector, dense", parts
     yield "FLOPs of all trainings", f"{costs['flops']['total']:.2g}"
     for name, seconds in costs["seconds"].items():
         yield f"time: {name}", duration(seconds)

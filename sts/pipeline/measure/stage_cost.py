@@ -6,7 +6,7 @@ Of a model whose weights are not here either: its sizes are known, or read from 
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from statistics import fmean
 
@@ -26,6 +26,7 @@ from sts.pipeline.train.checkpoint import KEPT
 from sts.pipeline.train.lora import train_parts
 from sts.pipeline.train.model import SHIPPED
 from sts.schedule import keep_at
+from sts.settings import LDS, VTC
 
 # Split -> (text, answer) tokens of a sample where the data set doesn't say: a guess at what LLaVA's
 # two data sets hold.
@@ -69,12 +70,25 @@ class StageCost:
         points = [(point + 0.5) / POINTS for point in range(POINTS)]
         return self.block.steps * fmean(map(self.step_flops, points))
 
+    @cached_property
+    def pictures_share(self) -> float:
+        """Of a dense stage's FLOPs that of vision tower and projector, which VTC can't save."""
+        dense = self.block.model_copy(update={"vtc": VTC(), "lds": LDS()})
+        stages = self.config.stages | {self.stage: dense}
+        config = self.config.model_copy(update={"stages": stages})
+        parts = replace(self, config=config).step_parts(0.0)
+        return parts["pictures"] / sum(parts.values())
+
     def step_flops(self, t: float) -> float:
         """Of an optimizer step at a share `t` of the stage, on all processes."""
+        return sum(self.step_parts(t).values())
+
+    def step_parts(self, t: float) -> dict[str, float]:
+        """The same of `pictures`, `decoder` and `head`."""
         block, counts, vtc = self.block, self.counts, self.block.vtc
         keep = keep_at(t, vtc.keep, vtc.schedule, vtc.dense_tail)
         text, answer = self.tokens
-        parts = counts.step(
+        return counts.step(
             samples=block.global_batch,
             tokens=keep * counts.visual_tokens + text,
             answer_tokens=answer,
@@ -84,7 +98,6 @@ class StageCost:
             checkpointing=block.gradient_checkpointing,
             fused_attention=self.on_gpu or attention_here(block.precision) != "eager",
         )
-        return sum(parts.values())
 
     @property
     def timing_flops(self) -> float:

@@ -292,5 +292,5 @@ def test_a_missing_history_or_result_of_the_tokens_is_named(tmp_path):
 
 
 def test_an_unknown_figure_says_which_there_are(results, tmp_path):
-    with pytest.raises(KeyError, match="expected one of layers, loss, pareto, tokens"):
+    with pytest.raises(KeyError, match="expected one of layers, loss, pareto, time_parts, tokens"):
         figures.figure("pie", results, IDS, tmp_path / "pie")

@@ -281,8 +281,19 @@ class Waits(TorchDispatchMode):
         return operation(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("lds", [{}, {"policy": "sts", "rate": 0.5, "epsilon": 1}])
-def test_a_step_waits_for_the_device_for_its_targets_and_its_norm(run, lds, monkeypatch):
+# Of two micro-batches
+OF_VTC = {"__call__": 2, "_images": 2, "_grids_of": 2, "run_lengths": 4, "_check_outputs": 4}
+
+
+@pytest.mark.parametrize(
+    ("sparse", "more"),
+    [
+        ({}, {}),
+        ({"lds": {"policy": "sts", "rate": 0.5, "epsilon": 1}}, {}),
+        ({"vtc": {"kind": "random", "keep": 0.5}}, OF_VTC),
+    ],
+)
+def test_a_step_waits_for_the_device_for_its_targets_and_its_norm(run, sparse, more, monkeypatch):
     """Counts and loss come by `tolist`, once each, which is no operation of torch's here. The first
     step, which looks what the loss is, may wait more."""
     take, steps = training.optimizer_step, []
@@ -293,9 +304,9 @@ def test_a_step_waits_for_the_device_for_its_targets_and_its_norm(run, lds, monk
             return take(*arguments)
 
     monkeypatch.setattr(training, "optimizer_step", watched)
-    run(config(lds=lds, gradient_accumulation_steps=2, batch_size=2))
+    run(config(**sparse, gradient_accumulation_steps=2, batch_size=2))
     assert len(steps) == STEPS
-    assert all(s.of == {"before_targets": 2, "optimizer_step": 1} for s in steps[1:])
+    assert all(s.of == {"before_targets": 2, "optimizer_step": 1} | more for s in steps[1:])
 
 
 def test_accumulation_is_the_same_step_as_one_large_batch(run, aligned):

@@ -98,8 +98,7 @@ def test_flops_are_those_of_the_steps_that_were_timed(result):
     assert short["flops"]["instruct"] == pytest.approx(dense["flops"]["instruct"] / 2)
 
 
-def test_the_parts_of_a_step_are_about_the_step_and_disturb_no_other(result):
-    """No clock decides: the tower runs in each step, and what is timed beside is whole."""
+def test_every_point_has_the_seconds_of_each_part(result):
     for variant in result["variants"].values():
         for stage in ("align", "instruct"):
             parts = variant[stage]["parts_s"]

@@ -11,9 +11,8 @@ In a `transformers` Trainer: `Trainer(model, ..., callbacks=[SparseCallback(mode
 Names load on first use, so `import sts.pipeline.config` costs no torch import.
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 
-__version__ = "0.1.0"
 _HOMES = {
     "LDS": "sts.settings",
     "STS_LDS": "sts.settings",
@@ -29,4 +28,9 @@ __all__ = list(_HOMES)
 def __getattr__(name: str):
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "__version__":
+        try:
+            return metadata.version("sparse-training-scheme")
+        except metadata.PackageNotFoundError:
+            return "0+unknown"  # a checkout, which is not installed
     raise AttributeError(f"module 'sts' has no attribute {name!r}")

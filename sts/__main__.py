@@ -12,14 +12,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+try:
+    import typer
 
-from sts.pipeline.command import Verb, option, refuse
-from sts.pipeline.config import ConfigError, datasets, dump, load_ablations, load_scale
-from sts.pipeline.cost.machines import GPUS
-from sts.pipeline.files import SpoiltError
-from sts.pipeline.plan import make_plan
-from sts.pipeline.run.follows import PlanError
+    from sts.pipeline.command import Verb, option, refuse
+    from sts.pipeline.config import ConfigError, datasets, dump, load_ablations, load_scale
+    from sts.pipeline.cost.machines import GPUS
+    from sts.pipeline.files import SpoiltError
+    from sts.pipeline.plan import make_plan
+    from sts.pipeline.run.follows import PlanError
+except ModuleNotFoundError as error:
+    if error.name.startswith("sts"):
+        raise
+    sys.exit(f"{error}. The command line needs: pip install 'sparse-training-scheme[pipeline]'")
 
 app = typer.Typer(
     help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -53,6 +58,7 @@ Table = Annotated[Path, option("table of ablations", "FILE")]
 RESULTS = Path("results/mini")
 MINI = Path("workflow/config/mini.yaml")
 ABLATIONS = Path("workflow/ablations.yaml")
+ELSEWHERE = "(this folder is not the project's repository: the verb finds its files there)"
 
 
 @verb
@@ -411,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         _tell_torchrun(error)
         if isinstance(error, ConfigError):
-            print(error, file=sys.stderr)
+            print(error, *(() if MINI.exists() else (ELSEWHERE,)), file=sys.stderr)
             return 2
         if isinstance(error, SpoiltError | PlanError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr)

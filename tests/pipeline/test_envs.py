@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -129,20 +130,43 @@ def test_no_floor_knows_a_higher_one():
             assert not any(map(other.is_relative_to, higher)), f"{file} imports {other}"
 
 
-def test_a_wheel_holds_the_whole_package_and_nothing_else(tmp_path):
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "sts", tmp_path / "sts", ignore=ignored)
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/__init__.py").touch()
+@pytest.mark.slow
+def test_a_wheel_holds_the_whole_package_and_works_where_it_is_installed(tmp_path):
+    """Built with what it asks for, from files without git; installed into a new environment."""
+    source, made, new = tmp_path / "source", tmp_path / "made", tmp_path / "new"
+    shutil.copytree(ROOT / "sts", source / "sts", ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "tests").mkdir()
+    (source / "tests/__init__.py").touch()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    build = "from setuptools import build_meta; build_meta.build_wheel('made')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "made").glob("*.whl")
+        shutil.copy(ROOT / name, source)
+
+    def call(*words, ok=True):
+        done = subprocess.run([*map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+                              env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})  # fmt: skip
+        assert (done.returncode == 0) is ok, done.stderr
+        return done.stdout + done.stderr
+
+    call(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", made, source)
+    (wheel,) = made.glob("*.whl")
+    assert wheel.name == "sparse_training_scheme-0.1.0.dev0-py3-none-any.whl"
     packed = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = [file for file in (tmp_path / "sts").rglob("*") if file.is_file()]
-    assert packed == {str(file.relative_to(tmp_path)) for file in files}
+    files = [file for file in (source / "sts").rglob("*") if file.is_file()]
+    assert packed == {str(file.relative_to(source)) for file in files}
     assert "sts/py.typed" in packed
+    call(sys.executable, "-m", "venv", new)
+    call(new / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel)
+    assert "sparse-training-scheme[pipeline]" in call(new / "bin/sts", "config", ok=False)
+    (site,) = new.glob("lib/*/site-packages")
+    (site / "lock.pth").write_text(
+        sysconfig.get_path("purelib")
+    )  # the lock's packages, as they are
+    assert (
+        call(new / "bin/python", "-c", "import sts; print(sts.__version__, sts.sparsify)")[:10]
+        == "0.1.0.dev0"
+    )
+    assert "Usage: " in call(new / "bin/sts", "--help")
+    output = call(new / "bin/sts", "config", ok=False)
+    assert output.count("\n") == 1 and "this folder is not the project's repository" in output
 
 
 def test_the_tests_run_on_the_lock():

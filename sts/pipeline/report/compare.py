@@ -125,6 +125,8 @@ def _time_to_loss(
     seeds that get there. On the time axis of the interleaved timing."""
     if not runs or not base or not {id, base_id} <= timing.keys():
         return {"time_to_loss": UNDEFINED if id in timing else MISSING}
+    if not {*stages} <= timing[id].keys():
+        return {"time_to_loss": UNDEFINED}
     goal = float(_final(base).mean())
     *before, last = [timing[id][stage] for stage in stages]
     spent = sum(times["stage_s"] for times in before)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -130,10 +131,12 @@ def test_pareto_shows_what_is_kept_where_no_score_is_a_share(results, tmp_path):
     page = pareto.draw(own, {"dense": "Dense", "sts": "STS"})
     points = {c.get_label(): c.lines[0].get_xydata()[0] for c in page.axes[0].containers}
     assert points["Dense"] == pytest.approx([1.0, 100.0])
-    assert points["STS"] == pytest.approx([0.8, (90 + 75) / 2])
+    middle = 100 * (0.9 * 0.75) ** 0.5
+    assert points["STS"] == pytest.approx([0.8, middle])
     bar = page.axes[0].containers[1].lines[2][0].get_segments()[0]
-    half = 12.706 * 7.5  # t of two seeds, and the standard error of 90 and 75
-    assert bar[:, 1] == pytest.approx([82.5 - half, 82.5 + half], abs=0.01)
+    half = 12.7062 * math.log(0.9 / 0.75) / 2  # t of two seeds times the error of the logarithm
+    ends = [middle / math.exp(half), middle * math.exp(half)]
+    assert bar[:, 1] == pytest.approx(ends, rel=1e-4)
     assert page.axes[0].get_ylabel() == "mean of score / score of Dense (%)"
     ElementTree.parse(draw("pareto", own, tmp_path / "drawn")[0])
 

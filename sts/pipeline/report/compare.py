@@ -106,6 +106,8 @@ def _scores_beside(
     """Retention: average / average of the baseline; without shares the mean of score / score. The
     difference of the averages."""
     if not shares:
+        if (baseline == 0).any(axis=None):
+            return {"retention": UNDEFINED}
         retention = ratio("retention", (score / baseline).mean(axis=1, skipna=False), _ones(score))
         return retention or {"retention": MISSING}
     averages = [values[shares].mean(axis=1, skipna=False) for values in (score, baseline)]

@@ -43,12 +43,15 @@ def draw(results: Path, labels: Labels) -> Figure:
     return page
 
 
-def _point(row: Row, key: str) -> tuple[float, float | None]:
-    """(mean, half of the bar) in percent. The bar of an average is its sd, that of a retention its
-    interval. nan for what is not defined, no bar for a single seed."""
-    if row[key] == UNDEFINED:
+def _point(row: Row, key: str) -> tuple[float, list[list[float]] | None]:
+    """(mean, how far the bar goes down and up) in percent. The bar of an average is its sd, that of
+    a retention its interval. nan for what is not defined, no bar for a single seed."""
+    mean, sd = row[key], row.get(f"{key}_sd")
+    if mean == UNDEFINED:
         return math.nan, None
-    end = row.get(f"{key}_sd", row.get(f"{key}_low"))
-    if end == UNDEFINED:
-        return 100 * row[key], None
-    return 100 * row[key], 100 * (end if f"{key}_sd" in row else row[key] - end)
+    low, high = (row.get(f"{key}_{end}", UNDEFINED) for end in ("low", "high"))
+    if sd not in (None, UNDEFINED):
+        low, high = mean - sd, mean + sd
+    if UNDEFINED in (low, high):
+        return 100 * mean, None
+    return 100 * mean, [[100 * (mean - low)], [100 * (high - mean)]]

@@ -5,6 +5,7 @@ JOBS ?= 2
 INTO ?= $(SCALE)
 NEEDED := Python 3.11 to 3.13 is needed: make PYTHON=/path/to/python3.11
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 RESULTS := results/$(SCALE)
 SNAKEMAKE := $(BIN)/snakemake $(if $(filter mini,$(SCALE)),,--configfile workflow/config/$(SCALE).yaml)
 
@@ -67,20 +68,29 @@ lint: .venv/made-from-lock
 schemas: .venv/made-from-lock
 	$(BIN)/python -m sts.pipeline.config.schemas
 
-.venv/made-from-lock: requirements.lock
+.venv/made-from-lock: requirements.lock requirements.hashes
 	@command -v $(firstword $(PYTHON)) > /dev/null || { echo "$(PYTHON) was not found; $(NEEDED)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); $(NEEDED)" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "$(PYTHON) has no venv or pip: install them (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PIP) install $$(grep '^torch==' requirements.lock)
+	$(PIP) install --require-hashes --no-deps -r requirements.hashes
 	@touch $@
 
 lock:
 	@sed -n '/^#/p' requirements.lock > requirements.part
 	$(BIN)/python -m pip freeze --all | sed 's/+cpu$$//' | grep -vE '^(pip|wheel)==' | LC_ALL=C sort -f >> requirements.part
 	@mv requirements.part requirements.lock
+	@$(PYTHON) -m venv .venv/uv
+	@.venv/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@grep -v -e '^#' -e '^torch==' requirements.lock > requirements.in
+	@{ echo '# requirements.lock without torch, which has two builds of a version, with hashes. Made by `make lock`.'; \
+	  .venv/uv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --no-header \
+	    --universal requirements.in; } > requirements.part
+	@rm requirements.in
+	@mv requirements.part requirements.hashes
 	@touch .venv/made-from-lock
 	@$(MAKE) --no-print-directory envs/sts.yaml
 

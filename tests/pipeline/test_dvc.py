@@ -31,7 +31,8 @@ def shell(folder: Path, command: str) -> str:
 
 def fake_environment(folder: Path) -> None:
     (folder / ".venv").mkdir()
-    (folder / "requirements.lock").touch()
+    for name in ("requirements.lock", "requirements.hashes"):
+        (folder / name).touch()
     (folder / ".venv/made-from-lock").touch()
 
 

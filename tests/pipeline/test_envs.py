@@ -38,6 +38,17 @@ def test_the_lock_pins_every_package_exactly():
     assert len(PINS) == len(LOCK)
 
 
+def test_every_package_but_torch_is_installed_by_hash():
+    text = (ROOT / "requirements.hashes").read_text()
+    pins = re.findall(
+        r"^([\w.-]+==\S+)(?: ; .*)? \\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", text, re.M
+    )
+    names = {pin.lower().replace("_", "-").replace(".", "-") for pin in pins}
+    expected = {pin.lower().replace("_", "-").replace(".", "-") for pin in LOCK}
+    torch = {name for name in expected if name.startswith("torch==")}
+    assert names == expected - torch and len(torch) == 1, "run `make lock`"
+
+
 def test_the_conda_environment_is_the_lock():
     environment = yaml.safe_load((ROOT / "envs/sts.yaml").read_text())
     *conda, pip = environment["dependencies"]
@@ -198,7 +209,8 @@ def test_make_refuses_a_python_that_will_not_do_and_says_so(version, tmp_path):
         )
         python.chmod(0o755)
     (tmp_path / "Makefile").write_bytes((ROOT / "Makefile").read_bytes())
-    (tmp_path / "requirements.lock").touch()
+    for name in ("requirements.lock", "requirements.hashes"):
+        (tmp_path / name).touch()
     done = subprocess.run(
         ["make", "test", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True
     )

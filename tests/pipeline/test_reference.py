@@ -1,4 +1,4 @@
-"""The reference results are what the README quotes; tables and figures follow from them."""
+"""The reference results are what the docs quote; tables and figures follow from them."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,7 @@ from sts.pipeline.report.results import MISSING
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCES = ROOT / "results" / "reference"
 REFERENCE = REFERENCES / "mini"
+PAGE = ROOT / "docs/results.md"
 TABLES = sorted(REFERENCES.glob("*/tables/*.md"))
 
 
@@ -30,11 +31,11 @@ def test_committed_results_name_no_host():
     assert files and not any("host" in json.loads(file.read_text()) for file in files)
 
 
-def test_the_readme_quotes_the_reference_table():
-    assert rows(ROOT / "README.md") == rows(REFERENCE / "tables/main.md")
+def test_the_page_of_results_quotes_the_reference_table():
+    assert rows(PAGE) == rows(REFERENCE / "tables/main.md")
 
 
-# Rows of README's two digests, and the ablations that they are of: one, or dense and sparse
+# Rows of the page's two digests, and the ablations that they are of: one, or dense and sparse
 CONTROL = {
     "Dense": "dense",
     "Dense, fewer steps": "dense_short",
@@ -51,8 +52,8 @@ FAMILIES = {
 
 
 def quoted(width: int) -> dict[str, list[str]]:
-    """Rows of README's tables that have so many cells, by the first one."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+    """Rows of the page's tables that have so many cells, by the first one."""
+    lines = PAGE.read_text().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
     return {row[0]: row[1:] for row in cells if len(row) == width}
 
@@ -69,7 +70,7 @@ def costs(row: pd.Series) -> list[str]:
     return [f"{row[name]:.2f}" for name in ("time_ratio", "flops_ratio")]
 
 
-def test_the_readme_compares_with_training_less_as_the_reference_does():
+def test_the_page_compares_with_training_less_as_the_reference_does():
     table = pd.read_csv(REFERENCE / "tables/components.csv").set_index("ablation")
     found = quoted(5)
     for label, id in CONTROL.items():
@@ -80,7 +81,7 @@ def test_the_readme_compares_with_training_less_as_the_reference_does():
         assert found[label] == [average(row), seeds, *costs(row)]
 
 
-def test_the_readme_compares_architectures_as_the_reference_does():
+def test_the_page_compares_architectures_as_the_reference_does():
     file = REFERENCES / "mini_architectures/tables/architectures.csv"
     table, found = pd.read_csv(file).set_index("ablation"), quoted(7)
     for label, (dense, sparse) in FAMILIES.items():
@@ -108,7 +109,7 @@ def test_a_reference_table_follows_from_the_reference_runs(file, tmp_path):
     assert MISSING not in file.read_text()
 
 
-def test_the_tables_that_the_readme_links_are_among_them():
+def test_the_tables_that_the_page_links_are_among_them():
     shown = {"main", "components", "compressor", "skipper", "architectures", "real_lm"}
     assert {file.stem for file in TABLES} == shown
 

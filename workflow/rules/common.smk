@@ -113,6 +113,8 @@ TARGETS = {
     **{f"fig_{name}": figures([name]) for name in figure_inputs()},
     "ablations": tables(t for t in PLAN.tables_with_baseline() if not PLAN.why_not(t)),
 }
+# all that can be said of the scheme on this scale
+TARGETS["evidence"] = TARGETS["ablations"] + figures(figure_inputs())
 # Tables with data or a model of their own have a short name too.
 SHORT_TARGETS = {
     name: tables([name]) for name in PLAN.tables if name not in PLAN.tables_with_baseline()

@@ -35,6 +35,55 @@ def test_the_page_of_results_quotes_the_reference_table():
     assert rows(PAGE) == rows(REFERENCE / "tables/main.md")
 
 
+EQUAL_TIME = REFERENCES / "mini_equal_time/tables/equal_time"
+# Rows of README's table
+HEADLINE = {
+    "Dense": "dense",
+    "Dense, with the time of STS": "dense_short",
+    "**STS**": "sts",
+    "STS, with the time of dense": "sts_long",
+}
+
+
+def test_the_page_quotes_the_differences_of_equal_time():
+    _, differences = EQUAL_TIME.with_suffix(".md").read_text().split("### Differences")
+    lines = [line for line in differences.splitlines() if line.startswith("|")]
+    assert len(lines) == 6 and set(lines) <= set(PAGE.read_text().splitlines())
+
+
+def test_the_readme_quotes_the_table_of_equal_time():
+    table = pd.read_csv(EQUAL_TIME.with_suffix(".csv")).set_index("ablation")
+    lines = (ROOT / "README.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+    rows_by_name = {row[0]: row[1:] for row in cells if len(row) == 6}
+    for name, id in HEADLINE.items():
+        row = table.loc[id]
+        low, mean, high = (percent(row[f"retention{end}"]) for end in ("_low", "", "_high"))
+        to_loss = row["time_to_loss"]
+        assert rows_by_name[name] == [
+            f"{row['loss']:.3f} ± {row['loss_sd']:.3f}",
+            average(row),
+            "100" if id == "dense" else f"{mean} ({low} to {high})",
+            f"{row['time_ratio']:.2f}",
+            "never" if pd.isna(to_loss) else f"{to_loss:.2f}",
+        ]
+
+
+def test_the_numbers_on_top_of_the_readme_are_of_the_table_of_equal_time():
+    """Each with its interval: time, held-out loss at equal time in both ways of asking."""
+    text = (ROOT / "README.md").read_text()
+    top = text[: text.index("```python")]
+    table = pd.read_csv(EQUAL_TIME.with_suffix(".csv")).set_index("ablation")
+    assert f"**x {table.loc['sts', 'time_ratio']:.2f} of the time**" in top
+    row = table.loc["sts_long"]
+    ends = [f"{row[f'loss_difference{end}']:+.3f}" for end in ("", "_low", "_high")]
+    assert f"**{ends[0]} nats** ({ends[1]} to {ends[2]})" in top
+    _, differences = EQUAL_TIME.with_suffix(".md").read_text().split("### Differences")
+    last = [line for line in differences.splitlines() if line.startswith("|")][-1]
+    loss = last.split(" | ")[3]
+    assert f"**{loss.partition(' ')[0]} nats** {loss.partition(' ')[2]}" in top
+
+
 # Rows of the page's two digests, and the ablations that they are of: one, or dense and sparse
 CONTROL = {
     "Dense": "dense",
@@ -110,7 +159,15 @@ def test_a_reference_table_follows_from_the_reference_runs(file, tmp_path):
 
 
 def test_the_tables_that_the_page_links_are_among_them():
-    shown = {"main", "components", "compressor", "skipper", "architectures", "real_lm"}
+    shown = {
+        "main",
+        "equal_time",
+        "components",
+        "compressor",
+        "skipper",
+        "architectures",
+        "real_lm",
+    }
     assert {file.stem for file in TABLES} == shown
 
 

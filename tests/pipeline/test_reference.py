@@ -65,7 +65,7 @@ def test_the_readme_quotes_the_table_of_equal_time():
             average(row),
             "100" if id == "dense" else f"{mean} ({low} to {high})",
             f"{row['time_ratio']:.2f}",
-            "never" if pd.isna(to_loss) else f"{to_loss:.2f}",
+            "never" if pd.isna(to_loss) else f"{to_loss:.2f}, {row['time_to_loss_n']:.0f} of 5",
         ]
 
 

@@ -48,7 +48,7 @@ PREPARED = {
     "easy_vqa": "5ab2f3bb6eeec6ffb2ec17bd87afc0df511ca044a6c5ffeeaf1ec2f3b7e73047",
     "nlvr": "081aa2f467d9f527dac0be07301bfab89dd979cfcad55c620c2f861573d41a0c",
 }  # sha256 of their manifests
-SCENES = {"seed": 3, "align": 12, "instruct": 10, "test": 8}
+SCENES = {"seed": 3, "align": 12, "instruct": 10, "validation": 1, "test": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -366,7 +366,7 @@ def test_scenes_has_its_splits_in_the_configured_sizes(prepared_scenes):
     manifest = json.loads(prepared_scenes.read_text())
     sizes = {split: described["rows"] for split, described in manifest["splits"].items()}
     tests = dict.fromkeys([f"test_{skill}" for skill in scenes.SKILLS], 8)
-    assert sizes == {"align": 12, "instruct": 10, **tests}
+    assert sizes == {"align": 12, "instruct": 10, "validation": len(scenes.SKILLS), **tests}
     assert manifest["bad_rows"] == {}
     assert sorted(p.name for p in prepared_scenes.parent.iterdir()) == sorted(
         ["manifest.json", "bad_rows.jsonl", "origins.jsonl", *(f"{split}.arrow" for split in sizes)]

@@ -442,13 +442,17 @@ def test_tokens_are_made_once_for_all_that_ask_for_the_same(prepared, tmp_path, 
             assert np.array_equal(plain[n][name], kept[n][name])
             assert np.array_equal(plain[n][name], again[n][name])
     assert len(list((tmp_path / "tokens").glob("*.arrow"))) == 1
+
+    def key(job: Job) -> str:
+        return tokens_key(job, processor, job.data, "instruct")
+
     # of another length, template or content they are others
-    keys = {tokens_key(job(), processor)}
-    keys.add(tokens_key(job(max_length=99), processor))
+    keys = {key(job())}
+    keys.add(key(job(max_length=99)))
     processor.chat_template = CHAT_TEMPLATE.replace("user", "human")
-    keys.add(tokens_key(job(), processor))
+    keys.add(key(job()))
     write_json_atomic(prepared, read_json(prepared) | {"sha256": "0" * 64})
-    keys.add(tokens_key(job(), processor))
+    keys.add(key(job()))
     assert len(keys) == 4
 
 

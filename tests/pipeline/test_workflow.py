@@ -83,7 +83,7 @@ def test_a_table_plans_the_runs_that_it_shows(project, target):
             marks=SLOW,
         ),
         pytest.param(
-            ["ablations", "fig_pareto"], {"table": 5, "timing": 5, "figure": 1}, marks=SLOW
+            ["ablations", "fig_pareto"], {"table": 6, "timing": 6, "figure": 1}, marks=SLOW
         ),
     ],
 )
@@ -121,7 +121,7 @@ def test_by_default_the_scale_is_mini_and_a_baseline_of_its_own_is_compared_with
     assert jobs_in(output)["evaluate"] == 3 * members("architectures")
     families = ["", "next_", "idefics3_", "qwen_"]
     pairs = " ".join(f"{name}dense {name}dense" for name in families)
-    assert f"--relative-to {pairs} --out-stem results/mini/tables/architectures" in output
+    assert f"--relative-to {pairs} --beside  --out-stem results/mini/tables/architectures" in output
 
 
 @pytest.mark.slow

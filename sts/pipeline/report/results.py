@@ -38,6 +38,8 @@ def scores(results: str | Path, ablations: Sequence[str]) -> pd.DataFrame:
                 entry = by_seed.get(seed, {}).get(benchmark, {})
                 line = {"ablation": id, "seed": seed, "benchmark": benchmark}
                 line |= {key: entry.get(key) for key in VALUES}
+                if line["stderr"] == "N/A":  # lm-eval has none for this metric
+                    line["stderr"] = None
                 lines.append(line | {"is_share": entry.get("share", True)})
     frame = pd.DataFrame(lines)
     if frame.empty or frame["score"].isna().all():

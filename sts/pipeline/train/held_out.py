@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 
 from sts.pipeline.config import VALIDATION, StageConfig
@@ -132,6 +133,9 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in in_training:
             module.training = True
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # no backward does it: a state would miss what the root holds
 
 
 def _losses(sums: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def table(
     from sts.pipeline.report.tables import table
 
     by_id = (_by_id(ablations, values) for values in (labels, sources, relative_to))
-    pairs = [(pair.partition(":")[0], pair.partition(":")[2]) for pair in beside]
+    pairs = [pair.partition(":")[::2] for pair in beside]
     for pair in pairs:
         if not {*pair} <= {*ablations}:
             refuse("beside", ":".join(pair), f"two of {', '.join(ablations)} with : between")

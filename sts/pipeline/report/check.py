@@ -16,9 +16,10 @@ import pandas as pd
 from scipy.stats import t as student
 
 from sts.pipeline.files import read_json
+from sts.pipeline.plan import TIME_TOLERANCE
 
 LEVEL = 0.999  # a table has a hundred numbers
-TOLERANCES = {"time_ratio": 0.05, "flops_ratio": 0.01}  # two timings of a machine; other batches
+TOLERANCES = {"time_ratio": TIME_TOLERANCE, "flops_ratio": 0.01}  # of FLOPs: other batches
 VERDICTS = {
     "equal": "every number is the reference's",
     "within": "the numbers differ from the reference's by no more than seeds and machines do",
@@ -43,9 +44,7 @@ def check(results: Path, reference: Path) -> tuple[list[str], bool]:
         if not ours.exists():
             lines.append(f"{file.stem}: not made here")
             continue
-        verdicts = {}
-        for cell, verdict in _cells(_rows(ours), _rows(file)):
-            verdicts[cell] = verdict
+        verdicts = dict(_cells(_rows(ours), _rows(file)))
         of_table = Counter(verdict.partition(":")[0] for verdict in verdicts.values())
         counts += of_table
         said = ", ".join(f"{of_table[name]} {name}" for name in of_table)

@@ -16,6 +16,13 @@ COLUMNS = {
     "average_difference": "Average, points", "average_difference_p": "p ",
     "retention": "Retention, %", "time_ratio": "Time", "time_to_loss": "Time to its loss",
 }  # fmt: skip
+NOTE = (
+    "Differences (a loss below 0 is better) and retention, average / average, are paired by seed, "
+    "with 95 % t intervals, of the retention's logarithm. p: two-sided paired t test from "
+    f"{LEAST_SEEDS} seeds on, Holm-adjusted over the methods of the table. A score is kept where "
+    f"the interval of the retention lies above {100 * MARGIN:g} %. Time to its loss: the share of "
+    "the other's training time after which the held-out loss is where the other's ends."
+)
 SCALES = {"loss_difference": (1, 3), "average_difference": (100, 1), "retention": (100, 1)}
 
 
@@ -26,25 +33,17 @@ def paired(pairs: Sequence[Pair], names: Mapping[str, str]) -> tuple[pd.DataFram
     if not pairs:
         return pd.DataFrame(), []
     body = [
-        [names[id], names[base], str(row["average_difference_n"]), *_cells(row)]
+        [
+            names[id],
+            names[base],
+            str(row["average_difference_n"]),
+            *(_cell(row, key) for key in COLUMNS),
+        ]
         for id, base, row in pairs
     ]
     grid = pd.DataFrame(body, columns=["Method", "Beside", "Seeds", *COLUMNS.values()])
     empty = [title for title in COLUMNS.values() if set(grid[title]) == {UNDEFINED}]
     return grid.drop(columns=empty), [NOTE, *_detectable([row for *_, row in pairs])]
-
-
-NOTE = (
-    "Differences (a loss below 0 is better) and retention, average / average, are paired by seed, "
-    "with 95 % t intervals, of the retention's logarithm. p: two-sided paired t test from "
-    f"{LEAST_SEEDS} seeds on, Holm-adjusted over the methods of the table. A score is kept where "
-    f"the interval of the retention lies above {100 * MARGIN:g} %. Time to its loss: the share of "
-    "the other's training time after which the held-out loss is where the other's ends."
-)
-
-
-def _cells(row: Row) -> list[str]:
-    return [_cell(row, key) for key in COLUMNS]
 
 
 def _cell(row: Row, key: str) -> str:

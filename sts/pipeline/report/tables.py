@@ -272,13 +272,7 @@ def _second_page(grid: pd.DataFrame, notes: list[str]) -> str:
 def _second_html(grid: pd.DataFrame, notes: list[str]) -> str:
     if not notes:
         return ""
-    text = _styled(grid, "html").set_table_styles(PAGE_STYLE)
-    return f"""<div style="font: 14px sans-serif">
-<h2>Differences, paired by seed</h2>
-<div style="overflow-x: auto">{text.to_html(table_uuid="paired", cell_ids=False)}</div>
-<div style="font-size: 12px">{_list(dict.fromkeys(notes, ()))}</div>
-</div>
-"""
+    return _block("paired", "Differences, paired by seed", _styled(grid, "html"), notes)
 
 
 def _styled(grid: pd.DataFrame, escape: str) -> Any:
@@ -343,12 +337,17 @@ def _html(
     head = {"font-style": "italic", "padding-top": "8px"}
     style.set_properties(subset=pd.IndexSlice[heads, ["Method"]], **head)
     style.set_properties(subset=pd.IndexSlice[grid.index[-2:], :], color="gray")
-    style.set_table_styles(PAGE_STYLE)
     blocks = [f"<h2>{title}</h2>\n{_list(items)}\n" for title, items in lists.items() if items]
-    return f"""<meta charset="utf-8"/>
-<div style="font: 14px sans-serif">
-{"".join(blocks)}<h2>Table {html.escape(name)}</h2>
-<div style="overflow-x: auto">{style.to_html(table_uuid=name, cell_ids=False)}</div>
+    text = _block(name, f"Table {name}", style, notes, "".join(blocks))
+    return f'<meta charset="utf-8"/>\n{text}'
+
+
+def _block(name: str, title: str, style: Any, notes: list[str], above: str = "") -> str:
+    """A table under its title, and the lines under it."""
+    table = style.set_table_styles(PAGE_STYLE).to_html(table_uuid=name, cell_ids=False)
+    return f"""<div style="font: 14px sans-serif">
+{above}<h2>{html.escape(title)}</h2>
+<div style="overflow-x: auto">{table}</div>
 <div style="font-size: 12px">{_list(dict.fromkeys(notes, ()))}</div>
 </div>
 """

@@ -11,18 +11,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 
 from sts.pipeline.config import VALIDATION, StageConfig
-from sts.pipeline.data.collator import Conversations, collate, split_files
+from sts.pipeline.data.collator import Conversations, collate
 from sts.pipeline.files import read_json, write_text_atomic
 from sts.pipeline.run.weights import HELD_OUT, read_held_out
 from sts.pipeline.train.feed import load_split
@@ -59,7 +57,7 @@ def held_out(
     if not steps:
         return lambda _: None
     samples = load_split(job, processor, data, VALIDATION)
-    batches = _batches(samples, _skills(samples, split_files(data, VALIDATION)))
+    batches = _batches(samples, _skills(samples))
     # as many forwards on every process, as shards are gathered by all; the last ones count once
     filled = batches + [("", batches[-1][1])] * (-len(batches) % accelerator.num_processes)
     mine = filled[accelerator.process_index :: accelerator.num_processes]
@@ -78,11 +76,10 @@ def held_out(
     return measure
 
 
-def _skills(samples: Conversations, files: list[Path]) -> list[str]:
+def _skills(samples: Conversations) -> list[str]:
     """The skill of each sample, from its row's id."""
-    ids = [id for file in files for id in Dataset.from_file(str(file))["id"]]
-    rows = samples.samples["row"].to_pylist()
-    return [ids[row].partition("/")[0] for row in rows]
+    ids = samples.images.with_format(None)["id"]
+    return [ids[row].partition("/")[0] for row in samples.samples["row"].to_pylist()]
 
 
 def _batches(samples: Conversations, skills: list[str]) -> list[tuple[str, list[int]]]:

@@ -200,8 +200,9 @@ def fit(job: Job, send: Callable[[], None], has_sigterm: Callable[[], bool]) -> 
     training = set_up(job)
     job.folder.mkdir(parents=True, exist_ok=True)
     first = load_state(job.folder, training.plain, training.optimizer, training.scheme)
-    parts = (training.plain, training.processor, training.accelerator)
-    measure_held_out = held_out(job, *parts, first)
+    measure_held_out = held_out(
+        job, training.plain, training.processor, training.accelerator, first
+    )
     with open_history(job.folder, first) if rank() == 0 else contextlib.nullcontext() as history:
         take_steps(job, training, first, history, send, has_sigterm, measure_held_out)
     unsparsify(training.plain)

@@ -27,7 +27,7 @@ if workflow.is_main_process:
 
 onstart:
     check_environment()
-    warn_of_shares()
+    warn_of_ablations()
     write_configs()
     prepare_cluster()
     redate_future()
@@ -64,3 +64,6 @@ for name, files in (TARGETS | SHORT_TARGETS).items():
             name
         input:
             files,
+
+
+check_targets()

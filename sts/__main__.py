@@ -15,9 +15,23 @@ from typing import Annotated, Literal
 try:
     import typer
 
-    from sts.pipeline.command import Verb, option, refuse
+    from sts.pipeline import look
+    from sts.pipeline.command import (
+        ABLATIONS,
+        MINI,
+        RESULTS,
+        Results,
+        Scales,
+        Table,
+        Verb,
+        Version,
+        option,
+        refuse,
+        say,
+    )
     from sts.pipeline.config import ConfigError, datasets, dump, load_ablations, load_scale
     from sts.pipeline.cost.machines import GPUS
+    from sts.pipeline.data.source import DataError
     from sts.pipeline.files import SpoiltError
     from sts.pipeline.plan import make_plan
     from sts.pipeline.run.follows import PlanError
@@ -26,10 +40,18 @@ except ModuleNotFoundError as error:
         raise
     sys.exit(f"{error}. The command line needs: pip install 'sparse-training-scheme[pipeline]'")
 
+# completion is the shell's of a command, which `python -m sts` is not
+COMMAND = "sts" if Path(sys.argv[0]).name == "sts" else "python -m sts"
 app = typer.Typer(
-    help=__doc__, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    add_completion=COMMAND == "sts",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 verb = app.command(cls=Verb)
+
+
+@app.callback(help=__doc__)
+def _options(version: Version = False) -> None: ...
 
 
 ConfigFile = Annotated[Path, option("resolved configuration, or a scale", "FILE")]
@@ -46,19 +68,11 @@ Follows = Annotated[
     list[str], option("hashes of values and code, which must be those", "HASH HASH")
 ]
 Name = Annotated[str, option("its name", "NAME")]
-Results = Annotated[Path, option("folder of a scale's results", "FOLDER")]
 Ids = Annotated[list[str], option("ablations, in this order", "ID ...")]
 Texts = Annotated[list[str], option("their names, in the same order", "TEXT ...")]
 Sources = Annotated[list[str], option("whose method each is, in the same order", "WHOSE ...")]
 Bases = Annotated[list[str], option("what each is compared with, else the first", "ID ...")]
 Stem = Annotated[Path, option("output path without its ending", "FILE")]
-Scale = Annotated[Path, option("a scale", "FILE")]
-Table = Annotated[Path, option("table of ablations", "FILE")]
-
-RESULTS = Path("results/mini")
-MINI = Path("workflow/config/mini.yaml")
-ABLATIONS = Path("workflow/ablations.yaml")
-ELSEWHERE = "(this folder is not the project's repository: the verb finds its files there)"
 
 
 @verb
@@ -312,7 +326,7 @@ def verify(results: Results = RESULTS, ablations: Table = ABLATIONS) -> int:
 
 @verb
 def estimate(
-    configfile: Scale = MINI,
+    configfile: Scales = (MINI,),
     ablations: Table = ABLATIONS,
     as_json: Annotated[bool, option("as JSON", None, "--json")] = False,
     gpu: Annotated[Literal[*GPUS] | None, option("kind of another machine's GPUs")] = None,
@@ -381,13 +395,13 @@ def close(
 
 @verb
 def config(
-    configfile: Scale = MINI,
+    configfile: Scales = (MINI,),
     ablations: Table = ABLATIONS,
     ablation: Annotated[str | None, option("print this one, its values in place", "ID")] = None,
 ) -> None:
     """Check a scale and every ablation on it; print one of them, resolved."""
-    scale = load_scale(configfile)
-    resolved = make_plan(scale, load_ablations(ablations), configfile).configs
+    scale = load_scale(*configfile)
+    resolved = make_plan(scale, load_ablations(ablations), configfile[-1]).configs
     if ablation not in (None, *resolved):
         accepted = f"one of {', '.join(resolved)}"
         raise ConfigError(ablations, "--ablation", ablation, accepted)
@@ -399,13 +413,18 @@ def config(
     print(dump(shown), end="")
 
 
+for looks in (look.targets, look.runs, look.compare, look.clean):
+    verb(looks)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. A value that is not accepted ends it with one line and status 2."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     words = sys.argv[1:] if argv is None else list(argv)
     command = typer.main.get_command(app)
     try:  # not by app(), which has its own ways with Ctrl-C and a pipe that is closed
-        with command.make_context("python -m sts", words or ["--help"]) as context:
+        command._main_shell_completion({}, prog_name="sts")
+        with command.make_context(COMMAND, words or ["--help"]) as context:
             status = command.invoke(context)
         sys.stdout.flush()
         return int(status or 0)
@@ -414,27 +433,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # its reader, as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        _tell_torchrun(error)
-        if isinstance(error, ConfigError):
-            print(error, *(() if MINI.exists() else (ELSEWHERE,)), file=sys.stderr)
-            return 2
-        if isinstance(error, SpoiltError | PlanError):
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            return 1
-        if isinstance(error, typer.TyperException):
-            print(*error.format_message().split(), "(--help tells more)", file=sys.stderr)
-            return 2
-        raise
-
-
-def _tell_torchrun(error: Exception) -> None:
-    """Have torchrun, if it started this process, end its output with the traceback of the first
-    process that failed: its own words at the end hide every traceback above them."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
+    except (Exception, KeyboardInterrupt) as error:
+        return say(error, (SpoiltError, PlanError, DataError))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ ROOMS = [
     *(f"pipeline.{name}" for name in ("files", "tasks", "config", "command", "run", "data")),
     "pipeline.cost",
     *(f"pipeline.{name}" for name in ("train", "evaluate", "plan", "measure", "report", "verify")),
-    *("mini", "__main__"),
+    *("pipeline.look", "mini", "__main__"),
 ]
 FILES = sorted((ROOT / "sts").rglob("*.py"))
 

@@ -6,8 +6,8 @@ Standard library and the configuration alone, so that the workflow can ask in an
 """
 
 import ast
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,22 @@ TIME_TOLERANCE = 0.05  # of a ratio of times; what two timings of one machine di
 INPUTS = ("runs", "eval", "bench", "tokens")  # what a figure may read
 
 
+RULES = {  # with rules of their own
+    "data": "only the prepared data",
+    "bench": f"only the training times of table_{MAIN}",
+    "expected": "published scores beside those obtained (scale paper)",
+    "backbones": "the toy backbones trained anew; no run needs it",
+}
+
+
+class Target(NamedTuple):
+    """What a call can name."""
+
+    description: str
+    files: tuple[str, ...]
+    """Empty: a rule of the workflow says them."""
+
+
 class Training(NamedTuple):
     """One stage of one run."""
 
@@ -50,10 +66,12 @@ class Plan:
     Args:
         configs: Resolved configuration of each ablation, by its id; the first is the baseline.
         ablations: The entries of the table of ablations, by id.
+        refused: Ablations that don't go with the scale, with the reason; `configs` lacks them.
     """
 
     configs: Mapping[str, Config]
     ablations: Mapping[str, Ablation]
+    refused: Mapping[str, ConfigError] = field(default_factory=dict)
 
     # ---- which there are ------------------------------------------------------------------------
 
@@ -70,7 +88,8 @@ class Plan:
     @cached_property
     def tables(self) -> list[str]:
         """Names of the tables: the `groups` of the ablations, in the order of their first use."""
-        return unique(name for id in self.configs for name in self.ablations[id].groups)
+        ids = [*self.configs, *self.refused]
+        return unique(name for id in ids for name in self.ablations[id].groups)
 
     def members(self, table: str) -> list[str]:
         """Ids of the ablations that a table shows."""
@@ -81,10 +100,18 @@ class Plan:
         own, which may have to be fetched."""
         return [table for table in self.tables if self.baseline in self.members(table)]
 
+    @cached_property
+    def _spoilt_tables(self) -> dict[str, ConfigError]:
+        """The tables that would show a refused ablation, and why it was refused."""
+        pairs = [(name, id) for id in self.refused for name in self.ablations[id].groups]
+        return {name: self.refused[id] for name, id in pairs}
+
     def why_not(self, table: str) -> ConfigError | None:
-        """Why this scale can't make a table, if it can't: it has no steps for an ablation, or a toy
-        checkpoint would stand beside a pretrained model, whose recipe and benchmarks are nothing
-        for toys."""
+        """Why this scale can't make a table, if it can't: an ablation was refused, or has no steps,
+        or a toy checkpoint would stand beside a pretrained model, whose recipe and benchmarks are
+        nothing for toys."""
+        if table in self._spoilt_tables:
+            return self._spoilt_tables[table]
         for entry in map(self.ablations.__getitem__, self.members(table)):
             if entry.share_of(self.scale.scale) is None:
                 accepted = f"one more for scale {self.scale.scale}, without which it has no table "
@@ -245,6 +272,30 @@ class Plan:
         }
         return [file for name in figures()[figure] for file in files[name]]
 
+    # ---- what can be asked for ------------------------------------------------------------------
+
+    def targets(self) -> dict[str, Target]:
+        """What a call can name, `snakemake --cores all NAME`, but for files."""
+        tables = {name: f"{self.results}/tables/{name}.md" for name in self.tables}
+        drawn = {name: f"{self.results}/figures/{name}.svg" for name in figures()}
+        comparable = self.tables_with_baseline()
+        unfit = {name for name in self.tables if self.why_not(name)} - self._spoilt_tables.keys()
+        makeable = [tables[name] for name in comparable if name not in unfit]
+        named = {"all": Target(f"table_{MAIN} and all figures (the default)", ())}
+        for name, file in tables.items():
+            text = f"table: {', '.join(self.members(name))}"
+            text += "" if name in comparable else f" (also as {name})"
+            text += " (not of this scale)" if name in unfit else ""
+            text += " (one is refused)" if name in self._spoilt_tables else ""
+            named[f"table_{name}"] = Target(text, (file,))
+        for name, file in drawn.items():
+            summary, *_ = (ast.get_docstring(_syntax(name)) or name).splitlines()
+            named[f"fig_{name}"] = Target(f"figure: {summary}", (file,))
+        text = f"all tables in which {self.baseline} stands and that the scale can make"
+        named["ablations"] = Target(text, (*makeable,))
+        named["evidence"] = Target("ablations and all figures", (*makeable, *drawn.values()))
+        return named | {name: Target(text, ()) for name, text in RULES.items()}
+
     # ---- how many jobs --------------------------------------------------------------------------
 
     def jobs(self, tables: Collection[str] = (MAIN,), drawn: bool = True) -> dict[str, int]:
@@ -291,32 +342,58 @@ def _is_toy(checkpoint: str | None) -> bool:
     return checkpoint is not None and Path(checkpoint).parent == SHIPPED.parent
 
 
-def make_plan(scale: Config, ablations: Mapping[str, Ablation], file: str | Path) -> Plan:
-    """The plan of a scale that `file` says. Raises ConfigError for what is not on this machine, and
-    for an ablation that doesn't go with the scale."""
-    configs = {id: resolve(scale, entry) for id, entry in ablations.items()}
+def make_plan(
+    scale: Config, ablations: Mapping[str, Ablation], file: str | Path, tolerant: bool = False
+) -> Plan:
+    """The plan of a scale that `file` says.
+
+    Args:
+        scale: Its configuration.
+        ablations: The table of ablations.
+        file: Named in an error.
+        tolerant: An ablation of other tables than the main one that doesn't go with the scale stops
+            only those who ask for its tables.
+
+    Raises:
+        ConfigError: Something is not on this machine, or an ablation doesn't go with the scale.
+    """
     check_inputs(scale, file)
-    for id, config in configs.items():
-        check_inputs(config, ablations[id].file, id)
-    return Plan(configs, ablations)
+    configs, refused = {}, {}
+    for id, entry in ablations.items():
+        try:
+            config = resolve(scale, entry)
+            check_inputs(config, entry.file, id)
+            configs[id] = config
+        except ConfigError as error:
+            if not tolerant or not configs or MAIN in entry.groups:
+                raise
+            refused[id] = error
+    return Plan(configs, ablations, refused)
 
 
-def load_plan(configfile: str | Path, ablations: str | Path) -> Plan:
-    """The plan of two files. Raises ConfigError."""
-    return make_plan(load_scale(configfile), load_ablations(ablations), configfile)
+def load_plan(configfile: str | Path | Sequence[Path], ablations: str | Path) -> Plan:
+    """The plan of a scale, in one file or several, and a table of ablations; it is tolerant. Raises
+    ConfigError."""
+    files = [configfile] if isinstance(configfile, str | Path) else configfile
+    return make_plan(load_scale(*files), load_ablations(ablations), files[-1], tolerant=True)
 
 
 @cache
 def figures() -> dict[str, tuple[str, ...]]:
     """Name -> what it reads (of `INPUTS`) of every figure: the files of `FIGURES` that don't begin
     with _, each with its own `INPUTS`. They are read, not imported: they need matplotlib."""
-    return {file.stem: _inputs(file) for file in sorted(FIGURES.glob("[!_]*.py"))}
+    return {file.stem: _inputs(file.stem) for file in sorted(FIGURES.glob("[!_]*.py"))}
 
 
-def _inputs(file: Path) -> tuple[str, ...]:
+def _syntax(figure: str) -> ast.Module:
+    file = FIGURES / f"{figure}.py"
+    return ast.parse(file.read_bytes(), filename=str(file))
+
+
+def _inputs(figure: str) -> tuple[str, ...]:
     """The value of INPUTS in a figure's file."""
-    inputs = None
-    for statement in ast.parse(file.read_bytes(), filename=str(file)).body:
+    inputs, file = None, FIGURES / f"{figure}.py"
+    for statement in _syntax(figure).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "INPUTS":
             inputs = ast.literal_eval(statement.value)
     if not (isinstance(inputs, tuple) and set(inputs) <= set(INPUTS)):

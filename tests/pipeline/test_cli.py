@@ -7,6 +7,7 @@ from subprocess import PIPE
 
 import pytest
 
+import sts
 from sts.__main__ import app, main
 from sts.pipeline.config import load_ablations, load_scale, resolve
 from sts.pipeline.report import tables
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
     "prepare", "backbone", "smollm2", "train", "evaluate", "submission", "bench",
     "tokens", "table", "figure", "expected", "summary", "estimate", "requests", "ui", "reap",
-    "close", "config", "verify", "export", "check",
+    "close", "config", "verify", "export", "check", "targets", "runs", "compare", "clean",
 )  # fmt: skip
 
 
@@ -113,6 +114,34 @@ def test_an_option_takes_several_values_after_its_name(tmp_path, monkeypatch):
 def test_an_unknown_ablation_is_refused(capsys):
     assert main(["config", "--ablation", "nope"]) == 2
     assert "one of dense, vtc" in capsys.readouterr().err
+
+
+def test_a_value_that_is_nearly_a_name_is_answered_with_it(capsys):
+    assert main(["config", "--ablation", "vtcc"]) == 2
+    assert capsys.readouterr().err.endswith("Did you mean vtc?\n")
+    assert main(["estimat"]) == 2
+    assert "Did you mean 'estimate'?" in capsys.readouterr().err
+
+
+def test_of_several_scale_files_a_later_one_overrides(tmp_path, capsys):
+    later = tmp_path / "later.yaml"
+    later.write_text("seeds: [7]\n")
+    assert main(["config", "--configfile", "workflow/config/smoke.yaml", str(later)]) == 0
+    assert "scale: smoke\nseeds:\n- 7\n" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_verb_with_one_line(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tables, "table", interrupted)
+    assert main(["table", "--name", "main", "--ablations", "dense", "--out-stem", "t"]) == 130
+    assert capsys.readouterr().err == "Stopped; the same command goes on.\n"
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{sts.__version__}\n"
 
 
 def test_prepare_writes_a_manifest(tmp_path):

@@ -265,11 +265,13 @@ def test_the_log_of_a_failed_job_is_shown(project):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("keep: 0.25}", "keep: 1.5}", ["pool.align.vtc.keep", "1.5", "a number in (0, 1]"]),
+        ("keep: 0.5}", "keep: 1.5}", ["vtc.align.vtc.keep", "1.5", "a number in (0, 1]"]),
         ("\npool:", "\nvtc:", ["vtc", "twice"]),
     ],
 )
-def test_a_wrong_entry_stops_everything_with_one_clear_error(project, before, after, message):
+def test_a_wrong_entry_of_the_main_table_stops_everything_with_one_clear_error(
+    project, before, after, message
+):
     (project / "workflow/ablations.yaml").write_text(ABLATIONS)
     edit(project / "workflow/ablations.yaml", before, after)
     output = run(project, SMOKE, ok=False)

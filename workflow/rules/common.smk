@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from functools import cache, reduce
 from pathlib import Path
 
+from snakemake.dag import DAG
 from snakemake.exceptions import WorkflowError
 
 from sts.pipeline.config import (
@@ -47,7 +48,7 @@ def checked_plan():
     try:
         content = reduce(deep_merge, [*map(load_yaml, [MINI, *files]), typed(values)])
         file = next(iter(files), MINI)
-        return make_plan(validate(content, file), load_ablations(ABLATIONS), file)
+        return make_plan(validate(content, file), load_ablations(ABLATIONS), file, tolerant=True)
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
 
@@ -108,13 +109,7 @@ def figures(names):
     return [f"{RESULTS}/figures/{name}.svg" for name in names]
 
 
-TARGETS = {
-    **{f"table_{name}": tables([name]) for name in PLAN.tables},
-    **{f"fig_{name}": figures([name]) for name in figure_inputs()},
-    "ablations": tables(t for t in PLAN.tables_with_baseline() if not PLAN.why_not(t)),
-}
-# all that can be said of the scheme on this scale
-TARGETS["evidence"] = TARGETS["ablations"] + figures(figure_inputs())
+TARGETS = {name: target.files for name, target in PLAN.targets().items() if target.files}
 # Tables with data or a model of their own have a short name too.
 SHORT_TARGETS = {
     name: tables([name]) for name in PLAN.tables if name not in PLAN.tables_with_baseline()
@@ -128,6 +123,21 @@ def check_table_names():
             key = f"{PLAN.members(name)[0]}.groups"
             accepted = "another name: this one is a rule's (snakemake --list)"
             raise WorkflowError(str(ConfigError(ABLATIONS, key, name, accepted)))
+
+
+def check_targets():
+    """Have a word of the call that is neither a target nor a file refused, with the nearest target.
+    Which words there are Snakemake knows only after it has read this."""
+    begin = DAG.init
+
+    async def checked(dag, *args, **kwargs):
+        for word in map(str, dag.targetfiles):
+            if not any(it.is_producer(word) for it in dag.rules) and not Path(word).exists():
+                accepted = f"one of {', '.join([*PLAN.targets(), *SHORT_TARGETS])}, or a file"
+                raise WorkflowError(str(ConfigError("command line", "target", word, accepted)))
+        await begin(dag, *args, **kwargs)
+
+    DAG.init = checked
 
 
 # ---- stages -------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from base64 import urlsafe_b64decode
 from contextlib import suppress
 from importlib.util import find_spec
 
-from snakemake.dag import DAG
-
 from sts.pipeline.config import dump
 from sts.pipeline.files import SpoiltError, write_text_atomic
 from sts.pipeline.run.provenance import missing_packages
@@ -67,8 +65,10 @@ def check_environment():
             raise WorkflowError(f"{key}: {nodes} is not accepted without Slurm: 1")
 
 
-def warn_of_shares():
-    """Say which ablation doesn't have the time that it is to have."""
+def warn_of_ablations():
+    """Say which ablation is left out, and which doesn't have the time that it is to have."""
+    for error in PLAN.refused.values():
+        print(f"No table of this call shows it, so the call goes on: {error}", file=sys.stderr)
     with suppress(SpoiltError):  # left to whoever reads the timing
         for text in PLAN.unlike_timing():
             print(text, file=sys.stderr)
@@ -122,9 +122,28 @@ def recover_from_kill():
         marker.unlink()
 
 
+def is_call_alive():
+    """Whether a call that runs jobs is at work in this folder; it holds the lock of
+    `recover_from_kill`."""
+    if not Path(".snakemake/alive").exists():
+        return False
+    with open(".snakemake/alive") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no locks here
+            pass
+    return False
+
+
 def count_begun():
     """A dry run counts outputs that a call has begun as to be made: Snakemake would end with advice
     that harms a call that is alive (--rerun-incomplete), and after a kill isn't needed."""
+
+    if is_call_alive():
+        text = "Another call is at work in this folder: what it has begun counts here as to be made"
+        print(text, file=sys.stderr)
 
     async def force(dag):
         dag.forcefiles.update(await dag.incomplete_files())

@@ -1,6 +1,8 @@
 """How a value that is not accepted is refused: file, key, value, and what would be accepted."""
 
+import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -16,8 +18,19 @@ class ConfigError(ValueError):
     """A value that is not accepted: which file, key and value, and what would be accepted."""
 
     def __init__(self, file: str | Path, key: str, value: Any, accepted: str):
-        super().__init__(f"{file}: {key}: {value!r} is not accepted. Accepted: {accepted}")
+        text = f"{file}: {key}: {value!r} is not accepted. Accepted: {accepted}"
+        super().__init__(text + _near(key, value, accepted))
         self.key, self.value, self.accepted = key, value, accepted
+
+
+def _near(key: str, value: Any, accepted: str) -> str:
+    """A question, if what was written is nearly a name among those that are accepted."""
+    is_of_keys, is_of_values = (accepted.startswith(begin) for begin in ("the keys ", "one of "))
+    if not (is_of_keys or (is_of_values and isinstance(value, str))):
+        return ""
+    word = key.rpartition(".")[2] if is_of_keys else value
+    near = get_close_matches(word, re.findall(r"[\w./-]+", accepted), n=1)
+    return f". Did you mean {near[0]}?" if near else ""
 
 
 def parsed(model: type[ModelT], content: Any, file: str | Path, ablation: str = "") -> ModelT:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Hashable, Mapping
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,13 +126,14 @@ for _class in (Loader, Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _SCIENTIFIC, [*"-+0123456789"])
 
 
-def load_scale(path: str | Path) -> Config:
+def load_scale(*paths: str | Path) -> Config:
     """Read and check a scale file, or a resolved configuration. Raises ConfigError.
 
     What the file doesn't say comes from the mini scale, as with `snakemake --configfile`, and then
-    from the blocks' defaults.
+    from the blocks' defaults. Of several files a later one overrides, as there.
     """
-    return validate(deep_merge(load_yaml(MINI), load_yaml(path)), path)
+    content = reduce(deep_merge, map(load_yaml, (MINI, *paths)))
+    return validate(content, ", ".join(map(str, paths)))
 
 
 def load_ablations(path: str | Path) -> dict[str, Ablation]:

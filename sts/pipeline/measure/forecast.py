@@ -32,7 +32,7 @@ from sts.pipeline.tasks.registry import bytes_of, hub_set_of
 
 
 def estimate(
-    configfile: str | Path,
+    configfile: str | Path | Sequence[Path],
     ablations: str | Path,
     as_json: bool = False,
     on: Machine | None = None,

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 # Labels of the probe's batch, [2, 6]: its rows have different numbers of targets
 PROBE_LABELS = ((-100, 1, -100, -100, 1, -100), (-100, -100, 2, 3, 1, 2))
-LIBRARIES = {"transformers", "torch", "accelerate", "liger_kernel"}  # whose losses never change
+# whose losses never change
+LIBRARIES = {"transformers", "torch", "accelerate", "liger_kernel", "sts"}
 EXPECTED_OUTPUTS = {"loss", "logits", "aux_loss"}  # a forward that returns more gets all tokens
 
 

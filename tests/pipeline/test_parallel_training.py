@@ -121,7 +121,7 @@ def same_steps(first: dict, second: dict) -> None:
 def test_two_processes_take_the_same_steps_as_one(parallel, aligned, several):
     """Also with skipped layers, whose gradients no process sends, and what is saved is a plain
     checkpoint. What both count of the same micro-batches is the same."""
-    both = {"lds": HALF, "vtc": {"kind": "uniform", "keep": 0.5}}
+    both = {"lds": HALF, "vtc": {"kind": "uniform", "keep": 0.5}, "cross_entropy": "chunked"}
     pieces = {"batch_size": 2, "gradient_accumulation_steps": 2}
     alone = several(config(**both, **pieces), "instruct", aligned, "one")
     split = config(**both, batch_size=2, processes=2, parallel=parallel)

@@ -20,8 +20,10 @@ import torch
 from configs import short as config
 from datasets import Dataset
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from sts import vtc
 from sts.pipeline.config import Config
@@ -31,10 +33,11 @@ from sts.pipeline.data.collator import split_files
 from sts.pipeline.data.conversation import render
 from sts.pipeline.files import SpoiltError, read_json, sha256_file, write_json_atomic
 from sts.pipeline.run import device, follows
-from sts.pipeline.train import checkpoint, step
+from sts.pipeline.train import checkpoint, chunked_loss, step
 from sts.pipeline.train import train as training
 from sts.pipeline.train.feed import leave_sigterm, my_pieces
 from sts.pipeline.train.job import Job
+from sts.pipeline.train.masters import with_masters
 from sts.pipeline.train.step import lr_factor
 from sts.pipeline.train.train import train
 
@@ -743,18 +746,22 @@ BF16 = {"precision": "bf16", "weights": "bf16"}
 def test_bf16_weights_are_stepped_on_as_masters_by_hand(run, aligned, monkeypatch):
     """Against AdamW written out, on the gradients that each backward left in bf16."""
     monkeypatch.setattr(device, "bf16_is_native", lambda: True)
-    start, gradients, collect = {}, {}, step.collect_gradients
+    names, start, gradients, collect = {}, {}, {}, step.collect_gradients
 
-    def watched(model):
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.dtype == torch.bfloat16
-                start.setdefault(name, parameter.master.clone())
+    def named(model):
+        names.update((parameter, name) for name, parameter in model.named_parameters())
+        return with_masters(model)
+
+    def watched(pairs):
+        for parameter, master in pairs:
+            assert parameter.dtype == torch.bfloat16
+            start.setdefault(names[parameter], master.clone())
             if parameter.grad is not None:
-                before = gradients.get(name, 0)
-                gradients[name] = before + parameter.grad.double()
-        collect(model)
+                before = gradients.get(names[parameter], 0)
+                gradients[names[parameter]] = before + parameter.grad.double()
+        collect(pairs)
 
+    monkeypatch.setattr(step, "with_masters", named)
     monkeypatch.setattr(step, "collect_gradients", watched)
     settings = config(steps=1, lds=HALF, weight_decay=0.1, gradient_accumulation_steps=2, **BF16)
     result = run(settings, "instruct", init=aligned)
@@ -789,6 +796,56 @@ def test_bf16_weights_resume_from_their_masters(run, stopped, monkeypatch):
 def test_bf16_weights_are_refused_where_they_make_no_sense(more):
     with pytest.raises(ValueError, match=r"weights.*'bf16'.*expected fp32, or precision: bf16"):
         config(**BF16 | more)
+
+
+@pytest.mark.parametrize("keywords", ["labels", "shift_labels", "num_items_in_batch"])
+def test_the_loss_in_chunks_is_that_of_the_whole_logits(keywords):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 500, dtype=torch.float64)
+    hidden = torch.randn(3, 40, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 500, (3, 40), generator=generator)
+    labels[0, :9] = -100
+    more = {"shift_labels": labels, "num_items_in_batch": torch.tensor(17)}
+    more = {key: value for key, value in more.items() if key == keywords}
+    whole = ForCausalLMLoss(head(hidden), labels, 500, **more)
+    chunked = chunked_loss.chunked_loss(hidden, head, labels, **more)
+    torch.testing.assert_close(chunked, whole.float())  # transformers' has float32 logits
+    leaves = (hidden, head.weight, head.bias)
+    pairs = zip(*(torch.autograd.grad(loss, leaves) for loss in (chunked, whole)), strict=True)
+    for gradient, expected in pairs:
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_stage_with_its_loss_in_chunks_takes_the_same_steps(run, aligned, monkeypatch, precision):
+    monkeypatch.setattr(device, "bf16_is_native", lambda: True)
+    rows, calls = [], {"whole": Counter(), "chunked": Counter()}
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            calls[kind][function.__name__] += torch.is_grad_enabled()
+            return function(*args, **(kwargs or {}))
+
+    for kind in calls:
+        settings = config(steps=2, precision=precision, cross_entropy=kind)
+        with Watch():
+            rows.append(read_history(run(settings, "instruct", init=aligned)["weights"]))
+    assert calls["whole"]["linear_cross_entropy"] == 0
+    assert calls["chunked"]["linear_cross_entropy"] == 1 + 2  # the probe, and the steps
+    # FLOPs are counted of the model as it was
+    assert calls["whole"]["cross_entropy"] - calls["chunked"]["cross_entropy"] == 2
+    for whole, chunked in zip(*rows, strict=True):
+        rounding = 1e-5 if precision == "fp32" else 8e-3
+        assert chunked["loss"] == pytest.approx(whole["loss"], rel=rounding)
+        assert chunked["grad_norm"] == pytest.approx(whole["grad_norm"], rel=4 * rounding)
+
+
+def test_a_loss_in_chunks_is_refused_where_logits_are_more_than_a_linear_layer(aligned):
+    model = LlavaForConditionalGeneration.from_pretrained(read_json(aligned)["weights"])
+    whole = model.loss_function
+    model.loss_function = lambda logits, **kwargs: whole(logits=3 * logits, **kwargs)
+    with pytest.raises(ValueError, match=r"cross_entropy.*Llava.*expected whole for a model"):
+        chunked_loss.chunk_loss(model)
 
 
 def test_bf16_is_fp32_on_a_processor_without_it_and_has_a_key_of_its_own(

@@ -87,6 +87,8 @@ class StageConfig(Block):
     """Of the forward pass; bf16 by autocast, and fp32 on a CPU that does not compute in bf16."""
     weights: Annotated[Literal["fp32", "bf16"], Neutral("fp32")] = "fp32"
     """What the forward pass computes from; bf16: with a float32 master of each trained weight."""
+    cross_entropy: Annotated[Literal["whole", "chunked"], Neutral("whole")] = "whole"
+    """How the loss is computed; chunked: the logits of a micro-batch are never whole."""
     gradient_checkpointing: Annotated[bool, Neutral(False)]
     """Recompute activations in the backward pass to save memory."""
     group_by_length: Annotated[bool, Neutral(False)] = True

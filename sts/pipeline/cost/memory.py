@@ -49,8 +49,8 @@ def step_memory(
         gradients and two moments, float32, of what is trained, and masters of bf16 weights.
         `copies`: of weights in bf16, or gradients of bf16 weights, and of what shards are gathered
         to, with gradients: all outside the decoder's layers and two of them, the one that runs and
-        the next. `activations`: what the backward needs. `logits`: in float32 three times over;
-        with checkpointing they are gone before a layer is computed again.
+        the next. `activations`: what the backward needs. `logits`: in float32 three times over,
+        or of a chunk; with checkpointing they are gone before a layer is computed again.
     """
     is_bf16 = (block.precision if on_gpu else precision_here(block.precision)) == "bf16"
     is_fused = on_gpu or attention_here(block.precision) != "eager"
@@ -58,7 +58,9 @@ def step_memory(
     has_masters = is_bf16 and block.weights == "bf16"
     kind = ("shards" if shards > 1 or has_masters else "autocast") if is_bf16 else "fp32"
     of_layer, kept = _kept(counts, tokens, block.gradient_checkpointing, is_fused, *BYTES[kind])
-    logits = 3 * FLOAT32 * answer_tokens * counts.vocab
+    # a chunk's logits are no larger than the hidden states
+    is_chunked = block.cross_entropy == "chunked"
+    logits = 3 * FLOAT32 * answer_tokens * (counts.width if is_chunked else counts.vocab)
     reserved = ALLOCATOR if on_gpu or torch.cuda.is_available() else 1.0
     if block.gradient_checkpointing:
         of_layer = max(of_layer - logits, 0.0)

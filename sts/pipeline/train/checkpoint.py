@@ -28,7 +28,7 @@ from sts.pipeline.config import Config, config_hash
 from sts.pipeline.files import hashes, sha256_file, sha256_json, write_json_atomic
 from sts.pipeline.run import provenance
 from sts.pipeline.run.weights import DONE, HISTORY
-from sts.pipeline.train.masters import master_of, take_over
+from sts.pipeline.train.masters import master_of, take_over, with_masters
 from sts.pipeline.train.parallel import everywhere, of_first, rank, wait, world
 from sts.scheme import Scheme
 
@@ -160,7 +160,7 @@ def load_state(
         with warnings.catch_warnings(action="ignore"):
             reader = HuggingFaceStorageReader(str(target))
             dcp.load(tensors(model, optimizer), storage_reader=reader)
-        take_over(model)
+        take_over(with_masters(model))
         if rank() == 0:
             shutil.copy(target / HISTORY, folder)
         files = [target / PROCESS.format(number) for number in (rank(), 0)]

@@ -12,6 +12,7 @@ from sts.pipeline.config import StageConfig
 from sts.pipeline.run.device import precision_here
 
 MASTER = "master"  # attribute of a parameter: its master, a float32 tensor of the same shape
+Pairs = list[tuple[nn.Parameter, Tensor]]  # of a parameter and its master
 
 
 def has_masters(block: StageConfig) -> bool:
@@ -33,16 +34,16 @@ def keep_masters(model: nn.Module, device: torch.device) -> None:
         parameter.data = parameter.to(torch.bfloat16)
 
 
-def with_masters(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+def with_masters(model: nn.Module) -> Pairs:
     """The parameters that have a master, and it."""
     parameters = (p for p in model.parameters() if hasattr(p, MASTER))
     return [(parameter, master_of(parameter)) for parameter in parameters]
 
 
 @torch.no_grad()
-def collect_gradients(model: nn.Module) -> None:
+def collect_gradients(pairs: Pairs) -> None:
     """Add what a backward left to the gradients of the masters. One that got none has none."""
-    for parameter, master in with_masters(model):
+    for parameter, master in pairs:
         if parameter.grad is not None:
             gradient = parameter.grad.float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
@@ -50,15 +51,15 @@ def collect_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def show_gradients(model: nn.Module) -> None:
+def show_gradients(pairs: Pairs) -> None:
     """Give the parameters their whole gradients, for a policy that looks at them."""
-    for parameter, master in with_masters(model):
+    for parameter, master in pairs:
         parameter.grad = None if master.grad is None else master.grad.to(parameter.dtype)
 
 
 @torch.no_grad()
-def take_over(model: nn.Module) -> None:
+def take_over(pairs: Pairs) -> None:
     """Set the parameters to their masters, rounded to bf16; their gradients are gone."""
-    for parameter, master in with_masters(model):
+    for parameter, master in pairs:
         parameter.copy_(master)
         parameter.grad = None

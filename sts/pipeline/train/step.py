@@ -154,19 +154,19 @@ def optimizer_step(
     answers = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
     answers = accelerator.reduce(answers, "sum")
     total = torch.zeros((), device=accelerator.device)
-    has_masters = bool(with_masters(model))
+    masters = with_masters(model)
     for i, batch in enumerate(batches):
         is_last = i == len(batches) - 1
         with (
-            contextlib.nullcontext() if is_last or has_masters else accelerator.no_sync(model),
+            contextlib.nullcontext() if is_last or masters else accelerator.no_sync(model),
             torch.autocast(accelerator.device.type, torch.bfloat16, enabled=is_bf16),
         ):
             loss = model(**batch, num_items_in_batch=answers, use_cache=False).loss
             # gradients are averaged over processes, and the loss is to be their sum
             accelerator.backward(loss * accelerator.num_processes)
-        collect_gradients(model)
+        collect_gradients(masters)
         total += loss.detach()
-    show_gradients(model)
+    show_gradients(masters)
     scheme.after_backward()
     stepped = [master_of(parameter) for parameter in model.parameters()]
     norm = accelerator.clip_grad_norm_(stepped, block.max_grad_norm)
@@ -178,7 +178,7 @@ def optimizer_step(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         optimizer.step()
-        take_over(model)
+        take_over(masters)
     optimizer.zero_grad(set_to_none=True)  # no gradient at all: AdamW leaves skipped layers alone
     return loss, norm, sums
 

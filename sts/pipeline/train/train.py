@@ -51,6 +51,7 @@ from sts.pipeline.train.checkpoint import (
     save_state,
     sigterm_put_off,
 )
+from sts.pipeline.train.chunked_loss import chunk_loss
 from sts.pipeline.train.feed import feed, load_data, longest_batch
 from sts.pipeline.train.held_out import held_out
 from sts.pipeline.train.job import Job, derived_seed
@@ -220,6 +221,8 @@ def set_up(job: Job, others: float = 0.0) -> Training:
     meter = Meter(plain, example(samples, processor), partial(train_parts, stage=block, seed=0))
     longest = longest_batch(samples, block.batch_size, meter.counts.visual_tokens)
     check_memory(meter.counts, job.stage, block, *longest, others)
+    if block.cross_entropy == "chunked":
+        chunk_loss(plain)
     scheme = put_scheme(plain, block, len(samples), job.seed_of("scheme"))
     torch.manual_seed(job.seed_of("dropout"))  # nothing else draws from it
     if is_sharded(block):

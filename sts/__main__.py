@@ -191,6 +191,7 @@ def bench(
     width: Width = None,
     repeats: Annotated[int, option("timed steps a setting")] = 7,
     attention: Attention = "sdpa",
+    autocast: Annotated[bool, option("float32 weights, bf16 forward", None, "--autocast")] = False,
 ) -> None:
     """Time variants, interleaved, with the machine to themselves: the trainings of several
     configurations (--configs), or settings of VTC and LDS at a model's shape (--shape)."""
@@ -200,6 +201,7 @@ def bench(
         recomputes = [choice == "on" for choice in checkpointing]
         cut = {"layers": layers, "width": width}
         steps = {"batch": batch, "text": text, "repeats": repeats, "attention": attention}
+        steps["autocast"] = autocast
         try:
             speed(shape, settings, out, stages=stages, checkpointing=recomputes, **cut, **steps)
         except ValueError as error:

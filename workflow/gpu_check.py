@@ -4,7 +4,8 @@
 
 tests   the tests that are marked `gpu`
 bench   `bench --shape` of SHAPES whole, in both stages: the paper's STS, pooling, the units of LDS;
-        with each attention, with and without checkpointing, a part each
+        with each attention, with and without checkpointing, a part each; a loss in chunks is a row
+        of each, and float32 weights with autocast a part
 smoke   the whole pipeline at scale `smoke`, from nothing
 
 Each part is a process of its own, which the failure of another leaves alone. The result is
@@ -31,6 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 from xml.etree import ElementTree
@@ -46,6 +48,7 @@ SHAPES = ("llava-1.5-7b", "qwen2.5-vl-7b")
 ATTENTION = {"sdpa": None, "flash_attention_2": "flash_attn"}  # with the package that it needs
 # A GPU must be full before a saving shows; without checkpointing a card of 80 GB holds fewer.
 BATCH = {"on": "16", "off": "4"}
+BENCHES = [*product(SHAPES, ATTENTION, BATCH), (SHAPES[0], "sdpa", "on", "autocast")]
 SETTINGS = (
     "uniform@0.5", "random@0.5", "avgpool2d@0.25",  # VTC: two of the paper's kinds, and pooling
     "sts@0.5:epsilon=1", "random@0.5+sts@0.5:epsilon=1",  # LDS and STS, as the row `sts` has them
@@ -75,16 +78,14 @@ def parts(rehearse: bool = False) -> list[Part]:
         report = LOGS / "tests.xml"
         command = [*python, "pytest", "-m", "gpu", "-n", "0", f"--junitxml={report}"]
         todo.append(Part("tests", command, [report], says=partial(counts, report)))
-    for shape in SHAPES:
-        for attention, package in ATTENTION.items():
-            for checkpointing, batch in BATCH.items():
-                name = f"{shape}-{attention}{'-checkpointing' * (checkpointing == 'on')}"
-                out = LOGS / f"{name}.json"
-                size = TINY.split() if rehearse else ["--batch", batch, "--repeats", "5"]
-                command = [*python, "sts", "bench", "--shape", shape, "--attention", attention]
-                command += ["--checkpointing", checkpointing, *size, "--settings", *SETTINGS]
-                command += ["--out", str(out)]
-                todo.append(Part(name, command, [out], package, partial(measured, out)))
+    for shape, attention, checkpointing, *switches in BENCHES:
+        name = "-".join([shape, attention, *["checkpointing"][: checkpointing == "on"], *switches])
+        out = LOGS / f"{name}.json"
+        size = TINY.split() if rehearse else ["--batch", BATCH[checkpointing], "--repeats", "5"]
+        command = [*python, "sts", "bench", "--shape", shape, "--attention", attention]
+        command += ["--checkpointing", checkpointing, *[f"--{switch}" for switch in switches]]
+        command += [*size, "--settings", *SETTINGS, "--out", str(out)]
+        todo.append(Part(name, command, [out], ATTENTION[attention], partial(measured, out)))
     command = [*python, "snakemake", "--cores", "all", "--config", f"scale={SMOKE}"]
     command += ["--configfile", "workflow/config/smoke.yaml"]
     outputs = [Path("results") / SMOKE, Path("data") / SMOKE]
@@ -106,7 +107,7 @@ def counts(report: Path) -> dict[str, int]:
 def measured(out: Path) -> dict[str, Any]:
     """What a bench measured: medians, memory, ratios to dense, realisation, a row a setting."""
     result = read_json(out)
-    return {key: result[key] for key in ("cut", "dtype", "batch", "repeats", "rows")}
+    return {key: result[key] for key in ("cut", "dtype", "autocast", "batch", "repeats", "rows")}
 
 
 def run_of(results: Path, gpu: bool) -> dict[str, Any]:

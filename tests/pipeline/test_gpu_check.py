@@ -146,9 +146,12 @@ def test_the_benches_are_all_that_was_asked_for(monkeypatch):
     for part in gpu_check.parts():
         if "bench" in part.command:
             assert main(part.command[3:]) == 0
-    every = {(shape, more["attention"], *more["checkpointing"]) for shape, _, more in calls}
-    assert every == {
-        (shape, attention, checkpointing)
+    every = {
+        (shape, more["attention"], *more["checkpointing"], more["autocast"])
+        for shape, _, more in calls
+    }
+    assert every == {("llava-1.5-7b", "sdpa", True, True)} | {
+        (shape, attention, checkpointing, False)
         for shape in ("llava-1.5-7b", "qwen2.5-vl-7b")
         for attention in ("sdpa", "flash_attention_2")
         for checkpointing in (False, True)

@@ -47,7 +47,7 @@ def test_the_cut_is_stated(result):
 
 @pytest.mark.slow
 def test_every_setting_in_both_stages_with_and_without_checkpointing(result):
-    assert len(result["rows"]) == 2 * 2 * 6
+    assert len(result["rows"]) == 2 * 2 * 7
     for row in result["rows"]:
         assert row["step_s"] > 0 and row["flops"] > 0 and row["held_mb"] > 0
         low, high = row["step_s_range"]
@@ -64,6 +64,8 @@ def test_flops_and_memory_fall_as_they_should(result, stage, checkpointing):
     dense, bare, plain = of("dense"), of("bare"), of("plain")
     assert dense["time_ratio"] == dense["flops_ratio"] == 1
     assert bare["flops"] == dense["flops"] < plain["flops"]  # logits on answer tokens alone
+    assert of("chunked")["held_mb"] != dense["held_mb"]
+    assert of("chunked")["flops_ratio"] == 1 and of("chunked")["realisation"] is None
     both = of(f"{COMPRESSED}+{SKIPPED}")
     for setting in (COMPRESSED, SKIPPED):
         assert both["flops"] < of(setting)["flops"] < dense["flops"]

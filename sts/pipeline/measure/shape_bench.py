@@ -5,11 +5,12 @@
 A setting is `kind@keep` (VTC), `policy@rate` (LDS), each with more of its settings after colons
 (`sts@0.6:epsilon=0.5:unit=samples`), or both joined by `+`. Three more are always there: `plain`,
 the model untouched; `bare`, its base model and the loss on answer tokens written out by hand;
-`dense`, the same with a scheme attached that does nothing: the baseline.
+`dense`, the same with a scheme attached that does nothing: the baseline; `chunked`, which is
+`dense` with its loss in chunks (`cross_entropy: chunked`).
 
-A step is forward and backward, in bf16 on a GPU, else in float32. All settings take turns on the
-same batch in one process. Of a setting that leaves out layers, steps are timed that stand for a
-whole stage (`typical_steps`).
+A step is forward and backward, in bf16 on a GPU, else in float32, or by autocast to bf16. All
+settings take turns on the same batch in one process. Of a setting that leaves out layers, steps are
+timed that stand for a whole stage (`typical_steps`).
 """
 
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from sts.pipeline.cost.machines import gpu_of
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.measure import shapes
 from sts.pipeline.measure.timing import in_turn, measured_on, typical_steps
+from sts.pipeline.train.chunked_loss import chunk_loss
 from sts.pipeline.train.model import freeze, recompute
 from sts.scheme import sparsify
 from sts.settings import IGNORE_INDEX, LDS, VTC
@@ -47,7 +49,9 @@ STAGES = {"align": ("projector",), "instruct": ("projector", "language_model")}
 FLASH = "flash_attention_2"
 ATTENTION = ("sdpa", "eager", FLASH)
 Variants = dict[str, tuple[VTC, LDS] | None]  # None: without a scheme
-ALWAYS: Variants = {"plain": None, "bare": None, "dense": (VTC(), LDS())}
+ALWAYS: Variants = {"plain": None, "bare": None} | dict.fromkeys(
+    ("dense", "chunked"), (VTC(), LDS())
+)
 STEPS = 1000  # optimizer steps that a schedule is spread over
 COLUMNS = (
     "stage checkpointing setting step_s tokens_per_s flops_ratio time_ratio realisation held_mb "
@@ -96,6 +100,7 @@ def speed(
     width: float | None = None,
     repeats: int = 7,
     attention: str = "sdpa",
+    autocast: bool = False,
 ) -> dict[str, Any]:
     """Time settings of VTC and LDS at the shape of a known model; print, write, return the result.
 
@@ -111,6 +116,7 @@ def speed(
             `mini` and `wide`, else 4 and 1/8.
         repeats: Timed steps a setting.
         attention: One of ATTENTION.
+        autocast: Whether weights are float32 and the forward computes in bf16.
 
     Raises:
         ValueError: An unknown shape, setting or attention, or one that can't run here.
@@ -121,7 +127,7 @@ def speed(
     expect(attention != FLASH or has_flash, "attention", attention, accepted)
     parsed = {setting: parse_setting(setting) for setting in settings if setting not in ALWAYS}
     config, cut = _cut(name, layers, width)
-    steps = Steps(config, attention, batch, text, ALWAYS | parsed)
+    steps = Steps(config, attention, batch, text, ALWAYS | parsed, autocast)
     about, tokens = measured_on(), steps.inputs["input_ids"].numel()
     rows = [
         {"stage": stage, "checkpointing": is_on, **row}
@@ -134,6 +140,7 @@ def speed(
         "visual_tokens": shapes.side(config) ** 2,
         "attention": attention,
         "dtype": str(steps.model.dtype).removeprefix("torch."),
+        "autocast": autocast,
         "torch": torch.__version__,
         "rows": rows,
         **about,
@@ -171,14 +178,22 @@ class Steps:
     one batch."""
 
     def __init__(
-        self, config: PreTrainedConfig, attention: str, batch: int, text: int, variants: Variants
+        self,
+        config: PreTrainedConfig,
+        attention: str,
+        batch: int,
+        text: int,
+        variants: Variants,
+        autocast: bool = False,
     ) -> None:
-        has_gpu = torch.cuda.is_available()
-        dtype, device = (torch.bfloat16, "cuda") if has_gpu else (torch.float32, "cpu")
+        has_gpu, self.autocast = torch.cuda.is_available(), autocast
+        device = "cuda" if has_gpu else "cpu"
+        dtype = torch.bfloat16 if has_gpu and not autocast else torch.float32
         torch.manual_seed(0)
         with torch.device(device):
             self.model = shapes.random_model(config, dtype)
         self.model.set_attn_implementation(attention)
+        self.chunk = chunk_loss(self.model)
         inputs = shapes.made_up_batch(config, batch, text, text - text // 2)
         self.inputs = {
             key: value.to(device, dtype if value.is_floating_point() else None)
@@ -194,6 +209,8 @@ class Steps:
         # a forward is asked once what it sees, which is no part of a step
         self.take("dense", 0)
         counts = {name: self.count(name, steps[name]) for name in self.variants}
+        # torch's counter doesn't know the products in the chunks' operator
+        counts["chunked"]["flops"] = counts["dense"]["flops"]
         taken = in_turn(
             f"bench {stage}", list(self.variants), 1, WARMUP, repeats,
             lambda name, _, repeat: self.take(name, steps[name][max(repeat, 0)]),
@@ -206,6 +223,7 @@ class Steps:
     def scheme(self, name: str) -> Any:
         """The variant's scheme on the model, or None, for the body of a `with`."""
         setting = self.variants[name]
+        self.chunk(name == "chunked")
         return sparsify(self.model, *setting, total_steps=STEPS) if setting else nullcontext()
 
     def typical(self, name: str, repeats: int) -> list[int]:
@@ -219,7 +237,9 @@ class Steps:
             if scheme:
                 scheme.begin_step(step)
             began = timer()
-            (self.bare_loss() if name == "bare" else self.model(**self.inputs).loss).backward()
+            with torch.autocast(self.model.device.type, torch.bfloat16, self.autocast):
+                loss = self.bare_loss() if name == "bare" else self.model(**self.inputs).loss
+            loss.backward()
             seconds = timer() - began
         self.model.zero_grad(set_to_none=True)
         return seconds

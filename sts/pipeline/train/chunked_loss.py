@@ -1,6 +1,9 @@
 """Head and cross-entropy in chunks of tokens by torch's `linear_cross_entropy`, so that the logits
 of a micro-batch are never whole."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import LinearCrossEntropyOptions
@@ -17,7 +20,7 @@ from sts.settings import IGNORE_INDEX
 TOLERANCE = 1e-3  # relative, of the probe's loss
 
 
-def chunk_loss(model: PreTrainedModel) -> None:
+def chunk_loss(model: PreTrainedModel) -> Callable[[bool], None]:
     """Have the model compute its loss in chunks, wherever gradients are wanted: its head gives the
     hidden states on, and its loss function has the head's weight.
 
@@ -27,6 +30,9 @@ def chunk_loss(model: PreTrainedModel) -> None:
     Args:
         model: Before its processes share it; its logits, without gradients, stay as they are.
 
+    Returns:
+        Switches it off (False) and on.
+
     Raises:
         ValueError: Its logits are not those of a linear layer alone.
     """
@@ -35,13 +41,18 @@ def chunk_loss(model: PreTrainedModel) -> None:
     name = type(model).__name__
     expect(type(head) is nn.Linear, "cross_entropy", f"chunked, {name}", accepted)
 
+    switch = {"is_on": True}
+
+    def acts() -> bool:
+        return switch["is_on"] and torch.is_grad_enabled()
+
     def pass_on(hidden: Tensor) -> Tensor:
-        return hidden if torch.is_grad_enabled() else logits_of(hidden)
+        return hidden if acts() else logits_of(hidden)
 
     def loss_of(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: object) -> Tensor:
-        if not torch.is_grad_enabled():
-            return whole(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return chunked_loss(logits, head, labels, **kwargs)
+        if acts():
+            return chunked_loss(logits, head, labels, **kwargs)
+        return whole(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
 
     is_real = not head.weight.is_meta  # else the first process finds out
     with torch.no_grad():
@@ -50,6 +61,7 @@ def chunk_loss(model: PreTrainedModel) -> None:
     with torch.enable_grad():
         is_same = not is_real or torch.isclose(_probe(model), expected, rtol=TOLERANCE)
     expect(bool(is_same), "cross_entropy", f"chunked, {name}", accepted)
+    return partial(switch.__setitem__, "is_on")
 
 
 def chunked_loss(

@@ -122,9 +122,8 @@ def speed(
         ValueError: An unknown shape, setting or attention, or one that can't run here.
     """
     expect(attention in ATTENTION, "attention", attention, f"one of {', '.join(ATTENTION)}")
-    has_flash = torch.cuda.is_available() and is_flash_attn_2_available()
-    accepted = "sdpa or eager, or a GPU and the package flash-attn"
-    expect(attention != FLASH or has_flash, "attention", attention, accepted)
+    can_flash = attention != FLASH or (torch.cuda.is_available() and is_flash_attn_2_available())
+    expect(can_flash, "attention", attention, "sdpa or eager, or a GPU and the package flash-attn")
     parsed = {setting: parse_setting(setting) for setting in settings if setting not in ALWAYS}
     config, cut = _cut(name, layers, width)
     steps = Steps(config, attention, batch, text, ALWAYS | parsed, autocast)
@@ -138,10 +137,8 @@ def speed(
     result = {
         **{"shape": name, "cut": cut, "batch": batch, "text_tokens": text, "repeats": repeats},
         "visual_tokens": shapes.side(config) ** 2,
-        "attention": attention,
+        **{"attention": attention, "autocast": autocast, "torch": torch.__version__},
         "dtype": str(steps.model.dtype).removeprefix("torch."),
-        "autocast": autocast,
-        "torch": torch.__version__,
         "rows": rows,
         **about,
     }

@@ -94,7 +94,7 @@ def prepare(config: ConfigFile, dataset: Name, out: Out) -> None:
 @verb
 def backbone(config: ConfigFile, out: Out) -> None:
     """Write the manifest of the vision tower and the language model that every run starts from."""
-    from sts.pipeline.train.model import write_manifest
+    from sts.pipeline.train.shallow import write_manifest
 
     write_manifest(load_scale(config).model, out)
 
@@ -410,7 +410,7 @@ def config(
     shown = resolved[ablation] if ablation else scale
     for stage, block in shown.stages.items():
         if block.lds.rate:
-            formula = block.lds.formula(shown.model.layers)
+            formula = block.lds.formula(len(shown.model.kept_layers))
             print(f"# {stage}.lds, t = share of the stage done: {formula}")
     print(dump(shown), end="")
 

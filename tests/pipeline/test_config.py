@@ -169,7 +169,7 @@ RECIPE = (
 # ---- what is not --------------------------------------------------------------------------------
 
 WRONG = {
-    "unknown key": ("{align: {stpes: 3}}", "align.stpes", "split, template, steps"),
+    "unknown key": ("{align: {stpes: 3}}", "align.stpes", "template, steps"),
     "unknown key, deep": ("{align: {vtc: {kep: 0.5}}}", "align.vtc.kep", "kind, keep"),
     "text for a number": ("{align: {steps: many}}", "align.steps", "a whole number at least 1"),
     "fraction for a whole number": ("{align: {steps: 1.5}}", "align.steps", "a whole number"),
@@ -322,6 +322,19 @@ def test_a_share_of_the_steps_scales_both_stages_but_never_the_baseline(tmp_path
     file.write_text("dense: {label: Dense}\nnone: {label: x, steps_share: 0}\n")
     with pytest.raises(ConfigError, match=r"none\.steps_share: 0 .* greater than 0"):
         load_ablations(file)
+
+
+def test_an_ablation_with_a_share_of_the_samples_passes_over_them_as_often(tmp_path, mini):
+    def steps(override: str) -> int:
+        return resolved(tmp_path, mini, f"{{instruct: {override}}}").stages["instruct"].steps
+
+    whole = mini.stages["instruct"].steps
+    assert steps("{samples: 0.5}") == whole // 2
+    assert steps("{samples: 0.5, steps: 7}") == 7
+    with pytest.raises(ConfigError, match=r"samples: 1\.5 is not accepted"):
+        steps("{samples: 1.5}")
+    with pytest.raises(ConfigError, match=r"scenes has 3\b"):  # fewer than a step takes
+        steps("{samples: 0.001}")
 
 
 def test_a_whole_checkpoint_is_one_entry_of_a_scale_or_an_ablation(tmp_path, mini):

@@ -34,7 +34,7 @@ from sts.pipeline.config import MINI, ConfigError, ModelConfig, check_inputs, lo
 from sts.pipeline.data.source import DataError
 from sts.pipeline.data.tokens import tokenise
 from sts.pipeline.files import SpoiltError, read_json
-from sts.pipeline.train import fetch
+from sts.pipeline.train import fetch, shallow
 from sts.pipeline.train.joined import load_tokenizer, load_tower
 from sts.pipeline.train.model import (
     SHIPPED,
@@ -325,6 +325,31 @@ def test_the_hubs_cache_is_where_its_client_has_it(tmp_path, monkeypatch, variab
     folder = tmp_path / hub / "models--own--vision/snapshots" / COMMIT
     folder.mkdir(parents=True)
     assert fetch.cached_folder(f"own/vision@{COMMIT}") == folder
+
+
+@pytest.mark.parametrize("kind, kept", [("shipped", [0, 2, 4, 7, 9, 11]), ("pretrained", [0])])
+def test_a_smaller_decoder_is_the_language_model_without_some_layers(tmp_path, kind, kept):
+    """Its logits are those of the whole, in which the layers that are left out are identities."""
+    settings = load_scale(MINI).model
+    if kind == "pretrained":
+        joined(tmp_path, language="qwen2")
+        parts = {name: str(tmp_path / name) for name in ("vision", "language")}
+        settings = ModelConfig(backbone="pretrained", **parts, layers=2)
+    share = settings.model_copy(update={"layers_share": 0.5})
+    shallow.write_manifest(settings, tmp_path / "all.json")
+    shallow.write_manifest(share, tmp_path / "half.json")
+    (whole, _), (half, _) = (build(tmp_path / f"{name}.json", 0) for name in ("all", "half"))
+    layers = whole.model.language_model.layers
+    assert half.config.text_config.num_hidden_layers == len(kept)
+    for index in set(range(settings.layers)) - set(kept):
+        layers[index].forward = lambda hidden, *args, **kwargs: hidden
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected, logits = whole(input_ids=ids).logits, half(input_ids=ids).logits
+    assert torch.allclose(logits, expected, atol=1e-6)
+    half.save_pretrained(tmp_path / "saved")
+    again = type(half).from_pretrained(tmp_path / "saved")
+    assert len(again.model.language_model.layers) == len(kept)
 
 
 def test_what_changes_nothing_is_not_in_the_manifest(tmp_path):

@@ -39,6 +39,7 @@ from sts.pipeline.train.feed import leave_sigterm, my_pieces
 from sts.pipeline.train.job import Job
 from sts.pipeline.train.masters import with_masters
 from sts.pipeline.train.step import lr_factor
+from sts.pipeline.train.subset import load_data
 from sts.pipeline.train.train import train
 
 STEPS, LAYERS = 4, 6
@@ -206,7 +207,7 @@ def test_all_code_that_a_training_runs_is_followed(run, name):
     finally:
         sys.settrace(None)
     stage = settings.stages["align"]
-    idle = {"vtc": not stage.compresses, "lds": not stage.skips}
+    idle = {"vtc": not stage.compresses, "lds": not stage.skips, "samples": stage.samples == 1}
     rooms = [room for part, closed in idle.items() if closed for room in follows.ROOMS[part]]
     ours = {Path(file) for file in called if Path(file).is_relative_to(follows.CODE)}
     missed = {file for file in ours - set(follows.training(stage)) if not looks_on(file)}
@@ -227,7 +228,7 @@ def test_all_that_a_training_imports_is_followed_or_a_file_of_another_choice():
         "lds": {"policy": "sts", "rate": 0.6, "epsilon": 0.5},
     }
     followed = set(follows.training(config(**every).stages["align"]))
-    other = {"__init__.py", "block_influence.py"}  # packages; a depth that this one doesn't use
+    other = {"__init__.py", "block_influence.py", "subset.py"}  # packages; what this doesn't use
     families = {CODE / "architectures" / f"{name}.py" for name in ("others", "tiles")}
     missed = {file for file in files - followed - families if file.name not in other}
     assert files and not [file for file in missed if not looks_on(file)]
@@ -989,3 +990,27 @@ def test_no_held_out_loss_of_captions_or_without_a_validation_split(
     out = tmp_path / "other/runs/dense/seed0/instruct.json"
     job = Job(config(), "dense", 0, "instruct", [without], aligned, out)
     assert "held_out" not in train(job)
+
+
+def test_a_share_of_the_samples_is_drawn_by_seed_whatever_else_the_stage_does(run, prepared):
+    def seen(seed=0, **stage) -> set[int]:
+        job = Job(config(samples=0.25, **stage), "x", seed, "align", [prepared], backbone, out)
+        samples, order = load_data(job, processor)
+        assert len(samples) == 6 and len(samples.lengths) == len(samples.has_image) == 6
+        rows = samples.samples["row"].to_pylist()
+        trained = [*order(0), *order(1)]  # a pass: 4 and 2
+        assert sorted(trained) == [*range(6)]
+        return {rows[index] for index in trained}
+
+    whole = run(config())
+    backbone, out = whole["out"], whole["out"]
+    processor = AutoProcessor.from_pretrained(whole["weights"])
+    drawn = seen()
+    assert drawn == seen(**SPARSE) == seen(lr=0.5) and drawn < set(range(24))
+    assert drawn != seen(seed=1)
+    assert run(config(samples=0.25))["weights_sha256"] != whole["weights_sha256"]
+
+
+def test_only_who_takes_a_share_of_the_samples_follows_how_it_is_drawn():
+    files = [follows.training(config(samples=share).stages["align"]) for share in (1.0, 0.5)]
+    assert [follows.ROOMS["samples"][0] in each for each in files] == [False, True]

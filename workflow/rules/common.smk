@@ -190,7 +190,8 @@ def backbone_code(ablation):
     """Of a backbone manifest: the repository's backbones, byte by byte; of other folders, which may
     be large, names, sizes and dates."""
     model = CONFIGS[ablation].model
-    writers = [CODE / "pipeline/train" / name for name in ("model.py", "joined.py")]
+    names = ["model.py", "joined.py", *(["shallow.py"] if model.layers_share < 1 else [])]
+    writers = [CODE / "pipeline/train" / name for name in names]
     folders = [folder for folder in model.sources or [SHIPPED] if folder != SMOLLM2]
     paths = [path for folder in folders for path in sorted(Path(folder).rglob("*"))]
     files = [path for path in paths if path.is_file()]

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from pydantic import Field, model_validator
 
 from sts.checks import NotAccepted, expect
@@ -126,11 +126,16 @@ class ModelConfig(Block):
     """Layer of the vision tower whose features are projected."""
     layers: up_to(1000) = 12
     """Decoder layers of the language model; what skip rates are checked against."""
+    layers_share: Annotated[float, Gt(0), Le(1), Neutral(1.0)] = 1.0
+    """Share of them that joined parts keep, evenly spaced with the first and the last; the others
+    are taken out for good."""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         """Refuse values that are fine alone and not together."""
         if self.family == "whole":
+            accepted = "1.0 where model.family is whole"
+            expect(self.layers_share == 1, "model.layers_share", self.layers_share, accepted)
             accepted = "a hub id or folder where model.family is whole"
             expect(self.checkpoint is not None, "model.checkpoint", None, accepted)
             return self
@@ -146,6 +151,12 @@ class ModelConfig(Block):
             accepted = "null where model.backbone is shipped (pretrained takes it)"
             expect(value is None, f"model.{key}", value, accepted)
         return self
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """The decoder layers that the run has, by their number in the language model."""
+        count = max(1, round(self.layers_share * self.layers))
+        return [round(i * (self.layers - 1) / max(1, count - 1)) for i in range(count)]
 
     @property
     def sources(self) -> list[str]:
@@ -235,7 +246,7 @@ class Config(Block):
                     key, accepted = f"config.data.custom.{source}.split", f"{stage.split}: stages."
                     raise NotAccepted(key, custom.split, f"{accepted}{name}.data names it")
             try:
-                stage.lds.check_layers(self.model.layers)
+                stage.lds.check_layers(len(self.model.kept_layers))
             except NotAccepted as error:
                 key = f"config.stages.{name}.lds.{error.name.partition('.')[2]}"
                 raise NotAccepted(key, error.value, error.accepted) from None
@@ -264,7 +275,8 @@ class Config(Block):
         """The most rows that the data sets of a stage can have; infinite if nothing says so."""
         generated = {"scenes": getattr(self.data.scenes, stage.split)}
         known = (self.data.rows, generated)
-        return sum(min(rows.get(source, math.inf) for rows in known) for source in stage.data)
+        rows = sum(min(most.get(source, math.inf) for most in known) for source in stage.data)
+        return stage.samples * rows
 
     def stage(self, name: str) -> StageConfig:
         """The block of a stage. Raises KeyError for one that there is not."""

@@ -195,8 +195,19 @@ def resolve(config: Config, ablation: Ablation) -> Config:
             key, accepted = f"{ablation.id}.steps_share", f"more: {name} has {all_steps} steps"
             raise ConfigError(ablation.file, key, ablation.steps_share, accepted)
     for name, block in overrides.items():
-        stages[name] = merge_stage(stages.get(name, {}), block) if block is not None else None
+        base_stage = stages.get(name) or {}
+        stages[name] = None if block is None else merge_stage(base_stage, _paced(base_stage, block))
     return parsed(Config, deep_merge(base, delta), ablation.file, ablation.id)
+
+
+def _paced(stage: Mapping, override: Mapping) -> Mapping:
+    """An override of a stage. One with a share of the samples and no steps gets those that pass
+    over them as often as the stage's over its own."""
+    share = override.get("samples")
+    is_share = isinstance(share, int | float) and 0 < share <= 1
+    if not is_share or "steps" in override or "steps" not in stage:
+        return override
+    return {**override, "steps": max(1, round(stage["steps"] * share / stage["samples"]))}
 
 
 def validate(content: Mapping, file: str | Path) -> Config:

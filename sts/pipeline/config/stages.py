@@ -61,6 +61,9 @@ class StageConfig(Block):
     """Names of the data sets, mixed."""
     split: Literal["align", "instruct"] | None = None
     """Split of the data sets: captions or conversations; null: that of the stage's name."""
+    samples: Annotated[float, Gt(0), Le(1), Neutral(1.0)] = 1.0
+    """Share of the samples that is trained on, drawn at random by the run's seed. An ablation that
+    says it, and no `steps`, passes over them as often as the scale over all."""
     template: Annotated[Literal["plain"] | None, Neutral(None)] = None
     """Text of a row: the model's chat template, or plain, LLaVA's of alignment: image, caption."""
     steps: Count

@@ -32,10 +32,11 @@ from sts.pipeline.files import read_json, write_json_atomic
 from sts.pipeline.measure.parts import PARTS, Laps, laps_of
 from sts.pipeline.measure.timing import in_turn, measured_on, typical_steps, what_is_held
 from sts.pipeline.run.device import lease
-from sts.pipeline.train.feed import Shown, load_data, my_pieces
+from sts.pipeline.train.feed import Shown, my_pieces
 from sts.pipeline.train.job import Job
 from sts.pipeline.train.parallel import rank, wait, world
 from sts.pipeline.train.step import optimizer_step, put_scheme
+from sts.pipeline.train.subset import load_data
 from sts.pipeline.train.train import Training, set_up
 from sts.scheme import Scheme, unsparsify
 

@@ -198,5 +198,5 @@ def model_config(model: ModelConfig) -> PreTrainedConfig:
         vision, language = shapes.part(model.vision), shapes.part(model.language)
     else:
         vision, language = (shapes.part(str(SHIPPED / name)) for name in ("vision", "language"))
-        language.num_hidden_layers = model.layers
+    language.num_hidden_layers = len(model.kept_layers)
     return shapes.joined(vision, language, model.vision_feature_layer)

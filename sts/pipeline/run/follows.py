@@ -22,7 +22,11 @@ from sts.pipeline.tasks import registry as benchmarks
 STORY = CODE / "pipeline/train/train.py"
 ARCHITECTURES = CODE / "architectures"
 JOINED = ARCHITECTURES / "llava.py"  # of the model that is joined of parts
-ROOMS = {"vtc": (CODE / "compression.py", CODE / "vtc"), "lds": (CODE / "lds",)}
+ROOMS = {  # what is followed where it acts alone
+    "vtc": (CODE / "compression.py", CODE / "vtc"),
+    "lds": (CODE / "lds",),
+    "samples": (CODE / "pipeline/train/subset.py",),
+}
 LOOKS_ON = tuple(
     CODE / name
     for name in (
@@ -50,7 +54,7 @@ def training(stage: StageConfig, family: str = "joined") -> list[Path]:
     """The source files that a training of a stage follows. family: that of the model; a `whole`
     checkpoint may be of any architecture."""
     files: set[Path | None] = {STORY, JOINED}
-    idle: tuple[Path, ...] = ()
+    idle: tuple[Path, ...] = ROOMS["samples"] if stage.samples == 1 else ()
     if family == "whole":
         files |= set(ARCHITECTURES.glob("*.py"))
     if stage.compresses:

@@ -52,7 +52,7 @@ from sts.pipeline.train.checkpoint import (
     sigterm_put_off,
 )
 from sts.pipeline.train.chunked_loss import chunk_loss
-from sts.pipeline.train.feed import feed, load_data, longest_batch
+from sts.pipeline.train.feed import feed, longest_batch
 from sts.pipeline.train.held_out import held_out
 from sts.pipeline.train.job import Job, derived_seed
 from sts.pipeline.train.lora import train_parts
@@ -76,6 +76,7 @@ from sts.pipeline.train.step import (
     prepare_process,
     put_scheme,
 )
+from sts.pipeline.train.subset import load_data
 from sts.scheme import Scheme, unsparsify
 
 CHECKPOINT_SECONDS = 600  # a slow training is checkpointed this often whatever `checkpoint_every`

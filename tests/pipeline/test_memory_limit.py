@@ -52,6 +52,18 @@ def test_bf16_weights_halve_what_is_frozen_and_have_masters_and_gradients(paper)
     assert half["copies"] == 2 * counts.parameters["projector"]
 
 
+def test_adapters_need_an_optimizer_of_their_own_weights_alone(paper):
+    stage = paper.stage("instruct")
+    rates = {"lora": 2e-4, "projector": 2e-5}
+    adapters = needed(paper, "instruct", trains=["projector", "lora"], lr=rates)
+    of_text = StageCost(paper, "instruct").counts
+    width, layers, hidden = 4096, 32, 11008
+    rank = stage.lora.rank
+    added = layers * rank * (4 * 2 * width + 3 * (width + hidden))
+    assert adapters["optimizer"] == 12 * (added + of_text.parameters["projector"]) / 8
+    assert adapters["weights"] == 4 * (sum(of_text.parameters.values()) + added) / 8
+
+
 def test_shards_divide_weights_gradients_and_moments_of_adamw(paper):
     whole, shared = (needed(paper, "instruct", parallel=name) for name in ("ddp", "fsdp2"))
     parameters = StageCost(paper, "instruct").counts.parameters

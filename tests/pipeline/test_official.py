@@ -16,6 +16,7 @@ from hub_server import COMMIT, hub
 from hub_sets import ART, OFFICIAL, write_mmmu, write_sets
 
 from sts.pipeline.config import EvaluateConfig, validate
+from sts.pipeline.data.benchmark_sets import files_of
 from sts.pipeline.data.origins import state
 from sts.pipeline.data.source import DataError
 from sts.pipeline.evaluate import asking
@@ -450,6 +451,13 @@ def test_a_split_is_its_files_whatever_the_card_says_of_them(tmp_path, card):
     (tmp_path / names[0]).unlink()
     with pytest.raises(FileNotFoundError, match=r"not all files data/test-\*-of-00002.parquet of"):
         split_files(tmp_path, None, "test")
+
+
+def test_a_card_that_is_broken_is_named(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(DataError, match=rf"benchmark pope: {card}: its YAML can't be read: while"):
+        files_of("pope", tmp_path)
 
 
 def test_a_benchmark_without_a_question_is_refused(tmp_path, monkeypatch):

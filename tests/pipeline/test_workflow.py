@@ -299,6 +299,22 @@ def test_a_folder_that_snakemake_would_take_for_a_pattern_is_named_at_the_start(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("evaluate", "evaluate={processes: 3}"),
+        ("stages.instruct", "stages={instruct: {processes: 3}}"),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_the_first_job(project, key, values):
+    target = "results/mini/runs/dense/seed0/eval.json"
+    more = ("--config", values, "--", target)
+    output = run(project, None, *more, ok=False, CUDA_VISIBLE_DEVICES="0")
+    assert f"dense: {key}.processes: 3 is not accepted: at most 1, the GPUs" in output
+    assert "Traceback" not in output and not (project / "results/mini/runs").exists()
+
+
+@pytest.mark.slow
 def test_resources_on_the_command_line_win_over_the_number_of_gpus(project):
     output = run(project, SMOKE, "data", "--resources", "gpu=3", CUDA_VISIBLE_DEVICES="0")
     assert "gpu=3" in output

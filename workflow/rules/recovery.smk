@@ -60,9 +60,23 @@ def check_environment():
     if CLUSTER and shutil.which("srun"):
         return
     for job in workflow.dag.needrun_jobs():
-        if job.rule.name == "train" and (nodes := stage_of(job.wildcards).nodes) > 1:
-            key = f"{job.wildcards.ablation}: stages.{job.wildcards.stage}.nodes"
-            raise WorkflowError(f"{key}: {nodes} is not accepted without Slurm: 1")
+        check_machine(job)
+
+
+def check_machine(job):
+    """Raise WorkflowError for a job of more nodes or GPUs than this machine has; Snakemake would
+    start it on those that there are."""
+    blocks = {"train": stage_of, "evaluate": evaluation_of}
+    if job.rule.name not in blocks:
+        return
+    block = blocks[job.rule.name](job.wildcards)
+    name = "evaluate" if job.rule.name == "evaluate" else f"stages.{job.wildcards.stage}"
+    key = f"{job.wildcards.ablation}: {name}"
+    if block.nodes > 1:
+        raise WorkflowError(f"{key}.nodes: {block.nodes} is not accepted without Slurm: 1")
+    if 0 < GPUS < block.processes:
+        accepted = f"at most {GPUS}, the GPUs of this machine"
+        raise WorkflowError(f"{key}.processes: {block.processes} is not accepted: {accepted}")
 
 
 def warn_of_ablations():

@@ -2,13 +2,13 @@
 evaluation reads and follows."""
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 
+from sts.pipeline.data.hub import commit_of
 from sts.pipeline.data.origins import LIST, is_same, origin, state
 from sts.pipeline.data.source import DOWNLOADS, NOT_HAD, DataError, mirror_folder
 from sts.pipeline.files import read_json, sha256_json, write_json_atomic, write_text_atomic
@@ -58,10 +58,8 @@ def _fetch(path: str, revision: str, folder: Path, name: str | None, split: str)
     note = read_json(file) if file.exists() else {"parts": []}
     if part in note["parts"]:
         return
-    is_commit = re.fullmatch("[0-9a-f]{40}", revision)
     if "commit" not in note:
-        info = None if is_commit else HfApi().dataset_info(path, revision=revision)
-        note["commit"] = info.sha if info else revision
+        note["commit"] = commit_of(path, revision)
     options = {"repo_type": "dataset", "revision": note["commit"], "local_dir": folder}
     snapshot_download(path, allow_patterns="README.md", **options)
     snapshot_download(
@@ -78,10 +76,14 @@ def mirrored_files(root: Path, path: str) -> list[Path]:
 
 
 def files_of(name: str, folder: Path) -> list[Path]:
-    """The files in the folder of its data set that hold a benchmark's questions and pictures."""
+    """The files in the folder of its data set that hold a benchmark's questions and pictures.
+    Raises DataError where the folder's card can't be read."""
     hub_set = benchmarks.hub_set_of(name)
     parts = dict.fromkeys((hub_set.get("name"), hub_set.get("images") or hub_set.get("name")))
-    return [file for part in parts for file in split_files(folder, part, hub_set["split"])]
+    try:
+        return [file for part in parts for file in split_files(folder, part, hub_set["split"])]
+    except ValueError as error:
+        raise DataError(f"benchmark {name}: {error}") from error
 
 
 def version(folder: Path, files: Iterable[Path]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from sts.pipeline.config import CustomConfig
 from sts.pipeline.data.rows import BadRow, Rows, columns_of, images_of, picture_path, turns
@@ -30,12 +30,8 @@ def hub_folder(name: str, spec: CustomConfig) -> Path:
     try:
         commits = read_json(note) if note.exists() else {}
         branch = f"{spec.hub}@{spec.revision}"
-        if re.fullmatch("[0-9a-f]{40}", spec.revision):
-            commits[branch] = spec.revision
-        elif branch not in commits:
-            options = {"repo_type": "dataset", "allow_patterns": "README.md"}
-            card = snapshot_download(spec.hub, revision=spec.revision, **options)
-            commits[branch] = Path(card).name
+        if branch not in commits:
+            commits[branch] = commit_of(spec.hub, spec.revision)
         folder = DOWNLOADS / name / commits[branch]
         options = {"repo_type": "dataset", "allow_patterns": spec.files, "local_dir": folder}
         snapshot_download(spec.hub, revision=commits[branch], **options)
@@ -47,6 +43,12 @@ def hub_folder(name: str, spec: CustomConfig) -> Path:
             f"{error} Go online, correct {key}, or give a folder that holds its files"
         ) from error
     return folder
+
+
+def commit_of(path: str, revision: str) -> str:
+    """The commit of a data set's branch on the hub, which is asked; a commit is its own."""
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision)
+    return revision if is_commit else HfApi().dataset_info(path, revision=revision).sha
 
 
 def hub_rows(name: str, folder: Path, spec: CustomConfig) -> Rows:

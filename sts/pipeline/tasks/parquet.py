@@ -15,6 +15,7 @@ from datasets import Features
 from datasets.data_files import sanitize_patterns
 from huggingface_hub import metadata_load
 from pyarrow import Table
+from yaml import YAMLError
 
 GROUPS = 4  # parts of files, of a hundred rows or a thousand, that are in memory together
 OF = re.compile(r"-\*-of-(\d+)\.")  # in the name of a part of a split, how many there are
@@ -22,8 +23,14 @@ OF = re.compile(r"-\*-of-(\d+)\.")  # in the name of a part of a split, how many
 
 def patterns_of(card: Path, name: str | None, split: str) -> list[str]:
     """The patterns of the files of a split, which the card of a set lists for each configuration;
-    without a list the files that are named as the split."""
-    content = (metadata_load(card) if card.exists() else None) or {}
+    without a list the files that are named as the split. Raises ValueError for a broken card."""
+    try:
+        content = (metadata_load(card) if card.exists() else None) or {}
+    except YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{card}: its YAML can't be read: {reason}. Put a good copy there"
+        ) from error
     for configuration in content.get("configs") or ():
         if configuration["config_name"] == (name or "default") and "data_files" in configuration:
             listed = sanitize_patterns(configuration["data_files"])

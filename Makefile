@@ -15,7 +15,7 @@ ifneq ($(shell mkdir -p "$(CACHE)" 2> /dev/null && test -w "$(CACHE)" && echo ye
 export XDG_CACHE_HOME := $(CURDIR)/.snakemake/cache
 endif
 
-.PHONY: help reproduce data report test test-all campaign gpu-check hosts lint schemas lock check reference clean
+.PHONY: help reproduce data report test test-all campaign gpu-check hosts docs lint schemas lock check reference clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make campaign    kills, full disks, broken files, ...: what the pipeline survives (40 minutes)"
 	@echo "make gpu-check   on a machine with a GPU: its tests, 7B steps, a smoke run; results to commit"
 	@echo "make hosts       the library with other releases of transformers, and in others' programs"
+	@echo "make docs        the documentation as a site, in site/; no internet needed"
 	@echo "make lint        style of Python and Snakemake files"
 	@echo "make schemas     JSON schemas of scales and ablations, for editors"
 	@echo "make lock        requirements.lock and envs/sts.yaml from what .venv has now"
@@ -58,6 +59,10 @@ gpu-check: .venv/made-from-lock
 
 hosts: .venv/made-from-lock
 	$(BIN)/python -m workflow.hosts $(ARGS)
+
+docs: .venv/made-from-lock
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "read it: $(BIN)/python -m http.server --directory site (the search needs a server)"
 
 lint: .venv/made-from-lock
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import datasets
@@ -27,7 +28,7 @@ from sts.pipeline.evaluate import asking
 from sts.pipeline.evaluate import evaluate as module
 from sts.pipeline.evaluate.evaluate import evaluate
 from sts.pipeline.evaluate.loading import fetch, load_benchmarks
-from sts.pipeline.evaluate.scoring import guesses
+from sts.pipeline.evaluate.scoring import clustered_error, guesses
 from sts.pipeline.files import SpoiltError, hashes, read_json, sha256_json, write_json_atomic
 from sts.pipeline.tasks import official
 from sts.pipeline.tasks import registry as benchmarks
@@ -190,6 +191,25 @@ def test_the_score_is_the_share_of_right_answers(measure, questions):
     assert (result["ablation"], result["seed"], result["weights_sha256"]) == ("sts", 0, "abc")
 
 
+def test_the_error_of_questions_about_one_picture_is_that_of_clusters():
+    draw = np.random.default_rng(0)
+    values, pictures = draw.random(40).tolist(), draw.integers(12, size=40).tolist()
+    mean, number = np.mean(values), len(set(pictures))
+    together = [
+        (a - mean) * (b - mean)
+        for a, first in zip(values, pictures, strict=True)
+        for b, second in zip(values, pictures, strict=True)
+        if first == second
+    ]
+    expected = (sum(together) * number / (number - 1)) ** 0.5 / 40
+    assert clustered_error(values, pictures) == pytest.approx(expected)
+    alone = clustered_error(values, range(40))
+    assert alone == pytest.approx(np.std(values, ddof=1) / 40**0.5)
+    # the same question six times about each picture says no more than once
+    assert clustered_error(6 * values, 6 * [*range(40)]) == pytest.approx(alone)
+    assert clustered_error(values, 40 * ["one picture"]) is None
+
+
 @pytest.mark.parametrize(
     ("output", "right"),
     [("yes", True), (" Yes.", True), ("yes\n", True), ("yes no", False), ("y es", False),
@@ -218,12 +238,16 @@ def test_blind_can_be_left_out(measure, config):
     assert len(oracle.shown) == 40 and result["benchmarks"]["existence"]["blind"] is None
 
 
+def without_picture(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "picture"} for row in rows]
+
+
 def test_a_share_of_the_questions_is_asked_in_grey(measure, config, answers):
     oracle, result = measure(lambda prompt, image: "yes", varied(config, blind=0.25))
     grey = [image for _, _, [image] in oracle.shown if (image == GREY).all()]
     assert (len(oracle.shown), len(grey)) == (2 * (20 + 5), 2 * 5)
     for name in BENCHMARKS:
-        some, every = answers(f"{name}_blind"), answers(name)
+        some, every = map(without_picture, (answers(f"{name}_blind"), answers(name)))
         assert len(some) == 5 and some == [row for row in every if row in some] != every[:5]
         entry = result["benchmarks"][name]
         assert (entry["blind"], entry["n"]) == (sum(row["correct"] for row in some) / 5, 20)
@@ -256,7 +280,12 @@ def test_every_answer_is_kept(measure, questions, answers, tmp_path):
     files = {file.stem for file in (tmp_path / "samples").iterdir()}
     assert files == {"existence", "existence_blind", "colour", "colour_blind"}
     for name in BENCHMARKS:
-        assert answers(name) == answers(f"{name}_blind") == [
+        seen, blind = answers(name), answers(f"{name}_blind")
+        assert [row["picture"] for row in seen] == [
+            sha256(np.asarray(row["image"]).tobytes()).hexdigest()[:16] for row in questions[name]
+        ]
+        assert len({row["picture"] for row in blind}) == 1, "all grey"
+        assert without_picture(seen) == without_picture(blind) == [
             {"id": row["id"], "question": row["question"], "form": row["form"],
              "target": row["answer"], "output": "yes", "correct": row["answer"] == "yes"}
             for row in questions[name]
@@ -659,7 +688,7 @@ def test_lm_evals_tasks_are_scored_by_their_own_metrics(measure, theirs, answers
     assert f"what is <image>?\n\n{official.WORD}" in prompts
     assert group["score"] == pytest.approx(1 / 3) and group["share"]
     assert {chart["majority"], chart["chance"], group["majority"], group["chance"]} == {None}
-    assert answers("chartqa_llama")[3] == {
+    assert without_picture(answers("chartqa_llama"))[3] == {
         "id": "chartqa_llama/3", "question": next(p for p, *_ in oracle.shown if "value 3" in p),
         "form": None, "target": "103", "output": "it is so. Final Answer: 106", "correct": True,
     }  # fmt: skip

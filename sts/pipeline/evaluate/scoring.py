@@ -2,10 +2,13 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from math import isclose, sqrt
 from numbers import Real
 from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -39,8 +42,8 @@ def answer(
 
     Returns:
         {name: {score, stderr, version, metric, share}} and
-        {name: [{id, question, form, target, output, correct}]}, where a row has a `note` too if its
-        question was not asked; on every process.
+        {name: [{id, picture, question, form, target, output, correct}]}, where a row has a `note`
+        too if its question was not asked; on every process.
     """
     # by both names, as one task may be asked by two benchmarks
     tasks = {(name, task.task_name): task for name, b in benchmarks.items() for task in tasks_of(b)}
@@ -69,6 +72,7 @@ def answer(
         samples[name] = [row for id in ids for kept, row in rows[id] if kept == filtered]
         shares = [scores[name]["score"], *(row["correct"] for row in samples[name])]
         scores[name]["share"] = all(isinstance(x, Real) and 0 <= x <= 1 for x in shares)
+        scores[name]["stderr"] = _error(scores[name], samples[name])
     return scores, samples
 
 
@@ -89,6 +93,36 @@ def _score(
     return score | {"version": version, "metric": metric}, filtered
 
 
+def _error(score: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Standard error of a score over its questions: clustered by picture if it is their mean, else
+    lm-eval's, which has none for some metrics."""
+    values = [row["correct"] for row in rows]
+    if score["share"] and len(rows) > 1 and isclose(fmean(values), score["score"]):
+        return clustered_error(values, [row["picture"] for row in rows])
+    return score["stderr"] if isinstance(score["stderr"], Real) else None
+
+
+def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
+    """Standard error of the mean of values that depend on each other within a cluster
+    (Miller, arXiv 2411.00640), with the factor G / (G - 1) for G clusters: of clusters of one
+    value it is their standard deviation / sqrt(n). None for a single cluster."""
+    mean, sums = fmean(values), Counter()
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - mean
+    number = len(sums)
+    if number < 2:
+        return None
+    return sqrt(number / (number - 1) * sum(x**2 for x in sums.values())) / len(values)
+
+
+def _picture(task: Task, doc: Mapping[str, Any]) -> str:
+    """A hash of the pixels of a question's images."""
+    pixels = sha256()
+    for image in task.doc_to_image(doc) or ():
+        pixels.update(image.tobytes())
+    return pixels.hexdigest()[:16]
+
+
 def _wrong(value: Any) -> Any:
     """A value of a metric, as of an answer that is wrong: some rules take none for an answer."""
     if isinstance(value, Mapping):  # what an aggregation needs to know
@@ -102,6 +136,7 @@ def _row(task: Task, sample: Mapping[str, Any], metric: str) -> dict[str, Any]:
         value = value["correct"]
     return {
         "id": doc.get("id", f"{task.task_name}/{sample['doc_id']}"),
+        "picture": _picture(task, doc),
         "question": doc["question"] if "form" in doc else task.doc_to_text(doc),
         "form": doc.get("form"),
         "target": sample["target"],

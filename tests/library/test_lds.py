@@ -37,7 +37,8 @@ MEASURED = [0.9, 0.3, 0.05, 0.2, 0.5, 0.1, 0.4, 0.7]
 STEPS = 10_000
 FALLING = sorted(name for name in SCHEDULES if name.startswith("falling"))
 RISING = sorted(name for name in SCHEDULES if name.startswith("rising"))
-BY_STEP = sorted(name for name, unit in UNITS.items() if unit.drawn_by_step)
+FREE = ("independent", "fixed_count")  # draws that any chances can have
+BY_STEP = sorted(x for x, unit in UNITS.items() if unit.drawn_by_step and {*FREE} <= {*unit.draws})
 
 
 def sigmas(chance, draws, count=5):
@@ -117,12 +118,14 @@ def depth_by_hand(depth, layers, lds, measured):
         return [1.0 for _ in range(layers)]
     if depth == "linear":
         return [(n + 1) / layers for n in range(layers)]
-    if layers == 1 and depth in ("slope", "exponential"):
+    if layers == 1 and depth in ("slope", "exponential", "alternate"):
         return [1.0]
     if depth == "slope":
         return [1 + lds.epsilon * (2 * n - (layers - 1)) / (layers - 1) for n in range(layers)]
     if depth == "exponential":
         return [2 ** (n / (layers - 1)) - 1 for n in range(layers)]
+    if depth == "alternate":
+        return [0.0 if n % 2 == 0 else layers / (layers // 2) for n in range(layers)]
     assert depth == "block_influence"
     result = []
     for mine in measured:
@@ -248,7 +251,7 @@ def computed(text, **values):
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-@pytest.mark.parametrize("depth", ["uniform", "slope", "linear", "exponential"])
+@pytest.mark.parametrize("depth", ["uniform", "slope", "linear", "exponential", "alternate"])
 def test_the_formula_in_words_is_what_is_computed(schedule, depth):
     parts = {"schedule": schedule, "depth": depth, "protect_first": 1, "protect_last": 2}
     lds = LDS("layerdrop", rate=0.5, epsilon=0.25, **parts)
@@ -266,7 +269,7 @@ def drawn(lds, steps=STEPS, layers=8, t=0.0, seed=0, measured=None):
     return [decide(lds, layers, t, seed, step, measured) for step in range(steps)]
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", FREE)
 @pytest.mark.parametrize(
     ("depth", "unit"),
     [*((depth, "layer") for depth in sorted(DEPTHS)), *(("slope", unit) for unit in BY_STEP[:-1])],
@@ -320,6 +323,36 @@ def test_all_sets_of_a_size_are_possible(policy, sets):
     assert len({d.off for d in drawn(lds, steps=20 * sets)}) == sets  # of 6 layers, 12 sublayers
 
 
+def test_apart_draws_no_neighbours_and_each_layer_as_often_as_its_chance_says():
+    by_formula = [0.5, 0.5, 0.1, 0.6, 0.4, 0.0, 0.25, 0.75]  # neighbours' add up to 1 at most
+    draws = [DRAWS["apart"](by_formula, keyed_generator(seed)) for seed in range(STEPS)]
+    assert all(layer + 1 not in chosen for chosen in draws for layer in chosen)
+    for layer, chance in enumerate(by_formula):
+        frequency = sum(layer in chosen for chosen in draws) / STEPS
+        assert frequency == pytest.approx(chance, abs=sigmas(chance, STEPS))
+    assert DRAWS["apart"]([1.0] * 4, keyed_generator(0)) == {0, 2}, "no room for the others"
+
+
+def test_spacing_skips_whole_layers_and_alternate_never_the_first():
+    apart, alternate = LDS("apart", rate=0.5), LDS("sts", rate=0.5, depth="alternate")
+    alternate.check_layers(12)
+    for step in range(100):
+        assert decide(alternate, 12, 0, 0, step).layers == {1, 3, 5, 7, 9, 11}
+        layers = decide(apart, 12, 0, 0, step).layers
+        assert layers and not {layer + 1 for layer in layers} & layers
+    assert chances(LDS("layerdrop", rate=0.2, depth="alternate"), 5, 0) == (0, 0.5, 0, 0.5, 0)
+    with pytest.raises(ValueError, match=r"at most 0\.5"):
+        LDS("layerdrop", rate=0.6, depth="alternate")
+
+
+def test_raptr_skips_as_many_layers_all_stage_long_and_fewer_in_the_next():
+    lds = LDS("raptr", rate=0.6)
+    for t, count in ((0.0, 6), (0.2, 6), (0.3, 4), (0.6, 2), (0.8, 0)):
+        for step in range(20):
+            layers = decide(lds, 12, t, 0, step).layers
+            assert len(layers) == count and not layers & {0, 11}
+
+
 def test_where_all_layers_would_be_off_the_one_with_the_smallest_chance_runs():
     """The paper's setting on a small decoder: that costs the first layer some of its chance."""
     lds = LDS("sts", rate=0.85, epsilon=0.1)
@@ -345,7 +378,7 @@ def largest_rate(depth, layers, free, lds):
 @settings(max_examples=300, deadline=None)
 @given(
     depth=st.sampled_from(sorted(DEPTHS)),
-    draw=st.sampled_from(sorted(DRAWS)),
+    draw=st.sampled_from(FREE),
     unit=st.sampled_from(BY_STEP),
     layers=st.integers(1, 12),
     first=st.integers(0, 4),
@@ -382,7 +415,7 @@ def test_protected_layers_run_and_one_layer_always_runs(
         assert math.floor(total - 1e-9) <= len(decision.off) <= math.ceil(total + 1e-9)
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", FREE)
 def test_draws_obey_certain_chances(draw):
     for seed in range(200):
         result = DRAWS[draw]([0.0, 1.0, 0.5, 1.0, 0.0], keyed_generator(seed))
@@ -391,7 +424,7 @@ def test_draws_obey_certain_chances(draw):
         assert DRAWS[draw]([1.0] * 5, keyed_generator(seed)) == set(range(5))
 
 
-@pytest.mark.parametrize("unit", sorted(set(UNITS) - set(BY_STEP)))
+@pytest.mark.parametrize("unit", sorted({"samples", "tokens"}))
 def test_units_that_draw_in_each_micro_batch_have_no_layer_off_for_a_step(unit):
     lds = LDS("random_ltd", rate=0.5, unit=unit)
     assert decide(lds, 4, 0, 0, 7) == Decision((0.0, 0.5, 0.5, 0.0))
@@ -448,7 +481,7 @@ def test_a_decision_depends_on_settings_seed_and_step_alone(policy):
 
 def test_what_is_drawn_in_a_micro_batch_moves_no_other_stream():
     states = all_random_states()
-    for draw in DRAWS:
+    for draw in FREE:
         part = part_of(0.5, draw, seed=3)
         assert kept_rows(16, part).tolist() == kept_rows(16, part).tolist()
     one, same = (SomeTokens(Adds(), part_of(0.5, seed=3)) for _ in range(2))
@@ -502,7 +535,7 @@ class Adds(nn.Module):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 20), st.floats(0, 1), st.sampled_from(sorted(DRAWS)), st.integers(0, 10**6))
+@given(st.integers(1, 20), st.floats(0, 1), st.sampled_from(FREE), st.integers(0, 10**6))
 def test_at_least_one_row_is_kept_and_rows_ascend(rows, chance, draw, seed):
     kept = kept_rows(rows, part_of(chance, draw, seed)).tolist()
     assert kept == sorted(set(kept)) and set(kept) <= set(range(rows)) and kept
@@ -512,7 +545,7 @@ def test_at_least_one_row_is_kept_and_rows_ascend(rows, chance, draw, seed):
         assert len(kept) <= max(1, rows - math.floor(by_formula - 1e-6))
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", FREE)
 @pytest.mark.parametrize(("rows", "chance"), [(5, 0.3), (4, 0.5), (3, 0.6), (8, 0.85)])
 def test_every_row_is_left_out_as_often_as_the_chance_says(rows, chance, draw):
     kept = [kept_rows(rows, part_of(chance, draw, seed)).tolist() for seed in range(4000)]
@@ -528,7 +561,7 @@ def test_every_row_is_left_out_as_often_as_the_chance_says(rows, chance, draw):
         assert out == pytest.approx(expected, abs=sigmas(expected, 4000))
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", FREE)
 def test_rows_that_are_left_out_go_through(draw):
     hidden = torch.arange(24.0).reshape(6, 2, 2)
     layer = Adds()
@@ -591,7 +624,7 @@ def test_in_the_mean_a_rescaled_layer_adds_what_it_does():
     assert added == pytest.approx([2] * 8, abs=5 * deviation)
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", FREE)
 def test_in_the_mean_rescaled_samples_add_what_they_do(draw):
     hidden, layer, total = torch.zeros(16, 1, 1), Adds(), torch.zeros(16)
     for seed in range(2000):
@@ -600,7 +633,7 @@ def test_in_the_mean_rescaled_samples_add_what_they_do(draw):
     assert (total / 2000).tolist() == pytest.approx([2] * 16, abs=5 * deviation)
 
 
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", FREE)
 def test_a_micro_batch_of_one_row_which_always_runs_is_not_made_larger(draw):
     total = 0.0
     for seed in range(500):

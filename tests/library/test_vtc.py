@@ -102,6 +102,8 @@ def test_every_kind_keeps_at_least_one_and_ascending_positions(kind, height, wid
     assert (positions.diff(dim=1) > 0).all()
     if kind in ("avgpool2d", "pixel_shuffle", "uniform"):  # whole rows and columns
         assert abs(math.log(count / max(1.0, keep * height * width))) < math.log(2)
+    elif kind == "dual_speed":
+        assert count in (height * width, max(1, round(keep * height * width)))
     elif kind != "none":
         assert count == max(1, round(keep * height * width))
 
@@ -117,6 +119,31 @@ def test_ratio_one_returns_the_input_itself(kind):
 def test_of_two_tokens_nearest_a_centre_the_first_counts():
     _, (positions, *_) = compress("avgpool2d", tokens_of((4, 4)), 0.25, (4, 4))
     assert positions.tolist() == [[0, 2, 8, 10]] * 2
+
+
+def test_clusters_are_the_mean_of_a_centre_and_the_three_most_like_it():
+    """64 tokens, 20 outputs: the 17 of the highest scores, and the next three as centres."""
+    tokens, scores = tokens_of((8, 8), dim=5), torch.rand(2, 64, dtype=torch.float64)
+    out, (positions, *_) = compress("cls_clusters", tokens, 20 / 64, (8, 8), scores=scores)
+    for sample in range(2):
+        ranked = sorted(range(64), key=lambda i: -scores[sample, i])
+        unit = tokens[sample] / tokens[sample].norm(dim=1, keepdim=True)
+        expected = {i: tokens[sample, i] for i in ranked[:17]}
+        for centre in ranked[17:20]:
+            near = sorted(ranked[20:], key=lambda i: -(unit[i] @ unit[centre]))[:3]
+            expected[centre] = tokens[sample, [centre, *near]].mean(0)
+        assert positions[sample].tolist() == sorted(expected)
+        for output, place in zip(out[sample], sorted(expected), strict=True):
+            assert torch.allclose(output, expected[place], rtol=1e-12)
+
+
+def test_a_tenth_of_dual_speeds_batches_are_slow():
+    tokens = tokens_of((4, 4))
+    counts = [run("dual_speed", tokens, 0.25, (4, 4), seed)[0].shape[1] for seed in range(1000)]
+    assert set(counts) == {4, 16}
+    assert counts.count(16) / 1000 == pytest.approx(0.1, abs=0.05)
+    fast, _ = run("dual_speed", tokens, 0.25, (4, 4), counts.index(4))
+    assert torch.equal(fast, compress("diverse", tokens, 0.25, (4, 4))[0])
 
 
 @pytest.mark.parametrize("kind", SELECTING)
@@ -566,4 +593,5 @@ print(*(source_of(name).name for name in ("uniform", "mine")), *KINDS)
 """
     )
     every = [name for names in FAMILIES.values() for name in names]
-    assert out.split() == ["sampling.py", "mine.py", "none", *every, "empty", "mine"]
+    ours = sorted(["empty", "mine", *KINDS.keys() - {"none", *every}])  # each in its own file
+    assert out.split() == ["sampling.py", "mine.py", "none", *every, *ours]

@@ -47,7 +47,11 @@ def test_a_tower_without_a_class_token_has_the_other_kinds(prepared, tmp_path):
         for tower in ("clip", "siglip")
     )
     assert clip["grid"] == siglip["grid"] == (4, 4)
-    assert clip["kinds"].keys() - siglip["kinds"].keys() == {"cls_topk", "cls_merge"}
+    assert clip["kinds"].keys() - siglip["kinds"].keys() == {
+        "cls_topk",
+        "cls_merge",
+        "cls_clusters",
+    }
 
 
 def test_a_missing_manifest_is_named(backbone, prepared, tmp_path):

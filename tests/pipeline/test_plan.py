@@ -121,7 +121,7 @@ def test_a_table_that_a_scale_cannot_make_is_refused_by_its_target_and_no_part_o
     output = run(copy, paper, "-n", "table_architectures", ok=False)
     assert "next_dense.model.checkpoint: 'data/backbones/llava_next' is not accepted" in output
     assert "in scale paper" in output and "no table architectures" in output
-    assert planned(copy, "ablations", scale=paper)["table"] == 6
+    assert planned(copy, "ablations", scale=paper)["table"] == 8
 
 
 SHARES = """

@@ -91,7 +91,7 @@ EDITS: dict[str, tuple[str, Callable[[Path], None]]] = {
     ),
     "flops": ("a formula that counts FLOPs", formula("pipeline/cost/flops.py")),
     "knob": ("a new knob of a stage, of VTC or of evaluation, at its neutral value", new_knobs),
-    "kind": ("a new VTC kind and a new LDS policy, a file each", new_kind),
+    "kind": ("a new VTC kind and a new LDS policy, one file each", new_kind),
     "other formula": (
         "a formula of a kind, an architecture or a data set that no run uses",
         formula("vtc/merging.py", "architectures/tiles.py", "pipeline/data/sets/nlvr.py"),

@@ -236,6 +236,16 @@ def test_layers_draws_chances_that_stay_as_they_are(monkeypatch, asked, steps):
     assert heat.images[0].get_array().shape == (LAYERS, min(steps, layers.BINS))
 
 
+def test_loss_draws_a_training_that_methods_share_once_for_all_of_them(results, tmp_path):
+    shutil.copytree(results, tmp_path / "shared")
+    for seed in (0, 1):
+        runs = tmp_path / "shared/runs"
+        shutil.copy(runs / f"dense/seed{seed}/align.json", runs / f"sts/seed{seed}/align.json")
+    page = loss.draw(tmp_path / "shared", {"dense": "Dense", "sts": "STS"})
+    curves = [[line.get_label() for line in axes.lines] for axes in page.axes[:2]]
+    assert curves == [["Dense = STS"], ["Dense", "STS"]]
+
+
 def test_layers_without_any_skip_is_an_error(results, tmp_path):
     with pytest.raises(ValueError, match="none of dense skips layers"):
         draw("layers", results, tmp_path / "x", ids=["dense"])

@@ -79,7 +79,7 @@ def draw_stage(
     """Draw the moving average of `key` over the steps of a stage: of each method that has it the
     mean over seeds, and as a band their standard deviation."""
     for id, style in styles(labels, "ls"):
-        if id not in runs:
+        if id not in runs or labels[id] is None:
             continue
         steps = min(len(run) for run in runs[id])
         window = max(1, round(SMOOTH * steps))
@@ -92,6 +92,18 @@ def draw_stage(
             sd = np.std(curves, axis=0, ddof=1)
             axes.fill_between(middle, mean - sd, mean + sd, color=style["color"], alpha=0.15, lw=0)
     axes.set(title=stage.replace("_", " ").capitalize(), xlabel="optimizer step")
+
+
+def together(results: Path, stage: str, labels: Labels) -> dict[str, str | None]:
+    """The labels of methods, of those that share the trainings of a stage joined by =: None for all
+    but the first."""
+    runs: dict[tuple[str, ...], list[str]] = {}
+    for id in labels:
+        files = sorted((results / "runs" / id).glob(f"seed*/{stage}.json"))
+        if weights := tuple(read_json(file)["weights"] for file in files):
+            runs.setdefault(weights, []).append(id)
+    joined = {ids[0]: " = ".join(labels[id] for id in ids) for ids in runs.values()}
+    return {id: joined.get(id) for id in labels}
 
 
 def legend_below(page: Figure, panels: Sequence[Axes]) -> None:

@@ -40,6 +40,7 @@ def draw(results: Path, labels: Labels) -> Figure:
         draw_stage(axes, stage, by_stage[stage], "layers_run", labels)
         axes.set(ylabel="decoder layers run", ylim=(0, None))
         _draw_heat(page, heat, skipping[stage][-1])
+    page.suptitle("Which decoder layers does LDS leave out?")
     legend_below(page, panels[:, 0])
     return page
 

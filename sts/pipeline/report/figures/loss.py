@@ -12,8 +12,8 @@ from sts.pipeline.report.figures._shared import (
     Labels,
     draw_stage,
     histories,
-    legend_below,
     styles,
+    together,
 )
 from sts.pipeline.report.results import held_out
 
@@ -22,22 +22,25 @@ INPUTS = ("runs",)
 
 def draw(results: Path, labels: Labels) -> Figure:
     """Smoothed training loss of each stage that a method has; where it was measured, the held-out
-    loss of the last one: the mean over seeds, and each seed as a thin line."""
+    loss of the last one: the mean over seeds, and each seed as a thin line. Methods that share a
+    training have a curve together."""
     by_stage = histories(results, labels)
     measured = {id: runs for id in labels if (runs := held_out(results, id))}
     panels = len(by_stage) + bool(measured)
     page, grid = plt.subplots(1, panels, figsize=(3.6 * panels, 3.2), squeeze=False)
     for axes, (stage, runs) in zip(grid[0], by_stage.items(), strict=False):
-        draw_stage(axes, stage, runs, "loss", labels, has_band=True)
+        draw_stage(axes, stage, runs, "loss", together(results, stage, labels), has_band=True)
+        axes.legend(loc="upper right", fontsize=7)
     if measured:
         _draw_held_out(grid[0][-1], measured, labels)
+        grid[0][-1].legend(loc="upper right", fontsize=7)
     for axes in grid[0]:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     grid[0][0].set_ylabel("training loss")
-    legend_below(page, grid[0])
+    page.suptitle("Does a sparse training learn as fast? (lower is better)")
     return page
 
 
@@ -50,4 +53,4 @@ def _draw_held_out(axes: Axes, measured: dict, labels: Labels) -> None:
         if curves and all(steps == curves[0][0] for steps, _ in curves):
             mean = np.mean([losses for _, losses in curves], axis=0)
             axes.plot(curves[0][0], mean, lw=1.3, **style)
-    axes.set(title="Held-out questions", xlabel="optimizer step", ylabel="nats an answer token")
+    axes.set(title="Held-out questions", xlabel="optimizer step", ylabel="nats per answer token")

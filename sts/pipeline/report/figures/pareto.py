@@ -20,7 +20,8 @@ def draw(results: Path, labels: Labels) -> Figure:
     score of the first method.
     """
     ids, base = list(labels), next(iter(labels.values()))
-    rows = compare(scores(results, ids), results, dict.fromkeys(ids, ids[0]), "main")
+    frame = scores(results, ids)
+    rows = compare(frame, results, dict.fromkeys(ids, ids[0]), "main")
     has_average = any(row["average"] != UNDEFINED for row in rows.values())
     key = "average" if has_average else "retention"
     quantity = "mean score over benchmarks" if has_average else f"mean of score / score of {base}"
@@ -36,9 +37,19 @@ def draw(results: Path, labels: Labels) -> Figure:
         if math.isnan(mean):  # named, although there is no point to draw
             style["label"] += f" ({UNDEFINED}: a score of {base} is 0)"
         axes.errorbar(time, mean, error, ls="", ms=7, capsize=3, **style)
+        name, colour = labels[id].partition(" (")[0], style["color"]
+        axes.annotate(name, (time, mean), (6, 4), textcoords="offset points", color=colour)
+    axes.set(title="Does less training time cost score?")
     axes.set(xlabel=f"training time / training time of {base}", ylabel=f"{quantity} (%)")
     axes.axvline(1, color="0.6", lw=0.8, zorder=0)
     axes.margins(0.15)
+    axes.annotate(
+        "better", (0.02, 0.98), (0.12, 0.88), "axes fraction", arrowprops={"arrowstyle": "->"}
+    )
+    chance = frame["chance"].mean(skipna=False)
+    if has_average and not math.isnan(chance):
+        text = f"chance: {100 * chance:.0f} %"
+        axes.text(0.98, 0.02, text, transform=axes.transAxes, ha="right", color="0.4", fontsize=8)
     page.legend(loc="outside lower center", ncols=2)
     return page
 

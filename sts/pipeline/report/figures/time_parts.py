@@ -37,6 +37,7 @@ def draw(results: Path, labels: Labels) -> Figure:
         axes.set(title=stage.replace("_", " ").capitalize(), xlabel="seconds of a step")
         axes.set_yticks(range(len(labels)), labels.values())
     panels[0][0].invert_yaxis()
+    page.suptitle("Where does the time of a step go?")
     handles = {}
     for axes in panels[0]:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))

@@ -29,8 +29,11 @@ def draw(results: Path, labels: Labels) -> Figure:
     with Image.open(io.BytesIO(base64.b64decode(result["picture"]))) as image:
         picture = np.asarray(image) / 255
     kinds, grid = result["kinds"], result["grid"]
-    page, panels = plt.subplots(1, len(kinds), figsize=(1.8 * len(kinds), 2.2))
-    for axes, (kind, outputs) in zip(np.atleast_1d(panels), kinds.items(), strict=True):
+    columns = -(-len(kinds) // 2)
+    page, panels = plt.subplots(2, columns, figsize=(1.8 * columns, 4.4))
+    for axes in panels.flat[len(kinds) :]:
+        axes.remove()
+    for axes, (kind, outputs) in zip(panels.flat, kinds.items(), strict=False):
         weights = np.zeros((len(outputs), *grid))
         for of_output, output in zip(weights, outputs, strict=True):
             for token, weight in output:
@@ -38,6 +41,7 @@ def draw(results: Path, labels: Labels) -> Figure:
         _draw_tokens(axes, picture, weights)
         axes.set_title(f"{kind}: {len(outputs)} tokens")
         axes.set_axis_off()
+    page.suptitle("Which visual tokens does each kind of VTC keep?")
     return page
 
 

@@ -365,11 +365,11 @@ def requests(
 
 @verb
 def ui(port: int = 5000) -> None:
-    """Serve MLflow's pages, and say at which address our runs are."""
+    """Serve MLflow's pages, and say at which address the charts of the trainings are."""
     from sts.pipeline.run import store
 
     arguments, address = store.ui_command(port)
-    print(f"The runs: {address}", flush=True)
+    print(f"The trainings: {address}", flush=True)
     if arguments:  # every user of the machine may read a command line
         os.environ["MLFLOW_BACKEND_STORE_URI"] = store.uri()
         os.execv(sys.executable, [sys.executable, *arguments])

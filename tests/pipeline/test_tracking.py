@@ -1,5 +1,6 @@
 """Tracking with a real sqlite MLflow store: statuses, resume, parallel first use, failures."""
 
+import json
 import os
 import random
 import re
@@ -385,6 +386,10 @@ def test_the_address_of_the_runs_is_that_of_the_experiment(monkeypatch):
     experiment = client().get_experiment_by_name("another").experiment_id
     assert address.startswith(f"http://127.0.0.1:5007/#/experiments/{experiment}/runs?")
     assert arguments == ["-m", "mlflow", "ui", "--port", "5007"], "the store is in the environment"
+    name = address.partition("viewStateShareKey=")[2]
+    view = json.loads(client().get_experiment(experiment).tags[f"mlflow.sharedViewState.{name}"])
+    [section] = view["compareRunSections"]
+    assert {chart["metricSectionId"] for chart in view["compareRunCharts"]} == {section["uuid"]}
 
 
 def test_a_folder_of_any_name_has_a_store(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from sts.pipeline.config import ConfigError
 from sts.pipeline.run import provenance
+from sts.pipeline.run.charts import VIEW, view_tag
 
 INVOCATION_TAG = "sts.invocation"
 
@@ -37,6 +38,7 @@ the metrics `<benchmark>.score` and `<benchmark>.blind`. Of a training show `los
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
     "mlflow.note.content": NOTE,
+    **view_tag(),
 }
 
 
@@ -239,7 +241,7 @@ def close_invocation(status: str, artifacts: Sequence[str | Path] = ()) -> None:
 
 def ui_command(port: int) -> tuple[list[str], str]:
     """The arguments of `python` that serve MLflow's pages of the store, by the variable
-    MLFLOW_BACKEND_STORE_URI, and the address of our runs there. Raises ConfigError.
+    MLFLOW_BACKEND_STORE_URI, and the address of charts of our trainings there. Raises ConfigError.
 
     A store that is a server has its pages: there are no arguments. MLflow 3.17 opens an experiment
     on an empty page of GenAI traces, whatever its kind says, unless the address names the runs or
@@ -247,6 +249,7 @@ def ui_command(port: int) -> tuple[list[str], str]:
     """
     _, experiment = insist(open_store)
     page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+    page += f"&compareRunsMode=CHART&viewStateShareKey={VIEW}"
     if uri().startswith("http"):
         return [], f"{without_secrets(uri()).rstrip('/')}/{page}"
     return ["-m", "mlflow", "ui", "--port", str(port)], f"http://127.0.0.1:{port}/{page}"

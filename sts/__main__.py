@@ -72,6 +72,7 @@ Ids = Annotated[list[str], option("ablations, in this order", "ID ...")]
 Texts = Annotated[list[str], option("their names, in the same order", "TEXT ...")]
 Sources = Annotated[list[str], option("whose method each is, in the same order", "WHOSE ...")]
 Bases = Annotated[list[str], option("what each is compared with, else the first", "ID ...")]
+Beside = Annotated[list[str], option("more pairs to compare", "ID:ID ...")]
 Stem = Annotated[Path, option("output path without its ending", "FILE")]
 
 
@@ -228,6 +229,22 @@ def tokens(backbone: Backbone, data: Manifest, out: Out) -> None:
 
 
 @verb
+def examples(
+    config: ConfigFile,
+    backbone: Backbone,
+    data: Manifests,
+    runs: Annotated[list[Path], option("evaluations (eval.json) of two runs", "FILE FILE")],
+    out: Out,
+) -> None:
+    """Choose questions with their pictures and what two runs answered, for the page of results."""
+    from sts.pipeline.measure.examples import examples
+
+    if len(runs) != 2:
+        refuse("runs", len(runs), "two")
+    examples(load_scale(config), backbone, data, (runs[0], runs[1]), out)
+
+
+@verb
 def table(
     name: Name,
     ablations: Ids,
@@ -235,14 +252,14 @@ def table(
     labels: Texts = (),
     sources: Sources = (),
     relative_to: Bases = (),
-    beside: Annotated[list[str], option("more pairs to compare", "ID:ID ...")] = (),
+    beside: Beside = (),
     results: Results = RESULTS,
 ) -> None:
     """Write a table as CSV, Markdown, LaTeX and HTML from result files."""
     from sts.pipeline.report.tables import table
 
     by_id = (_by_id(ablations, values) for values in (labels, sources, relative_to))
-    pairs = [pair.partition(":")[::2] for pair in beside]
+    pairs = _pairs(beside)
     for pair in pairs:
         if not {*pair} <= {*ablations}:
             refuse("beside", ":".join(pair), f"two of {', '.join(ablations)} with : between")
@@ -257,6 +274,26 @@ def figure(
     from sts.pipeline.report.figures import figure
 
     figure(name, results, ablations, out_stem, _by_id(ablations, labels))
+
+
+@verb
+def page(
+    out: Out,
+    tables: Annotated[list[str], option("finished tables, the main one first", "NAME ...")] = (
+        "main",
+    ),
+    beside: Beside = (),
+    configfile: Annotated[str, option("the scale's file, as its commands name it", "FILE")] = "",
+    results: Results = RESULTS,
+) -> None:
+    """Write the page of all that was found, for a browser, from result files."""
+    from sts.pipeline.report.page import page
+
+    page(results, out, tables, _pairs(beside), configfile)
+
+
+def _pairs(beside: list[str]) -> list[tuple[str, str]]:
+    return [(id, base) for id, _, base in (pair.partition(":") for pair in beside)]
 
 
 def _by_id(ablations: list[str], values: list[str]) -> dict[str, str]:

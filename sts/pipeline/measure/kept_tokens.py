@@ -49,20 +49,26 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
     picture, grid, features, scores = look(read_backbone(backbone), first_picture(Path(data)))
     png = io.BytesIO()
     picture.save(png, format="PNG")
-    missing = {"text"} if scores is not None else {"text", "scores"}
     result = {
         "picture": base64.b64encode(png.getvalue()).decode(),
         "grid": grid,
         "keep": KEEP,
         "kinds": {
             kind: weights(kind, features, grid, scores)
-            for kind in KINDS
-            if not missing & wants(kind) and not isinstance(kind_of(kind), type)
+            for kind in drawable_kinds(scores is not None)
         },
     }
     result[SEAL] = sha256_json(result)
     write_text_atomic(out, json.dumps(result, separators=(",", ":")) + "\n")
     return result
+
+
+def drawable_kinds(has_scores: bool) -> list[str]:
+    """The kinds that need no text and no weights, nor, without `has_scores`, a class token."""
+    missing = {"text"} if has_scores else {"text", "scores"}
+    return [
+        kind for kind in KINDS if not missing & wants(kind) and not isinstance(kind_of(kind), type)
+    ]
 
 
 def weights(

@@ -39,6 +39,8 @@ onsuccess:
     close_tracking("FINISHED")
     if Path(f"{RESULTS}/tables/main.md").exists():
         print(f"Results: {RESULTS}/tables, {RESULTS}/figures; report: `{report_command()}`")
+    if Path(PLAN.page).exists():
+        print(f"All on one page, for a browser: {PLAN.page}")
 
 
 onerror:
@@ -52,6 +54,7 @@ rule all:
     input:
         tables([MAIN]),
         figures(figure_inputs()),
+        PLAN.page,
 
 
 check_table_names()

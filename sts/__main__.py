@@ -283,13 +283,13 @@ def page(
         "main",
     ),
     beside: Beside = (),
-    configfile: Annotated[str, option("the scale's file, as its commands name it", "FILE")] = "",
+    configfiles: Annotated[list[str], option("the scale, as commands name it", "FILE ...")] = (),
     results: Results = RESULTS,
 ) -> None:
     """Write the page of all that was found, for a browser, from result files."""
     from sts.pipeline.report.page import page
 
-    page(results, out, tables, _pairs(beside), configfile)
+    page(results, out, tables, _pairs(beside), configfiles)
 
 
 def _pairs(beside: list[str]) -> list[tuple[str, str]]:

@@ -38,6 +38,11 @@ def bench(configs, data, inits, out):
 def table(name, results, ablations, out_stem, labels, *sources):
     for end in ("md", "csv", "tex", "json", "html"):
         write(f"{out_stem}.{end}", dict.fromkeys(ablations, 1))""",
+    "pipeline/measure/examples.py": """
+def examples(config, backbone, data, runs, out): write(out, [hashed(run) for run in runs])""",
+    "pipeline/report/page/__init__.py": """
+def page(results, out, tables, *options):
+    write(out, {name: hashed(f"{results}/tables/{name}.csv") for name in tables})""",
     "pipeline/report/findings.py": """
 def summary(results): print("found something")""",
     "pipeline/measure/kept_tokens.py": """

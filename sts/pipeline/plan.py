@@ -39,6 +39,7 @@ RULES = {  # with rules of their own
     "data": "only the prepared data",
     "bench": f"only the training times of table_{MAIN}",
     "expected": "published scores beside those obtained (scale paper)",
+    "page": f"the page of results, index.html, with table_{MAIN} and what it needs",
     "backbones": "the toy backbones trained anew; no run needs it",
 }
 
@@ -272,6 +273,17 @@ class Plan:
         }
         return [file for name in figures()[figure] for file in files[name]]
 
+    @cached_property
+    def page(self) -> str:
+        """The page of results."""
+        return f"{self.results}/index.html"
+
+    def example_runs(self) -> list[str]:
+        """The evaluations whose answers the page shows: of the first seed of the baseline and of
+        the last method of the main table."""
+        ids = (self.baseline, [self.baseline, *self.members(MAIN)][-1])
+        return [self.manifest(id, self.configs[id].seeds[0], "eval") for id in ids]
+
     # ---- what can be asked for ------------------------------------------------------------------
 
     def targets(self) -> dict[str, Target]:
@@ -281,7 +293,7 @@ class Plan:
         comparable = self.tables_with_baseline()
         unfit = {name for name in self.tables if self.why_not(name)} - self._spoilt_tables.keys()
         makeable = [tables[name] for name in comparable if name not in unfit]
-        named = {"all": Target(f"table_{MAIN} and all figures (the default)", ())}
+        named = {"all": Target(f"table_{MAIN}, all figures and the page (the default)", ())}
         for name, file in tables.items():
             text = f"table: {', '.join(self.members(name))}"
             text += "" if name in comparable else f" (also as {name})"
@@ -293,7 +305,8 @@ class Plan:
             named[f"fig_{name}"] = Target(f"figure: {summary}", (file,))
         text = f"all tables in which {self.baseline} stands and that the scale can make"
         named["ablations"] = Target(text, (*makeable,))
-        named["evidence"] = Target("ablations and all figures", (*makeable, *drawn.values()))
+        files = (*makeable, *drawn.values(), self.page)
+        named["evidence"] = Target("ablations, all figures and the page", files)
         return named | {name: Target(text, ()) for name, text in RULES.items()}
 
     # ---- how many jobs --------------------------------------------------------------------------
@@ -303,7 +316,8 @@ class Plan:
 
         Args:
             tables: The tables that are made.
-            drawn: Whether all figures are drawn, too; they show the runs of the main table.
+            drawn: Whether all figures and the page are made, too; they show the runs of the main
+                table, which is one of `tables` then.
         """
         timed = unique([*tables, *([MAIN] if drawn else [])])
         ids = unique(id for table in timed for id in self.members(table))
@@ -324,6 +338,8 @@ class Plan:
             "table": len(unique(tables)),
             "tokens": int(reads_tokens),
             "figure": len(figures()) if drawn else 0,
+            "examples": int(drawn),
+            "page": int(drawn),
         }
         return {rule: count for rule, count in counts.items() if count}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sts.pipeline.config import load_ablations, load_scale
 from sts.pipeline.files import SpoiltError, listed_file, read_json
-from sts.pipeline.plan import Plan, figures, unique
+from sts.pipeline.plan import MAIN, Plan, figures, unique
 from sts.pipeline.run.weights import DONE, check_weights, weights_of
 from sts.pipeline.train.model import read_backbone
 
@@ -81,6 +81,8 @@ def _missing(plan: Plan, results: Path) -> Iterator[str]:
         manifests = [f"data/{results.name}/{id}/manifest.json" for id in data]
         sources += [f"{results}/bench/{name}.json", *backbones, *manifests]
         yield from _behind(stem, TABLE, sources)
+    sources = [f"{results}/tables/{MAIN}.csv", f"{results}/examples.json"]
+    yield from _behind(results / "index", (".html",), sources)
     for name in figures():
         yield from _behind(results / "figures" / name, FIGURE, plan.figure_files(name))
 

@@ -139,7 +139,17 @@ def again(project: Path) -> str:
         every = {id for id, name in trained if name == stage} or set(order)
         whose = "all" if ids == every else ", ".join(id for id in order if id in ids)
         words.append(f"{stage} of {whose}" + f" (seed {seed})" * (seed != "0"))
-    others = ("prepare", "backbone", "evaluate", "timing", "tokens", "table", "figure")
+    others = (
+        "prepare",
+        "backbone",
+        "evaluate",
+        "timing",
+        "tokens",
+        "table",
+        "figure",
+        "examples",
+        "page",
+    )
     words += [f"{jobs[rule]} {rule}" for rule in others if rule in jobs]
     return "; ".join(words)
 

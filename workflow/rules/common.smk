@@ -24,6 +24,7 @@ from sts.pipeline.config import (
     validate,
 )
 from sts.pipeline.data.origins import stamp, state
+from sts.pipeline.files import sha256_file
 from sts.pipeline.plan import MAIN, make_plan, unique
 from sts.pipeline.plan import figures as figure_inputs
 from sts.pipeline.run import follows
@@ -107,6 +108,17 @@ def runs_of(table, stage=None):
 
 def figures(names):
     return [f"{RESULTS}/figures/{name}.svg" for name in names]
+
+
+@cache
+def page_tables():
+    """{file: whether this call makes it} of the tables on the page: the main one, and what is there
+    or among the targets. A table that nobody has asked for is shown as it is, not made anew."""
+    words = set(map(str, workflow.dag_settings.targets))
+    made = {file for word in words for file in [word, *(TARGETS | SHORT_TARGETS).get(word, ())]}
+    made |= {*tables([MAIN, *({"expected"} & words)])}
+    files = tables(unique([MAIN, *PLAN.tables, "expected"]))
+    return {file: file in made for file in files if file in made or Path(file).exists()}
 
 
 TARGETS = {name: target.files for name, target in PLAN.targets().items() if target.files}

@@ -124,3 +124,65 @@ rule figure:
         "python -m sts figure --name {wildcards.figure} --results {params.results}"
         " --ablations {params.ablations} --labels {params.labels:q}"
         " --out-stem {params.stem} > {log} 2>&1"
+
+
+rule examples:
+    input:
+        backbone=PLAN.backbone(PLAN.baseline),
+        data=benchmark_data(PLAN.baseline),
+        runs=PLAN.example_runs(),
+    output:
+        "<results>/examples.json",
+    log:
+        "<results>/logs/examples.log",
+    conda:
+        "../../envs/sts.yaml"
+    params:
+        config=config_file(PLAN.baseline),
+        code=code(
+            "pipeline/measure/examples.py",
+            *(f"vtc/{file.name}" for file in sorted((CODE / "vtc").glob("*.py"))),
+        ),
+    message:
+        "questions with the answers of two runs"
+    shell:
+        "python -m sts examples --config {params.config} --backbone {input.backbone}"
+        " --data {input.data} --runs {input.runs} --out {output} > {log} 2>&1"
+
+
+rule page:
+    input:
+        lambda wildcards: [file for file, is_made in page_tables().items() if is_made],
+        PLAN.run_files(MAIN),
+        PLAN.run_files(MAIN, "eval"),
+        PLAN.timing(MAIN),
+        "<results>/examples.json",
+    output:
+        "<results>/index.html",
+    log:
+        "<results>/logs/page.log",
+    localrule: True
+    conda:
+        "../../envs/sts.yaml"
+    params:
+        results=subpath(output[0], parent=True),
+        tables=lambda wildcards: [Path(file).stem for file in page_tables()],
+        others=lambda wildcards: [
+            sha256_file(file) for file, is_made in page_tables().items() if not is_made
+        ],
+        beside=lambda wildcards: [
+            ":".join(pair)
+            for file in page_tables()
+            for pair in PLAN.of_equal_time(Path(file).stem)
+        ],
+        configfiles=[
+            file
+            for file in map(os.path.relpath, workflow.config_settings.configfiles)
+            if file != MINI
+        ],
+        code=code("pipeline/report/page/__init__.py"),
+    message:
+        "the page of results"
+    shell:
+        "python -m sts page --results {params.results} --tables {params.tables}"
+        " --beside {params.beside} --configfiles {params.configfiles} --out {output} > {log} 2>&1"

@@ -67,9 +67,11 @@ def examples(
     chosen.sort(key=lambda item: not _is_different(item[1]))
     tower = read_backbone(backbone)
     benchmarks = load_benchmarks(config.evaluate, data, config.data.mirror) if chosen else {}
-    result["questions"] = [
-        entry for name, pair in chosen if (entry := _entry(name, pair, benchmarks[name], tower))
-    ]
+    entries = (
+        _entry(name, pair, benchmarks[name], tower, seed)
+        for seed, (name, pair) in enumerate(chosen)
+    )
+    result["questions"] = [entry for entry in entries if entry]
     result[SEAL] = sha256_json(result)
     write_text_atomic(out, json.dumps(result, separators=(",", ":")) + "\n")
     return result
@@ -124,9 +126,9 @@ def _shares(count: int, names: Sequence[str]) -> dict[str, int]:
 
 
 def _entry(
-    name: str, pair: Pair, benchmark: Benchmark, tower: Mapping[str, Any]
+    name: str, pair: Pair, benchmark: Benchmark, tower: Mapping[str, Any], seed: int
 ) -> dict[str, Any] | None:
-    """A question with its picture; None if it does not have one picture."""
+    """A question with its picture; None if it does not have one picture. seed: of random kinds."""
     pictures = _pictures(benchmark, pair[0]["id"])
     if len(pictures) != 1:
         return None
@@ -134,7 +136,8 @@ def _entry(
     webp = io.BytesIO()
     seen.save(webp, format="WEBP", quality=90)
     outputs = {
-        kind: weights(kind, features, grid, scores) for kind in drawable_kinds(scores is not None)
+        kind: weights(kind, features, grid, scores, seed)
+        for kind in drawable_kinds(scores is not None)
     }
     return {
         "benchmark": name,

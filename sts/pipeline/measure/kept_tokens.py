@@ -72,13 +72,13 @@ def drawable_kinds(has_scores: bool) -> list[str]:
 
 
 def weights(
-    kind: str, features: Tensor, grid: tuple[int, int], scores: Tensor | None
+    kind: str, features: Tensor, grid: tuple[int, int], scores: Tensor | None, seed: int = 0
 ) -> list[list[tuple[int, float]]]:
     """Of each output of a kind, the tokens in it and how much of each.
 
     features [1, tokens, dim], scores [1, tokens]; `none` keeps all tokens, the others KEEP.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     keep = 1.0 if kind == "none" else KEEP
     _, outputs = compress(kind, features, keep, grid, scores=scores, generator=generator)
     # [1, outputs, 1, tokens, channels], a mean over channels: a kind may do another thing in each

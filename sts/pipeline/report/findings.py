@@ -32,6 +32,8 @@ def summary(results: str | Path) -> None:
     for line, methods in findings(pd.read_csv(file, keep_default_na=False)).items():
         print(line, *(f"  {method}" for method in methods), sep="\n")
     others = sorted(other.name for other in folder.glob("*.md"))
+    if (page := Path(results) / "index.html").exists():
+        print(f"All on one page, for a browser: {page}")
     print(f"Tables in {folder}: {', '.join(others)}. Figures in {Path(results) / 'figures'}.")
 
 

@@ -106,7 +106,7 @@ def page(
     out: str | Path,
     tables: Sequence[str] = ("main",),
     beside: Sequence[tuple[str, str]] = (),
-    configfile: str = "",
+    configfiles: Sequence[str] = (),
 ) -> None:
     """Write the page of a scale.
 
@@ -115,7 +115,7 @@ def page(
         out: File to write.
         tables: Finished tables, the main one first; `expected` is one of them.
         beside: Pairs of methods that are compared beside each with its base.
-        configfile: The scale's file, for the commands that the page names; empty: the default.
+        configfiles: Of the scale, for the commands that the page names; none: the default's.
 
     Raises:
         FileNotFoundError: The main table is missing.
@@ -130,7 +130,7 @@ def page(
     rows = pd.concat(frames.values()).drop_duplicates("ablation").set_index("ablation")
     shown = Shown(results, rows, {name: [*frame["ablation"]] for name, frame in frames.items()})
     examples = results / "examples.json"
-    flags = f" --configfile {configfile}" if configfile else ""
+    flags = f" --configfile {' '.join(configfiles)}" if configfiles else ""
     pairs = _pairs(shown, beside)
     sections = [_cost(shown), _loss(shown), _differences(shown, pairs), _time(shown),
                 _layers(shown)]  # fmt: skip
@@ -386,8 +386,9 @@ def _layers(shown: Shown) -> Section:
             table = table.stack().rename("skipped").reset_index()
             tables.append(table.assign(stage=stage, asked=chances.ravel()))
         if drawn:
-            words = f"{shown.names[id]}: the darker, the larger the share that was skipped, over "
-            words += f"{len(runs[id])} seeds; lines: the chance that the formula asks for."
+            words = f"{shown.names[id]}. The stronger the colour, the larger the share of "
+            words += f"{len(runs[id])} seeds that skipped; lines: the chance that the formula asks "
+            words += "for."
             return Section("layers", title, words, drawn, pd.concat(tables), "fig_layers")
     return Section("layers", title, "No history of a training that skips layers is there.")
 

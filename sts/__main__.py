@@ -20,12 +20,14 @@ try:
         ABLATIONS,
         MINI,
         RESULTS,
+        Beside,
         Results,
         Scales,
         Table,
         Verb,
         Version,
         option,
+        pairs_of,
         refuse,
         say,
     )
@@ -72,7 +74,6 @@ Ids = Annotated[list[str], option("ablations, in this order", "ID ...")]
 Texts = Annotated[list[str], option("their names, in the same order", "TEXT ...")]
 Sources = Annotated[list[str], option("whose method each is, in the same order", "WHOSE ...")]
 Bases = Annotated[list[str], option("what each is compared with, else the first", "ID ...")]
-Beside = Annotated[list[str], option("more pairs to compare", "ID:ID ...")]
 Stem = Annotated[Path, option("output path without its ending", "FILE")]
 
 
@@ -229,22 +230,6 @@ def tokens(backbone: Backbone, data: Manifest, out: Out) -> None:
 
 
 @verb
-def examples(
-    config: ConfigFile,
-    backbone: Backbone,
-    data: Manifests,
-    runs: Annotated[list[Path], option("evaluations (eval.json) of two runs", "FILE FILE")],
-    out: Out,
-) -> None:
-    """Choose questions with their pictures and what two runs answered, for the page of results."""
-    from sts.pipeline.measure.examples import examples
-
-    if len(runs) != 2:
-        refuse("runs", len(runs), "two")
-    examples(load_scale(config), backbone, data, (runs[0], runs[1]), out)
-
-
-@verb
 def table(
     name: Name,
     ablations: Ids,
@@ -259,7 +244,7 @@ def table(
     from sts.pipeline.report.tables import table
 
     by_id = (_by_id(ablations, values) for values in (labels, sources, relative_to))
-    pairs = _pairs(beside)
+    pairs = pairs_of(beside)
     for pair in pairs:
         if not {*pair} <= {*ablations}:
             refuse("beside", ":".join(pair), f"two of {', '.join(ablations)} with : between")
@@ -274,26 +259,6 @@ def figure(
     from sts.pipeline.report.figures import figure
 
     figure(name, results, ablations, out_stem, _by_id(ablations, labels))
-
-
-@verb
-def page(
-    out: Out,
-    tables: Annotated[list[str], option("finished tables, the main one first", "NAME ...")] = (
-        "main",
-    ),
-    beside: Beside = (),
-    configfiles: Annotated[list[str], option("the scale, as commands name it", "FILE ...")] = (),
-    results: Results = RESULTS,
-) -> None:
-    """Write the page of all that was found, for a browser, from result files."""
-    from sts.pipeline.report.page import page
-
-    page(results, out, tables, _pairs(beside), configfiles)
-
-
-def _pairs(beside: list[str]) -> list[tuple[str, str]]:
-    return [(id, base) for id, _, base in (pair.partition(":") for pair in beside)]
 
 
 def _by_id(ablations: list[str], values: list[str]) -> dict[str, str]:
@@ -452,7 +417,7 @@ def config(
     print(dump(shown), end="")
 
 
-for looks in (look.targets, look.runs, look.compare, look.clean):
+for looks in (look.targets, look.runs, look.compare, look.clean, look.examples, look.page):
     verb(looks)
 
 

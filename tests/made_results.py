@@ -1,4 +1,4 @@
-"""A small folder of results, and the table that is made of it."""
+"""A small folder of results, the table that is made of it, and trainings with a history."""
 
 import csv
 import json
@@ -19,7 +19,9 @@ BENCH = {  # id -> (seconds, FLOPs of align, of instruct)
 
 def write(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(value) if path.suffix == ".yaml" else json.dumps(value))
+    if not isinstance(value, str):
+        value = yaml.safe_dump(value) if path.suffix == ".yaml" else json.dumps(value)
+    path.write_text(value)
 
 
 def make_results(folder):
@@ -55,3 +57,34 @@ def make(results, *ids, labels=None, sources=None, relative_to=None):
     texts = (stem.with_suffix(suffix).read_text() for suffix in (".md", ".tex", ".json"))
     markdown, latex, metrics = texts
     return rows, markdown.partition("### Differences")[0], latex, json.loads(metrics)
+
+
+# ---- trainings ---------------------------------------------------------------------------------
+
+LAYERS, STEPS = 4, 20
+
+
+def row(id, stage, step):
+    """sts skips layer 1 or 2 in turn, half of the stage each; with what its formula asks."""
+    on = (id, stage) == ("sts", "instruct")
+    skipped = [float(on and layer == 1 + step % 2) for layer in range(LAYERS)]
+    return {
+        "step": step,
+        "loss": 3 / (step + 1),
+        "layers_run": LAYERS - sum(skipped),
+        "skipped": skipped,
+        "asked": [0.5 * on * (layer in (1, 2)) for layer in range(LAYERS)],
+    }
+
+
+def train(folder, id, seed, stage, rows):
+    """The manifest of a stage and the history beside its weights."""
+    key = f"{id}-{seed}-{stage}"
+    manifest = {"weights": f"results/mini/weights/{key}"}
+    if stage == "instruct":
+        losses = [{"step": step, "loss": 1 / step + seed, "skills": {}} for step in (10, 20)]
+        manifest["held_out"] = losses
+    write(folder / f"runs/{id}/seed{seed}/{stage}.json", manifest)
+    write(folder / f"weights/{key}/history.jsonl", "")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"weights/{key}/history.jsonl").write_text(lines)

@@ -52,6 +52,12 @@ Version = Annotated[
 Results = Annotated[Path, option("folder of a scale's results", "FOLDER")]
 Scales = Annotated[list[Path], option("a scale; of several, a later one overrides", "FILE ...")]
 Table = Annotated[Path, option("table of ablations", "FILE")]
+Beside = Annotated[list[str], option("more pairs to compare", "ID:ID ...")]
+
+
+def pairs_of(beside: list[str]) -> list[tuple[str, str]]:
+    """The pairs of methods that an option Beside names."""
+    return [(id, base) for id, _, base in (pair.partition(":") for pair in beside)]
 
 
 def refuse(option: str, value: Any, accepted: str) -> NoReturn:

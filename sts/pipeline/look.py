@@ -1,5 +1,5 @@
 """Verbs that look at what a scale can make and has made: its targets, its runs, two of them side by
-side, and what of its files nothing names any more.
+side, what of its files nothing names any more, and all that was found, on a page.
 
 Files that are there and the plan alone; what a run was is read from its manifests.
 """
@@ -15,8 +15,19 @@ from typing import Annotated, Any
 
 import typer
 
-from sts.pipeline.command import ABLATIONS, MINI, RESULTS, Results, Scales, Table, option
-from sts.pipeline.config import ConfigError, load_ablations, load_yaml
+from sts.pipeline.command import (
+    ABLATIONS,
+    MINI,
+    RESULTS,
+    Beside,
+    Results,
+    Scales,
+    Table,
+    option,
+    pairs_of,
+    refuse,
+)
+from sts.pipeline.config import ConfigError, load_ablations, load_scale, load_yaml
 from sts.pipeline.files import read_json
 from sts.pipeline.plan import load_plan, unique
 from sts.pipeline.run.weights import DONE
@@ -71,6 +82,36 @@ def compare(first: Run, second: Run, results: Results = RESULTS) -> None:
     _print_columns(lines)
     seeds = unique(f"seed {', '.join(map(str, run))}" for run in pair)
     print(f"Scores in %, mean over {' and '.join(seeds)}.")
+
+
+def examples(
+    config: Annotated[Path, option("resolved configuration of the first run", "FILE")],
+    backbone: Annotated[Path, option("backbone manifest", "FILE")],
+    data: Annotated[list[Path], option("manifests of prepared data sets", "FILE ...")],
+    runs: Annotated[list[Path], option("evaluations (eval.json) of two runs", "FILE FILE")],
+    out: Annotated[Path, option("file to write", "FILE")],
+) -> None:
+    """Choose questions with their pictures and what two runs answered, for the page of results."""
+    from sts.pipeline.measure.examples import examples
+
+    if len(runs) != 2:
+        refuse("runs", len(runs), "two")
+    examples(load_scale(config), backbone, data, (runs[0], runs[1]), out)
+
+
+def page(
+    out: Annotated[Path, option("file to write", "FILE")],
+    tables: Annotated[list[str], option("finished tables, the main one first", "NAME ...")] = (
+        "main",
+    ),
+    beside: Beside = (),
+    configfiles: Annotated[list[str], option("the scale, as commands name it", "FILE ...")] = (),
+    results: Results = RESULTS,
+) -> None:
+    """Write the page of all that was found, for a browser, from result files."""
+    from sts.pipeline.report.page import page
+
+    page(results, out, tables, pairs_of(beside), configfiles)
 
 
 def clean(

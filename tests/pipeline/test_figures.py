@@ -1,7 +1,6 @@
 """Figures from small result files: whole, the same every time, and clear about what is missing."""
 
 import io
-import json
 import math
 import random
 import shutil
@@ -10,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from made_results import LAYERS, STEPS, row, train, write
 from matplotlib import pyplot as plt
 from matplotlib.contour import ContourSet
 from PIL import Image
@@ -19,38 +19,6 @@ from sts.pipeline.report import figures
 from sts.pipeline.report.figures import layers, loss, pareto, time_parts, tokens
 
 IDS = ["dense", "sts"]
-LAYERS, STEPS = 4, 20
-
-
-def write(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-
-
-def row(id, stage, step):
-    """sts skips layer 1 or 2 in turn, half of the stage each; with what its formula asks."""
-    on = (id, stage) == ("sts", "instruct")
-    skipped = [float(on and layer == 1 + step % 2) for layer in range(LAYERS)]
-    return {
-        "step": step,
-        "loss": 3 / (step + 1),
-        "layers_run": LAYERS - sum(skipped),
-        "skipped": skipped,
-        "asked": [0.5 * on * (layer in (1, 2)) for layer in range(LAYERS)],
-    }
-
-
-def train(folder, id, seed, stage, rows):
-    """The manifest of a stage and the history beside its weights."""
-    key = f"{id}-{seed}-{stage}"
-    manifest = {"weights": f"results/mini/weights/{key}"}
-    if stage == "instruct":
-        losses = [{"step": step, "loss": 1 / step + seed, "skills": {}} for step in (10, 20)]
-        manifest["held_out"] = losses
-    write(folder / f"runs/{id}/seed{seed}/{stage}.json", manifest)
-    write(folder / f"weights/{key}/history.jsonl", "")
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"weights/{key}/history.jsonl").write_text(lines)
 
 
 @pytest.fixture(scope="module")

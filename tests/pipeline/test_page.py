@@ -9,7 +9,7 @@ import re
 
 import pytest
 from browser import CHROMIUM, HAS_AXE, ask
-from test_figures import LAYERS, STEPS, row, train, write
+from made_results import LAYERS, STEPS, row, train, write
 
 from sts.pipeline.config import MINI, deep_merge, load_yaml, validate
 from sts.pipeline.files import read_json

@@ -83,10 +83,10 @@ def test_what_is_drawn_is_what_the_result_files_hold(made):
     points = {(r["ablation"], r["seed"]): r for r in csv_of(text, "cost")}
     assert len(points) == 9
     assert float(points["sts", "2"]["average"]) == pytest.approx(62)
-    assert float(points["sts", "2"]["minutes"]) == pytest.approx(8 / 60, rel=1e-5)
+    assert float(points["sts", "2"]["seconds"]) == pytest.approx(8, rel=1e-5)
     losses = [r for r in csv_of(text, "loss") if (r["ablation"], r["seed"]) == ("dense", "1")]
     # the second stage begins after 5 s, and its step 10 of 20 is 2.5 s later
-    assert [float(r["minutes"]) for r in losses] == pytest.approx([7.5 / 60, 10 / 60], rel=1e-5)
+    assert [float(r["seconds"]) for r in losses] == pytest.approx([7.5, 10], rel=1e-5)
     assert [float(r["loss"]) for r in losses] == pytest.approx([1.1, 1.05])
     means = {
         (r["ablation"], r["beside"]): float(r["mean"])

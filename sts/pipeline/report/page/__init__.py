@@ -48,6 +48,7 @@ NUMBERS = (  # of the cards: key of a table's CSV, factor, digits, sign, unit, w
     ("average_difference", 100, 1, "+", "points", "average score, more is better"),
     ("retention", 100, 1, "", "%", "of the score kept"),
 )
+UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 CLOSE, MOST_CARDS = 0.05, 4  # from a ratio of equal times; pairs at the top of the page
 Pair = tuple[str, str, pd.Series]  # a method, the one beside which it stands, its row then
 
@@ -228,7 +229,8 @@ def _number(row: pd.Series, key: str) -> float:
 
 def _unit(seconds: Iterable[float]) -> tuple[float, str]:
     """Seconds of the unit of a time axis, and its name."""
-    return (3600, "hours") if max(seconds, default=0) >= 3600 else (60, "minutes")
+    longest = max(seconds, default=0)
+    return next(unit for unit in UNITS if longest >= unit[0] or unit is UNITS[-1])
 
 
 def _cost(shown: Shown) -> Section:

@@ -60,25 +60,29 @@ ZOO["shieldgemma2"] = _same_class("gemma3", hf.ShieldGemma2Config)
 
 HEAD = """# Architectures
 
-Of all {all} image-text-to-text types of transformers {version}, {carried} are carried, {both} of them with both
-VTC and LDS; {refused} are refused with the reason. `PYTHONPATH=. python tests/zoo.py` writes this page, and
+Of all {all} image-text-to-text types of transformers {version}, {carried} are supported, {both} of them with both
+VTC and LDS; {refused} are refused. `PYTHONPATH=. python tests/zoo.py` writes this page, and
 `tests/library/test_breadth.py` checks it. That file and `tests/library/test_architectures.py` (14 types) test every
-carried type with tiny random weights of its real class: the loss and every gradient of VTC and LDS against the
-sequence shortened by hand and the model without those layers, of unit `samples` against each row through its own
-layers, and of an idle scheme against the model itself. Units `tokens` and `backward` are run on all types, and
-compared with a reference on the 14. No full-size weights were at hand.
+supported type with tiny random weights of its real class, by the loss and every gradient:
 
-The grids of images are found (by the sizes that the processor gives, else by runs of placeholders: a square, or
-a sequence) or given by an entry in `sts/architectures/`.
+- VTC and LDS against the sequence shortened by hand and the model without the skipped layers;
+- unit `samples` against each row through its own layers;
+- an idle scheme against the model itself.
+
+Units `tokens` and `backward` are run on all types, and compared with a reference on the 14. No full-size weights were
+available.
+
+The grids of images are found by the library (from the sizes that the processor gives, otherwise from runs of
+placeholders: a square, or a sequence) or given by an entry in `sts/architectures/`.
 
 | model_type | class | VTC | LDS, units | grids of images |
 |---|---|---|---|---|
 """  # noqa: E501
-REASONS = """- Types without units `samples` and `tokens` hand on or share what a layer computes of all tokens;
+REASONS = """- Types without units `samples` and `tokens` pass on or share what a layer computes from all tokens;
   those without `backward` have layers without an attention and an MLP of their own.
-- `gemma3n`, `gemma4`: layers whose keys and values others read always run.
+- `gemma3n`, `gemma4`: layers whose keys and values are read by others always run.
 
-Refused, and why:
+Refused, with the reason:
 
 | model_type | class | reason |
 |---|---|---|
@@ -105,7 +109,7 @@ def table() -> str:
         lds = "no" if name in NO_LDS else "all" if len(units) == 4 else ", ".join(units)
         where = "found" if entry.grids is Architecture().grids else "by an entry"
         text += f"| `{name}` | {TYPES[name]} | {vtc} | {lds} | {where} |\n"
-    text += "\nHalf carried, and why:\n\n"
+    text += "\nSupported in part:\n\n"
     text += "".join(f"- `{name}`, no VTC: {why}.\n" for name, why in NO_VTC.items())
     text += "".join(f"- `{name}`, no LDS: {why}.\n" for name, why in NO_LDS.items())
     text += REASONS

@@ -66,7 +66,9 @@ def published(tmp_path_factory) -> Path:
         )
     fake_environment(folder)
     shell(folder, "git init -q && git add . && git commit -qm start")
-    shell(folder, "dvc repro && git add dvc.lock && git commit -qm results && dvc push")
+    shell(
+        folder, "dvc repro reproduce@mini && git add dvc.lock && git commit -qm results && dvc push"
+    )
     return folder
 
 
@@ -78,7 +80,7 @@ def test_the_bytes_are_not_in_git_and_the_lock_names_them(published):
 
 
 def test_a_second_repro_does_nothing(published):
-    assert "up to date" in shell(published, "dvc repro")
+    assert "up to date" in shell(published, "dvc repro reproduce@mini")
 
 
 def test_repro_after_an_edit_does_not_delete_what_is_there(published):
@@ -87,7 +89,7 @@ def test_repro_after_an_edit_does_not_delete_what_is_there(published):
     before = tables.read_text()
     tables.write_text(before + "\nDIGITS = 3\n")
     try:
-        shell(published, "dvc repro")
+        shell(published, "dvc repro reproduce@mini")
     finally:
         tables.write_text(before)
     assert (published / "done.txt").read_text().count("instruct.json") == made
@@ -96,7 +98,7 @@ def test_repro_after_an_edit_does_not_delete_what_is_there(published):
 def test_a_clone_pulls_touches_and_has_nothing_to_do(published):
     clone = published.parent / "clone"
     shell(published.parent, f"git clone -q {published} {clone}")
-    shell(clone, "dvc pull")
+    shell(clone, "dvc pull prepare@mini reproduce@mini")
     assert (clone / "results/mini/tables/main.md").exists()
     shell(clone, "snakemake --cores all --touch")
     assert "Nothing to be done" in shell(clone, "snakemake --cores all")

@@ -62,8 +62,8 @@ def test_each_family_speaks_of_its_own_baseline():
     ("low", "high", "line"),
     [
         (0.9, 0.99, "Below DENSE in score, beyond the spread of the seeds:"),
-        (0.9, 1.0, "Not told apart from DENSE in score by these seeds:"),
-        (0.974, 1.1, "Not told apart from DENSE in score by these seeds:"),
+        (0.9, 1.0, "No difference in score from DENSE shown by these seeds:"),
+        (0.974, 1.1, "No difference in score from DENSE shown by these seeds:"),
         (0.975, 1.1, "Score of DENSE kept, to 97.5 % or more:"),
         (1.01, 1.1, "Above DENSE in score, beyond the spread of the seeds:"),
     ],
@@ -83,7 +83,7 @@ def test_a_method_is_told_from_the_baseline_where_its_interval_leaves_out_1(low,
     ("low", "high", "line"),
     [
         (-0.09, -0.01, "Lower held-out loss than DENSE:"),
-        (-0.09, 0.01, "Held-out loss not told apart from that of DENSE by these seeds:"),
+        (-0.09, 0.01, "No difference in held-out loss from DENSE shown by these seeds:"),
         (0.01, 0.09, "Higher held-out loss than DENSE:"),
     ],
 )
@@ -93,7 +93,7 @@ def test_the_held_out_loss_is_judged_by_its_interval(low, high, line):
     of_loss |= {"loss_difference_low": low, "loss_difference_high": high}
     said = say(row("sts", 0.79, 0.987, 0.9, 0.99, 0.9) | of_loss)
     assert said[line] == [
-        f"STS: {mean:+.3f} nats an answer token (interval {low:+.3f} to {high:+.3f}, 6 seeds)"
+        f"STS: {mean:+.3f} nats per answer token (interval {low:+.3f} to {high:+.3f}, 6 seeds)"
     ]
 
 

@@ -57,7 +57,7 @@ def configured(config: Mapping[str, Any]) -> dict[str, list[str]]:
 def findings(rows: pd.DataFrame) -> dict[str, list[str]]:
     """What the rows of a table's CSV say: lines, each with the methods that it is said of.
 
-    Methods are told apart from the one that they are relative to where an interval leaves out no
+    Methods differ from the one that they are relative to where an interval leaves out no
     difference: that of the held-out loss first, then that of the retention. A score is kept where
     the interval of the retention lies above MARGIN.
     """
@@ -91,7 +91,7 @@ def _findings(rows: pd.DataFrame, base: str) -> dict[str, list[str]]:
     groups = {
         f"Above {name} in score, beyond the spread of the seeds:": low > 1,
         f"Score of {name} kept, to {kept} or more:": (low >= MARGIN) & (low <= 1) & (high >= 1),
-        f"Not told apart from {name} in score by these seeds:": (low < MARGIN) & (high >= 1),
+        f"No difference in score from {name} shown by these seeds:": (low < MARGIN) & (high >= 1),
         f"Below {name} in score, beyond the spread of the seeds:": high < 1,
         "Of one seed, so that small differences mean nothing:": mean.notna() & low.isna(),
         f"Without a score to compare with that of {name}:": mean.isna(),
@@ -115,13 +115,13 @@ def _of_loss(
     low, high = (others[f"loss_difference_{end}"] for end in ("low", "high"))
     groups = {
         f"Lower held-out loss than {name}:": high < 0,
-        f"Held-out loss not told apart from that of {name} by these seeds:": (low <= 0)
+        f"No difference in held-out loss from {name} shown by these seeds:": (low <= 0)
         & (high >= 0),
         f"Higher held-out loss than {name}:": low > 0,
     }
     return {
         line: [
-            f"{names[id]}: {row['loss_difference']:+.3f} nats an answer token (interval "
+            f"{names[id]}: {row['loss_difference']:+.3f} nats per answer token (interval "
             f"{row['loss_difference_low']:+.3f} to {row['loss_difference_high']:+.3f}, "
             f"{row['loss_difference_n']:.0f} seeds)"
             for id, row in others[is_member].iterrows()

@@ -52,7 +52,7 @@ NAMES = {  # of benchmarks that are not written as words are
     "mmbench_cn": "MMBench CN", "chartqa": "ChartQA", "mmmu_val": "MMMU",
 }  # fmt: skip
 NOTE = (
-    "Scores in %, mean ± sd over seeds. Loss: of held-out questions, in nats an answer token. "
+    "Scores in %, mean ± sd over seeds. Loss: of held-out questions, in nats per answer token. "
     "Blind: average with a grey image. Retention: average / average of {base}, paired by seed, "
     "with a 95 % t interval of its logarithm. Time, FLOPs: of training, relative to {base}. "
     "Realisation: (1 - time) / (1 - FLOPs)."

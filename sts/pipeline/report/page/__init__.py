@@ -309,7 +309,7 @@ def _loss(shown: Shown) -> Section:
         "Held-out questions, dense inference. Lower and further left is better; a thick line is "
     )
     words += "the mean, a thin one a seed. The scale of the loss is logarithmic."
-    drawn = plot(frame, marks, title, f"training time, {name}", "loss, nats an answer token")
+    drawn = plot(frame, marks, title, f"training time, {name}", "loss, nats per answer token")
     return Section("loss", title, words, [drawn], table, "fig_loss")
 
 
@@ -339,7 +339,7 @@ def _differences(shown: Shown, pairs: Sequence[Pair]) -> Section:
             intervals.append(Interval(id, words, mean, low, high, tip))
         drawn += [forest(intervals, places, x, x)] if intervals else []
     words = f"Beside {shown.names[shown.base]} with the same seed, or beside the method that is "
-    words += "named; 95 % t intervals. One that holds 0 tells nothing apart."
+    words += "named; 95 % t intervals. An interval that includes 0 shows no difference."
     return Section("differences", title, words, drawn, table, f"table_{[*shown.tables][-1]}")
 
 

@@ -178,6 +178,26 @@ Attention = Annotated[str, option("sdpa, eager, flash_attention_2 (which needs f
 
 
 @verb
+def search(
+    config: ConfigFile,
+    study: Annotated[str, option("one of the search's studies", "NAME")],
+    data: Manifests,
+    init: Backbone,
+    out: Out,
+    settings: Annotated[Path, option("the search", "FILE")] = Path("workflow/config/search.yaml"),
+    ablations: Table = ABLATIONS,
+) -> None:
+    """Search for the knobs of the least held-out loss, or go on where it was interrupted."""
+    from sts.pipeline.config import check_study, load_search
+    from sts.pipeline.search import Search
+
+    scale, entries, chosen = load_scale(config), load_ablations(ablations), load_search(settings)
+    check_study(chosen, study, str(settings), entries, scale)
+    entry = entries[chosen.studies[study].ablation]
+    Search(scale, entry, chosen, study, data, init, out).run()
+
+
+@verb
 def bench(
     out: Out,
     configs: Configs = (),

@@ -16,7 +16,8 @@ ROOMS = [
     "hosts",
     *(f"pipeline.{name}" for name in ("files", "tasks", "config", "command", "run", "data")),
     "pipeline.cost",
-    *(f"pipeline.{name}" for name in ("train", "evaluate", "plan", "measure", "report", "verify")),
+    *(f"pipeline.{name}" for name in ("train", "evaluate", "plan", "measure", "search")),
+    *(f"pipeline.{name}" for name in ("report", "verify")),
     *("pipeline.look", "mini", "__main__"),
 ]
 FILES = sorted((ROOT / "sts").rglob("*.py"))

@@ -40,6 +40,7 @@ RULES = {  # with rules of their own
     "bench": f"only the training times of table_{MAIN}",
     "expected": "published scores beside those obtained (scale paper)",
     "page": f"the page of results, index.html, with table_{MAIN} and what it needs",
+    "search": "what the studies of workflow/config/search.yaml found",
     "backbones": "the toy backbones trained anew; no run needs it",
 }
 

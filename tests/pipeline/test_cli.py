@@ -17,7 +17,7 @@ VERBS = (
     "prepare", "backbone", "smollm2", "train", "evaluate", "submission", "bench",
     "tokens", "table", "figure", "expected", "summary", "estimate", "requests", "ui", "reap",
     "close", "config", "verify", "export", "check", "targets", "runs", "compare", "clean",
-    "examples", "page",
+    "examples", "page", "search",
 )  # fmt: skip
 
 

@@ -31,7 +31,9 @@ from sts.pipeline.config import (
 from sts.settings import setting
 
 ROOT = Path(__file__).resolve().parents[2]
-SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
+SCALES = sorted(
+    {*(ROOT / "workflow/config").glob("*.yaml")} - {ROOT / "workflow/config/search.yaml"}
+)
 ABLATIONS = ROOT / "workflow/ablations.yaml"
 PAGE = ROOT / "docs/ablations.md"
 

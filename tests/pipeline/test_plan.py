@@ -12,7 +12,9 @@ from sts.pipeline.config import ConfigError, load_ablations
 from sts.pipeline.files import write_json_atomic
 from sts.pipeline.plan import Training, load_plan
 
-SCALES = sorted((ROOT / "workflow/config").glob("*.yaml"))
+SCALES = sorted(
+    {*(ROOT / "workflow/config").glob("*.yaml")} - {ROOT / "workflow/config/search.yaml"}
+)
 TABLE = """
 dense: {groups: [main], label: Dense}
 vtc:

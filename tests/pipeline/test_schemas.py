@@ -16,6 +16,7 @@ from sts.pipeline.config.schemas import FOLDER, schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE, ABLATIONS = "scale.schema.json", "ablations.schema.json"
+SEARCH = "search.schema.json"
 FILES = [*sorted((ROOT / "workflow/config").glob("*.yaml")), ROOT / "workflow/ablations.yaml"]
 
 
@@ -30,7 +31,7 @@ def problems(name: str, content: object) -> list[str]:
     return [error.message for error in Draft202012Validator(schemas()[name]).iter_errors(content)]
 
 
-@pytest.mark.parametrize("name", [SCALE, ABLATIONS])
+@pytest.mark.parametrize("name", [SCALE, ABLATIONS, SEARCH])
 def test_a_schema_is_in_step_with_the_configuration(name):
     written = json.loads((ROOT / FOLDER / name).read_text())
     assert written == schemas()[name], "run `make schemas`"
@@ -39,7 +40,7 @@ def test_a_schema_is_in_step_with_the_configuration(name):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_file_of_the_workflow_is_valid_by_the_schema_that_it_names(file):
-    assert schema_of(file) == (ABLATIONS if file.stem == "ablations" else SCALE)
+    assert schema_of(file) == {"ablations": ABLATIONS, "search": SEARCH}.get(file.stem, SCALE)
     assert problems(schema_of(file), load_yaml(file)) == []
 
 

@@ -31,6 +31,14 @@ from sts.pipeline.config.loading import (
     resolve,
     validate,
 )
+from sts.pipeline.config.search import (
+    Range,
+    SearchConfig,
+    check_study,
+    load_search,
+    nested,
+    value_at,
+)
 from sts.pipeline.config.stages import (
     BACKBONE,
     RESERVED,

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from sts.pipeline.config import NAME, RESERVED, Config, Entry
+from sts.pipeline.config import NAME, RESERVED, Config, Entry, SearchConfig
 from sts.settings import LDS, VTC
 
 FOLDER = Path("workflow/schemas")
@@ -32,8 +32,8 @@ class _Plain(GenerateJsonSchema):
 
 
 def schemas() -> dict[str, dict[str, Any]]:
-    """File name -> schema: of a scale file, which gives only what differs from the mini scale, and
-    of the table of ablations."""
+    """File name -> schema: of a scale file, which gives only what differs from the mini scale, of
+    the table of ablations, and of a search."""
     scale, entry = (kind.model_json_schema(schema_generator=_Plain) for kind in (Config, Entry))
     blocks = scale.pop("$defs")
     for key, kind in (("vtc", VTC), ("lds", LDS)):
@@ -60,7 +60,10 @@ def schemas() -> dict[str, dict[str, Any]]:
     }
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     files = {"scale.schema.json": scale, "ablations.schema.json": table}
-    return {name: head | schema | {"$defs": blocks} for name, schema in files.items()}
+    search = SearchConfig.model_json_schema(schema_generator=_Plain)
+    return {name: head | schema | {"$defs": blocks} for name, schema in files.items()} | {
+        "search.schema.json": head | search
+    }
 
 
 def _settings(kind: type) -> dict[str, Any]:

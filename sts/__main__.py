@@ -37,6 +37,7 @@ try:
     from sts.pipeline.files import SpoiltError
     from sts.pipeline.plan import make_plan
     from sts.pipeline.run.follows import PlanError
+    from sts.pipeline.run.store_verbs import close, reap, ui
 except ModuleNotFoundError as error:
     if error.name.startswith("sts"):
         raise
@@ -188,13 +189,9 @@ def search(
     ablations: Table = ABLATIONS,
 ) -> None:
     """Search for the knobs of the least held-out loss, or go on where it was interrupted."""
-    from sts.pipeline.config import check_study, load_search
-    from sts.pipeline.search import Search
+    from sts.pipeline.search import search
 
-    scale, entries, chosen = load_scale(config), load_ablations(ablations), load_search(settings)
-    check_study(chosen, study, str(settings), entries, scale)
-    entry = entries[chosen.studies[study].ablation]
-    Search(scale, entry, chosen, study, data, init, out).run()
+    search(load_scale(config), load_ablations(ablations), settings, study, data, init, out)
 
 
 @verb
@@ -386,38 +383,6 @@ def requests(
 
 
 @verb
-def ui(port: int = 5000) -> None:
-    """Serve MLflow's pages, and say at which address the charts of the trainings are."""
-    from sts.pipeline.run import store
-
-    arguments, address = store.ui_command(port)
-    print(f"The trainings: {address}", flush=True)
-    if arguments:  # every user of the machine may read a command line
-        os.environ["MLFLOW_BACKEND_STORE_URI"] = store.uri()
-        os.execv(sys.executable, [sys.executable, *arguments])
-
-
-@verb
-def reap() -> None:
-    """Close MLflow runs whose process has died."""
-    from sts.pipeline.run import store
-
-    for name in store.reap():
-        print(name)
-
-
-@verb
-def close(
-    status: Annotated[Literal["FINISHED", "FAILED", "KILLED"], option("how the call ended")],
-    artifacts: Annotated[list[str], option("folders that the parent run keeps", "FOLDER ...")] = (),
-) -> None:
-    """End the MLflow run of this call of the pipeline (STS_INVOCATION)."""
-    from sts.pipeline.run.store import close_invocation
-
-    close_invocation(status, artifacts)
-
-
-@verb
 def config(
     configfile: Scales = (MINI,),
     ablations: Table = ABLATIONS,
@@ -437,8 +402,9 @@ def config(
     print(dump(shown), end="")
 
 
-for looks in (look.targets, look.runs, look.compare, look.clean, look.examples, look.page):
-    verb(looks)
+LOOKS = (look.targets, look.runs, look.compare, look.clean, look.examples, look.page)
+for function in (*LOOKS, ui, reap, close):
+    verb(function)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

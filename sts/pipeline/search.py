@@ -34,9 +34,11 @@ from sts.pipeline.config import (
     ConfigError,
     Range,
     SearchConfig,
+    check_study,
     config_hash,
     deep_merge,
     dump,
+    load_search,
     nested,
     resolve,
     value_at,
@@ -223,6 +225,22 @@ class Search:
         about = {"study": self.name, "ablation": self.ablation.id, "flops": self.settings.flops}
         about |= {"seeds": self.settings.seeds, "best": best and best["number"]}
         return about | {"trials": trials}
+
+
+def search(
+    scale: Config,
+    ablations: Mapping[str, Ablation],
+    file: Path,
+    study: str,
+    data: Sequence[Path],
+    init: Path,
+    out: Path,
+) -> dict[str, Any]:
+    """Make one study of a search that `file` says, and check it before: see Search."""
+    settings = load_search(file)
+    check_study(settings, study, str(file), ablations, scale)
+    entry = ablations[settings.studies[study].ablation]
+    return Search(scale, entry, settings, study, data, init, out).run()
 
 
 def losses_of(job: Job) -> Generator[float, None, None]:

@@ -23,7 +23,6 @@ from sts.pipeline.report.figures._shared import histories
 from sts.pipeline.report.figures.layers import by_layer
 from sts.pipeline.report.findings import configured, findings
 from sts.pipeline.report.page.plots import (
-    Interval,
     bars,
     colour,
     dot,
@@ -36,13 +35,7 @@ from sts.pipeline.report.page.plots import (
 from sts.pipeline.report.results import configuration, held_out, scores, stages_of, timings
 from sts.pipeline.run import provenance
 
-DIFFERENCES = {  # of a table's CSV -> factor, digits, unit, what is better
-    "loss_difference": (1, 3, "nats", "held-out loss, nats (left is better)"),
-    "average_difference": (100, 1, "points", "average score, points (right is better)"),
-}
-
-
-NUMBERS = (  # of the cards: key of a table's CSV, factor, digits, sign, unit, what it is
+NUMBERS = (  # key of a table's CSV, factor, digits, sign, unit, what it is
     ("time_ratio", 1, 2, "", "×", "of the training time"),
     ("loss_difference", 1, 3, "+", "nats", "held-out loss, less is better"),
     ("average_difference", 100, 1, "+", "points", "average score, more is better"),
@@ -66,40 +59,13 @@ class Section(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What the plots share: rows of the tables by id, with the baseline first."""
+    """What the plots share."""
 
     results: Path
-    rows: pd.DataFrame
     tables: Mapping[str, Sequence[str]]  # name -> ids
-
-    @property
-    def names(self) -> dict[str, str]:
-        """id -> label."""
-        return dict(self.rows["method"])
-
-    @property
-    def base(self) -> str:
-        """id of the first method."""
-        return self.rows.index[0]
-
-    @property
-    def comparable(self) -> list[str]:
-        """The methods that are compared with the first one."""
-        return [*self.rows.index[self.rows["relative_to"] == self.base]]
-
-    def times(self) -> dict[str, tuple[Mapping[str, Any], float]]:
-        """id -> (its timing, seconds on the first table's axis of one of its seconds): each table
-        was timed by itself, and the baseline in all."""
-        times: dict[str, tuple[Mapping[str, Any], float]] = {}
-        for table, ids in self.tables.items():
-            timing = timings(self.results, table)
-            if self.base in timing:
-                first = times.get(self.base, (timing[self.base],))[0]
-                factor = first["time_s"] / timing[self.base]["time_s"]
-                times |= {
-                    id: (timing[id], factor) for id in ids if id in timing and id not in times
-                }
-        return times
+    names: Mapping[str, str]  # id -> label, the baseline first
+    comparable: Sequence[str]  # ids of the methods that are compared with the baseline
+    times: Mapping[str, tuple[Mapping[str, Any], float]]  # as `_times` has them
 
 
 def page(
@@ -129,10 +95,13 @@ def page(
     frames = {name: pd.read_csv(file, keep_default_na=False) for name, file in files.items()}
     expected = frames.pop("expected", None)
     rows = pd.concat(frames.values()).drop_duplicates("ablation").set_index("ablation")
-    shown = Shown(results, rows, {name: [*frame["ablation"]] for name, frame in frames.items()})
+    base, members = rows.index[0], {name: [*frame["ablation"]] for name, frame in frames.items()}
+    comparable = [*rows.index[rows["relative_to"] == base]]
+    times = _times(results, members, base)
+    shown = Shown(results, members, dict(rows["method"]), comparable, times)
     examples = results / "examples.json"
     flags = f" --configfile {' '.join(configfiles)}" if configfiles else ""
-    pairs = _pairs(shown, beside)
+    pairs = _pairs(shown, rows, beside)
     sections = [_cost(shown), _loss(shown), _differences(shown, pairs), _time(shown),
                 _layers(shown)]  # fmt: skip
     environment = Environment(
@@ -148,7 +117,7 @@ def page(
         name=shown.names[shown.tables["main"][-1]],
         cards=_cards(shown, pairs),
         findings={name: findings(frame) for name, frame in frames.items()},
-        configured=configured(configuration(results, shown.base)),
+        configured=configured(configuration(results, base)),
         legend=[(id, colour(i), shown.names[id]) for i, id in enumerate(shown.comparable)],
         sections=sections,
         examples=read_json(examples) if examples.exists() else {"questions": []},
@@ -162,11 +131,19 @@ def page(
     write_text_atomic(out, text)
 
 
-def _numbers(rows: pd.DataFrame, name: str) -> pd.Series:
-    """A column of a table's CSV as numbers, nan for what is no number or not there."""
-    if name not in rows:
-        return pd.Series(np.nan, index=rows.index)
-    return pd.to_numeric(rows[name], errors="coerce")
+def _times(
+    results: Path, tables: Mapping[str, Sequence[str]], base: str
+) -> dict[str, tuple[Mapping[str, Any], float]]:
+    """id -> (its timing, seconds on the first table's axis of one of its seconds): each table was
+    timed by itself, and the baseline in all."""
+    times: dict[str, tuple[Mapping[str, Any], float]] = {}
+    for table, ids in tables.items():
+        timing = timings(results, table)
+        if base in timing:
+            first = times.get(base, (timing[base],))[0]
+            factor = first["time_s"] / timing[base]["time_s"]
+            times = {id: (timing[id], factor) for id in ids if id in timing} | times
+    return times
 
 
 # ---- the verdict --------------------------------------------------------------------------------
@@ -183,10 +160,9 @@ def _verdict(main: pd.DataFrame) -> list[str]:
     ]
 
 
-def _pairs(shown: Shown, beside: Sequence[tuple[str, str]]) -> list[Pair]:
+def _pairs(shown: Shown, rows: pd.DataFrame, beside: Sequence[tuple[str, str]]) -> list[Pair]:
     """Every method beside what it is compared with, and the pairs that were named."""
-    pairs = [(id, base, shown.rows.loc[id]) for id, base in shown.rows["relative_to"].items()]
-    pairs = [pair for pair in pairs if pair[0] != pair[1]]
+    pairs = [(id, base, rows.loc[id]) for id, base in rows["relative_to"].items() if id != base]
     for id, base in beside:
         table = next(name for name, ids in shown.tables.items() if {id, base} <= {*ids})
         lines = scores(shown.results, [id, base])
@@ -198,11 +174,12 @@ def _pairs(shown: Shown, beside: Sequence[tuple[str, str]]) -> list[Pair]:
 def _cards(shown: Shown, pairs: Sequence[Pair]) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """Of the last method of the main table, at equal steps and at equal time, and of those that
     take the time of the first: a heading and (number, what it is, its interval)."""
-    of_equal_time = [pair for pair in pairs if abs(_number(pair[2], "time_ratio") - 1) <= CLOSE]
-    named = [pair for pair in pairs if pair[0] == shown.tables["main"][-1]][:1]
-    named += [pair for pair in of_equal_time if pair[:2] != named[0][:2]]
+    last = shown.tables["main"][-1]
+    first = [pair for pair in pairs if pair[0] == last][:1]
+    first += [pair for pair in pairs if abs(_number(pair[2], "time_ratio") - 1) <= CLOSE]
+    named = {pair[:2]: pair for pair in reversed(first)}
     cards = []
-    for id, base, row in named[:MOST_CARDS]:
+    for id, base, row in [*reversed(named.values())][:MOST_CARDS]:
         numbers = []
         for key, factor, digits, sign, unit, words in NUMBERS:
             mean, low, high = (_number(row, key + end) for end in ("", "_low", "_high"))
@@ -236,11 +213,11 @@ def _unit(seconds: Iterable[float]) -> tuple[float, str]:
 def _cost(shown: Shown) -> Section:
     """Score of each run against its training time."""
     title = "How good is it, for how much time?"
-    times = shown.times()
+    times = shown.times
     ids = [id for id in shown.comparable if id in times]
     lines = scores(shown.results, ids) if ids else pd.DataFrame({"is_share": []})
     lines = lines[lines["is_share"].astype(bool)]
-    if lines.empty:
+    if lines.empty or lines["score"].isna().all():
         return Section("cost", title, "No timing, or no score that is a share of 0 to 1.")
     averages = lines.groupby(["ablation", "seed"])["score"].agg(
         lambda x: 100 * x.mean(skipna=False)
@@ -273,10 +250,10 @@ def _cost(shown: Shown) -> Section:
 
 def _loss(shown: Shown) -> Section:
     """Held-out loss of each run against its training time."""
-    title, times, curves = "How soon does the loss fall?", shown.times(), {}
+    title, curves = "How soon does the loss fall?", {}
     for id in shown.comparable:
         *before, last = stages_of(shown.results, id)
-        timed, factor = times.get(id, ({}, 1.0))
+        timed, factor = shown.times.get(id, ({}, 1.0))
         if not {*before, last} <= timed.keys():
             continue
         spent = sum(timed[stage]["stage_s"] for stage in before)
@@ -317,28 +294,27 @@ def _differences(shown: Shown, pairs: Sequence[Pair]) -> Section:
     """Paired differences with their intervals."""
     title = "What is a difference, and what is chance?"
     table = pd.DataFrame(
-        {"ablation": id, "beside": base, "quantity": key}
-        | {end or "mean": row.get(f"{key}_{end}" if end else key) for end in ("", "low", "high")}
+        {"ablation": id, "beside": base, "quantity": key, "mean": _number(row, key)}
+        | {end: _number(row, f"{key}_{end}") for end in ("low", "high")}
         for id, base, row in pairs
-        for key in DIFFERENCES
-    )
-    for column in ("mean", "low", "high"):
-        table[column] = _numbers(table, column)
-    table, drawn = table.dropna(), []
+        for key, *_ in NUMBERS[1:3]
+    ).dropna()
     if table.empty:
         return Section("differences", title, "An interval takes two seeds of both methods.")
-    places = {id: i for i, id in enumerate(shown.rows.index)}
-    for key, (factor, digits, unit, x) in DIFFERENCES.items():
+    drawn, first = [], shown.comparable[0]
+    for key, factor, digits, sign, unit, quantity in NUMBERS[1:3]:
         intervals = []
-        for _, id, base, _, *values in table[table["quantity"] == key].itertuples():
+        for id, base, _, *values in table[table["quantity"] == key].itertuples(index=False):
             mean, low, high = (factor * value for value in values)
-            words = [shown.names[id]]
-            words += [] if base == shown.base else [f"beside {shown.names[base]}"]
-            tip = f"{shown.names[id]} beside {shown.names[base]}: {mean:+.{digits}f} {unit} "
-            tip += f"({low:+.{digits}f} to {high:+.{digits}f})"
-            intervals.append(Interval(id, words, mean, low, high, tip))
-        drawn += [forest(intervals, places, x, x)] if intervals else []
-    words = f"Beside {shown.names[shown.base]} with the same seed, or beside the method that is "
+            tip = f"{shown.names[id]} beside {shown.names[base]}: {mean:{sign}.{digits}f} {unit} "
+            tip += f"({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
+            words = [shown.names[id], *[f"beside {shown.names[base]}"] * (base != first)]
+            kind = colour([*shown.names].index(id))
+            intervals.append((id, kind, words, (mean, low, high), tip))
+        if intervals:
+            name, better = quantity.split(", ")
+            drawn.append(forest(intervals, quantity, f"{name}, {unit} ({better})"))
+    words = f"Beside {shown.names[first]} with the same seed, or beside the method that is "
     words += "named; 95 % t intervals. An interval that includes 0 shows no difference."
     return Section("differences", title, words, drawn, table, f"table_{[*shown.tables][-1]}")
 

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 44, 8, 12, 40  # a phone is that wide
 LINE = 15  # height of a line of text
+LEAST = 1e-6  # on an axis of logarithms
 PALETTE = 7  # colours of the style sheet
 
 
@@ -31,7 +32,7 @@ class Frame(NamedTuple):
 
     def place_y(self, y: float) -> float:
         """Pixels from the top."""
-        y, low, high = np.log([y, *self.y]) if self.has_log_y else (y, *self.y)
+        y, low, high = np.log([max(y, LEAST), *self.y]) if self.has_log_y else (y, *self.y)
         share = (y - low) / (high - low)
         return round(float(self.height - BOTTOM - share * (self.height - TOP - BOTTOM)), 1)
 
@@ -42,7 +43,8 @@ def framed(points: Iterable[tuple[float, float]], has_log_y: bool = False) -> Fr
     rooms = [0.06 * (np.ptp(v) or abs(v[0]) or 1) for v in (xs, ys)]
     x = (float(xs.min() - rooms[0]), float(xs.max() + rooms[0]))
     if has_log_y:
-        return Frame(x, (float(ys.min() / 1.1), float(ys.max() * 1.1)), has_log_y=True)
+        low, high = (max(float(end), LEAST) for end in (ys.min(), ys.max()))
+        return Frame(x, (low / 1.1, high * 1.1), has_log_y=True)
     return Frame(x, (float(ys.min() - rooms[1]), float(ys.max() + rooms[1])))
 
 
@@ -108,34 +110,26 @@ def colour(place: int) -> str:
     return f"c{place % PALETTE} d{place // PALETTE % 4}"
 
 
-class Interval(NamedTuple):
-    """A line of a forest plot."""
-
-    row: str
-    words: Sequence[str]
-    mean: float
-    low: float
-    high: float
-    tip: str
-
-
-def forest(intervals: Sequence[Interval], places: Mapping[str, int], label: str, x: str) -> Markup:
-    """Means with their intervals, each under its words, beside no difference."""
-    height = TOP + BOTTOM + sum(26 + LINE * len(line.words) for line in intervals)
-    ends = [0.0, *(end for line in intervals for end in (line.low, line.high))]
+def forest(
+    intervals: Sequence[tuple[str, str, Sequence[str], tuple[float, float, float], str]],
+    label: str,
+    x: str,
+) -> Markup:
+    """Means with their intervals, each under its words, beside no difference. intervals: (row,
+    colour, lines of words, (mean, low, high), tip)."""
+    height = TOP + BOTTOM + sum(26 + LINE * len(words) for _, _, words, *_ in intervals)
+    ends = [0.0, *(end for *_, values, _ in intervals for end in values)]
     room = 0.05 * (max(ends) - min(ends) or 1)
     frame = Frame((min(ends) - room, max(ends) + room), (0, 1), height, left=8)
-    zero, y, parts = frame.place_x(0), TOP, []
-    parts.append(f'<line class="zero" x1="{zero}" x2="{zero}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-    for row, lines, mean, low, high, tip in intervals:
+    zero, y = frame.place_x(0), TOP
+    parts = [mark(f'line x1="{zero}" x2="{zero}" y1="{TOP}" y2="{height - BOTTOM}"', "zero")]
+    for row, kind, lines, values, tip in intervals:
         for words in lines:
             y += LINE
             parts.append(text(8, y, words, kind="halo"))
-        y, kind = y + 10, f"whisker {colour(places[row])}"
-        shape = f'line x1="{frame.place_x(low)}" x2="{frame.place_x(high)}" y1="{y}" y2="{y}"'
-        parts.append(mark(shape, kind, row))
-        shape = f'circle cx="{frame.place_x(mean)}" cy="{y}" r="5"'
-        parts.append(mark(shape, f"dot {kind}", row, tip))
+        y, (mean, low, high) = y + 10, map(frame.place_x, values)
+        parts.append(mark(f'line x1="{low}" x2="{high}" y1="{y}" y2="{y}"', f"whisker {kind}", row))
+        parts.append(mark(f'circle cx="{mean}" cy="{y}" r="5"', f"dot {kind}", row, tip))
         y += 16
     return plot(frame, parts, label, x)
 

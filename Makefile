@@ -19,7 +19,7 @@ endif
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make reproduce   data, training, evaluation, tables, figures, report (SCALE=mini, smoke)"
+	@echo "make reproduce   data, training, evaluation, tables, figures, page, report (SCALE=mini, smoke)"
 	@echo "make data        only the prepared data"
 	@echo "make report      the HTML report of the results that are there"
 	@echo "make test        the everyday tests; make test-all: the slow ones too (JOBS=2 side by side)"

@@ -64,6 +64,7 @@ class Shown(NamedTuple):
     results: Path
     tables: Mapping[str, Sequence[str]]  # name -> ids
     names: Mapping[str, str]  # id -> label, the baseline first
+    kinds: Mapping[str, str]  # id -> classes of its colour
     comparable: Sequence[str]  # ids of the methods that are compared with the baseline
     times: Mapping[str, tuple[Mapping[str, Any], float]]  # as `_times` has them
 
@@ -98,7 +99,8 @@ def page(
     base, members = rows.index[0], {name: [*frame["ablation"]] for name, frame in frames.items()}
     comparable = [*rows.index[rows["relative_to"] == base]]
     times = _times(results, members, base)
-    shown = Shown(results, members, dict(rows["method"]), comparable, times)
+    kinds = {id: colour(place) for place, id in enumerate(rows.index)}
+    shown = Shown(results, members, dict(rows["method"]), kinds, comparable, times)
     examples = results / "examples.json"
     flags = f" --configfile {' '.join(configfiles)}" if configfiles else ""
     pairs = _pairs(shown, rows, beside)
@@ -118,7 +120,7 @@ def page(
         cards=_cards(shown, pairs),
         findings={name: findings(frame) for name, frame in frames.items()},
         configured=configured(configuration(results, base)),
-        legend=[(id, colour(i), shown.names[id]) for i, id in enumerate(shown.comparable)],
+        legend=[(id, kinds[id], shown.names[id]) for id in comparable],
         sections=sections,
         examples=read_json(examples) if examples.exists() else {"questions": []},
         names=shown.names,
@@ -230,7 +232,7 @@ def _cost(shown: Shown) -> Section:
     ]
     frame = framed([(x, y) for *_, x, y in points])
     marks, table = [], pd.DataFrame(points, columns=["ablation", "seed", name, "average"])
-    for i, id in enumerate(shown.comparable):
+    for id in shown.comparable:
         of_row = table[table["ablation"] == id]
         if of_row.empty:
             continue
@@ -238,9 +240,9 @@ def _cost(shown: Shown) -> Section:
         spread = f" ± {sd:.1f}" if len(of_row) > 1 else ""
         for seed, score in zip(of_row["seed"], of_row["average"], strict=True):
             tip = f"{shown.names[id]}, seed {seed}: {score:.1f} % in {x:.3g} {name}"
-            marks.append(dot(frame, x, score, 3, f"seed {colour(i)}", id, tip))
+            marks.append(dot(frame, x, score, 3, f"seed {shown.kinds[id]}", id, tip))
         tip = f"{shown.names[id]}: {mean:.1f}{spread} % in {x:.3g} {name}, {len(of_row)} seeds"
-        marks.append(dot(frame, x, mean, 6, f"dot {colour(i)}", id, tip))
+        marks.append(dot(frame, x, mean, 6, f"dot {shown.kinds[id]}", id, tip))
     chance = 100 * lines.groupby("benchmark")["chance"].mean().mean(skipna=False)
     words = "Up is a better score, left is less time. A large point is a mean, a small one a seed."
     words += "" if np.isnan(chance) else f" Guessing scores {chance:.1f} %."
@@ -269,15 +271,15 @@ def _loss(shown: Shown) -> Section:
         framed([point for points in curves.values() for point in points], has_log_y=True),
         [],
     )
-    for i, id in enumerate(shown.comparable):
+    for id in shown.comparable:
         seeds = {seed: points for (other, seed), points in curves.items() if other == id}
         for seed, points in seeds.items():
             tip = f"{shown.names[id]}, seed {seed}: ends at {points[-1][1]:.3f} nats"
-            marks.append(line(frame, points, f"seed {colour(i)}", id, tip))
+            marks.append(line(frame, points, f"seed {shown.kinds[id]}", id, tip))
         if len({len(points) for points in seeds.values()}) == 1:
             mean = np.mean([*seeds.values()], axis=0)
             tip = f"{shown.names[id]}: mean of {len(seeds)} seeds ends at {mean[-1][1]:.3f} nats"
-            marks.append(line(frame, mean, f"mean {colour(i)}", id, tip))
+            marks.append(line(frame, mean, f"mean {shown.kinds[id]}", id, tip))
     table = pd.DataFrame(
         [(*key, x, y) for key, points in curves.items() for x, y in points],
         columns=["ablation", "seed", name, "loss"],
@@ -309,8 +311,7 @@ def _differences(shown: Shown, pairs: Sequence[Pair]) -> Section:
             tip = f"{shown.names[id]} beside {shown.names[base]}: {mean:{sign}.{digits}f} {unit} "
             tip += f"({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
             words = [shown.names[id], *[f"beside {shown.names[base]}"] * (base != first)]
-            kind = colour([*shown.names].index(id))
-            intervals.append((id, kind, words, (mean, low, high), tip))
+            intervals.append((id, shown.kinds[id], words, (mean, low, high), tip))
         if intervals:
             name, better = quantity.split(", ")
             drawn.append(forest(intervals, quantity, f"{name}, {unit} ({better})"))
@@ -364,9 +365,8 @@ def _layers(shown: Shown) -> Section:
             table = table.stack().rename("skipped").reset_index()
             tables.append(table.assign(stage=stage, asked=chances.ravel()))
         if drawn:
-            words = f"{shown.names[id]}. The stronger the colour, the larger the share of "
-            words += f"{len(runs[id])} seeds that skipped; lines: the chance that the formula asks "
-            words += "for."
+            words = f"{shown.names[id]}. The stronger the colour, the more of the runs "
+            words += f"skipped ({len(runs[id])}); lines: the chance that the formula asks for."
             return Section("layers", title, words, drawn, pd.concat(tables), "fig_layers")
     return Section("layers", title, "No history of a training that skips layers is there.")
 

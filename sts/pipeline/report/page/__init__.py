@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from sts.pipeline.files import read_json, write_text_atomic
@@ -106,14 +106,7 @@ def page(
     pairs = _pairs(shown, rows, beside)
     sections = [_cost(shown), _loss(shown), _differences(shown, pairs), _time(shown),
                 _layers(shown)]  # fmt: skip
-    environment = Environment(
-        loader=PackageLoader(__name__, ""), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"data_uri": _data_uri, "overlay": overlay}
-    template = environment.get_template("page.html.jinja")
-    git = provenance.git()
-    text = template.render(
+    text = _template().render(
         scale=results.name,
         verdict=_verdict(frames["main"]),
         name=shown.names[shown.tables["main"][-1]],
@@ -128,7 +121,7 @@ def page(
         tables=[*files],
         snakemake=f"snakemake --cores all{flags}",
         command=provenance.command_line(),
-        commit=git["commit"] or "unknown",
+        commit=provenance.git()["commit"] or "unknown",
     )
     write_text_atomic(out, text)
 
@@ -372,6 +365,14 @@ def _layers(shown: Shown) -> Section:
 
 
 # ---- of the template ----------------------------------------------------------------------------
+
+
+def _template() -> Template:
+    loader = PackageLoader(__name__, "")
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    environment.filters |= {"data_uri": _data_uri, "overlay": overlay}
+    return environment.get_template("page.html.jinja")
 
 
 def _data_uri(table: pd.DataFrame) -> str:

@@ -65,15 +65,16 @@ class Tab:
                 self.is_loaded = True
         return event
 
-    async def open(self, file: Path) -> None:
-        """Open a file in a tab of its own and wait until all of it is there."""
+    async def open(self, page: Path | str) -> None:
+        """Open a file or an address in a tab of its own and wait until all of it is there."""
         target = await self.send("Target.createTarget", url="about:blank")
         attached = await self.send("Target.attachToTarget", flatten=True, **target)
         self._session = attached["sessionId"]
         for room in ("Runtime", "Log", "Network", "Page"):
             await self.send(f"{room}.enable")
         self.is_loaded = False
-        await self.send("Page.navigate", url=file.absolute().as_uri())
+        address = page if isinstance(page, str) else page.absolute().as_uri()
+        await self.send("Page.navigate", url=address)
         while not self.is_loaded:
             await self._next()
 
@@ -115,12 +116,12 @@ class Tab:
         ]
 
 
-def ask(file: Path, steps: Callable[[Tab], Coroutine[Any, Any, Any]]) -> Any:
-    """What `steps` returns of a file that Chromium has opened."""
-    return asyncio.run(_ask(file, steps))
+def ask(page: Path | str, steps: Callable[[Tab], Coroutine[Any, Any, Any]]) -> Any:
+    """What `steps` returns of a file, or an address, that Chromium has opened."""
+    return asyncio.run(_ask(page, steps))
 
 
-async def _ask(file: Path, steps: Callable[[Tab], Coroutine[Any, Any, Any]]) -> Any:
+async def _ask(page: Path | str, steps: Callable[[Tab], Coroutine[Any, Any, Any]]) -> Any:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM or "chromium", *FLAGS, f"--user-data-dir={profile}", "about:blank"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as browser:
@@ -134,7 +135,7 @@ async def _ask(file: Path, steps: Callable[[Tab], Coroutine[Any, Any, Any]]) -> 
                     session.ws_connect(address, max_msg_size=0) as socket,
                 ):
                     tab = Tab(socket)
-                    await tab.open(file)
+                    await tab.open(page)
                     return await steps(tab)
             finally:
                 browser.terminate()

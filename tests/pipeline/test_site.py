@@ -4,11 +4,15 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
+from browser import CHROMIUM, HAS_AXE, ask
 from project import ROOT
 
 MOST_BYTES = 10_000_000
@@ -112,3 +116,41 @@ def test_a_fault_stops_the_build(tmp_path, fault, said):
     done = build(tmp_path, tmp_path / "site")
     output = done.stdout + done.stderr
     assert done.returncode == 1 and output.count("WARNING") == 1 and said in output
+
+
+@pytest.fixture
+def address(site):
+    """The site as a server gives it: a browser runs no search worker for a file."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+
+
+RESULTS = """new Promise(done => setInterval(() => {
+    const found = [...document.querySelectorAll(".md-search-result__link")]
+    if (found.length) done(found.map(link => link.getAttribute("href")))
+}, 100))"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_searches_and_finds_no_serious_fault(address):
+    async def steps(tab):
+        return await tab.run(RESULTS), tab.problems, tab.requests
+
+    links, problems, requests = ask(f"{address}index.html?q=sparsify", steps)
+    assert any("library.html" in link for link in links)
+    assert problems == []
+    assert {url for url in requests if not url.startswith((address, "data:", "blob:"))} == set()
+
+    async def look(tab):
+        return await tab.faults() if HAS_AXE else []
+
+    for page in ("index.html", "method.html"):
+        assert ask(address + page, look) == []

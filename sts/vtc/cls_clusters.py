@@ -25,12 +25,13 @@ def cls_clusters(tokens: Tensor, keep: float, *, scores: Tensor) -> Outputs:
     dominant, centres, rest = order.tensor_split((count - contextual, count), dim=1)
     unit = directions(tokens)
     near = products(rows_at(unit, centres), rows_at(unit, rest))
-    near = near.topk(min(WIDTH - 1, rest.shape[1]), dim=2).indices.flatten(1)
-    members = torch.cat([centres[..., None], rest.gather(1, near).view(*centres.shape, -1)], 2)
+    width = min(WIDTH - 1, rest.shape[1])
+    near = near.topk(width, dim=2).indices.flatten(1)
+    members = torch.cat([centres[..., None], rest.gather(1, near).view(*centres.shape, width)], 2)
     positions, places = torch.cat([dominant, centres], 1).sort(dim=1)
 
     def apply(x: Tensor) -> Tensor:
-        means = rows_at(x, members.flatten(1)).view(*members.shape, -1).mean(2)
+        means = rows_at(x, members.flatten(1)).view(*members.shape, x.shape[-1]).mean(2)
         return rows_at(torch.cat([rows_at(x, dominant), means], 1), places)
 
     return Outputs(positions, apply)

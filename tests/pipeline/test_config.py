@@ -570,7 +570,7 @@ def test_every_ablation_says_whose_method_it_is():
         }
         if ablation.source == "baseline":
             assert not named, id
-        else:
+        elif ablation.source:  # which a user may leave out
             assert named, id
         if ablation.source == "paper":
             assert named <= papers, id

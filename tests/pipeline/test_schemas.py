@@ -31,6 +31,7 @@ def problems(name: str, content: object) -> list[str]:
     return [error.message for error in Draft202012Validator(schemas()[name]).iter_errors(content)]
 
 
+@pytest.mark.slow  # a new kind, policy, set or benchmark is a name more; nothing reads it there
 @pytest.mark.parametrize("name", [SCALE, ABLATIONS, SEARCH])
 def test_a_schema_is_in_step_with_the_configuration(name):
     written = json.loads((ROOT / FOLDER / name).read_text())

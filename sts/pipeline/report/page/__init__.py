@@ -68,6 +68,11 @@ class Shown(NamedTuple):
     comparable: Sequence[str]  # ids of the methods that are compared with the baseline
     times: Mapping[str, tuple[Mapping[str, Any], float]]  # as `_times` has them
 
+    @property
+    def first(self) -> Sequence[str]:
+        """ids of the first table, the main one."""
+        return next(iter(self.tables.values()))
+
 
 def page(
     results: str | Path,
@@ -108,8 +113,8 @@ def page(
                 _layers(shown)]  # fmt: skip
     text = _template().render(
         scale=results.name,
-        verdict=_verdict(frames["main"]),
-        name=shown.names[shown.tables["main"][-1]],
+        verdict=_verdict(frames[tables[0]]),
+        name=shown.names[shown.first[-1]],
         cards=_cards(shown, pairs),
         findings={name: findings(frame) for name, frame in frames.items()},
         configured=configured(configuration(results, base)),
@@ -169,7 +174,7 @@ def _pairs(shown: Shown, rows: pd.DataFrame, beside: Sequence[tuple[str, str]]) 
 def _cards(shown: Shown, pairs: Sequence[Pair]) -> list[tuple[str, list[tuple[str, str, str]]]]:
     """Of the last method of the main table, at equal steps and at equal time, and of those that
     take the time of the first: a heading and (number, what it is, its interval)."""
-    last = shown.tables["main"][-1]
+    last = shown.first[-1]
     first = [pair for pair in pairs if pair[0] == last][:1]
     first += [pair for pair in pairs if abs(_number(pair[2], "time_ratio") - 1) <= CLOSE]
     named = {pair[:2]: pair for pair in reversed(first)}
@@ -315,11 +320,11 @@ def _differences(shown: Shown, pairs: Sequence[Pair]) -> Section:
 
 def _time(shown: Shown) -> Section:
     """Seconds of the parts of a step, a plot for each stage."""
-    title, timing = "Where does the time go?", timings(shown.results, "main")
+    title, timing = "Where does the time go?", timings(shown.results, next(iter(shown.tables)))
     table = pd.DataFrame(
         [
             (stage, id, part, float(np.mean(seconds)))
-            for id in shown.tables["main"]
+            for id in shown.first
             for stage in stages_of(shown.results, id)
             for part, seconds in timing.get(id, {}).get(stage, {}).get("parts_s", {}).items()
         ],
@@ -342,7 +347,7 @@ def _time(shown: Shown) -> Section:
 def _layers(shown: Shown) -> Section:
     """Which layers the last skipping method of the main table skipped."""
     title, drawn, tables = "Which layers were skipped, and when?", [], []
-    for id in reversed(shown.tables["main"]):
+    for id in reversed(shown.first):
         try:
             by_stage = histories(shown.results, {id: shown.names[id]})
         except FileNotFoundError:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.stats import norm
 
 from sts.pipeline import plan
 from sts.pipeline.report import figures, tables
@@ -22,8 +23,8 @@ TABLES = sorted(REFERENCES.glob("*/tables/*.md"))
 
 
 def rows(file: Path) -> list[str]:
-    """Lines of the tables in a Markdown file that have the columns of ours."""
-    return [line for line in file.read_text().splitlines() if line.count("|") > 10]
+    """Lines of the tables of methods in a Markdown file; those of differences have fewer columns."""
+    return [line for line in file.read_text().splitlines() if line.count("|") > 11]
 
 
 def test_committed_results_name_no_host():
@@ -35,7 +36,7 @@ def test_the_page_of_results_quotes_the_reference_table():
     assert rows(PAGE) == rows(REFERENCE / "tables/main.md")
 
 
-EQUAL_TIME = REFERENCES / "mini_equal_time/tables/equal_time"
+EQUAL_TIME = REFERENCES / "mini_bf16/tables/equal_time"
 # Rows of README's table
 HEADLINE = {
     "Dense": "dense",
@@ -49,6 +50,33 @@ def test_the_page_quotes_the_differences_of_equal_time():
     _, differences = EQUAL_TIME.with_suffix(".md").read_text().split("### Differences")
     lines = [line for line in differences.splitlines() if line.startswith("|")]
     assert len(lines) == 6 and set(lines) <= set(PAGE.read_text().splitlines())
+
+
+def correlation(first: list[float], second: list[float]) -> str:
+    """With its 95 % interval by Fisher's z."""
+    r = np.corrcoef(first, second)[0, 1]
+    half = norm.ppf(0.975) / (len(first) - 3) ** 0.5
+    low, high = np.tanh(np.arctanh(r) - half), np.tanh(np.arctanh(r) + half)
+    return f"{r:.2f} ({low:.2f} to {high:.2f})"
+
+
+def test_the_page_quotes_what_the_spread_of_the_seeds_goes_with():
+    def of_runs(id: str, name: str) -> list[dict]:
+        runs = EQUAL_TIME.parents[1] / "runs" / id
+        return [json.loads(file.read_text()) for file in sorted(runs.glob(f"seed*/{name}.json"))]
+
+    loss, short = (
+        [run["held_out"][-1]["loss"] for run in of_runs(id, "instruct")]
+        for id in ("dense", "dense_short")
+    )
+    align = [run["final_loss"] for run in of_runs("dense", "align")]
+    score = [
+        fmean(entry["score"] for entry in run["benchmarks"].values())
+        for run in of_runs("dense", "eval")
+    ]
+    text = PAGE.read_text()
+    for pair in ((align, score), (align, loss), (loss, short)):
+        assert correlation(*pair) in text
 
 
 def test_the_readme_quotes_the_table_of_equal_time():
@@ -65,7 +93,9 @@ def test_the_readme_quotes_the_table_of_equal_time():
             average(row),
             "100" if id == "dense" else f"{mean} ({low} to {high})",
             f"{row['time_ratio']:.2f}",
-            "never" if pd.isna(to_loss) else f"{to_loss:.2f}, {row['time_to_loss_n']:.0f} of 5",
+            "never"
+            if pd.isna(to_loss)
+            else f"{to_loss:.2f}, {row['time_to_loss_n']:.0f} of {row['average_seeds']:.0f}",
         ]
 
 

@@ -39,7 +39,7 @@ from sts.pipeline.data.source import DataError
 from sts.pipeline.data.templates import CHAT_TEMPLATE
 from sts.pipeline.data.tokens import expand, tokenise
 from sts.pipeline.files import read_json
-from sts.pipeline.measure.kept_tokens import first_picture
+from sts.pipeline.measure.kept_tokens import bright_picture
 from sts.settings import IGNORE_INDEX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -727,13 +727,13 @@ def test_a_picture_that_is_not_the_prepared_one_is_an_error_that_names_it(own, p
         for read in (
             lambda: data[0],
             lambda: samples_of(files, processor),
-            lambda: first_picture(out),
+            lambda: bright_picture(out),
         ):
             with pytest.raises(DataError, match=r"a\.png, of row photo, .*snakemake"):
                 read()
     assert not data[2]["images"]
     file.write_bytes(content)
-    assert np.array_equal(np.asarray(first_picture(out)), first)
+    assert np.array_equal(np.asarray(data[0]["images"][0]), first) and bright_picture(out)
 
 
 # --- samples and batches ---

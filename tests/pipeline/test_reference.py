@@ -23,7 +23,7 @@ TABLES = sorted(REFERENCES.glob("*/tables/*.md"))
 
 
 def rows(file: Path) -> list[str]:
-    """Lines of the tables of methods in a Markdown file; those of differences have fewer columns."""
+    """Lines of the tables of methods in a Markdown file; those of differences are narrower."""
     return [line for line in file.read_text().splitlines() if line.count("|") > 11]
 
 

@@ -11,12 +11,13 @@ tower has none.
 import base64
 import io
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from PIL import Image
+from PIL import Image, ImageStat
 from torch import Tensor
 
 from sts.pipeline.data.pictures import load_images
@@ -27,11 +28,12 @@ from sts.pipeline.train.model import read_backbone
 from sts.vtc import KINDS, compress, kind_of, wants
 
 KEEP = 0.25  # share of the visual tokens
+LOOKED_AT = 32  # pictures
 CHANNELS = 8  # of the features through which a kind's weights are measured
 
 
 def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict[str, Any]:
-    """Compress the first picture of a prepared data set by every kind; write and return the result.
+    """Compress a picture of a prepared data set by every kind; write and return the result.
 
     Args:
         backbone: Manifest of a vision tower and a language model.
@@ -46,7 +48,7 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
     Raises:
         FileNotFoundError: A manifest is missing; the message names it.
     """
-    picture, grid, features, scores = look(read_backbone(backbone), first_picture(Path(data)))
+    picture, grid, features, scores = look(read_backbone(backbone), bright_picture(Path(data)))
     png = io.BytesIO()
     picture.save(png, format="PNG")
     result = {
@@ -88,15 +90,16 @@ def weights(
     return [[(i, round(float(row[i]), 6)) for i in row.nonzero()[:, 0].tolist()] for row in shares]
 
 
-def first_picture(data: Path) -> Image.Image:
-    """The first picture of the first training split of a data manifest. Raises FileNotFoundError if
-    there is no such file."""
+def bright_picture(data: Path) -> Image.Image:
+    """The brightest of the first LOOKED_AT pictures of the first training split of a data manifest:
+    on a dark one lines are hard to see. Raises FileNotFoundError if there is no such file."""
     splits = read_json(data)["splits"]
     split = next((name for name in ("align", "instruct") if name in splits), next(iter(splits)))
     file = listed_file(data, splits[split]["file"])
     rows = Dataset.from_file(str(file)).with_format("arrow")
-    cells = (row.to_pylist()[0] for row in rows)
-    return load_images(next(filter(images_of, cells)))[0]
+    cells = filter(images_of, (row.to_pylist()[0] for row in rows))
+    pictures = (load_images(cell)[0] for cell in islice(cells, LOOKED_AT))
+    return max(pictures, key=lambda picture: ImageStat.Stat(picture.convert("L")).mean[0])
 
 
 def look(

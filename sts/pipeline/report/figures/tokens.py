@@ -39,7 +39,7 @@ def draw(results: Path, labels: Labels) -> Figure:
             for token, weight in output:
                 of_output.flat[token] = weight
         _draw_tokens(axes, picture, weights)
-        axes.set_title(f"{kind}: {len(outputs)} tokens")
+        axes.set_title(f"{kind}: {len(outputs)} tokens", fontsize=8)
         axes.set_axis_off()
     page.suptitle("Which visual tokens does each kind of VTC keep?")
     return page

@@ -50,6 +50,10 @@ def test_the_page_quotes_the_differences_of_equal_time():
     _, differences = EQUAL_TIME.with_suffix(".md").read_text().split("### Differences")
     lines = [line for line in differences.splitlines() if line.startswith("|")]
     assert len(lines) == 6 and set(lines) <= set(PAGE.read_text().splitlines())
+    alone = pd.read_csv(EQUAL_TIME.with_name("main.csv")).set_index("ablation").loc[["vtc", "lds"]]
+    for row in alone.to_dict("records"):
+        loss, low, high = (row[f"loss_difference{end}"] for end in ("", "_low", "_high"))
+        assert f"{loss:+.3f} ({low:+.3f} to {high:+.3f})" in PAGE.read_text()
 
 
 def correlation(first: list[float], second: list[float]) -> str:

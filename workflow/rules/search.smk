@@ -1,32 +1,5 @@
 # A search of knobs by the held-out loss (docs/search.md). Its trials are runs that the job trains
 # itself, one after the other: which comes next follows from those before.
-from sts.pipeline.config import check_study, load_search
-
-SEARCH_FILE = "workflow/config/search.yaml"
-
-
-def loaded_search():
-    try:
-        return load_search(SEARCH_FILE)
-    except ConfigError as error:
-        raise WorkflowError(str(error)) from None
-
-
-SEARCH = loaded_search()
-
-
-def searched():
-    """The results of all studies, which are checked before the first trial."""
-    try:
-        for name in SEARCH.studies:
-            check_study(SEARCH, name, SEARCH_FILE, PLAN.ablations, SCALE)
-    except ConfigError as error:
-        raise WorkflowError(str(error)) from None
-    return [f"{RESULTS}/search/{name}.json" for name in SEARCH.studies]
-
-
-def searched_config(wildcards):
-    return CONFIGS[SEARCH.studies[wildcards.study].ablation]
 
 
 rule search:
@@ -39,8 +12,8 @@ rule study:
         init=lambda wildcards: PLAN.backbone(SEARCH.studies[wildcards.study].ablation),
         data=lambda wildcards: prepared(searched_config(wildcards).training_data()),
     output:
-        "<results>/search/{study}.json",
-        "<results>/search/{study}.md",
+        result="<results>/search/{study}.json",
+        page="<results>/search/{study}.md",
     log:
         "<results>/logs/search/{study}.log",
     wildcard_constraints:
@@ -71,4 +44,4 @@ rule study:
     shell:
         "python -m sts search --config {params.config} --study {wildcards.study}"
         f" --settings {SEARCH_FILE} --ablations {ABLATIONS}"
-        " --data {input.data} --init {input.init} --out {output[0]} > {log} 2>&1"
+        " --data {input.data} --init {input.init} --out {output.result} > {log} 2>&1"

@@ -155,8 +155,10 @@ def _pictures(benchmark: Benchmark, id: str) -> list[Image.Image]:
     """The pictures of a question by its id in an evaluation."""
     for task in tasks_of(benchmark):
         docs = task.eval_docs
-        if "id" in docs.column_names:
-            ids = docs.with_format(None).select_columns("id")["id"]
+        if "id" in docs.features:
+            # else a Dataset decodes the pictures, too; of the hub's sets a column is read alone
+            alone = docs.select_columns("id") if hasattr(docs, "select_columns") else docs
+            ids = alone["id"]
             place = next((i for i, other in enumerate(ids) if other == id), None)
         else:
             of_task, _, number = id.rpartition("/")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -118,9 +119,13 @@ class Search:
             accepted = "conversations of a data set with a validation split, and validations"
             raise ConfigError(self.ablation.file, f"{self.ablation.id}.{stage}", stage, accepted)
 
-    @property
+    @cached_property
     def _base(self) -> Config:
         return resolve(self.scale, self.ablation)
+
+    @cached_property
+    def _flops_of_scale(self) -> float:
+        return _flops(self.scale)
 
     def _key(self) -> str:
         """8 hex digits of all that a trial's loss depends on, but for its knobs."""
@@ -176,7 +181,7 @@ class Search:
         if self.settings.flops is None:
             return config
         own = entry.share_of(self.scale.scale) or 1.0
-        share = own * self.settings.flops * _flops(self.scale) / _flops(config)
+        share = own * self.settings.flops * self._flops_of_scale / _flops(config)
         return resolve(self.scale, entry.model_copy(update={"steps_share": share}))
 
     def _try(self, study: optuna.Study, trial: Trial) -> None:
@@ -315,7 +320,8 @@ def page(result: Mapping[str, Any]) -> str:
         lines.append(f"| {trial['number']} | {loss} | `{json.dumps(trial['values'])}` |")
     lines += [
         "",
-        "Trial 0 has the row's own values. The losses are of the seeds that the search ",
+        "Trial 0 has the row's own values. A loss is the mean over the seeds "
+        f"{', '.join(map(str, result['seeds']))}.",
         "",
     ]
     if result["best"] is not None:

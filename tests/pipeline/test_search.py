@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -165,7 +166,7 @@ def test_every_trial_costs_the_same_whatever_its_knobs(study):
     long = search.scale.model_dump(by_alias=True)
     for block in long["stages"].values():
         block["steps"] = 4000
-    longer = Search(**{**vars(search), "scale": type(search.scale).model_validate(long)})
+    longer = replace(search, scale=type(search.scale).model_validate(long))
     costs = [
         sum(cost.flops for cost in stage_costs(config, False).values())
         for config in (longer.scale, longer.config_of({"instruct.lds.rate": 0.5}))

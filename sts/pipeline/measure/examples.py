@@ -12,7 +12,7 @@ Nothing is asked again: answers are those that the evaluations kept.
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from sts.pipeline.config import Config
 from sts.pipeline.data.pictures import rgb
 from sts.pipeline.evaluate.loading import Benchmark, load_benchmarks, tasks_of
 from sts.pipeline.files import SEAL, sha256_json, write_text_atomic
-from sts.pipeline.measure.kept_tokens import KEEP, drawable_kinds, look, weights
+from sts.pipeline.measure.kept_tokens import KEEP, View, drawable_kinds, viewer, weights
 from sts.pipeline.train.model import read_backbone
 
 COUNT = 24  # questions
@@ -65,13 +65,15 @@ def examples(
     quotas = _shares(COUNT, [name for name in names if pairs[name]])
     chosen = [(name, pair) for name, n in quotas.items() for pair in choose(pairs[name], n)]
     chosen.sort(key=lambda item: not _is_different(item[1]))
-    tower = read_backbone(backbone)
-    benchmarks = load_benchmarks(config.evaluate, data, config.data.mirror) if chosen else {}
-    entries = (
-        _entry(name, pair, benchmarks[name], tower, seed)
-        for seed, (name, pair) in enumerate(chosen)
-    )
-    result["questions"] = [entry for entry in entries if entry]
+    result["questions"] = []
+    if chosen:
+        view = viewer(read_backbone(backbone))
+        benchmarks = load_benchmarks(config.evaluate, data, config.data.mirror)
+        entries = (
+            _entry(name, pair, benchmarks[name], view, seed)
+            for seed, (name, pair) in enumerate(chosen)
+        )
+        result["questions"] = [entry for entry in entries if entry]
     result[SEAL] = sha256_json(result)
     write_text_atomic(out, json.dumps(result, separators=(",", ":")) + "\n")
     return result
@@ -126,13 +128,17 @@ def _shares(count: int, names: Sequence[str]) -> dict[str, int]:
 
 
 def _entry(
-    name: str, pair: Pair, benchmark: Benchmark, tower: Mapping[str, Any], seed: int
+    name: str,
+    pair: Pair,
+    benchmark: Benchmark,
+    view: Callable[[Image.Image], View],
+    seed: int,
 ) -> dict[str, Any] | None:
     """A question with its picture; None if it does not have one picture. seed: of random kinds."""
     pictures = _pictures(benchmark, pair[0]["id"])
     if len(pictures) != 1:
         return None
-    seen, grid, features, scores = look(dict(tower), rgb(pictures[0]))
+    seen, grid, features, scores = view(rgb(pictures[0]))
     webp = io.BytesIO()
     seen.save(webp, format="WEBP", quality=90)
     outputs = {

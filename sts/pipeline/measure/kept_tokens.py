@@ -11,6 +11,7 @@ tower has none.
 import base64
 import io
 import json
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def kept_tokens(backbone: str | Path, data: str | Path, out: str | Path) -> dict
     Raises:
         FileNotFoundError: A manifest is missing; the message names it.
     """
-    picture, grid, features, scores = look(read_backbone(backbone), bright_picture(Path(data)))
+    picture, grid, features, scores = viewer(read_backbone(backbone))(bright_picture(Path(data)))
     png = io.BytesIO()
     picture.save(png, format="PNG")
     result = {
@@ -102,28 +103,33 @@ def bright_picture(data: Path) -> Image.Image:
     return max(pictures, key=lambda picture: ImageStat.Stat(picture.convert("L")).mean[0])
 
 
-def look(
-    backbone: dict[str, Any], picture: Image.Image
-) -> tuple[Image.Image, tuple[int, int], Tensor, Tensor | None]:
-    """What the vision tower of a backbone manifest makes of a picture.
+View = tuple[Image.Image, tuple[int, int], Tensor, Tensor | None]
+
+
+def viewer(backbone: dict[str, Any]) -> Callable[[Image.Image], View]:
+    """What the vision tower of a backbone manifest, which is loaded once, makes of a picture.
 
     Returns:
-        The picture as the tower sees it; its grid of patches (rows, columns); their features
-        [1, patches, dim]; the attention that the class token, if there is one, pays each
-        [1, patches].
+        A function of a picture. It gives the picture as the tower sees it; its grid of patches
+        (rows, columns); their features [1, patches, dim]; the attention that the class token, if
+        there is one, pays each [1, patches].
     """
     prepare = image_processor(backbone)
     code = remote_code(backbone)
     tower = load_tower(backbone["vision"], attn_implementation="eager", **code).eval()
-    pixels = prepare(picture, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        out = tower(pixels, output_attentions=True, output_hidden_states=True)
-    layer = backbone.get("vision_feature_layer", -2) % (len(out.attentions) + 1)
-    attention = out.attentions[max(layer - 1, 0)]  # hidden state i is of layer i - 1
-    side = tower.config.image_size // tower.config.patch_size
-    colours = pixels[0].permute(1, 2, 0).numpy() * prepare.image_std + prepare.image_mean
-    image = Image.fromarray((255 * colours.clip(0, 1)).round().astype("uint8"))
-    features = out.hidden_states[layer]
-    if TOWERS[tower.config.model_type] == "full":
-        return image, (side, side), features, None
-    return image, (side, side), features[:, 1:], attention.mean(1)[:, 0, 1:]
+
+    def view(picture: Image.Image) -> View:
+        pixels = prepare(picture, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            out = tower(pixels, output_attentions=True, output_hidden_states=True)
+        layer = backbone.get("vision_feature_layer", -2) % (len(out.attentions) + 1)
+        attention = out.attentions[max(layer - 1, 0)]  # hidden state i is of layer i - 1
+        side = tower.config.image_size // tower.config.patch_size
+        colours = pixels[0].permute(1, 2, 0).numpy() * prepare.image_std + prepare.image_mean
+        image = Image.fromarray((255 * colours.clip(0, 1)).round().astype("uint8"))
+        features = out.hidden_states[layer]
+        if TOWERS[tower.config.model_type] == "full":
+            return image, (side, side), features, None
+        return image, (side, side), features[:, 1:], attention.mean(1)[:, 0, 1:]
+
+    return view

@@ -23,9 +23,14 @@ from sts.settings import IGNORE_INDEX
 
 def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], list[int]]]:
     """The samples of a stage, and the function step -> indices of that step's global batch."""
+    samples = load_split(job, processor, job.data, job.block.split)
+    return samples, order_of(job, samples)
+
+
+def order_of(job: Job, samples: Conversations) -> Callable[[int], list[int]]:
+    """Step -> indices of the samples of a stage's global batch."""
     block = job.block
-    samples = load_split(job, processor, job.data, block.split)
-    order = batch_order(
+    return batch_order(
         samples.lengths,
         samples.has_image,
         block.global_batch,
@@ -33,7 +38,6 @@ def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], 
         group_by_length=block.group_by_length,
         sorted_batches=block.sorted_batches,
     )
-    return samples, order
 
 
 def load_split(job: Job, processor: Any, data: Sequence[Path], split: str) -> Conversations:

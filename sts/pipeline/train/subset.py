@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sts.pipeline.data.collator import Conversations, batch_order
+from sts.pipeline.data.collator import Conversations
 from sts.pipeline.train import feed
 from sts.pipeline.train.job import Job
 
@@ -17,20 +17,12 @@ from sts.pipeline.train.job import Job
 def load_data(job: Job, processor: Any) -> tuple[Conversations, Callable[[int], list[int]]]:
     """The samples of a stage, or its share of them, and their order, as feed.load_data. The share
     is the same whatever else the stage does: it depends on the run's seed, stage and number."""
-    samples, order = feed.load_data(job, processor)
     block = job.block
     if block.samples == 1:
-        return samples, order
+        return feed.load_data(job, processor)
+    samples = feed.load_split(job, processor, job.data, block.split)
     part = draw(samples, block.samples, job.seed_of("samples"))
-    order = batch_order(
-        part.lengths,
-        part.has_image,
-        block.global_batch,
-        job.seed_of("order"),
-        group_by_length=block.group_by_length,
-        sorted_batches=block.sorted_batches,
-    )
-    return part, order
+    return part, feed.order_of(job, part)
 
 
 def draw(samples: Conversations, share: float, seed: int) -> Conversations:

@@ -10,6 +10,8 @@ from contourpy import contour_generator
 from markupsafe import Markup
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from sts.pipeline.report.figures.layers import CHANCES
+
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 44, 8, 12, 40  # a phone is that wide
 LINE = 15  # height of a line of text
 LEAST = 1e-6  # on an axis of logarithms
@@ -169,7 +171,7 @@ def heat(skipped: np.ndarray, chances: np.ndarray, steps: int, label: str) -> Ma
     if min(chances.shape) > 1:
         middles = (np.arange(bins) + 0.5) * steps / bins
         contours = contour_generator(middles, np.arange(layers), chances)
-        for level in (0.1, 0.3, 0.5, 0.7, 0.9):
+        for level in CHANCES:
             for points in map(np.asarray, contours.lines(level)):
                 parts.append(line(frame, points, "level"))
                 x, y = points[len(points) // 2]
